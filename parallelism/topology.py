@@ -1,0 +1,85 @@
+"""What the cluster is made of: nodes, devices, network cards, racks, rails, link speeds and the speed of each rank."""
+
+from typing import Self
+
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from evermesh.parallelism.errors import LayoutDoesNotFit
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Nic(_Frozen):
+    """One network card of a node."""
+
+    name: str
+    """Interface name, such as ``eth0`` or ``mlx5_0``."""
+    nic_class: str = "ethernet"
+    """Class within which ranks talk fast: ``infiniband``, ``roce``, ``ethernet`` or ``loopback``."""
+    bytes_per_s: PositiveFloat
+    """Bandwidth in one direction, bytes per second."""
+    rail: NonNegativeInt = 0
+    """Rail (switch plane) that the card is wired to."""
+
+
+class Node(_Frozen):
+    """One machine."""
+
+    name: str
+    devices: PositiveInt
+    """Accelerators, or worker slots on a machine without any."""
+    device_kind: str = "cpu"
+    nics: tuple[Nic, ...] = ()
+    rack: str = "rack0"
+    intra_bytes_per_s: PositiveFloat = 1e9
+    """Bandwidth between two devices of this node (NVLink, PCIe or shared memory), bytes per second."""
+
+
+class Topology(_Frozen):
+    """The cluster as the planner and the launcher see it.
+
+    Serialised as JSON by ``model_dump_json`` and read back by ``model_validate_json``. Ranks are numbered node by node
+    in the order of ``nodes``.
+    """
+
+    nodes: tuple[Node, ...]
+    speeds: tuple[PositiveFloat, ...] = ()
+    """Relative speed of every rank (1 is nominal); empty means all 1. The straggler detector lowers it."""
+    speeds_version: NonNegativeInt = 0
+    """Raised whenever ``speeds`` changes; every batch plan records the version it was made with."""
+
+    @model_validator(mode="after")
+    def _speeds_match_ranks(self) -> Self:
+        if self.speeds and len(self.speeds) != self.world_size:
+            raise ValueError(f"{len(self.speeds)} speeds for {self.world_size} ranks; give one per rank or none")
+        return self
+
+    @classmethod
+    def local(cls, workers: int) -> Self:
+        """One machine with ``workers`` CPU worker slots that talk over loopback."""
+        loopback = Nic(name="lo", nic_class="loopback", bytes_per_s=1e9)
+        return cls(nodes=(Node(name="localhost", devices=workers, nics=(loopback,)),))
+
+    @property
+    def world_size(self) -> int:
+        """Devices of all nodes."""
+        return sum(node.devices for node in self.nodes)
+
+    def node_of(self, rank: int) -> int:
+        """Index in ``nodes`` of the node that hosts ``rank``.
+
+        Raises:
+            LayoutDoesNotFit: there is no such rank.
+        """
+        first = 0
+        for index, node in enumerate(self.nodes):
+            first += node.devices
+            if 0 <= rank < first:
+                return index
+        raise LayoutDoesNotFit(f"rank {rank} does not exist: the topology has {self.world_size} ranks.")
+
+    def speed_of(self, rank: int) -> float:
+        """Relative speed of ``rank``."""
+        return self.speeds[rank] if self.speeds else 1.0

@@ -1,0 +1,118 @@
+"""The configuration of one training process group, composed from every room's own; imports no torch."""
+
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from evermesh.parallelism.cost import CostModel, ModelShape
+from evermesh.parallelism.layout import Layout
+from evermesh.runtime.data.config import DataConfig
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelConfig(_Frozen):
+    """Sizes of a LLaMA-style decoder."""
+
+    hidden: PositiveInt = 128
+    layers: PositiveInt = 4
+    heads: PositiveInt = 4
+    kv_heads: PositiveInt = 2
+    """Key and value heads; every one serves heads / kv_heads query heads (grouped-query attention)."""
+    ffn: PositiveInt = 352
+    """Width of the SwiGLU feed-forward block."""
+    rope_theta: PositiveFloat = 10_000.0
+    norm_eps: PositiveFloat = 1e-5
+    initial_std: PositiveFloat = 0.02
+    """Standard deviation of the initial weights."""
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> Self:
+        if self.hidden % self.heads:
+            raise ValueError(f"hidden {self.hidden} is not a multiple of heads {self.heads}")
+        if self.hidden // self.heads % 2:
+            raise ValueError(f"hidden / heads = {self.hidden // self.heads} is odd; rotary embedding needs pairs")
+        if self.heads % self.kv_heads:
+            raise ValueError(f"heads {self.heads} is not a multiple of kv_heads {self.kv_heads}")
+        return self
+
+    def shape(self, vocabulary: int) -> ModelShape:
+        """The sizes that decide the cost, for a tokenizer of ``vocabulary`` entries."""
+        return ModelShape(
+            hidden=self.hidden,
+            layers=self.layers,
+            heads=self.heads,
+            kv_heads=self.kv_heads,
+            head_dim=self.hidden // self.heads,
+            ffn=self.ffn,
+            vocabulary=vocabulary,
+        )
+
+
+class OptimizerConfig(_Frozen):
+    """AdamW with linear warm-up and cosine decay."""
+
+    lr: PositiveFloat = 3e-3
+    """Peak learning rate."""
+    final_lr_ratio: NonNegativeFloat = 0.1
+    """Learning rate at the last step over the peak."""
+    warmup_steps: NonNegativeInt = 10
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.1
+    """Decoupled weight decay of matrices; vectors (norm weights) are not decayed."""
+    clip_norm: PositiveFloat | None = 1.0
+    """Limit of the global gradient norm; null: no clipping."""
+
+
+class CheckpointConfig(_Frozen):
+    """When checkpoints are written and how many stay."""
+
+    every: PositiveInt | None = 50
+    """Optimizer steps between two checkpoints; null: only at the end and when stopped."""
+    keep: PositiveInt = 2
+    """Newest committed checkpoints that stay on disk."""
+
+
+class CpuDevice(_Frozen):
+    """Workers compute on CPU cores and talk through gloo."""
+
+    kind: Literal["cpu"] = "cpu"
+    threads: PositiveInt = 1
+    """Threads of each worker."""
+
+
+class CudaDevice(_Frozen):
+    """Workers compute on one GPU each and talk through NCCL."""
+
+    kind: Literal["cuda"] = "cuda"
+
+
+class TrainConfig(_Frozen):
+    """Everything that decides what a training run computes."""
+
+    model: ModelConfig = ModelConfig()
+    data: DataConfig
+    layout: Layout = Layout()
+    cost: CostModel | None = None
+    """Coefficients for the planner; null: derived from the model's sizes."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    steps: PositiveInt = 100
+    """Optimizer steps of the whole run; also the length of the learning rate schedule."""
+    stop_at: PositiveInt | None = None
+    """Stop after this step, with a checkpoint, although the run is longer; null: run to the end."""
+    dtype: Literal["float32", "float64", "bfloat16"] = "float32"
+    """Type of parameters, gradients and activations; optimizer states are at least float32."""
+    device: Annotated[CpuDevice | CudaDevice, Field(discriminator="kind")] = CpuDevice()
+    seed: NonNegativeInt = 0
+    """Seed of the initial weights and of the order of the data."""
+    timeout_s: PositiveFloat = 120.0
+    """Seconds after which a collective without answer fails."""
+    max_skipped_steps: PositiveInt = 10
+    """Consecutive steps with a non-finite loss or gradient after which the run ends with an error."""
+
+

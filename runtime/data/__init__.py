@@ -1,0 +1,1 @@
+"""Corpora on disk, the sampler and the batches it yields."""

@@ -1,0 +1,102 @@
+"""What a step reports: one JSON object per line in ``telemetry.jsonl``, also sent to the launcher; imports no torch."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from evermesh.parallelism.batch_plan import BatchPlan
+
+
+@dataclass(frozen=True, slots=True)
+class PlanSummary:
+    """A batch plan in short."""
+
+    ring_sizes: dict[int, int]
+    """Number of sequences per ring size."""
+    micro_batches: tuple[int, ...]
+    """Number of micro-batches of every HDP rank."""
+    fill: float
+    """Tokens over capacity of the micro-batches in use, 0 to 1."""
+    makespan_s: float
+    lower_bound_s: float
+
+    @classmethod
+    def of(cls, plan: BatchPlan) -> Self:
+        """The summary of ``plan``."""
+        return cls(
+            ring_sizes=plan.ring_sizes(),
+            micro_batches=tuple(len(micro_batches) for micro_batches in plan.ranks),
+            fill=plan.fill,
+            makespan_s=plan.certificate.makespan_s,
+            lower_bound_s=plan.certificate.lower_bound_s,
+        )
+
+    @property
+    def ratio(self) -> float:
+        """Makespan over its lower bound."""
+        return self.makespan_s / self.lower_bound_s if self.lower_bound_s > 0 else 1.0
+
+    def __str__(self) -> str:
+        rings = " ".join(f"{count}x{size}" for size, count in self.ring_sizes.items())
+        return f"rings {rings} | fill {self.fill:.0%} | makespan/bound {self.ratio:.3f}"
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """One optimizer step as rank 0 saw it."""
+
+    step: int
+    """Steps finished, from 1."""
+    steps: int
+    """Steps of the whole run."""
+    loss: float
+    """Mean loss per counted token of the global batch, nats."""
+    grad_norm: float
+    lr: float
+    committed: bool
+    """False when the guard skipped the update."""
+    num_tokens: int
+    """Tokens of the global batch."""
+    num_sequences: int
+    num_split: int
+    """Sequences of this batch that are parts of a document longer than the context."""
+    workers: int
+    step_s: float
+    """Wall time of the step, seconds."""
+    time_left_s: float
+    """Estimated time to the end of the run (or to ``stop_at``), seconds."""
+    plan: PlanSummary
+    bytes_by_site: dict[str, int]
+    """Bytes that all ranks together sent in this step, by what they were sent for."""
+    batch: str
+    """Digest of the identities and lengths of the batch's sequences."""
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Tokens of the step over its wall time."""
+        return self.num_tokens / self.step_s if self.step_s > 0 else 0.0
+
+    def to_json(self) -> str:
+        """The report as one line of JSON."""
+        return json.dumps(asdict(self), separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, line: str | bytes) -> Self:
+        """The report that ``to_json`` wrote."""
+        values: dict[str, Any] = json.loads(line)
+        plan = values.pop("plan")
+        plan["ring_sizes"] = {int(size): count for size, count in plan["ring_sizes"].items()}
+        plan["micro_batches"] = tuple(plan["micro_batches"])
+        return cls(**values, plan=PlanSummary(**plan))
+
+
+def read_telemetry(path: Path) -> list[StepReport]:
+    """All reports in ``path``, a step that was run again (after a resume) with its last values; an unfinished last line
+    (the writer was killed) is left out."""
+    reports: dict[int, StepReport] = {}
+    for line in path.read_text().splitlines(keepends=True):
+        if line.endswith("\n"):
+            report = StepReport.from_json(line)
+            reports[report.step] = report
+    return [reports[step] for step in sorted(reports)]
