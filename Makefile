@@ -1,0 +1,54 @@
+# Every target makes and re-uses .venv; it is installed again only when pyproject.toml or constraints.txt change.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+ROOMS := parallelism checkpoint fault runtime launcher
+export OMP_NUM_THREADS ?= 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help install demo test check format gpu bench $(addprefix bench-,$(ROOMS)) $(addprefix test-,$(ROOMS)) clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z%-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 24
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@start=$$(date +%s) && \
+	{ test -x $(BIN)/python || $(PYTHON) -m venv $(VENV); } && \
+	echo "installing into $(VENV) (once; it is used again while pyproject.toml and constraints.txt stay the same)" && \
+	$(BIN)/python -m pip install --quiet "$$(grep -E '^torch==' constraints.txt)" && \
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]" && \
+	echo "installed in $$(( $$(date +%s) - start )) s" && touch $@
+
+install: $(INSTALLED)  ## make the environment
+
+demo: $(INSTALLED)  ## the main job: train, save, stop, resume on another number of workers
+	$(BIN)/evermesh demo
+
+test: $(INSTALLED)  ## all tests
+	$(BIN)/python -m pytest
+
+$(addprefix test-,$(ROOMS)): test-%: $(INSTALLED)  ## tests of one room: test-parallelism, test-checkpoint, ...
+	$(BIN)/python -m pytest tests/$*
+
+check: $(INSTALLED)  ## lint, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy -p evermesh
+	$(BIN)/mypy tests
+
+format: $(INSTALLED)  ## rewrite the code in the house format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+gpu: $(INSTALLED)  ## the checks that only a GPU can make; skips aloud without one
+	$(BIN)/python -m pytest tests/gpu -m gpu -rs
+
+bench: $(INSTALLED)  ## all benchmarks; writes build/bench/NAME.json
+	$(BIN)/python -m tests.benchmarks
+
+$(addprefix bench-,$(ROOMS)): bench-%: $(INSTALLED)  ## benchmarks of one room
+	$(BIN)/python -m tests.benchmarks $*
+
+clean:  ## remove what was built
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache
