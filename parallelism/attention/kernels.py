@@ -1,0 +1,262 @@
+"""Fused attention blocks that return the log-sum-exp, one class per device and dtype, behind one interface.
+
+Shape legend: T tokens, H query heads, K key/value heads (H is a multiple of K), D head size.
+
+A block is attention of some queries over some keys. Blocks of one softmax are joined by their log-sum-exp, and the
+backward of a block takes the *joined* output and log-sum-exp, so that every block alone gives its exact share of the
+gradients (Liu et al., Ring Attention; Dao, FlashAttention-2). Empty blocks never reach a kernel: torch's CPU kernel
+divides by the number of queries.
+"""
+
+import itertools
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from evermesh.parallelism.errors import UnsupportedKernel
+
+_aten = torch.ops.aten
+Gradients = tuple[Tensor, Tensor, Tensor]
+
+
+class AttentionKernel(Protocol):
+    """One device's fused attention. Tensors are [T, heads, D]; the log-sum-exp is [H, T]."""
+
+    def forward(self, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, *, causal: bool) -> tuple[Tensor, Tensor]:
+        """Output [T, H, D] and log-sum-exp [H, T] of one block. ``causal`` needs as many keys as queries."""
+        ...
+
+    def backward(
+        self, grad_THD: Tensor, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, out_THD: Tensor, lse_HT: Tensor, *, causal: bool
+    ) -> Gradients:
+        """Gradients of q, k and v of one block, given the output and log-sum-exp of the whole softmax."""
+        ...
+
+    def forward_packed(
+        self, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, lengths: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
+        """Causal attention of whole documents that lie one after the other; lengths are at least 1."""
+        ...
+
+    def backward_packed(
+        self,
+        grad_THD: Tensor,
+        q_THD: Tensor,
+        k_TKD: Tensor,
+        v_TKD: Tensor,
+        out_THD: Tensor,
+        lse_HT: Tensor,
+        lengths: Sequence[int],
+    ) -> Gradients:
+        """Gradients of ``forward_packed``."""
+        ...
+
+
+def kernel_for(device: torch.device, dtype: torch.dtype) -> AttentionKernel:
+    """The fused attention of ``device`` for ``dtype``.
+
+    Raises:
+        UnsupportedKernel: there is none.
+    """
+    if device.type == "cpu":
+        return CpuFlash()
+    if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
+        return CudaFlash()
+    if device.type == "cuda" and dtype == torch.float32:
+        return CudaEfficient()
+    raise UnsupportedKernel(
+        f"no fused attention for {dtype} on {device.type}. Set train.dtype to bfloat16 (or float32) on cuda, "
+        "or train.device.kind to cpu."
+    )
+
+
+class _PerDocument:
+    """Packed documents as one kernel call per document: faster on CPU than a dense mask (3.5x at 4 documents)."""
+
+    def forward(self, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, *, causal: bool) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
+
+    def backward(
+        self, grad_THD: Tensor, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, out_THD: Tensor, lse_HT: Tensor, *, causal: bool
+    ) -> Gradients:
+        raise NotImplementedError
+
+    def forward_packed(
+        self, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, lengths: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
+        outputs, lses = [], []
+        for q, k, v in zip(*(x.split(list(lengths)) for x in (q_THD, k_TKD, v_TKD)), strict=True):
+            out, lse = self.forward(q, k, v, causal=True)
+            outputs.append(out)
+            lses.append(lse)
+        return torch.cat(outputs), torch.cat(lses, dim=1)
+
+    def backward_packed(
+        self,
+        grad_THD: Tensor,
+        q_THD: Tensor,
+        k_TKD: Tensor,
+        v_TKD: Tensor,
+        out_THD: Tensor,
+        lse_HT: Tensor,
+        lengths: Sequence[int],
+    ) -> Gradients:
+        by_token = (x.split(list(lengths)) for x in (grad_THD, q_THD, k_TKD, v_TKD, out_THD))
+        parts = [
+            self.backward(*tensors, lse, causal=True)
+            for *tensors, lse in zip(*by_token, lse_HT.split(list(lengths), dim=1), strict=True)
+        ]
+        dq, dk, dv = (torch.cat(gradients) for gradients in zip(*parts, strict=True))
+        return dq, dk, dv
+
+
+def _heads_first(x_THD: Tensor) -> Tensor:
+    return x_THD.transpose(0, 1).unsqueeze(0)
+
+
+def _tokens_first(x_1HTD: Tensor) -> Tensor:
+    return x_1HTD.squeeze(0).transpose(0, 1)
+
+
+class CpuFlash(_PerDocument):
+    """torch's flash attention for CPU: grouped queries, float64, float32 and bfloat16."""
+
+    def forward(self, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, *, causal: bool) -> tuple[Tensor, Tensor]:
+        q, k, v = _heads_first(q_THD), _heads_first(k_TKD), _heads_first(v_TKD)
+        out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal)
+        return _tokens_first(out), lse.squeeze(0)
+
+    def backward(
+        self, grad_THD: Tensor, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, out_THD: Tensor, lse_HT: Tensor, *, causal: bool
+    ) -> Gradients:
+        grad, q, k, v, out = (_heads_first(x) for x in (grad_THD, q_THD, k_TKD, v_TKD, out_THD))
+        gradients = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad, q, k, v, out, lse_HT.unsqueeze(0), 0.0, causal
+        )
+        dq, dk, dv = (_tokens_first(x) for x in gradients)
+        return dq, dk, dv
+
+
+class CudaFlash:
+    """FlashAttention-2 as shipped with torch: bfloat16 and float16, grouped queries, packed documents in one call."""
+
+    def forward(self, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, *, causal: bool) -> tuple[Tensor, Tensor]:
+        queries, keys = q_THD.shape[0], k_TKD.shape[0]
+        return self._forward(q_THD, k_TKD, v_TKD, [queries], [keys], causal)
+
+    def backward(
+        self, grad_THD: Tensor, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, out_THD: Tensor, lse_HT: Tensor, *, causal: bool
+    ) -> Gradients:
+        queries, keys = [q_THD.shape[0]], [k_TKD.shape[0]]
+        return self._backward(grad_THD, q_THD, k_TKD, v_TKD, out_THD, lse_HT, queries, keys, causal)
+
+    def forward_packed(
+        self, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, lengths: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
+        return self._forward(q_THD, k_TKD, v_TKD, lengths, lengths, causal=True)
+
+    def backward_packed(
+        self,
+        grad_THD: Tensor,
+        q_THD: Tensor,
+        k_TKD: Tensor,
+        v_TKD: Tensor,
+        out_THD: Tensor,
+        lse_HT: Tensor,
+        lengths: Sequence[int],
+    ) -> Gradients:
+        return self._backward(grad_THD, q_THD, k_TKD, v_TKD, out_THD, lse_HT, lengths, lengths, causal=True)
+
+    def _forward(
+        self, q: Tensor, k: Tensor, v: Tensor, queries: Sequence[int], keys: Sequence[int], causal: bool
+    ) -> tuple[Tensor, Tensor]:
+        out, lse, *_ = _aten._flash_attention_forward(
+            q,
+            k,
+            v,
+            _boundaries(queries, q.device),
+            _boundaries(keys, q.device),
+            max(queries),
+            max(keys),
+            0.0,
+            causal,
+            False,
+        )
+        return out, lse
+
+    def _backward(
+        self,
+        grad: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        queries: Sequence[int],
+        keys: Sequence[int],
+        causal: bool,
+    ) -> Gradients:
+        no_dropout = torch.zeros(2, dtype=torch.uint64, device=q.device)
+        dq, dk, dv = _aten._flash_attention_backward(
+            grad.contiguous(),
+            q,
+            k,
+            v,
+            out.contiguous(),
+            lse.contiguous(),
+            _boundaries(queries, q.device),
+            _boundaries(keys, q.device),
+            max(queries),
+            max(keys),
+            0.0,
+            causal,
+            no_dropout,
+            no_dropout,
+        )
+        return dq, dk, dv
+
+
+class CudaEfficient(_PerDocument):
+    """The memory-efficient kernel of torch for float32; it knows no grouped queries, so keys and values are repeated."""
+
+    def forward(self, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, *, causal: bool) -> tuple[Tensor, Tensor]:
+        q, k, v = self._expand(q_THD, k_TKD, v_TKD)
+        out, lse, _, _ = _aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, causal)
+        return _tokens_first(out), lse.squeeze(0)[:, : q_THD.shape[0]]  # the kernel pads the log-sum-exp to 32
+
+    def backward(
+        self, grad_THD: Tensor, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, out_THD: Tensor, lse_HT: Tensor, *, causal: bool
+    ) -> Gradients:
+        q, k, v = self._expand(q_THD, k_TKD, v_TKD)
+        padding = -lse_HT.shape[1] % 32
+        lse = torch.nn.functional.pad(lse_HT, (0, padding), value=float("inf")).unsqueeze(0)
+        seed = torch.zeros((), dtype=torch.int64, device=q.device)
+        dq, dk, dv, _ = _aten._scaled_dot_product_efficient_attention_backward(
+            _heads_first(grad_THD),
+            q,
+            k,
+            v,
+            None,
+            _heads_first(out_THD),
+            lse,
+            seed,
+            seed,
+            0.0,
+            [True, True, True, False],
+            causal,
+        )
+        key_heads = k_TKD.shape[1]
+        dk_TKD, dv_TKD = (_tokens_first(x).unflatten(1, (key_heads, -1)).sum(2) for x in (dk, dv))
+        return _tokens_first(dq), dk_TKD, dv_TKD
+
+    @staticmethod
+    def _expand(q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> Gradients:
+        group = q_THD.shape[1] // k_TKD.shape[1]
+        k, v = (x.repeat_interleave(group, dim=1) for x in (k_TKD, v_TKD))
+        return _heads_first(q_THD), _heads_first(k), _heads_first(v)
+
+
+def _boundaries(lengths: Sequence[int], device: torch.device) -> Tensor:
+    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)

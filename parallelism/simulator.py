@@ -1,0 +1,111 @@
+"""Replays a batch plan against a cost model: when every rank runs which micro-batch, and when the last one is done."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from evermesh.parallelism.batch_plan import BatchPlan, MicroBatch
+from evermesh.parallelism.cost import CostModel
+from evermesh.parallelism.errors import PlanInvalid
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """One micro-batch on one rank."""
+
+    rank: int
+    micro_batch: int
+    """Index in the rank's list."""
+    start_s: float
+    stop_s: float
+    sequences: tuple[int, ...]
+    ring_size: int
+    """Largest ring among its pieces."""
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Timeline:
+    """The spans of all ranks, by rank and in order."""
+
+    spans: tuple[Span, ...]
+
+    @property
+    def makespan_s(self) -> float:
+        """When the last span ends, seconds."""
+        return max((span.stop_s for span in self.spans), default=0.0)
+
+
+def simulate(plan: BatchPlan, cost_model: CostModel) -> Timeline:
+    """Replay ``plan``: ranks run their micro-batches in order, the members of a ring start and end together.
+
+    Raises:
+        PlanInvalid: the ranks wait for each other in a circle.
+    """
+    return Timeline(tuple(_replay(plan.ranks, plan.lengths, cost_model)))
+
+
+def makespan_s(ranks: Sequence[Sequence[MicroBatch]], lengths: Sequence[int], cost_model: CostModel) -> float:
+    """When the last rank is done, seconds."""
+    return max((span.stop_s for span in _replay(ranks, lengths, cost_model)), default=0.0)
+
+
+def micro_batch_s(micro_batch: MicroBatch, lengths: Sequence[int], cost_model: CostModel) -> float:
+    """Seconds of one micro-batch on its rank, without waiting."""
+    pieces = (cost_model.ring_s(lengths[piece.sequence], len(piece.ring)) for piece in micro_batch.pieces)
+    return cost_model.micro_batch_s + sum(pieces)
+
+
+def _replay(ranks: Sequence[Sequence[MicroBatch]], lengths: Sequence[int], cost_model: CostModel) -> list[Span]:
+    free_at = [0.0] * len(ranks)
+    position = [0] * len(ranks)
+    spans: list[list[Span]] = [[] for _ in ranks]
+    ready = list(range(len(ranks)))
+    while ready:
+        rank = ready.pop()
+        if position[rank] == len(ranks[rank]):
+            continue
+        gang = _gang(rank, ranks, position)
+        if gang is None:
+            continue  # a member is not there yet; it looks again when it arrives
+        start = max(free_at[member] for member in gang)
+        current = {member: ranks[member][position[member]] for member in gang}
+        stop = start + max(micro_batch_s(micro_batch, lengths, cost_model) for micro_batch in current.values())
+        for member, micro_batch in current.items():
+            spans[member].append(_span(member, position[member], start, stop, micro_batch))
+            free_at[member] = stop
+            position[member] += 1
+            ready.append(member)
+    stuck = [rank for rank in range(len(ranks)) if position[rank] < len(ranks[rank])]
+    if stuck:
+        raise PlanInvalid(f"ranks {stuck} wait for each other in a circle; the plan cannot run.")
+    return [span for rank_spans in spans for span in rank_spans]
+
+
+def _gang(rank: int, ranks: Sequence[Sequence[MicroBatch]], position: Sequence[int]) -> set[int] | None:
+    """All ranks that run together with the next micro-batch of ``rank``; None when one of them is not there yet."""
+    gang, to_visit = {rank}, [rank]
+    while to_visit:
+        member = to_visit.pop()
+        for piece in ranks[member][position[member]].pieces:
+            for other in piece.ring:
+                if position[other] == len(ranks[other]):
+                    return None
+                upcoming = ranks[other][position[other]]
+                if all(mine.sequence != piece.sequence for mine in upcoming.pieces):
+                    return None
+                if other not in gang:
+                    gang.add(other)
+                    to_visit.append(other)
+    return gang
+
+
+def _span(rank: int, index: int, start: float, stop: float, micro_batch: MicroBatch) -> Span:
+    return Span(
+        rank=rank,
+        micro_batch=index,
+        start_s=start,
+        stop_s=stop,
+        sequences=tuple(piece.sequence for piece in micro_batch.pieces),
+        ring_size=max((len(piece.ring) for piece in micro_batch.pieces), default=1),
+        num_tokens=micro_batch.num_tokens,
+    )

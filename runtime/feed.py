@@ -1,0 +1,124 @@
+"""The batch feed: one step ahead, in the background, it draws a batch, gets it planned, and reads this rank's pieces."""
+
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from evermesh.parallelism.batch_plan import BatchPlan, MicroBatch
+from evermesh.parallelism.collectives import Communicator
+from evermesh.parallelism.errors import PlanInvalid
+from evermesh.parallelism.layout import Layout
+from evermesh.parallelism.planner import Planner
+from evermesh.parallelism.verifier import verify_plan
+from evermesh.runtime.data import Batch, Corpus, Sampler, read_pieces
+
+
+@dataclass(frozen=True, slots=True)
+class LocalMicroBatch:
+    """This rank's tokens of one micro-batch, piece after piece."""
+
+    plan: MicroBatch
+    tokens_T: Tensor
+    """Token ids, int64."""
+    targets_T: Tensor
+    """The next token of each, int64."""
+    positions_T: Tensor
+    """Position of each token in its own sequence, int64."""
+    counts_T: Tensor
+    """1 where the target counts in the loss, else 0; float32."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedBatch:
+    """A global batch, its plan, and what this rank processes of it."""
+
+    batch: Batch
+    plan: BatchPlan
+    micro_batches: tuple[LocalMicroBatch, ...]
+    num_counted: int
+    """Tokens of the global batch that count in the loss."""
+    sampler_state: dict[str, Any]
+    """Where the sampler stands after this batch."""
+
+
+class BatchFeed:
+    """Yields planned batches, each prepared while the one before is trained. Every rank makes one.
+
+    All ranks draw the same batch from their own sampler; rank 0 plans it, proves the plan, and sends it to all over the
+    control group, which nothing else uses. Preparation runs in one thread, one batch ahead.
+    """
+
+    def __init__(
+        self, sampler: Sampler, corpora: Sequence[Corpus], planner: Planner, layout: Layout, control: Communicator
+    ) -> None:
+        self.sampler, self.corpora, self.planner, self.layout, self.control = sampler, corpora, planner, layout, control
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="batch-feed")
+        self._next: Future[PlannedBatch] = self._thread.submit(self._prepare)
+
+    def next(self, *, last: bool = False) -> PlannedBatch:
+        """The next batch; the one after it is started unless this is the ``last``. Collective in effect.
+
+        Raises:
+            PlanInvalid: a rank drew another batch, or the plan failed its proof.
+            SequenceTooLong: a sequence fits no ring.
+        """
+        batch = self._next.result()
+        if not last:
+            self._next = self._thread.submit(self._prepare)
+        return batch
+
+    def close(self) -> None:
+        """Wait for the batch under way, which the other ranks prepare too, and end the thread."""
+        self._thread.shutdown(wait=True)
+
+    def _prepare(self) -> PlannedBatch:
+        batch = self.sampler.next_batch()
+        plan = self._agreed_plan(batch)
+        rank_plan = plan.ranks[self.control.rank]
+        micro_batches = tuple(load_micro_batch(micro_batch, batch, self.corpora) for micro_batch in rank_plan)
+        counted = torch.tensor([sum(int(local.counts_T.sum()) for local in micro_batches)])
+        self.control.all_reduce(counted, "loss weights")
+        return PlannedBatch(batch, plan, micro_batches, int(counted), self.sampler.state_dict())
+
+    def _agreed_plan(self, batch: Batch) -> BatchPlan:
+        payload: bytes | None = None
+        if self.control.rank == 0:
+            plan = self.planner.plan(batch.lengths)
+            verify_plan(plan, batch.lengths, hdp=self.layout.hdp, capacity=self.layout.capacity)
+            payload = batch.digest.encode() + plan.to_json()
+        payload = self.control.broadcast_bytes(payload, 0, "plan")
+        digest, document = payload[: len(batch.digest)].decode(), payload[len(batch.digest) :]
+        if digest != batch.digest:
+            raise PlanInvalid(
+                f"rank {self.control.rank} drew batch {batch.digest}, rank 0 drew {digest}: the corpora or sampler states "
+                "of the ranks differ. Check that all nodes read the same corpus."
+            )
+        return BatchPlan.from_json(document)
+
+
+def load_micro_batch(micro_batch: MicroBatch, batch: Batch, corpora: Sequence[Corpus]) -> LocalMicroBatch:
+    """Read the pieces of one micro-batch, and nothing else."""
+    parts = [
+        (*read_pieces(corpora, batch.sequences[piece.sequence], piece.ranges), *_positions(piece.ranges))
+        for piece in micro_batch.pieces
+    ]
+    empty = np.empty(0, dtype=np.int64)
+    tokens, targets, counts, positions = (
+        np.concatenate([empty, *arrays]) for arrays in (zip(*parts, strict=True) if parts else ((), (), (), ()))
+    )
+    return LocalMicroBatch(
+        plan=micro_batch,
+        tokens_T=torch.from_numpy(tokens.astype(np.int64)),
+        targets_T=torch.from_numpy(targets.astype(np.int64)),
+        positions_T=torch.from_numpy(positions.astype(np.int64)),
+        counts_T=torch.from_numpy(counts.astype(np.float32)),
+    )
+
+
+def _positions(ranges: Sequence[tuple[int, int]]) -> tuple[np.ndarray]:
+    return (np.concatenate([np.empty(0, dtype=np.int64), *(np.arange(start, stop) for start, stop in ranges)]),)

@@ -1,0 +1,1 @@
+"""Model families; each runs alone on one device and declares its sizes."""
