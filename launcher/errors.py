@@ -1,0 +1,89 @@
+"""Errors of the launcher.
+
+    EvermeshError
+    └── LauncherError
+        ├── JobFileInvalid   (ValueError)       a job file or an override breaks a rule; names key and line
+        ├── LengthsInvalid   (ValueError)       a file of sequence lengths cannot be read
+        ├── RunNotFound      (LookupError)      there is no such run, or none at all
+        ├── RunAlive         (RuntimeError)     another launcher holds the run
+        ├── ResumeRefused    (ValueError)       a run cannot go on the way it was asked to
+        ├── WorkersFailed    (RuntimeError)     a worker raised, or died
+        └── DemoFailed       (AssertionError)   the demo ran, but something it promises did not happen
+
+``exit_code`` is what the command line ends with: 2 for a wrong request, 1 for work that failed.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from evermesh.parallelism.errors import EvermeshError
+
+
+class LauncherError(EvermeshError):
+    """Something the user asked the launcher for cannot be done."""
+
+    exit_code = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing that is wrong in a job file."""
+
+    where: str
+    """``FILE:LINE``, or the override that set the value."""
+    key: str
+    """Dotted path of the key; empty for the file as a whole."""
+    text: str
+    """What was found and what is allowed."""
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.text}"
+
+
+class JobFileInvalid(LauncherError, ValueError):
+    """A job file or an override breaks a rule."""
+
+    def __init__(self, problems: Sequence[Problem]) -> None:
+        self.problems = tuple(problems)
+        super().__init__("\n".join(str(problem) for problem in problems))
+
+
+class LengthsInvalid(LauncherError, ValueError):
+    """A file of sequence lengths cannot be read; the message names the line."""
+
+
+class RunNotFound(LauncherError, LookupError):
+    """There is no such run."""
+
+
+class RunAlive(LauncherError, RuntimeError):
+    """Another launcher holds the lock of the run."""
+
+    def __init__(self, directory: Path, pid: int | None) -> None:
+        self.directory, self.pid = directory, pid
+        holder = f"process {pid}" if pid else "another process"
+        super().__init__(
+            f"run {directory.name} is being trained by {holder}. Wait for it, stop it with "
+            f"{f'kill -INT {pid}' if pid else 'Ctrl-C'} (it saves a checkpoint first), or give another --name."
+        )
+
+
+class ResumeRefused(LauncherError, ValueError):
+    """A run cannot go on the way it was asked to."""
+
+
+class WorkersFailed(LauncherError, RuntimeError):
+    """A worker raised or died; the others were stopped. The message is about the first one that failed."""
+
+    exit_code = 1
+
+    def __init__(self, text: str, *, rank: int, traceback: str | None = None) -> None:
+        self.rank, self.traceback = rank, traceback
+        super().__init__(text)
+
+
+class DemoFailed(LauncherError, AssertionError):
+    """A check of the demo did not hold."""
+
+    exit_code = 1

@@ -1,0 +1,228 @@
+"""The directory of a run: its configuration, its state, its lock, its logs and what the trainer writes.
+
+runs/NAME/  job.yaml         the resolved configuration
+            state.json       RunState
+            run.lock         held (flock) by the living launcher
+            logs/            rank-N.log: what worker N printed
+            telemetry.jsonl, events.jsonl, checkpoints/, loss.png
+"""
+
+import fcntl
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError
+
+from evermesh.launcher.config import JobConfig, write_job
+from evermesh.launcher.errors import RunAlive, RunNotFound
+from evermesh.launcher.job_file import load_job
+
+_LOCK_WAIT_S = 0.5
+"""How long a lock is asked for: whoever looks whether a run lives holds it for an instant."""
+
+
+class RunState(BaseModel):
+    """What became of a run, as its launcher last wrote it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    state: Literal["created", "running", "finished", "stopped", "failed"]
+    pid: PositiveInt | None = None
+    """Process of the launcher; only for messages, the lock says whether it lives."""
+    workers: PositiveInt
+    attempt: NonNegativeInt = 0
+    """Lives of the worker group so far."""
+    started: datetime | None = None
+    """When the last attempt started."""
+    ended: datetime | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One run on disk."""
+
+    directory: Path
+
+    @classmethod
+    def create(cls, config: JobConfig) -> Self:
+        """Make the directory for a new run: NAME, or NAME-2, NAME-3, ... where that is taken."""
+        config.runs.mkdir(parents=True, exist_ok=True)
+        directory, number = config.runs / config.name, 1
+        while not _made(directory):
+            number += 1
+            directory = config.runs / f"{config.name}-{number}"
+        run = cls(directory)
+        run.logs.mkdir()
+        run.write_config(config.model_copy(update={"name": directory.name}))
+        run.write_state(RunState(state="created", workers=config.workers))
+        return run
+
+    @classmethod
+    def open(cls, directory: Path) -> Self:
+        """The run in ``directory``.
+
+        Raises:
+            RunNotFound: there is none.
+        """
+        if not (directory / "state.json").is_file():
+            raise RunNotFound(f"{directory} holds no run (no state.json). `evermesh runs` lists the runs there are.")
+        return cls(directory)
+
+    @classmethod
+    def all(cls, runs: Path) -> list[Self]:
+        """The runs in the folder ``runs``, oldest first."""
+        found = [cls(path.parent) for path in runs.glob("*/state.json")]
+        return sorted(found, key=lambda run: (run._started(), run.name))
+
+    @classmethod
+    def latest(cls, runs: Path) -> Self:
+        """The run of the folder ``runs`` that was started last.
+
+        Raises:
+            RunNotFound: there is none.
+        """
+        found = cls.all(runs)
+        if not found:
+            raise RunNotFound(f"there is no run in {runs}. Start one with `evermesh launch`, or say where with --runs.")
+        return found[-1]
+
+    @classmethod
+    def find(cls, name: str | None, runs: Path) -> Self:
+        """The run with this name in ``runs``, or at this path; without a name the latest.
+
+        Raises:
+            RunNotFound: there is none; names the runs there are.
+        """
+        if name is None:
+            return cls.latest(runs)
+        for directory in (runs / name, Path(name)):
+            if (directory / "state.json").is_file():
+                return cls(directory)
+        known = ", ".join(run.name for run in cls.all(runs)) or "none"
+        raise RunNotFound(f"there is no run {name} in {runs}. Runs there: {known}.")
+
+    @property
+    def name(self) -> str:
+        """The run's name."""
+        return self.directory.name
+
+    @property
+    def logs(self) -> Path:
+        """Folder of the workers' output."""
+        return self.directory / "logs"
+
+    @property
+    def telemetry(self) -> Path:
+        """One line per step."""
+        return self.directory / "telemetry.jsonl"
+
+    @property
+    def events(self) -> Path:
+        """What happened besides steps."""
+        return self.directory / "events.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints."""
+        return self.directory / "checkpoints"
+
+    @property
+    def loss_png(self) -> Path:
+        """Picture of the loss."""
+        return self.directory / "loss.png"
+
+    def _started(self) -> float:
+        try:
+            started = self.state().started
+        except RunNotFound:  # a damaged run is no reason not to list the others
+            return 0.0
+        return started.timestamp() if started else 0.0
+
+    def config(self) -> JobConfig:
+        """The configuration of the last attempt."""
+        return load_job(self.directory / "job.yaml")
+
+    def write_config(self, config: JobConfig) -> None:
+        """Replace the configuration."""
+        write_job(config, self.directory / "job.yaml.new")
+        os.replace(self.directory / "job.yaml.new", self.directory / "job.yaml")
+
+    def state(self) -> RunState:
+        """The state as last written; see ``status`` for whether it still holds.
+
+        Raises:
+            RunNotFound: the file is damaged or of another version.
+        """
+        path = self.directory / "state.json"
+        try:
+            return RunState.model_validate_json(path.read_bytes())
+        except ValidationError as error:
+            raise RunNotFound(
+                f"{path} is not the state of a run: {error.errors()[0]['msg']}. Remove {path.parent}."
+            ) from error
+
+    def write_state(self, state: RunState) -> None:
+        """Replace the state; a reader sees the old one or the new one."""
+        new = self.directory / "state.json.new"
+        new.write_text(state.model_dump_json(indent=1) + "\n")
+        os.replace(new, self.directory / "state.json")
+
+    def status(self) -> str:
+        """The state, or "died" where it says running but no launcher lives."""
+        state = self.state().state
+        return "died" if state == "running" and not self.is_alive() else state
+
+    def is_alive(self) -> bool:
+        """Whether a launcher holds the lock now."""
+        lock = self.directory / "run.lock"
+        if not lock.is_file():
+            return False
+        with lock.open() as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+        return False
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the run's lock; the kernel gives it back however this process ends.
+
+        Raises:
+            RunAlive: another launcher holds it.
+        """
+        with (self.directory / "run.lock").open("a") as file:
+            until = time.monotonic() + _LOCK_WAIT_S
+            while not _lock(file.fileno()):
+                if time.monotonic() > until:
+                    raise RunAlive(self.directory, self.state().pid)
+                time.sleep(0.05)
+            yield
+
+
+def now() -> datetime:
+    """The time for ``RunState``, UTC."""
+    return datetime.now(UTC)
+
+
+def _made(directory: Path) -> bool:
+    try:
+        directory.mkdir()
+    except FileExistsError:
+        return False
+    return True
+
+
+def _lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

@@ -1,0 +1,33 @@
+"""What a training worker runs. The fork server loads this module, and with it torch and the trainer, before it forks."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from evermesh.launcher.worker import Worker
+from evermesh.runtime import process_group
+from evermesh.runtime.config import TrainConfig
+from evermesh.runtime.telemetry import StepReport
+from evermesh.runtime.trainer import Trainer
+
+
+def train(worker: Worker, *, config: dict[str, Any], directory: str, resume: bool) -> dict[str, Any]:
+    """Train until the run ends, is stopped, or the launcher asks to stop. Collective over all workers."""
+    train_config = TrainConfig.model_validate(config)
+    process_group.start(train_config.device, worker.rank, worker.world_size, worker.init_method, train_config.timeout_s)
+    trainer = Trainer(
+        train_config,
+        directory=Path(directory),
+        resume=resume,
+        report=lambda report: _report(worker, report),
+        stop=worker.stop_asked,
+    )
+    result = trainer.fit()
+    # only after success: after a failure it would wait for ranks that are gone
+    process_group.stop()
+    checkpoint = str(result.checkpoint) if result.checkpoint else None
+    return {"step": result.step, "reason": result.reason, "checkpoint": checkpoint}
+
+
+def _report(worker: Worker, report: StepReport) -> None:
+    worker.report(json.loads(report.to_json()))
