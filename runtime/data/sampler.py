@@ -1,0 +1,275 @@
+"""The order in which a run sees its data: the same on any number of ranks, and exact after every resume.
+
+Documents longer than the context are split into consecutive sequences. Every source walks through a permutation of its
+sequences per epoch; a mixture takes the next sequence from the source that is furthest behind its share of tokens.
+"""
+
+import functools
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from evermesh.parallelism.batch_plan import batch_digest
+from evermesh.runtime.data.config import DataConfig
+from evermesh.runtime.data.corpus import Corpus
+from evermesh.runtime.data.errors import OutOfRange, SamplerMismatch
+
+_WINDOW = 4096
+_STATE_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceRef:
+    """Tokens [start, stop) of a document: what a batch is made of."""
+
+    source: int
+    """Index of the source in the configuration."""
+    document: int
+    start: int
+    stop: int
+    document_length: int
+    """Tokens of the whole document."""
+
+    @property
+    def length(self) -> int:
+        """Tokens of the sequence."""
+        return self.stop - self.start
+
+    @property
+    def identity(self) -> str:
+        """A stable name, such as ``0/17[0:8192)``."""
+        return f"{self.source}/{self.document}[{self.start}:{self.stop})"
+
+    @property
+    def is_split(self) -> bool:
+        """True for a part of a document longer than the context."""
+        return self.length < self.document_length
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The sequences of one optimizer step, in the order they were drawn."""
+
+    sequences: tuple[SequenceRef, ...]
+
+    @functools.cached_property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of every sequence."""
+        return tuple(sequence.length for sequence in self.sequences)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all sequences."""
+        return sum(self.lengths)
+
+    @property
+    def num_split(self) -> int:
+        """Sequences that are parts of a document longer than the context."""
+        return sum(sequence.is_split for sequence in self.sequences)
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Digest of identities and lengths, by which ranks make sure that they have the same batch."""
+        return batch_digest((sequence.identity for sequence in self.sequences), self.lengths)
+
+
+class SourceState(BaseModel):
+    """Where one source stands, and which corpus and weight that is true for."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    corpus: str
+    """Name, for messages only."""
+    digest: str
+    tokens: int
+    share: float
+    """Weight over the sum of weights."""
+    epoch: int
+    position: int
+    """Sequences drawn in this epoch."""
+    drawn: int
+    """Tokens drawn in all epochs."""
+
+
+class SamplerState(BaseModel):
+    """The state of a sampler; its size does not depend on the corpora."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format_version: int = _STATE_VERSION
+    seed: int
+    context: int
+    sources: tuple[SourceState, ...]
+
+
+class Sampler:
+    """Yields batches without end; every sequence of a source once per epoch of that source."""
+
+    def __init__(self, corpora: Sequence[Corpus], config: DataConfig, seed: int) -> None:
+        """Start before the first batch; ``corpora[i]`` is the corpus of ``config.sources[i]``."""
+        total = sum(source.weight for source in config.sources)
+        self._seed, self._context, self._batch_tokens = seed, config.context, config.batch_tokens
+        self._streams = [
+            _Stream(corpus, number, source.weight / total, config.context, seed)
+            for number, (corpus, source) in enumerate(zip(corpora, config.sources, strict=True))
+        ]
+        self._drawn = 0
+
+    def next_batch(self) -> Batch:
+        """The next batch: sequences up to ``batch_tokens``, at least one.
+
+        The sequence that does not fit any more is the first of the batch after it.
+        """
+        chosen: list[SequenceRef] = []
+        room = self._batch_tokens
+        while True:
+            stream = max(self._streams, key=self._deficit)  # of equals the first
+            sequence = stream.peek()
+            if chosen and sequence.length > room:
+                return Batch(tuple(chosen))
+            stream.advance(sequence.length)
+            self._drawn += sequence.length
+            chosen.append(sequence)
+            room -= sequence.length
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state as JSON values; a sampler that loads it yields the same batches as this one from here on."""
+        sources = tuple(stream.state() for stream in self._streams)
+        return SamplerState(seed=self._seed, context=self._context, sources=sources).model_dump(mode="json")
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from ``state``. The tokens per batch may differ: the order of sequences does not depend on them.
+
+        Raises:
+            SamplerMismatch: the state belongs to another seed, context, mixture or corpus. The sampler is unchanged.
+        """
+        try:
+            saved = SamplerState.model_validate(state)
+        except ValidationError as error:
+            raise SamplerMismatch(
+                f"not the state of a sampler: {error.error_count()} errors, first: {error.errors()[0]}"
+            ) from error
+        if differences := self._differences(saved):
+            raise SamplerMismatch(
+                f"the state belongs to other data: {'; '.join(differences)}. Use the data configuration and seed of "
+                f"the run that is resumed, or start a new run."
+            )
+        for stream, source in zip(self._streams, saved.sources, strict=True):
+            stream.seek(source.epoch, source.position, source.drawn)
+        self._drawn = sum(source.drawn for source in saved.sources)
+
+    def _deficit(self, stream: "_Stream") -> float:
+        return stream.share * self._drawn - stream.drawn
+
+    def _differences(self, saved: SamplerState) -> list[str]:
+        own = SamplerState.model_validate(self.state_dict())
+        found = _compare("", own, saved, ("format_version", "seed", "context"))
+        if len(own.sources) != len(saved.sources):
+            return [*found, f"{len(own.sources)} sources here, {len(saved.sources)} in the state"]
+        for number, (mine, theirs) in enumerate(zip(own.sources, saved.sources, strict=True)):
+            place = f"source {number} ({theirs.corpus} in the state, {mine.corpus} here): "
+            found += _compare(place, mine, theirs, ("tokens", "digest", "share"))
+            if theirs.position > self._streams[number].num_sequences:
+                found.append(f"{place}position {theirs.position} of {self._streams[number].num_sequences} sequences")
+        return found
+
+
+class _Stream:
+    """The endless order of the sequences of one source."""
+
+    def __init__(self, corpus: Corpus, source: int, share: float, context: int, seed: int) -> None:
+        self.share, self.drawn = share, 0
+        self._corpus, self._source, self._context, self._seed = corpus, source, context, seed
+        self._lengths = corpus.lengths
+        self._first = first_sequences(self._lengths, context)
+        self.num_sequences = int(self._first[-1])
+        self.seek(0, 0, 0)
+
+    def seek(self, epoch: int, position: int, drawn: int) -> None:
+        """Stand before the sequence at ``position`` of ``epoch``, with ``drawn`` tokens behind."""
+        self._epoch, self._position, self.drawn = epoch, position, drawn
+        self._order = sequence_order(self._seed, self._source, epoch, self.num_sequences)
+        self._read_ahead()
+
+    def peek(self) -> SequenceRef:
+        """The next sequence."""
+        return self._window[self._position - self._window_start]
+
+    def advance(self, tokens: int) -> None:
+        """Step over the next sequence, which has ``tokens`` tokens."""
+        self.drawn += tokens
+        self._position += 1
+        if self._position == self.num_sequences:
+            self.seek(self._epoch + 1, 0, self.drawn)
+        elif self._position == self._window_start + len(self._window):
+            self._read_ahead()
+
+    def state(self) -> SourceState:
+        return SourceState(
+            corpus=self._corpus.name,
+            digest=self._corpus.digest,
+            tokens=self._corpus.num_tokens,
+            share=self.share,
+            epoch=self._epoch,
+            position=self._position,
+            drawn=self.drawn,
+        )
+
+    def _read_ahead(self) -> None:
+        """Look up the next sequences together, which costs a fraction of doing it one by one."""
+        self._window_start = self._position
+        numbers = self._order[self._position : self._position + _WINDOW]
+        documents = np.searchsorted(self._first, numbers, side="right") - 1
+        starts = (numbers - self._first[documents]) * self._context
+        lengths = self._lengths[documents]
+        stops = np.minimum(starts + self._context, lengths)
+        rows = zip(documents.tolist(), starts.tolist(), stops.tolist(), lengths.tolist(), strict=True)
+        self._window = [SequenceRef(self._source, *row) for row in rows]
+
+
+def first_sequences(lengths: NDArray[np.int64], context: int) -> NDArray[np.int64]:
+    """Number of every document's first sequence, and last the number of all sequences; shape (documents + 1,)."""
+    return np.concatenate([np.zeros(1, np.int64), -(-lengths // context)]).cumsum()
+
+
+def sequence_order(seed: int, source: int, epoch: int, num_sequences: int) -> NDArray[np.int64]:
+    """The permutation of a source's sequences in an epoch, shape (num_sequences,).
+
+    Sorting raw Philox output depends only on the generator's definition (Salmon et al. 2011), while
+    ``Generator.permutation`` may change between numpy versions, and a resumed run may have another one.
+    """
+    key = hashlib.blake2b(f"{seed}/{source}/{epoch}".encode(), digest_size=16).digest()
+    philox = np.random.Philox(key=int.from_bytes(key, "little"))
+    return np.argsort(philox.random_raw(num_sequences), kind="stable")
+
+
+def read_pieces(
+    corpora: Sequence[Corpus], sequence: SequenceRef, ranges: Iterable[tuple[int, int]]
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]:
+    """Inputs, targets and counts (see ``Corpus.read``) of token ranges of ``sequence``, one after the other.
+
+    Ranges [start, stop) count from the start of the sequence; only their tokens are read.
+
+    Raises:
+        OutOfRange: a range leaves the sequence.
+    """
+    corpus = corpora[sequence.source]
+    pieces = [(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.bool_))]
+    for start, stop in ranges:
+        if not 0 <= start <= stop <= sequence.length:
+            raise OutOfRange(
+                f"{corpus.name}, sequence {sequence.identity}", sequence.document, start, stop, sequence.length
+            )
+        pieces.append(corpus.read(sequence.document, sequence.start + start, sequence.start + stop))
+    inputs, targets, counts = zip(*pieces, strict=True)
+    return np.concatenate(inputs), np.concatenate(targets), np.concatenate(counts)
+
+
+def _compare(place: str, mine: BaseModel, theirs: BaseModel, fields: Iterable[str]) -> list[str]:
+    pairs = ((field, getattr(mine, field), getattr(theirs, field)) for field in fields)
+    return [f"{place}{field} {here} here, {there} in the state" for field, here, there in pairs if here != there]
