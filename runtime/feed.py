@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from evermesh.parallelism.batch_plan import BatchPlan, MicroBatch
 from evermesh.parallelism.collectives import Communicator
@@ -16,21 +15,7 @@ from evermesh.parallelism.layout import Layout
 from evermesh.parallelism.planner import Planner
 from evermesh.parallelism.verifier import verify_plan
 from evermesh.runtime.data import Batch, Corpus, Sampler, read_pieces
-
-
-@dataclass(frozen=True, slots=True)
-class LocalMicroBatch:
-    """This rank's tokens of one micro-batch, piece after piece."""
-
-    plan: MicroBatch
-    tokens_T: Tensor
-    """Token ids, int64."""
-    targets_T: Tensor
-    """The next token of each, int64."""
-    positions_T: Tensor
-    """Position of each token in its own sequence, int64."""
-    counts_T: Tensor
-    """1 where the target counts in the loss, else 0; float32."""
+from evermesh.runtime.micro_batch import LocalMicroBatch
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 import multiprocessing
 import multiprocessing.connection
 import os
+import pickle
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -54,7 +55,7 @@ def _collect(receivers: list[Any], timeout_s: float) -> list[Any]:
             raise RankFailed(f"ranks {sorted(waiting)} gave no answer in {timeout_s:.0f} s")
         for rank in [rank for rank, receiver in waiting.items() if receiver in ready]:
             try:
-                failed, value = waiting.pop(rank).recv()
+                failed, value = pickle.loads(waiting.pop(rank).recv_bytes())  # noqa: S301
             except EOFError:
                 raise RankFailed(f"rank {rank} ended without an answer") from None
             if failed:
@@ -78,9 +79,10 @@ def _main(
             world_size=world_size,
             timeout=timedelta(seconds=60),
         )
-        sender.send((False, function(rank, world_size, *arguments)))
+        # plain pickle sends tensors by value; the pipe's own would pass file descriptors of a process that may be gone
+        sender.send_bytes(pickle.dumps((False, function(rank, world_size, *arguments))))
         dist.barrier()
         dist.destroy_process_group()
     except BaseException:
-        sender.send((True, traceback.format_exc()))
+        sender.send_bytes(pickle.dumps((True, traceback.format_exc())))
         raise
