@@ -1,0 +1,85 @@
+"""The errors of this room.
+
+EvermeshError
+├── ShardMapInvalid        (ValueError)         regions leave a gap, overlap or reach outside their tensor
+├── CheckpointNotSaved     (OSError)            a save failed on some rank; all ranks raise it
+├── CheckpointNotFound     (FileNotFoundError)  there is no complete checkpoint at a path
+├── CheckpointCorrupt      (ValueError)         bytes are not those that were saved
+├── CheckpointMismatch     (ValueError)         the checkpoint and the caller disagree about tensors
+└── RegistryMismatch       (ValueError)         the checkpoint and the state registry disagree about entries
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from evermesh.parallelism.errors import EvermeshError
+
+
+class ShardMapInvalid(EvermeshError, ValueError):
+    """Regions leave a gap, overlap or reach outside their tensor; the message names the tensor and the place."""
+
+
+class CheckpointNotSaved(EvermeshError, OSError):
+    """A save failed. No temporary directory is left and the checkpoints that existed before are untouched."""
+
+    def __init__(
+        self, directory: Path, step: int, rank: int, cause: str, error: int | None, bytes_needed: int, bytes_free: int
+    ) -> None:
+        super().__init__(
+            f"the checkpoint of step {step} was not saved in {directory}: rank {rank}: {cause}. It needs "
+            f"{bytes_needed:,} bytes and {bytes_free:,} are free there. Remove what caused it and save again; "
+            f"earlier checkpoints are untouched."
+        )
+        self.directory, self.step, self.rank, self.cause = directory, step, rank, cause
+        self.errno = error
+        self.bytes_needed, self.bytes_free = bytes_needed, bytes_free
+
+
+class CheckpointNotFound(EvermeshError, FileNotFoundError):
+    """There is no complete checkpoint at a path."""
+
+    def __init__(self, path: Path, fact: str) -> None:
+        super().__init__(f"no checkpoint at {path}: {fact}. Name a step directory of `evermesh checkpoint list`.")
+        self.path = path
+
+
+class CheckpointCorrupt(EvermeshError, ValueError):
+    """Bytes of a file are not those that were saved. ``chunk`` is None when not one chunk but the file is wrong."""
+
+    def __init__(
+        self,
+        file: Path,
+        fact: str,
+        *,
+        chunk: int | None = None,
+        start: int = 0,
+        stop: int = 0,
+        tensors: Sequence[str] = (),
+    ) -> None:
+        held = f" They hold {', '.join(tensors)}." if tensors else ""
+        place = f"chunk {chunk}, bytes {start:,} to {stop:,}: " if chunk is not None else ""
+        super().__init__(f"{file}: {place}{fact}.{held} Load an earlier checkpoint, or restore the file from a copy.")
+        self.file, self.fact, self.chunk, self.start, self.stop, self.tensors = (
+            file,
+            fact,
+            chunk,
+            start,
+            stop,
+            tuple(tensors),
+        )
+
+
+class CheckpointMismatch(EvermeshError, ValueError):
+    """The checkpoint and the caller disagree about tensors; the message lists all of them. Nothing was read."""
+
+    def __init__(self, path: Path, differences: Sequence[str]) -> None:
+        lines = "".join(f"\n  {difference}" for difference in differences)
+        super().__init__(
+            f"{path} does not fit what is to be loaded, {len(differences)} differences:{lines}\n"
+            f"Load it into the model it was saved from, or pass strict=False to leave extra tensors unread."
+        )
+        self.path, self.differences = path, tuple(differences)
+
+
+class RegistryMismatch(EvermeshError, ValueError):
+    """The checkpoint and the state registry disagree about entries; the message names them. Nothing was restored."""

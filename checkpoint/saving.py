@@ -1,0 +1,209 @@
+"""Saving: every rank writes its part once, then one rename makes the checkpoint visible."""
+
+import logging
+import os
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from pydantic import JsonValue, TypeAdapter
+
+from evermesh.checkpoint import directory as folder
+from evermesh.checkpoint.agreement import RankFailure, on_first, together
+from evermesh.checkpoint.dtypes import DTYPES
+from evermesh.checkpoint.errors import CheckpointNotSaved, ShardMapInvalid
+from evermesh.checkpoint.files import write_checksummed, write_durably
+from evermesh.checkpoint.format import (
+    MANIFEST,
+    Extent,
+    FilePart,
+    Manifest,
+    RankRecord,
+    StoredFile,
+    StoredTensor,
+    safetensors_header,
+)
+from evermesh.checkpoint.shard_map import Region, ShardMap, WritePart
+from evermesh.checkpoint.tensors import Held, host_slices, local_tensors
+from evermesh.parallelism.collectives import Communicator
+
+_log = logging.getLogger(__name__)
+_JSON_OBJECTS = TypeAdapter(dict[str, JsonValue])
+
+
+def save(
+    directory: Path | str,
+    step: int,
+    shard_map: ShardMap,
+    tensors: Held,
+    objects: Mapping[str, JsonValue],
+    *,
+    communicator: Communicator | None = None,
+    keep: int | None = 2,
+    description: Mapping[str, JsonValue] | None = None,
+) -> Path:
+    """Write a checkpoint of ``step`` to ``directory`` and return its path when it is durable and ``latest`` names it.
+
+    Collective: every rank of ``communicator`` calls it with the same arguments except ``tensors``, which are the
+    rank's own regions (``shard_map.of_rank(rank)``), row-major, several of one tensor as a sequence. Ranks of the map
+    are ranks of the communicator; ``directory`` is one place that all of them see; the communicator takes tensors on
+    the host. ``keep`` newest checkpoints stay, None keeps all. A checkpoint of the same step is replaced atomically.
+    A crash at any moment leaves the previous checkpoint or the new one.
+
+    Raises:
+        CheckpointNotSaved: on every rank, if any of them failed; earlier checkpoints are untouched.
+    """
+    state = _State(
+        Path(directory), step, shard_map, tensors, objects, description or {}, communicator or Communicator()
+    )
+    try:
+        path = _save(state)
+    except RankFailure as failure:
+        bytes_free = on_first(state.communicator, lambda: _roll_back(state))
+        raise CheckpointNotSaved(
+            state.directory, step, failure.rank, failure.cause, failure.errno, shard_map.num_bytes, bytes_free
+        ) from failure
+    if state.is_first:
+        folder.retain(state.directory, step, keep)
+    return path
+
+
+@dataclass(frozen=True)
+class _State:
+    """The arguments of one save."""
+
+    directory: Path
+    step: int
+    shard_map: ShardMap
+    tensors: Held
+    objects: Mapping[str, JsonValue]
+    description: Mapping[str, JsonValue]
+    communicator: Communicator
+
+    @property
+    def is_first(self) -> bool:
+        return self.communicator.rank == 0
+
+    @property
+    def temporary(self) -> Path:
+        return folder.temporary_path(self.directory, self.step)
+
+
+def _save(state: _State) -> Path:
+    together(state.communicator, lambda: _prepare(state))
+    together(state.communicator, lambda: _write_own_parts(state))
+    together(state.communicator, lambda: _write_manifest(state) if state.is_first else None)
+    together(state.communicator, lambda: folder.commit(state.directory, state.step) if state.is_first else None)
+    return state.directory / folder.step_name(state.step)
+
+
+def _prepare(state: _State) -> None:
+    """Refuse what cannot be saved before anything is written; rank 0 makes the temporary directory."""
+    state.shard_map.check()
+    highest = max((rank for t in state.shard_map.tensors.values() for s in t.shards for rank in s.ranks), default=0)
+    if highest >= state.communicator.size:
+        raise ShardMapInvalid(f"the shard map names rank {highest}, but {state.communicator.size} ranks save.")
+    local_tensors(state.shard_map, state.communicator.rank, state.tensors)
+    if state.is_first:
+        for values in (state.objects, state.description):
+            _JSON_OBJECTS.validate_python(dict(values))
+        folder.prepare(state.directory, state.step)
+
+
+def _write_own_parts(state: _State) -> None:
+    """Write this rank's data file and the record of it; ranks that nothing was assigned to write neither."""
+    rank = state.communicator.rank
+    assigned = state.shard_map.writers().get(rank, ())
+    if not assigned:
+        return
+    # larger elements first: every entry is then aligned to its own element size
+    ordered = sorted(assigned, key=lambda part: -DTYPES[state.shard_map.tensors[part.name].dtype].num_bytes)
+    parts = [_file_part(state.shard_map, part) for part in ordered]
+    header = safetensors_header(parts)
+    storages = [_storage(state, part) for part in ordered]
+    file = _data_name(rank)
+    num_bytes, checksums = write_checksummed(state.temporary / file, _payloads(header, parts, storages))
+    record = RankRecord(state.shard_map.digest(), StoredFile(num_bytes, checksums), _extents(file, len(header), parts))
+    write_durably(state.temporary / _record_name(rank), [record.to_json()])
+
+
+def _payloads(header: bytes, parts: list[FilePart], storages: list[torch.Tensor]) -> Iterator[memoryview | bytes]:
+    yield header
+    for part, storage in zip(parts, storages, strict=True):
+        yield from host_slices(storage, part.start, part.stop)
+
+
+def _file_part(shard_map: ShardMap, part: WritePart) -> FilePart:
+    tensor = shard_map.tensors[part.name]
+    region: Region = tensor.shards[part.shard].region
+    return FilePart(part.name, tensor.dtype, region, part.start, part.stop, tensor.form)
+
+
+def _storage(state: _State, part: WritePart) -> torch.Tensor:
+    """The tensor of this rank that stores the region of ``part``."""
+    held = state.tensors[part.name]
+    if isinstance(held, torch.Tensor):
+        return held
+    shards = state.shard_map.tensors[part.name].shards
+    return held[sum(state.communicator.rank in shard.ranks for shard in shards[: part.shard])]
+
+
+def _extents(file: str, offset: int, parts: list[FilePart]) -> dict[str, tuple[Extent, ...]]:
+    extents: dict[str, list[Extent]] = {}
+    for part in parts:
+        extents.setdefault(part.name, []).append(Extent(file, offset, part.region, part.start, part.stop))
+        offset += part.num_bytes
+    return {name: tuple(of_tensor) for name, of_tensor in extents.items()}
+
+
+def _write_manifest(state: _State) -> None:
+    """Merge the records of all ranks into the manifest. On rank 0, when every record is on the disk."""
+    records = {rank: state.temporary / _record_name(rank) for rank in state.shard_map.writers()}
+    found = {rank: RankRecord.from_json(path.read_bytes()) for rank, path in records.items()}
+    digest = state.shard_map.digest()
+    others = [rank for rank, record in found.items() if record.digest != digest]
+    if others:
+        raise ShardMapInvalid(f"ranks {others} saved another shard map than rank 0. Build it from the same inputs.")
+    manifest = _manifest(state, found)
+    for name in manifest.tensors:
+        manifest.check_cover(name)
+    write_durably(state.temporary / MANIFEST, [manifest.to_json()])
+    for path in records.values():
+        path.unlink()
+
+
+def _manifest(state: _State, records: Mapping[int, RankRecord]) -> Manifest:
+    tensors = {}
+    for name, tensor in state.shard_map.tensors.items():
+        extents = tuple(extent for record in records.values() for extent in record.extents.get(name, ()))
+        tensors[name] = StoredTensor(tensor.dtype, tensor.shape, extents, tensor.permutation, tensor.padding)
+    return Manifest(
+        step=state.step,
+        time_s=time.time(),
+        world_size=state.communicator.size,
+        description=dict(state.description),
+        objects=dict(state.objects),
+        tensors=tensors,
+        files={_data_name(rank): record.file for rank, record in records.items()},
+    )
+
+
+def _roll_back(state: _State) -> int:
+    """Remove the traces of this save; return the bytes that are then free."""
+    try:
+        folder.roll_back(state.directory, state.step)
+    except OSError as error:
+        _log.warning("%s is left for the next save to remove: %s", state.temporary, error)
+    nearest = next(path for path in (state.directory, *state.directory.absolute().parents) if path.exists())
+    status = os.statvfs(nearest)
+    return status.f_bavail * status.f_frsize
+
+
+def _data_name(rank: int) -> str:
+    return f"rank-{rank:05d}.safetensors"
+
+
+def _record_name(rank: int) -> str:
+    return f"rank-{rank:05d}.json"
