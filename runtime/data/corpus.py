@@ -101,7 +101,7 @@ class Corpus:
         try:
             corpus = cls(path, manifest)
         except (ValueError, OSError, EOFError) as error:
-            raise CorpusInvalid(f"corpus {path} cannot be mapped: {error}. Prepare it again.") from error
+            raise CorpusInvalid(f"corpus {path} cannot be mapped: {error}. Remove it and prepare it again.") from error
         corpus._check_index()
         return corpus
 
@@ -162,7 +162,7 @@ class Corpus:
             document = int(lengths.argmin())
             raise CorpusInvalid(
                 f"corpus {self.path}: {INDEX} gives document {document} a length of {lengths[document]}. "
-                f"Prepare it again."
+                f"Remove it and prepare it again."
             )
         return lengths
 
@@ -210,7 +210,7 @@ class Corpus:
             if (found := file_digest(self.path / file)) != record.xxh3_64:
                 raise CorpusInvalid(
                     f"corpus {self.path}: {file} has xxh3-64 {found}, but {record.xxh3_64} was written. "
-                    f"Prepare it again."
+                    f"Remove it and prepare it again."
                 )
         self.lengths  # noqa: B018  checks the index
 
@@ -227,12 +227,12 @@ class Corpus:
         if self._offsets.shape != expected or self._offsets.dtype != np.int64:
             raise CorpusInvalid(
                 f"corpus {self.path}: {INDEX} has shape {self._offsets.shape} of {self._offsets.dtype}, but "
-                f"{self.manifest.documents} documents need {expected} of int64. Prepare it again."
+                f"{self.manifest.documents} documents need {expected} of int64. Remove it and prepare it again."
             )
         if (ends := (int(self._offsets[0]), int(self._offsets[-1]))) != (0, self.manifest.stored_tokens):
             raise CorpusInvalid(
                 f"corpus {self.path}: {INDEX} covers tokens {ends}, but {TOKENS} has {self.manifest.stored_tokens:,}. "
-                f"Prepare it again."
+                f"Remove it and prepare it again."
             )
 
 
@@ -244,11 +244,13 @@ def _read_manifest(path: Path) -> Manifest:
             f"{path} is not a corpus: there is no {MANIFEST} in it. Make one with: evermesh data prepare."
         ) from None
     except ValueError as error:
-        raise CorpusInvalid(f"corpus {path}: {MANIFEST} is not JSON ({error}). Prepare it again.") from error
+        raise CorpusInvalid(
+            f"corpus {path}: {MANIFEST} is not JSON ({error}). Remove it and prepare it again."
+        ) from error
     version = content.get("format_version") if isinstance(content, dict) else None
     if version != FORMAT_VERSION:
         raise CorpusInvalid(
-            f"corpus {path} has format version {version}; this program reads {FORMAT_VERSION}. Prepare it again, or "
+            f"corpus {path} has format version {version}; this program reads {FORMAT_VERSION}. Remove it and prepare it again, or "
             f"use the program that made it."
         )
     try:
@@ -261,24 +263,28 @@ def _read_manifest(path: Path) -> Manifest:
 
 def _check_sizes(path: Path, manifest: Manifest) -> None:
     if missing := _REQUIRED - manifest.files.keys():
-        raise CorpusInvalid(f"corpus {path}: {MANIFEST} lists no {', '.join(sorted(missing))}. Prepare it again.")
+        raise CorpusInvalid(
+            f"corpus {path}: {MANIFEST} lists no {', '.join(sorted(missing))}. Remove it and prepare it again."
+        )
     if unknown := manifest.files.keys() - _REQUIRED - {MASK}:
-        raise CorpusInvalid(f"corpus {path}: {MANIFEST} lists unknown files {sorted(unknown)}. Prepare it again.")
+        raise CorpusInvalid(
+            f"corpus {path}: {MANIFEST} lists unknown files {sorted(unknown)}. Remove it and prepare it again."
+        )
     for file, record in manifest.files.items():
         if not (path / file).is_file():
-            raise CorpusInvalid(f"corpus {path}: {file} is missing. Prepare it again.")
+            raise CorpusInvalid(f"corpus {path}: {file} is missing. Remove it and prepare it again.")
         if (found := (path / file).stat().st_size) != record.num_bytes:
             raise CorpusInvalid(
-                f"corpus {path}: {file} has {found:,} bytes, but {record.num_bytes:,} were written. Prepare it again."
+                f"corpus {path}: {file} has {found:,} bytes, but {record.num_bytes:,} were written. Remove it and prepare it again."
             )
     token_bytes = manifest.stored_tokens * token_dtype(manifest.vocabulary).itemsize
     if manifest.files[TOKENS].num_bytes != token_bytes:
         raise CorpusInvalid(
             f"corpus {path}: {TOKENS} has {manifest.files[TOKENS].num_bytes:,} bytes, but {manifest.stored_tokens:,} "
-            f"tokens of a vocabulary of {manifest.vocabulary:,} take {token_bytes:,}. Prepare it again."
+            f"tokens of a vocabulary of {manifest.vocabulary:,} take {token_bytes:,}. Remove it and prepare it again."
         )
     if MASK in manifest.files and manifest.files[MASK].num_bytes != manifest.stored_tokens:
         raise CorpusInvalid(
             f"corpus {path}: {MASK} has {manifest.files[MASK].num_bytes:,} bytes for {manifest.stored_tokens:,} "
-            f"tokens. Prepare it again."
+            f"tokens. Remove it and prepare it again."
         )

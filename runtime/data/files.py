@@ -142,7 +142,7 @@ def name_full_disk(folder: Path) -> Iterator[None]:
         free = shutil.disk_usage(folder).free
         raise DiskFull(
             f"the disk of {folder} is full ({free / 1e6:,.0f} MB free): {error}. Finished parts are kept and there is "
-            f"no corpus yet. Free space (a preparation needs about twice the size of its corpus) and run it again."
+            f"no corpus yet. Free space (about 2.5 times the size of the corpus) and run it again."
         ) from error
 
 

@@ -43,8 +43,8 @@ def prepare(
     """Make the corpus ``output`` from files and directories; run again after an interruption, it goes on.
 
     Files named ``.jsonl``, ``.jsonl.gz`` and ``.parquet`` hold one document per record, any other file is one document.
-    The result does not depend on interruptions: its bytes are the same. The temporary files take about one and a half
-    times the space of the corpus.
+    The result does not depend on interruptions: its bytes are the same. Until it has ended it takes about 2.5 times
+    the space of the corpus.
 
     Args:
         wait_s: seconds to wait for another process that prepares the same corpus.
@@ -52,7 +52,10 @@ def prepare(
     Raises:
         CorpusExists: ``output`` is there already.
         CorpusBusy: another process prepares it and did not end within ``wait_s``.
-        CorpusEmpty, InputNotFound, DocumentInvalid, ExtraMissing: the inputs, in the order of the message's facts.
+        InputNotFound: an input or the tokenizer does not exist.
+        DocumentInvalid: a file or record has the wrong form.
+        ExtraMissing: a Parquet file, and pyarrow is not installed.
+        CorpusEmpty: nothing is left after skipping binary files, empty documents and invalid records.
         TokenizerInvalid: the tokenizer cannot be read or has no end token.
         DiskFull: finished parts stay for the next run.
     """

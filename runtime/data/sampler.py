@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
 
 from evermesh.parallelism.batch_plan import batch_digest
 from evermesh.runtime.data.config import DataConfig
@@ -89,10 +89,10 @@ class SourceState(BaseModel):
     tokens: int
     share: float
     """Weight over the sum of weights."""
-    epoch: int
-    position: int
+    epoch: NonNegativeInt
+    position: NonNegativeInt
     """Sequences drawn in this epoch."""
-    drawn: int
+    drawn: NonNegativeInt
     """Tokens drawn in all epochs."""
 
 
@@ -174,7 +174,7 @@ class Sampler:
         for number, (mine, theirs) in enumerate(zip(own.sources, saved.sources, strict=True)):
             place = f"source {number} ({theirs.corpus} in the state, {mine.corpus} here): "
             found += _compare(place, mine, theirs, ("tokens", "digest", "share"))
-            if theirs.position > self._streams[number].num_sequences:
+            if theirs.position >= self._streams[number].num_sequences:
                 found.append(f"{place}position {theirs.position} of {self._streams[number].num_sequences} sequences")
         return found
 
