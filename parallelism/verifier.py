@@ -11,6 +11,7 @@ What is proved:
 - the certificate does not promise less than its own lower bound.
 """
 
+import itertools
 from collections import defaultdict, deque
 from collections.abc import Hashable, Iterator, Sequence
 
@@ -24,7 +25,9 @@ _LAYERS = 2
 def verify_plan(plan: BatchPlan, lengths: Sequence[int], *, hdp: int, capacity: int) -> None:
     """Raise ``PlanInvalid`` unless ``plan`` is a right plan of ``lengths`` on ``hdp`` ranks of ``capacity`` tokens."""
     if plan.lengths != tuple(lengths):
-        raise PlanInvalid(f"the plan is for {len(plan.lengths)} sequences of other lengths than the {len(lengths)} given.")
+        raise PlanInvalid(
+            f"the plan is for {len(plan.lengths)} sequences of other lengths than the {len(lengths)} given."
+        )
     if len(plan.ranks) != hdp:
         raise PlanInvalid(f"the plan is for {len(plan.ranks)} ranks, but the layout has {hdp}.")
     holders = _holders(plan)
@@ -62,7 +65,9 @@ def _check_tokens(sequence: int, length: int, pieces: dict[int, Piece]) -> None:
             raise PlanInvalid(f"rank {rank} holds the empty range [{start}, {stop}) of sequence {sequence}.")
         if start != expected:
             fault = "nobody holds" if start > expected else "two ranks hold"
-            raise PlanInvalid(f"{fault} tokens from {min(start, expected)} to {max(start, expected)} of sequence {sequence}.")
+            raise PlanInvalid(
+                f"{fault} tokens from {min(start, expected)} to {max(start, expected)} of sequence {sequence}."
+            )
         expected = stop
     if expected != length:
         raise PlanInvalid(f"sequence {sequence} has {length} tokens, but the plan holds {expected} of them.")
@@ -71,14 +76,20 @@ def _check_tokens(sequence: int, length: int, pieces: dict[int, Piece]) -> None:
 def _check_ring(sequence: int, length: int, pieces: dict[int, Piece]) -> None:
     rings = {piece.ring for piece in pieces.values()}
     if len(rings) != 1:
-        raise PlanInvalid(f"the ranks {sorted(pieces)} disagree about the ring of sequence {sequence}: {sorted(rings)}.")
+        raise PlanInvalid(
+            f"the ranks {sorted(pieces)} disagree about the ring of sequence {sequence}: {sorted(rings)}."
+        )
     ring = rings.pop()
     if len(set(ring)) != len(ring) or set(ring) != set(pieces):
         raise PlanInvalid(f"sequence {sequence} names the ring {ring}, but ranks {sorted(pieces)} hold its pieces.")
     tokens = [piece.num_tokens for piece in pieces.values()]
-    pairs = [sum(_pairs_before(stop) - _pairs_before(start) for start, stop in piece.ranges) for piece in pieces.values()]
+    pairs = [
+        sum(_pairs_before(stop) - _pairs_before(start) for start, stop in piece.ranges) for piece in pieces.values()
+    ]
     if max(tokens) - min(tokens) > 2 or max(pairs) - min(pairs) > length:
-        raise PlanInvalid(f"the ring of sequence {sequence} is unbalanced: tokens {tokens}, (query, key) pairs {pairs}.")
+        raise PlanInvalid(
+            f"the ring of sequence {sequence} is unbalanced: tokens {tokens}, (query, key) pairs {pairs}."
+        )
 
 
 def _pairs_before(position: int) -> int:
@@ -107,7 +118,9 @@ def _check_lock_steps(plan: BatchPlan) -> None:
     longest = max((len(steps) for steps in lists.values()), default=0)
     for rank, steps in lists.items():
         if longest and steps != list(range(longest)):
-            raise PlanInvalid(f"rank {rank} joins the lock-step collectives {steps}; all ranks join 0 to {longest - 1}.")
+            raise PlanInvalid(
+                f"rank {rank} joins the lock-step collectives {steps}; all ranks join 0 to {longest - 1}."
+            )
 
 
 def _check_order(plan: BatchPlan) -> None:
@@ -116,7 +129,7 @@ def _check_order(plan: BatchPlan) -> None:
     waiting_for: dict[Hashable, int] = defaultdict(int)
     for micro_batches in plan.ranks:
         chain = list(_exchanges(micro_batches))
-        for earlier, later in zip(chain, chain[1:], strict=False):
+        for earlier, later in itertools.pairwise(chain):
             followers[earlier].append(later)
             waiting_for[later] += 1
         if chain:

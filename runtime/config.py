@@ -1,9 +1,17 @@
 """The configuration of one training process group, composed from every room's own; imports no torch."""
 
-from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
 from evermesh.parallelism.cost import CostModel, ModelShape
 from evermesh.parallelism.layout import Layout
@@ -114,5 +122,3 @@ class TrainConfig(_Frozen):
     """Seconds after which a collective without answer fails."""
     max_skipped_steps: PositiveInt = 10
     """Consecutive steps with a non-finite loss or gradient after which the run ends with an error."""
-
-

@@ -1,9 +1,9 @@
 """The errors of this room.
 
-    EvermeshError
-    ├── UnsupportedLayout     (NotImplementedError)  a degree of parallelism that this version cannot run
-    ├── TrainingDiverged      (ArithmeticError)      too many steps in a row with values that are not finite
-    └── OtherRun              (ValueError)           a checkpoint of another model, tokenizer or data order
+EvermeshError
+├── UnsupportedLayout     (NotImplementedError)  a degree of parallelism that this version cannot run
+├── TrainingDiverged      (ArithmeticError)      too many steps in a row with values that are not finite
+└── OtherRun              (ValueError)           a checkpoint of another model, tokenizer or data order
 """
 
 from evermesh.parallelism.errors import EvermeshError

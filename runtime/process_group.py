@@ -2,6 +2,7 @@
 
 import os
 from datetime import timedelta
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -44,13 +45,25 @@ def local_device(device: CpuDevice | CudaDevice) -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
-def communicators(timeout_s: float) -> tuple[Communicator, Communicator]:
-    """The group for training traffic and a gloo group for plans and bookkeeping.
+class Groups(NamedTuple):
+    """The same ranks, three times, so that traffic of different threads and devices never mixes."""
 
-    Collective when a default group exists; otherwise both stand for this process alone. The second group is used by
-    one background thread, so its messages never mix with those of the training step.
-    """
+    training: Communicator
+    """Gradients, parameters and rings, on the device's own backend."""
+    control: Communicator
+    """Batch plans; used by one background thread only."""
+    host: Communicator
+    """Tensors in host memory, for checkpoints; used by the training thread."""
+
+
+def communicators(timeout_s: float) -> Groups:
+    """The groups of a training process. Collective when a default group exists; otherwise each is this process alone."""
     if not dist.is_initialized():
-        return Communicator(name="hdp"), Communicator(name="control")
-    control = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
-    return Communicator(dist.group.WORLD, name="hdp"), Communicator(control, name="control")
+        return Groups(Communicator(name="hdp"), Communicator(name="control"), Communicator(name="host"))
+    timeout = timedelta(seconds=timeout_s)
+    control, host = (dist.new_group(backend="gloo", timeout=timeout) for _ in range(2))
+    return Groups(
+        Communicator(dist.group.WORLD, name="hdp"),
+        Communicator(control, name="control"),
+        Communicator(host, name="host"),
+    )

@@ -29,7 +29,15 @@ class AttentionKernel(Protocol):
         ...
 
     def backward(
-        self, grad_THD: Tensor, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, out_THD: Tensor, lse_HT: Tensor, *, causal: bool
+        self,
+        grad_THD: Tensor,
+        q_THD: Tensor,
+        k_TKD: Tensor,
+        v_TKD: Tensor,
+        out_THD: Tensor,
+        lse_HT: Tensor,
+        *,
+        causal: bool,
     ) -> Gradients:
         """Gradients of q, k and v of one block, given the output and log-sum-exp of the whole softmax."""
         ...
@@ -79,7 +87,15 @@ class _PerDocument:
         raise NotImplementedError
 
     def backward(
-        self, grad_THD: Tensor, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, out_THD: Tensor, lse_HT: Tensor, *, causal: bool
+        self,
+        grad_THD: Tensor,
+        q_THD: Tensor,
+        k_TKD: Tensor,
+        v_TKD: Tensor,
+        out_THD: Tensor,
+        lse_HT: Tensor,
+        *,
+        causal: bool,
     ) -> Gradients:
         raise NotImplementedError
 
@@ -103,10 +119,10 @@ class _PerDocument:
         lse_HT: Tensor,
         lengths: Sequence[int],
     ) -> Gradients:
-        by_token = (x.split(list(lengths)) for x in (grad_THD, q_THD, k_TKD, v_TKD, out_THD))
+        by_document = [x.split(list(lengths)) for x in (grad_THD, q_THD, k_TKD, v_TKD, out_THD)]
         parts = [
-            self.backward(*tensors, lse, causal=True)
-            for *tensors, lse in zip(*by_token, lse_HT.split(list(lengths), dim=1), strict=True)
+            self.backward(grad, q, k, v, out, lse, causal=True)
+            for grad, q, k, v, out, lse in zip(*by_document, lse_HT.split(list(lengths), dim=1), strict=True)
         ]
         dq, dk, dv = (torch.cat(gradients) for gradients in zip(*parts, strict=True))
         return dq, dk, dv
@@ -129,7 +145,15 @@ class CpuFlash(_PerDocument):
         return _tokens_first(out), lse.squeeze(0)
 
     def backward(
-        self, grad_THD: Tensor, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, out_THD: Tensor, lse_HT: Tensor, *, causal: bool
+        self,
+        grad_THD: Tensor,
+        q_THD: Tensor,
+        k_TKD: Tensor,
+        v_TKD: Tensor,
+        out_THD: Tensor,
+        lse_HT: Tensor,
+        *,
+        causal: bool,
     ) -> Gradients:
         grad, q, k, v, out = (_heads_first(x) for x in (grad_THD, q_THD, k_TKD, v_TKD, out_THD))
         gradients = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
@@ -147,7 +171,15 @@ class CudaFlash:
         return self._forward(q_THD, k_TKD, v_TKD, [queries], [keys], causal)
 
     def backward(
-        self, grad_THD: Tensor, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, out_THD: Tensor, lse_HT: Tensor, *, causal: bool
+        self,
+        grad_THD: Tensor,
+        q_THD: Tensor,
+        k_TKD: Tensor,
+        v_TKD: Tensor,
+        out_THD: Tensor,
+        lse_HT: Tensor,
+        *,
+        causal: bool,
     ) -> Gradients:
         queries, keys = [q_THD.shape[0]], [k_TKD.shape[0]]
         return self._backward(grad_THD, q_THD, k_TKD, v_TKD, out_THD, lse_HT, queries, keys, causal)
@@ -227,7 +259,15 @@ class CudaEfficient(_PerDocument):
         return _tokens_first(out), lse.squeeze(0)[:, : q_THD.shape[0]]  # the kernel pads the log-sum-exp to 32
 
     def backward(
-        self, grad_THD: Tensor, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, out_THD: Tensor, lse_HT: Tensor, *, causal: bool
+        self,
+        grad_THD: Tensor,
+        q_THD: Tensor,
+        k_TKD: Tensor,
+        v_TKD: Tensor,
+        out_THD: Tensor,
+        lse_HT: Tensor,
+        *,
+        causal: bool,
     ) -> Gradients:
         q, k, v = self._expand(q_THD, k_TKD, v_TKD)
         padding = -lse_HT.shape[1] % 32

@@ -12,7 +12,8 @@ Source: Liu et al., Ring Attention with Blockwise Transformers (arXiv 2310.01889
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
     import torch.distributed as dist
 
 
-class Ring(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Ring:
     """One sequence and the ranks that share it; every member builds the same one."""
 
     members: tuple[int, ...]
@@ -85,7 +87,8 @@ class _RingAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = ring_backward(grads[0], *ctx.saved_tensors, ctx.ring, ctx.kernel, ctx.communicator)
+        q, k, v, out, lse = ctx.saved_tensors
+        gradients = ring_backward(grads[0], q, k, v, out, lse, ctx.ring, ctx.kernel, ctx.communicator)
         return *gradients, None, None, None
 
 

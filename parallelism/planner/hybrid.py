@@ -164,9 +164,7 @@ def _place_whole(
     return by_rank
 
 
-def _pack(
-    rank: int, sequences: Sequence[int], lengths: Sequence[int], layout: Layout, cost: CostModel
-) -> list[_Pack]:
+def _pack(rank: int, sequences: Sequence[int], lengths: Sequence[int], layout: Layout, cost: CostModel) -> list[_Pack]:
     """Best-fit decreasing: each sequence into the fullest micro-batch that still holds it."""
     packs: list[list[int]] = []
     room: list[int] = []

@@ -107,7 +107,9 @@ class Decoder(nn.Module):
                 continue
             residual = name.endswith(("attention.output.weight", "feed_forward.down.weight"))
             scale = std / (2 * self.config.layers) ** 0.5 if residual else std
-            values = torch.empty(parameter.shape, dtype=torch.float64).normal_(0.0, scale, generator=_stream(seed, name))
+            values = torch.empty(parameter.shape, dtype=torch.float64).normal_(
+                0.0, scale, generator=_stream(seed, name)
+            )
             with torch.no_grad():
                 parameter.copy_(values)
 

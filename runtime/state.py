@@ -1,0 +1,97 @@
+"""Everything of a run that must survive a restart, and how it goes into a checkpoint and comes back."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from evermesh import checkpoint
+from evermesh.checkpoint.directory import read_manifest
+from evermesh.checkpoint.registry import Replicated, StateRegistry
+from evermesh.parallelism.collectives import Communicator
+from evermesh.runtime.errors import OtherRun
+from evermesh.runtime.optimizer import ShardedAdamW
+
+
+@dataclass
+class Progress:
+    """Where a run stands; the same on every rank and independent of their number."""
+
+    step: int = 0
+    """Batches trained."""
+    updates: int = 0
+    """Batches whose update the guard let pass."""
+    skipped_in_a_row: int = 0
+    sampler: dict[str, Any] = field(default_factory=dict)
+    """State of the sampler after the last trained batch."""
+
+
+class TrainingState:
+    """The optimizer's shards and the progress of one rank, as a checkpoint sees them.
+
+    Args:
+        optimizer: holder of the parameters and moments.
+        progress: counters and the data cursor; restored in place.
+        identity: what a checkpoint must agree with to be continued, such as the model's sizes; JSON values.
+        communicator: the training ranks, on a backend that takes host tensors.
+    """
+
+    def __init__(
+        self, optimizer: ShardedAdamW, progress: Progress, identity: dict[str, Any], communicator: Communicator
+    ) -> None:
+        self.optimizer, self.progress, self.identity, self.communicator = optimizer, progress, identity, communicator
+        self.registry = StateRegistry()
+        held = optimizer.owned_state()
+        for name, shards in optimizer.shard_map().tensors.items():
+            self.registry.register_tensor(name, shards, held.get(name))
+        for name in ("step", "updates", "skipped_in_a_row", "sampler"):
+            self.registry.register(name, Replicated(), *_attribute(progress, name))
+
+    def save(self, directory: Path, keep: int) -> Path:
+        """Write a checkpoint of the current step below ``directory``; returns its path. Collective.
+
+        Raises:
+            CheckpointNotSaved: on every rank, if any of them failed; earlier checkpoints are untouched.
+        """
+        return checkpoint.save(
+            directory,
+            self.progress.step,
+            self.registry.shard_map,
+            self.registry.tensors,
+            self.registry.objects(self.communicator),
+            communicator=self.communicator,
+            keep=keep,
+            description=self.identity,
+        )
+
+    def restore(self, path: Path) -> checkpoint.LoadResult:
+        """Take over the state saved at ``path`` by any number of ranks. Collective.
+
+        Raises:
+            OtherRun: the checkpoint's identity differs; names what and how. Nothing was read.
+            CheckpointNotFound, CheckpointMismatch, CheckpointCorrupt: see ``evermesh.checkpoint.load``.
+        """
+        self._check_identity(path)
+        shard_map = self.registry.shard_map
+        wanted = checkpoint.wanted_regions(shard_map, self.communicator.rank, self.registry.tensors)
+        loaded = checkpoint.load(path, wanted, shard_map=shard_map)
+        self.registry.restore(loaded.objects, self.communicator.rank, self.communicator.size)
+        self.optimizer.restore(self.progress.updates)
+        self.optimizer.gather()
+        return loaded
+
+    def _check_identity(self, path: Path) -> None:
+        saved = read_manifest(path).description
+        differences = [
+            f"{key} was {saved.get(key)!r} and is now {self.identity.get(key)!r}"
+            for key in sorted(saved.keys() | self.identity.keys())
+            if saved.get(key) != self.identity.get(key)
+        ]
+        if differences:
+            raise OtherRun(
+                f"{path} is a checkpoint of another run: {'; '.join(differences)}. "
+                "Resume with the configuration it was made with, or launch a new run."
+            )
+
+
+def _attribute(owner: object, name: str) -> tuple[Any, Any]:
+    return (lambda: getattr(owner, name)), (lambda value: setattr(owner, name, value))

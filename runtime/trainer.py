@@ -1,0 +1,268 @@
+"""The training loop of one process: plan, run micro-batches, synchronise, guard, update, save."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from evermesh import checkpoint
+from evermesh.checkpoint.errors import CheckpointNotFound
+from evermesh.fault.events import EventLog
+from evermesh.parallelism.collectives import ByteLedger
+from evermesh.parallelism.planner import HybridPlanner, Planner
+from evermesh.runtime import process_group
+from evermesh.runtime.config import TrainConfig
+from evermesh.runtime.cost import nominal_cost
+from evermesh.runtime.data import Sampler, open_sources
+from evermesh.runtime.errors import UnsupportedLayout
+from evermesh.runtime.feed import BatchFeed, PlannedBatch
+from evermesh.runtime.guard import StepGuard
+from evermesh.runtime.micro_batch import MicroBatchRunner
+from evermesh.runtime.model.decoder import Decoder
+from evermesh.runtime.optimizer import FlatParameters, ShardedAdamW, learning_rate
+from evermesh.runtime.state import Progress, TrainingState
+from evermesh.runtime.telemetry import PlanSummary, StepReport
+
+TRAFFIC = ("ring forward", "ring backward", "ring gradients", "gradients", "parameters")
+"""Call sites whose bytes a step reports."""
+Reason = Literal["finished", "stop_at", "asked"]
+
+
+@dataclass(frozen=True, slots=True)
+class FitResult:
+    """Where and why training ended."""
+
+    step: int
+    reason: Reason
+    checkpoint: Path | None
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutcome:
+    """One step as all ranks agree on it."""
+
+    loss: float
+    grad_norm: float
+    committed: bool
+    stop_asked: bool
+
+
+class Trainer:
+    """Trains a decoder on as many workers as the process group has; without a group, in this process alone.
+
+    Every worker makes one with the same configuration and calls ``fit``. The layout's ``hdp`` must equal the number of
+    workers.
+
+    Args:
+        config: what to train.
+        directory: where telemetry, events and checkpoints go; None writes nothing.
+        resume: continue from the newest checkpoint of ``directory``.
+        report: called on rank 0 after every step.
+        stop: polled on rank 0 once per step; when it returns true, all ranks save and end after that step.
+        planner: what plans the batches; by default ``HybridPlanner``.
+
+    Raises:
+        UnsupportedLayout, LayoutDoesNotFit: the layout cannot run on these workers.
+        OtherRun: the checkpoint to resume from is of another model, tokenizer or data order.
+        CheckpointNotFound: there is nothing to resume from.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        *,
+        directory: Path | None = None,
+        resume: bool = False,
+        report: Callable[[StepReport], None] | None = None,
+        stop: Callable[[], bool] | None = None,
+        planner: Planner | None = None,
+    ) -> None:
+        self.config, self.directory, self.report, self.stop = config, directory, report, stop
+        self.groups = process_group.communicators(config.timeout_s)
+        self.communicator = self.groups.training
+        _check_layout(config, self.communicator.size)
+        self.device = process_group.local_device(config.device)
+        if config.device.kind == "cpu":
+            torch.set_num_threads(config.device.threads)
+
+        self.corpora = open_sources(config.data)
+        self.sampler = Sampler(self.corpora, config.data, config.seed)
+        vocabulary = self.corpora[0].vocabulary
+        model = Decoder(config.model, vocabulary)
+        model.initialize(config.seed)
+        self.model = model.to(self.device, getattr(torch, config.dtype))
+        self.flat = FlatParameters(self.model, self.communicator.size)
+        self.optimizer = ShardedAdamW(self.flat, config.optimizer, self.communicator)
+        self.runner = MicroBatchRunner(self.model, self.communicator)
+        cost = config.cost or nominal_cost(config, config.model.shape(vocabulary))
+        self.planner = planner or HybridPlanner(config.layout, cost)
+
+        self.ledger = ByteLedger()
+        self.events = EventLog(directory / "events.jsonl") if directory and self.communicator.rank == 0 else None
+        self.progress = Progress(sampler=self.sampler.state_dict())
+        self.state = TrainingState(self.optimizer, self.progress, self._identity(), self.groups.host)
+        if resume:
+            self._resume()
+        self.guard = StepGuard(config.max_skipped_steps, self.progress)
+
+    def fit(self) -> FitResult:
+        """Train to ``stop_at``, to the end of the run, or until asked to stop; then save. Collective."""
+        last = min(self.config.steps, self.config.stop_at or self.config.steps)
+        reason: Reason = "finished" if last == self.config.steps else "stop_at"
+        self._log("started", f"step {self.progress.step} of {self.config.steps}, {self.communicator.size} workers")
+        if self.progress.step >= last:
+            return self._end(reason, self._newest_checkpoint())
+        feed = BatchFeed(self.sampler, self.corpora, self.planner, self.config.layout, self.groups.control)
+        try:
+            with self.communicator.listen(self.ledger):
+                return self._train(feed, last, reason)
+        finally:
+            feed.close()
+
+    def _train(self, feed: BatchFeed, last: int, reason: Reason) -> FitResult:
+        every = self.config.checkpoint.every
+        clock = _Clock()
+        while True:
+            batch = feed.next(last=self.progress.step + 1 == last)
+            outcome = self.train_step(batch)
+            self._report(batch, outcome, clock, last)
+            step, ends = self.progress.step, outcome.stop_asked or self.progress.step == last
+            saved = self.save() if ends or (every and step % every == 0) else None
+            if ends:
+                return self._end("asked" if step < last else reason, saved)
+
+    def train_step(self, batch: PlannedBatch) -> StepOutcome:
+        """Run one optimizer step. Collective; all ranks agree on the outcome."""
+        self.progress.step += 1
+        self.communicator.step, self.communicator.phase = self.progress.step, "train"
+        self.flat.gradients.zero_()
+        local_loss = self.runner.accumulate(batch.micro_batches, batch.plan.lengths, batch.num_counted)
+        loss, grad_norm, stop_asked = self._synchronize(local_loss)
+        committed = self.guard.commit(self.progress.step, loss, grad_norm)
+        if committed:
+            self.progress.updates += 1
+            self.optimizer.step(self._learning_rate(), self._clip(grad_norm))
+        self.progress.sampler = batch.sampler_state
+        return StepOutcome(loss, grad_norm, committed, stop_asked)
+
+    def save(self) -> Path | None:
+        """Write a checkpoint of this step; returns its directory, None when the trainer writes nothing. Collective."""
+        if self.directory is None:
+            return None
+        started = time.monotonic()
+        self.communicator.phase = "checkpoint"
+        path = self.state.save(self.directory / "checkpoints", self.config.checkpoint.keep)
+        self._log("checkpoint", f"{path.name} in {time.monotonic() - started:.2f} s", path=str(path))
+        return path
+
+    def _synchronize(self, local_loss: Tensor) -> tuple[float, float, bool]:
+        """Sum gradients, loss and stop requests over all ranks: (loss, gradient norm, stop asked). Collective."""
+        self.communicator.all_reduce(self.flat.gradients, "gradients")
+        owned = self.flat.gradients[self.flat.owned(self.communicator.rank)]
+        asked = self.communicator.rank == 0 and self.stop is not None and self.stop()
+        scalars = torch.stack([local_loss, owned.to(torch.float64).square().sum(), local_loss.new_tensor(float(asked))])
+        self.communicator.all_reduce(scalars, "scalars")
+        loss, square, ranks_asking = scalars.tolist()
+        return loss, square**0.5, ranks_asking > 0
+
+    def _learning_rate(self) -> float:
+        return learning_rate(self.config.optimizer, self.progress.updates, self.config.steps)
+
+    def _clip(self, grad_norm: float) -> float:
+        limit = self.config.optimizer.clip_norm
+        return 1.0 if limit is None or grad_norm <= limit else limit / grad_norm
+
+    def _report(self, batch: PlannedBatch, outcome: StepOutcome, clock: "_Clock", last: int) -> None:
+        taken = self.ledger.take()
+        num_bytes = torch.tensor([taken.get(site, 0) for site in TRAFFIC], device=self.device)
+        self.communicator.all_reduce(num_bytes, "bookkeeping")
+        step_s, smoothed_s = clock.tick()
+        if self.communicator.rank != 0:
+            return
+        report = StepReport(
+            step=self.progress.step,
+            steps=self.config.steps,
+            loss=outcome.loss,
+            grad_norm=outcome.grad_norm,
+            lr=self._learning_rate(),
+            committed=outcome.committed,
+            num_tokens=batch.plan.num_tokens,
+            num_sequences=len(batch.plan.lengths),
+            num_split=sum(sequence.is_split for sequence in batch.batch.sequences),
+            workers=self.communicator.size,
+            step_s=step_s,
+            time_left_s=smoothed_s * (last - self.progress.step),
+            plan=PlanSummary.of(batch.plan),
+            bytes_by_site=dict(zip(TRAFFIC, num_bytes.tolist(), strict=True)),
+            batch=batch.batch.digest,
+        )
+        if not outcome.committed:
+            self._log("skipped", f"loss {outcome.loss}, gradient norm {outcome.grad_norm}: no update")
+        if self.directory is not None:
+            with (self.directory / "telemetry.jsonl").open("a") as telemetry:
+                telemetry.write(report.to_json() + "\n")
+        if self.report is not None:
+            self.report(report)
+
+    def _identity(self) -> dict[str, Any]:
+        return {
+            "model": self.config.model.model_dump(mode="json"),
+            "vocabulary": self.corpora[0].vocabulary,
+            "tokenizer": self.corpora[0].tokenizer_digest,
+            "dtype": self.config.dtype,
+            "seed": self.config.seed,
+        }
+
+    def _resume(self) -> None:
+        path = self._newest_checkpoint()
+        if path is None:
+            raise CheckpointNotFound(
+                (self.directory or Path()) / "checkpoints", "no complete checkpoint to resume from; launch the run anew"
+            )
+        loaded = self.state.restore(path)
+        self.sampler.load_state_dict(self.progress.sampler)
+        self._log("resumed", f"from {path.name}, saved by {loaded.world_size}, on {self.communicator.size} workers")
+
+    def _newest_checkpoint(self) -> Path | None:
+        return checkpoint.latest(self.directory / "checkpoints") if self.directory else None
+
+    def _end(self, reason: Reason, saved: Path | None) -> FitResult:
+        self._log("finished" if reason == "finished" else "stopped", f"after step {self.progress.step} ({reason})")
+        return FitResult(self.progress.step, reason, saved)
+
+    def _log(self, kind: str, text: str, **fields: Any) -> None:
+        if self.events is not None:
+            self.events.write(kind, text, step=self.progress.step, **fields)
+
+
+class _Clock:
+    """Seconds of each step, and a smoothed value to estimate the time left."""
+
+    def __init__(self) -> None:
+        self._last = time.monotonic()
+        self._smoothed: float | None = None
+
+    def tick(self) -> tuple[float, float]:
+        """Seconds since the last tick, and their moving average."""
+        now = time.monotonic()
+        elapsed, self._last = now - self._last, now
+        self._smoothed = elapsed if self._smoothed is None else 0.8 * self._smoothed + 0.2 * elapsed
+        return elapsed, self._smoothed
+
+
+def _check_layout(config: TrainConfig, workers: int) -> None:
+    layout = config.layout
+    degrees = {"pp": layout.pp, "tp": layout.tp, "ep": layout.ep, "etp": layout.etp}
+    unsupported = [f"layout.{axis} {degree}" for axis, degree in degrees.items() if degree > 1]
+    if layout.offload > 0:
+        unsupported.append(f"layout.offload {layout.offload}")
+    if unsupported:
+        raise UnsupportedLayout(
+            f"{', '.join(unsupported)}: this version runs hybrid data and context parallelism only. "
+            f"Leave them out and set layout.hdp to {workers}, the number of workers."
+        )
+    layout.check_world(workers)
