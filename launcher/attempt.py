@@ -8,6 +8,7 @@ from typing import Literal
 
 from rich.console import Console
 
+from evermesh.fault.events import EventLog
 from evermesh.launcher.config import JobConfig
 from evermesh.launcher.interrupts import Interrupts
 from evermesh.launcher.progress import Progress
@@ -33,10 +34,11 @@ class AttemptResult:
     """0, or 128 + the signal that asked for the end."""
 
 
-def run_attempt(run: Run, *, resume: bool, console: Console) -> AttemptResult:
+def run_attempt(run: Run, config: JobConfig, *, resume: bool, console: Console) -> AttemptResult:
     """Train ``run`` on workers of this machine until it ends, is stopped, or fails; keep its state on disk.
 
-    Call it from the main thread: it handles Ctrl-C and SIGTERM. No worker is left when it returns or raises.
+    ``config`` becomes the configuration of the run. Call it from the main thread: it handles Ctrl-C and SIGTERM.
+    No worker is left when it returns or raises.
 
     Raises:
         RunAlive: another launcher trains this run.
@@ -44,20 +46,14 @@ def run_attempt(run: Run, *, resume: bool, console: Console) -> AttemptResult:
         KeyboardInterrupt: stopped at once, at the second signal.
     """
     with run.locked(), Interrupts() as interrupts:
-        config = run.config()
         state = _begin(run, config)
         try:
             result = _train(run, config, resume, interrupts, console)
         except KeyboardInterrupt:
             _end(run, state, "stopped", "stopped at once by a second signal; steps after the last checkpoint are lost")
             raise
-        except BaseException as error:
-            _end(
-                run,
-                state,
-                "failed",
-                str(error) if isinstance(error, EvermeshError) else f"{type(error).__name__}: {error}",
-            )
+        except Exception as error:
+            _fail(run, state, error)
             raise
         _end(run, state, "finished" if result.reason == "finished" else "stopped", None)
         return result
@@ -65,13 +61,30 @@ def run_attempt(run: Run, *, resume: bool, console: Console) -> AttemptResult:
 
 def _begin(run: Run, config: JobConfig) -> RunState:
     attempt = run.state().attempt + 1
+    run.write_config(config)
+    _drop_unfinished_line(run.telemetry)
     state = RunState(state="running", pid=os.getpid(), workers=config.workers, attempt=attempt, started=now())
     run.write_state(state)
     return state
 
 
+def _drop_unfinished_line(path: Path) -> None:
+    """Cut off what a killed writer left, so that the next line does not continue it."""
+    content = path.read_bytes() if path.is_file() else b""
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):
+        os.truncate(path, whole)
+
+
 def _end(run: Run, state: RunState, ended: Literal["finished", "stopped", "failed"], error: str | None) -> None:
     run.write_state(state.model_copy(update={"state": ended, "ended": now(), "error": error}))
+
+
+def _fail(run: Run, state: RunState, error: Exception) -> None:
+    text = str(error) if isinstance(error, EvermeshError) else f"{type(error).__name__}: {error}"
+    _end(run, state, "failed", text)
+    with EventLog(run.events) as events:
+        events.write("failed", text, attempt=state.attempt)
 
 
 def _train(run: Run, config: JobConfig, resume: bool, interrupts: Interrupts, console: Console) -> AttemptResult:

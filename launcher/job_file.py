@@ -37,7 +37,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[Key, str]]:
     """The values of a file and, for every key, ``FILE:LINE``."""
     root = _compose(path)
     if not isinstance(root, yaml.MappingNode):
-        found = "is empty" if root is None else f"holds a {root.id}, not a mapping of keys"
+        found = "is empty" if root is None else "holds no mapping of keys"
         raise _whole_file(path, f"{found}. A job needs at least train.data.sources; see deploy/jobs/quickstart.yaml.")
     repeated = [
         Problem(f"{path}:{line}", key, f"{key} is given twice; remove one.") for key, line in _repeated(root, ())

@@ -1,0 +1,67 @@
+"""The command line, ``evermesh``: what it can do, and how it ends.
+
+Exit codes: 0 done (or stopped at ``stop_at``), 1 failed, 2 a wrong request, 128 + signal after Ctrl-C or SIGTERM.
+"""
+
+import sys
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from evermesh.launcher.commands import checkpoint, data, demo, jobs, plan
+from evermesh.parallelism.errors import EvermeshError
+
+app = typer.Typer(
+    name="evermesh",
+    help="Launch, resume and monitor distributed training of large language models, with a parallel plan per batch.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    epilog="[bold]Start here[/]\n\n  evermesh demo\n\n  evermesh launch deploy/jobs/quickstart.yaml\n\n"
+    "  evermesh resume --workers 3\n\n  evermesh runs",
+)
+app.command("launch", epilog=jobs.LAUNCH_EXAMPLES)(jobs.launch)
+app.command("resume", epilog=jobs.RESUME_EXAMPLES)(jobs.resume)
+app.command("runs", epilog=jobs.RUNS_EXAMPLES)(jobs.list_runs)
+app.command("plan", epilog=plan.EXAMPLES)(plan.plan)
+app.add_typer(checkpoint.app)
+app.add_typer(data.app)
+app.command("demo", epilog=demo.EXAMPLES)(demo.demo)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from evermesh import __version__
+
+        print(f"evermesh {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Run the command line and end the process."""
+    try:
+        app()
+    except EvermeshError as error:
+        _show(error)
+        sys.exit(getattr(error, "exit_code", 2))
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _show(error: EvermeshError) -> None:
+    """Print an expected error without our traceback; that of a worker comes first, it is where a bug shows."""
+    console = Console(stderr=True)
+    if traceback := getattr(error, "traceback", None):
+        console.print(traceback, style="dim", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)

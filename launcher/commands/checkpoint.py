@@ -1,0 +1,110 @@
+"""``evermesh checkpoint ls``, ``show`` and ``verify``."""
+
+import json
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from evermesh.launcher.commands.jobs import Runs
+
+Place = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="[RUN or PATH]",
+        help="A run, its directory, or a checkpoint; default: the latest run.",
+        show_default=False,
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="JSON instead of text.")]
+
+app = typer.Typer(
+    name="checkpoint",
+    help="List, show and verify checkpoints, without loading them.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    epilog="[bold]Examples[/]\n\n  evermesh checkpoint ls\n\n  evermesh checkpoint verify runs/quickstart",
+)
+
+
+@app.command(epilog="[bold]Example[/]\n\n  evermesh checkpoint ls quickstart")
+def ls(place: Place = None, runs: Runs = Path("runs"), as_json: AsJson = False) -> None:
+    """List the complete checkpoints of a run."""
+    from evermesh import checkpoint
+
+    directory = _directory(place, runs)
+    found = checkpoint.checkpoints(directory)
+    if as_json:
+        rows = [{"path": str(i.path), "step": i.step, "bytes": i.num_bytes, "latest": i.is_latest} for i in found]
+        print(json.dumps(rows, indent=1))
+        return
+    if not found:
+        print(f"no complete checkpoint in {directory}")
+        return
+    table = Table("step", "saved", "by ranks", "size", "tensors", "path", box=None, header_style="bold", pad_edge=False)
+    for info in found:
+        saved = f"{datetime.fromtimestamp(info.time_s):%Y-%m-%d %H:%M:%S}"
+        name = f"{info.path}{'  (latest)' if info.is_latest else ''}"
+        size = f"{info.num_bytes / 1e6:,.1f} MB"
+        table.add_row(str(info.step), saved, str(info.world_size), size, str(info.num_tensors), name)
+    Console().print(table)
+
+
+@app.command(epilog="[bold]Example[/]\n\n  evermesh checkpoint show runs/quickstart/checkpoints/step-00000018")
+def show(place: Place = None, runs: Runs = Path("runs"), as_json: AsJson = False) -> None:
+    """Show what is in a checkpoint; of a run the newest one."""
+    from evermesh import checkpoint
+
+    path = _checkpoint(place, runs)
+    found = checkpoint.describe(path)
+    if as_json:
+        print(json.dumps(found, indent=1))
+        return
+    console = Console()
+    console.print(f"[bold]{path}[/]", highlight=False)
+    for key in ("step", "world_size", "num_bytes", "description", "objects", "files"):
+        console.print(f"  {key}: {found[key]}", highlight=False, markup=False)
+    table = Table("tensor", "dtype", "shape", "bytes", "extents", box=None, header_style="bold", pad_edge=False)
+    tensors = found["tensors"]
+    assert isinstance(tensors, list), "describe() gives a list of tensors"
+    for tensor in tensors:
+        assert isinstance(tensor, dict), "describe() gives a mapping per tensor"
+        table.add_row(*(str(tensor[key]) for key in ("name", "dtype", "shape", "num_bytes", "num_extents")))
+    console.print(table)
+
+
+@app.command(epilog="[bold]Example[/]\n\n  evermesh checkpoint verify quickstart")
+def verify(place: Place = None, runs: Runs = Path("runs"), as_json: AsJson = False) -> None:
+    """Read a checkpoint (of a run the newest one) and check every byte; exit code 1 if something is wrong."""
+    from evermesh import checkpoint
+
+    report = checkpoint.verify(_checkpoint(place, runs))
+    if as_json:
+        problems = [{"kind": p.kind, "file": p.file, "text": p.text} for p in report.problems]
+        print(json.dumps({"path": str(report.path), "ok": report.ok, "bytes": report.bytes_read, "problems": problems}))
+    else:
+        for problem in report.problems:
+            print(f"{problem.kind}: {problem.file}: {problem.text}")
+        verdict = "whole" if report.ok else f"damaged, {len(report.problems)} problems"
+        print(f"{report.path}: {verdict}; {report.num_files} files, {report.bytes_read:,} bytes read")
+    raise typer.Exit(0 if report.ok else 1)
+
+
+def _directory(place: str | None, runs: Path) -> Path:
+    """The folder of checkpoints that ``place`` means: of a run, or itself."""
+    from evermesh.launcher.run_directory import Run
+
+    if place is not None and Path(place).is_dir() and not (Path(place) / "state.json").is_file():
+        return Path(place)
+    return Run.find(place, runs).checkpoints
+
+
+def _checkpoint(place: str | None, runs: Path) -> Path:
+    """The checkpoint that ``place`` means: itself, or the newest of a run or a folder."""
+    from evermesh import checkpoint
+
+    directory = _directory(place, runs)
+    return checkpoint.latest(directory) or directory

@@ -1,0 +1,128 @@
+"""``evermesh launch``, ``resume`` and ``runs``."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from evermesh.launcher.run_directory import Run
+
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a value of the job, such as train.steps=20. Repeatable."),
+]
+Runs = Annotated[Path, typer.Option("--runs", metavar="DIR", help="Folder that holds the runs.")]
+
+LAUNCH_EXAMPLES = """[bold]Examples[/]
+
+  evermesh launch deploy/jobs/quickstart.yaml
+
+  evermesh launch job.yaml --name wide --set train.model.hidden=256 --set workers=2
+
+Ctrl-C finishes the step, saves a checkpoint and ends; twice ends at once."""
+
+RESUME_EXAMPLES = """[bold]Examples[/]
+
+  evermesh resume                                  [dim]the run that was started last[/]
+
+  evermesh resume quickstart --workers 3           [dim]on another number of workers[/]
+
+  evermesh resume runs/quickstart --set train.steps=200"""
+
+RUNS_EXAMPLES = """[bold]Examples[/]
+
+  evermesh runs
+
+  evermesh runs --runs /data/runs --json"""
+
+
+def launch(
+    job: Annotated[Path, typer.Argument(metavar="JOB.yaml", help="The job file.", show_default=False)],
+    overrides: Set = None,
+    name: Annotated[str | None, typer.Option("--name", help="Name of the run; default: the job's.")] = None,
+) -> None:
+    """Train a job on workers of this machine until it ends or reaches its [bold]stop_at[/]."""
+    from evermesh.launcher.job_file import load_job
+    from evermesh.launcher.operations import launch_job
+
+    named = [f"name={json.dumps(name)}"] if name is not None else []
+    trained = launch_job(load_job(job, [*(overrides or ()), *named]), Console())
+    raise typer.Exit(trained.result.exit_code)
+
+
+def resume(
+    run: Annotated[str | None, typer.Argument(help="Name or directory of a run; default: the latest.")] = None,
+    workers: Annotated[
+        int | None, typer.Option("--workers", min=1, help="Train on this many workers from now.")
+    ] = None,
+    overrides: Set = None,
+    runs: Runs = Path("runs"),
+) -> None:
+    """Train a run on from its newest checkpoint, on the same or another number of workers."""
+    from evermesh.launcher.operations import resume_job
+    from evermesh.launcher.run_directory import Run
+
+    trained = resume_job(Run.find(run, runs), Console(), workers=workers, overrides=overrides or ())
+    raise typer.Exit(trained.result.exit_code)
+
+
+def list_runs(
+    runs: Runs = Path("runs"),
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON list instead of a table.")] = False,
+) -> None:
+    """List the runs and what became of them."""
+    from evermesh.launcher.run_directory import Run
+
+    rows = [_row(run) for run in Run.all(runs)]
+    if as_json:
+        print(json.dumps(rows, indent=1))
+    elif not rows:
+        print(f"no runs in {runs}. Start one with: evermesh launch JOB.yaml")
+    else:
+        Console().print(_table(rows))
+
+
+def _row(run: "Run") -> dict[str, Any]:
+    from evermesh.launcher.summary import last_report
+    from evermesh.parallelism.errors import EvermeshError
+
+    try:
+        state, status, steps = run.state(), run.status(), run.config().train.steps
+    except EvermeshError as error:  # one damaged run must not hide the others
+        return {"name": run.name, "state": "damaged", "directory": str(run.directory), "error": str(error)}
+    report = last_report(run.telemetry)
+    return {
+        "name": run.name,
+        "state": status,
+        "step": report.step if report else 0,
+        "steps": steps,
+        "loss": report.loss if report else None,
+        "workers": state.workers,
+        "attempt": state.attempt,
+        "directory": str(run.directory),
+        "error": state.error,
+    }
+
+
+def _table(rows: list[dict[str, Any]]) -> Table:
+    colours = {
+        "running": "cyan",
+        "finished": "green",
+        "stopped": "yellow",
+        "failed": "red",
+        "died": "red",
+        "damaged": "red",
+    }
+    table = Table(
+        "name", "state", "step", "loss", "workers", "directory", box=None, header_style="bold", pad_edge=False
+    )
+    for row in rows:
+        loss = f"{row['loss']:.4f}" if row.get("loss") is not None else ""
+        step = f"{row['step']}/{row['steps']}" if "step" in row else ""
+        state = f"[{colours.get(row['state'], 'default')}]{row['state']}[/]"
+        table.add_row(row["name"], state, step, loss, str(row.get("workers", "")), row["directory"])
+    return table

@@ -1,0 +1,155 @@
+"""A batch plan as a picture: when every rank runs which micro-batch, as PNG and as text."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.text import Text
+
+from evermesh.parallelism.batch_plan import BatchPlan
+from evermesh.parallelism.simulator import Span, Timeline
+
+_COLOURS = ("#9fb8d6", "#4f86c6", "#3aa17e", "#e0a030", "#d9713c", "#b8405e", "#7b4b94", "#3f3f74")
+_STYLES = (
+    "black on bright_blue",
+    "black on cyan",
+    "black on green",
+    "black on yellow",
+    "black on magenta",
+    "white on red",
+)
+_MAX_LABELLED_RANKS = 32
+
+
+def certificate_line(plan: BatchPlan) -> str:
+    """How good the plan is, next to what no plan can beat."""
+    certificate = plan.certificate
+    return (
+        f"makespan {seconds(certificate.makespan_s)}, bound {seconds(certificate.lower_bound_s)} "
+        f"({certificate.binding}), ratio {certificate.ratio:.3f}, fill {plan.fill:.0%}"
+    )
+
+
+def headline(plan: BatchPlan) -> str:
+    """What is in the batch and how it was cut."""
+    rings = ", ".join(
+        f"{count} on {'1 rank' if size == 1 else f'{size} ranks'}" for size, count in plan.ring_sizes().items()
+    )
+    counts = [len(micro_batches) for micro_batches in plan.ranks]
+    return (
+        f"{len(plan.lengths):,} sequences, {plan.num_tokens:,} tokens, longest {max(plan.lengths):,}; "
+        f"{len(plan.ranks)} ranks of {plan.capacity:,} tokens. Sequences: {rings}. "
+        f"Micro-batches per rank: {min(counts)} to {max(counts)}."
+    )
+
+
+def seconds(value: float) -> str:
+    """A time with the unit that suits it."""
+    for unit, factor in (("s", 1.0), ("ms", 1e3), ("us", 1e6)):
+        if value * factor >= 1:
+            return f"{value * factor:.3g} {unit}"
+    return f"{value * 1e9:.3g} ns"
+
+
+def plan_text(plan: BatchPlan, timeline: Timeline, *, width: int = 100) -> Text:
+    """One row per rank; a block is a micro-batch: ``ring size:tokens``, coloured by ring size."""
+    label_width, total_width = len(f"rank {len(plan.ranks) - 1}"), len(f"{plan.num_tokens:,}")
+    room = max(20, width - label_width - total_width - 4)
+    scale = room / timeline.makespan_s if timeline.makespan_s else 0.0
+    text = Text(no_wrap=True)
+    for rank, spans in enumerate(_by_rank(plan, timeline)):
+        row = Text(f"{f'rank {rank}':<{label_width}} ")
+        for span in spans:
+            start, stop = round(span.start_s * scale), round(span.stop_s * scale)
+            row.append(" " * (start + label_width + 1 - len(row)))
+            row.append(_block(span, stop - start), _style(span.ring_size))
+        tokens = sum(span.num_tokens for span in spans)
+        row.append(" " * (room + label_width + 1 - len(row)) + f" {tokens:>{total_width},}\n")
+        text.append_text(row)
+    return text.append_text(_key(plan))
+
+
+def _block(span: Span, width: int) -> str:
+    """``[2:1,024──]`` as far as it fits; a narrow block is the ring size alone."""
+    for inner in (f"{span.ring_size}:{span.num_tokens:,}", f"{span.ring_size}:{span.num_tokens}", f"{span.ring_size}"):
+        if len(inner) + 2 <= width:
+            return f"[{inner.ljust(width - 2, '─')}]"
+    return (f"{span.ring_size}" if span.ring_size < 10 else "+").ljust(width, "]")[:width]
+
+
+def _key(plan: BatchPlan) -> Text:
+    key = Text("[ring size:tokens of the micro-batch]  ", style="dim")
+    for size in plan.ring_sizes():
+        key.append(f" {size} ", _style(size)).append(
+            " one rank  " if size == 1 else f" ring of {size}  ", style="default"
+        )
+    return key.append("right: tokens of the rank", style="dim")
+
+
+def _style(ring_size: int) -> str:
+    return _STYLES[min(ring_size, len(_STYLES)) - 1]
+
+
+def plan_png(plan: BatchPlan, timeline: Timeline, path: Path, *, title: str) -> None:
+    """Write the timeline as a picture: one row per rank, micro-batches coloured by ring size, the bound as a line."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 1.9 + min(10.0, 0.42 * len(plan.ranks))), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes: Any = figure.add_subplot()
+    factor, unit = (1.0, "s") if timeline.makespan_s >= 1 else (1e3, "ms")
+    for spans in _by_rank(plan, timeline):
+        for span in spans:
+            _draw_span(axes, span, factor)
+    bound = plan.certificate.lower_bound_s * factor
+    axes.axvline(bound, color="#c0392b", linestyle="--", linewidth=1.3, label="lower bound")
+    _dress(axes, plan, unit, max(timeline.makespan_s * factor, bound))
+    figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
+    axes.set_title(certificate_line(plan), loc="left", fontsize=9.5, color="#444444")
+    figure.draw_without_rendering()
+    _drop_wide_labels(axes)
+    figure.savefig(path)
+
+
+def _by_rank(plan: BatchPlan, timeline: Timeline) -> list[list[Span]]:
+    rows: list[list[Span]] = [[] for _ in plan.ranks]
+    for span in timeline.spans:
+        rows[span.rank].append(span)
+    return rows
+
+
+def _draw_span(axes: Any, span: Span, factor: float) -> None:
+    start, width = span.start_s * factor, (span.stop_s - span.start_s) * factor
+    colour = _COLOURS[min(span.ring_size, len(_COLOURS)) - 1]
+    axes.barh(span.rank, width, left=start, height=0.78, color=colour, edgecolor="white", linewidth=1.0)
+    axes.text(
+        start + width / 2, span.rank, f"{span.num_tokens:,}", ha="center", va="center", fontsize=8, gid=str(width)
+    )
+
+
+def _drop_wide_labels(axes: Any) -> None:
+    """Remove the labels that are wider than their block."""
+    origin = axes.transData.transform((0, 0))[0]
+    for label in list(axes.texts):
+        room = axes.transData.transform((float(label.get_gid()), 0))[0] - origin
+        if label.get_window_extent().width > room - 4:
+            label.remove()
+
+
+def _dress(axes: Any, plan: BatchPlan, unit: str, end: float) -> None:
+    from matplotlib.patches import Patch
+
+    patches: Sequence[Any] = [
+        Patch(color=_COLOURS[min(size, len(_COLOURS)) - 1], label="one rank" if size == 1 else f"ring of {size}")
+        for size in plan.ring_sizes()
+    ]
+    handles = [*patches, *axes.get_legend_handles_labels()[0]]
+    axes.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=9)
+    axes.set_xlim(0, end * 1.005)
+    axes.set_ylim(len(plan.ranks) - 0.5, -0.5)
+    if len(plan.ranks) <= _MAX_LABELLED_RANKS:
+        axes.set_yticks(range(len(plan.ranks)), [f"rank {rank}" for rank in range(len(plan.ranks))])
+    axes.set_xlabel(f"predicted time, {unit} (numbers: tokens of the micro-batch)")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(axis="y", length=0)
