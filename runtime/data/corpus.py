@@ -250,8 +250,8 @@ def _read_manifest(path: Path) -> Manifest:
     version = content.get("format_version") if isinstance(content, dict) else None
     if version != FORMAT_VERSION:
         raise CorpusInvalid(
-            f"corpus {path} has format version {version}; this program reads {FORMAT_VERSION}. Remove it and prepare it again, or "
-            f"use the program that made it."
+            f"corpus {path} has format version {version}; this program reads {FORMAT_VERSION}. Remove it and "
+            f"prepare it again, or use the program that made it."
         )
     try:
         return Manifest.model_validate(content)
@@ -275,7 +275,8 @@ def _check_sizes(path: Path, manifest: Manifest) -> None:
             raise CorpusInvalid(f"corpus {path}: {file} is missing. Remove it and prepare it again.")
         if (found := (path / file).stat().st_size) != record.num_bytes:
             raise CorpusInvalid(
-                f"corpus {path}: {file} has {found:,} bytes, but {record.num_bytes:,} were written. Remove it and prepare it again."
+                f"corpus {path}: {file} has {found:,} bytes, but {record.num_bytes:,} were written. "
+                f"Remove it and prepare it again."
             )
     token_bytes = manifest.stored_tokens * token_dtype(manifest.vocabulary).itemsize
     if manifest.files[TOKENS].num_bytes != token_bytes:
