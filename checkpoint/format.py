@@ -149,7 +149,8 @@ class Manifest:
 
     def to_json(self) -> bytes:
         """The manifest as JSON. Its first field is the xxh3-64 of the object without that field."""
-        body = _manifest_adapter().dump_json(self)
+        # not dump_json: it would write null for the infinities and NaN that objects may hold
+        body = json.dumps(_manifest_adapter().dump_python(self, mode="json"), separators=(",", ":")).encode()
         return _SEAL + xxhash.xxh3_64_hexdigest(body).encode() + b'",' + body[1:]
 
     @classmethod

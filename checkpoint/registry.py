@@ -145,7 +145,7 @@ class StateRegistry:
         Raises:
             RegistryMismatch: entries are missing, unknown, have another rule, or refuse the change of world size.
         """
-        saved = {name: _saved_adapter().validate_python(value) for name, value in objects.items()}
+        saved = {name: _parse(name, value) for name, value in objects.items()}
         problems = self._problems(saved, world_size)
         if problems:
             raise RegistryMismatch(
@@ -188,6 +188,16 @@ class _Saved:
 
     rule: Rule
     value: JsonValue
+
+
+def _parse(name: str, value: JsonValue) -> _Saved:
+    try:
+        saved: _Saved = _saved_adapter().validate_python(value)
+    except ValidationError as error:
+        raise RegistryMismatch(f"{name} was not saved by a registry. Register it and save again.") from error
+    if isinstance(saved.rule, PerRank) and not (isinstance(saved.value, list) and saved.value):
+        raise RegistryMismatch(f"{name} was saved per rank, but without a value of each rank. Save again.")
+    return saved
 
 
 def _restore_per_rank(entry: _Object, values: JsonValue, rank: int, world_size: int) -> None:
