@@ -16,7 +16,7 @@ from evermesh.launcher.errors import ResumeRefused, RunAlive
 from evermesh.launcher.job_file import load_job
 from evermesh.launcher.run_directory import Run
 from evermesh.launcher.summary import summary_table
-from evermesh.parallelism.errors import EvermeshError
+from evermesh.parallelism.errors import EvermeshError, LayoutDoesNotFit
 from evermesh.runtime.data.corpus import Corpus
 from evermesh.runtime.telemetry import read_telemetry
 
@@ -60,7 +60,12 @@ def resume_job(run: Run, console: Console, *, workers: int | None = None, overri
 
 
 def open_data(config: JobConfig, console: Console) -> list[Corpus]:
-    """The corpora of a job, prepared now if they are not there yet, so that no worker waits for another to do it."""
+    """The corpora of a job, prepared now if they are not there yet, so that no worker waits for another to do it.
+
+    Raises:
+        LayoutDoesNotFit: all workers together cannot hold the longest sequence.
+        EvermeshError: of the data.
+    """
     from evermesh.runtime.data import open_sources
 
     columns = (TextColumn("preparing data"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -72,7 +77,20 @@ def open_data(config: JobConfig, console: Console) -> list[Corpus]:
             task = progress.add_task(name, total=total) if task is None else task
             progress.update(task, completed=done, total=total)
 
-        return open_sources(config.train.data, progress=show)
+        corpora = open_sources(config.train.data, progress=show)
+    _check_longest(config, corpora)
+    return corpora
+
+
+def _check_longest(config: JobConfig, corpora: Sequence[Corpus]) -> None:
+    layout, context = config.train.layout, config.train.data.context
+    longest = min(context, max(int(corpus.lengths.max()) for corpus in corpora))
+    if longest > layout.hdp * layout.capacity:
+        raise LayoutDoesNotFit(
+            f"the data has sequences of {longest:,} tokens, but {layout.hdp} HDP ranks with a capacity of "
+            f"{layout.capacity:,} tokens hold {layout.hdp * layout.capacity:,}. Set train.layout.capacity to at least "
+            f"{-(-longest // layout.hdp):,}, use at least {-(-longest // layout.capacity)} workers, or lower data.context."
+        )
 
 
 def resumed_config(run: Run, workers: int | None, overrides: Sequence[str]) -> JobConfig:
@@ -135,7 +153,9 @@ def _check_work_left(run: Run, config: JobConfig) -> None:
 
 def _train(run: Run, config: JobConfig, vocabulary: int, console: Console, *, resume: bool) -> Trained:
     verb = "resuming" if resume else "training"
-    console.print(f"{verb} [bold]{run.name}[/] on {config.workers} workers in {run.directory}", highlight=False)
+    console.print(
+        f"{verb} [bold]{run.name}[/] on {config.workers} workers in {run.directory}", highlight=False, soft_wrap=True
+    )
     try:
         result = run_attempt(run, config, resume=resume, console=console)
     except EvermeshError:
@@ -143,7 +163,7 @@ def _train(run: Run, config: JobConfig, vocabulary: int, console: Console, *, re
         raise
     draw_loss(run, vocabulary)
     console.print(summary_table(run, vocabulary=vocabulary))
-    console.print(_closing_line(run, result), highlight=False)
+    console.print(_closing_line(run, result), highlight=False, soft_wrap=True)
     return Trained(run, result)
 
 

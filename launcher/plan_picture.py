@@ -78,12 +78,12 @@ def _block(span: Span, width: int) -> str:
 
 
 def _key(plan: BatchPlan) -> Text:
-    key = Text("[ring size:tokens of the micro-batch]  ", style="dim")
+    key = Text("[ring size:tokens]  ", style="dim")
     for size in plan.ring_sizes():
         key.append(f" {size} ", _style(size)).append(
             " one rank  " if size == 1 else f" ring of {size}  ", style="default"
         )
-    return key.append("right: tokens of the rank", style="dim")
+    return key.append("right: all tokens", style="dim")
 
 
 def _style(ring_size: int) -> str:
@@ -106,7 +106,7 @@ def plan_png(plan: BatchPlan, timeline: Timeline, path: Path, *, title: str) -> 
     axes.axvline(bound, color="#c0392b", linestyle="--", linewidth=1.3, label="lower bound")
     _dress(axes, plan, unit, max(timeline.makespan_s * factor, bound))
     figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
-    axes.set_title(certificate_line(plan), loc="left", fontsize=9.5, color="#444444")
+    axes.set_title(f"{headline(plan)}\n{certificate_line(plan)}", loc="left", fontsize=9, color="#444444")
     figure.draw_without_rendering()
     _drop_wide_labels(axes)
     figure.savefig(path)

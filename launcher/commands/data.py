@@ -13,7 +13,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     from evermesh.runtime.data import Corpus, CorpusStats
 
-_BAR_WIDTH = 32
+_BAR_WIDTH = 24
 
 app = typer.Typer(
     name="data",
@@ -97,9 +97,9 @@ def print_stats(corpus: "Corpus", context: int, console: Console) -> None:
     from evermesh.runtime.data import corpus_stats
 
     found = corpus_stats(corpus, context)
-    console.print(f"[bold]{found.name}[/] in {corpus.path}", highlight=False)
+    console.print(f"[bold]{found.name}[/] in {corpus.path}", highlight=False, soft_wrap=True)
     for line in _lines(found):
-        console.print(f"  {line}", highlight=False, markup=False)
+        console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
     console.print(_histogram(found))
 
 
@@ -120,7 +120,7 @@ def _lines(found: "CorpusStats") -> list[str]:
 
 
 def _histogram(found: "CorpusStats") -> Table:
-    table = Table("tokens", "documents", "share of tokens", "", box=None, header_style="bold", padding=(0, 2))
+    table = Table("tokens", "documents", "share of tokens", "", box=None, header_style="bold", pad_edge=False)
     for column in table.columns[:3]:
         column.justify = "right"
     most = max(length.tokens for length in found.histogram)

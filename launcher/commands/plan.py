@@ -47,11 +47,11 @@ def plan(
         print(planned.plan.to_json().decode())
         return
     console = Console()
-    console.print(headline(planned.plan), highlight=False)
-    console.print(plan_text(planned.plan, planned.timeline, width=console.width))
-    console.print(certificate_line(planned.plan), highlight=False)
+    console.print(headline(planned.plan), highlight=False, soft_wrap=True)
+    console.print(plan_text(planned.plan, planned.timeline, width=console.width), soft_wrap=True)
+    console.print(certificate_line(planned.plan), highlight=False, soft_wrap=True)
     if png:
-        console.print(f"picture: {png}", highlight=False)
+        console.print(f"picture: {png}", highlight=False, soft_wrap=True)
 
 
 def _job(path: Path, workers: int | None, capacity: int | None) -> "JobConfig":

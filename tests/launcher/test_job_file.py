@@ -1,0 +1,171 @@
+"""Job files: every error names key, line and way out; overrides; the layout; the round trip."""
+
+from pathlib import Path
+
+import pytest
+
+from evermesh.launcher import load_job, write_job
+from evermesh.launcher.demo import quickstart
+from evermesh.launcher.errors import JobFileInvalid
+
+GOOD = """\
+workers: 4
+train:
+  steps: 30
+  data:
+    sources:
+      - kind: stdlib
+        vocabulary: 2048
+  layout:
+    capacity: 512
+"""
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "job.yaml"
+    path.write_text(text)
+    return path
+
+
+def errors(path: Path, *overrides: str) -> list[str]:
+    """What is said about a file, one problem per line."""
+    with pytest.raises(JobFileInvalid) as caught:
+        load_job(path, overrides)
+    assert len(str(caught.value).splitlines()) == len(caught.value.problems)
+    return str(caught.value).splitlines()
+
+
+def test_a_layout_that_is_not_given_uses_all_workers(tmp_path: Path) -> None:
+    job = load_job(write(tmp_path, GOOD))
+    assert job.workers == job.train.layout.hdp == 4
+    assert job.train.layout.capacity == 512
+
+
+def test_a_layout_that_does_not_fit_names_its_line_and_both_numbers(tmp_path: Path) -> None:
+    path = write(tmp_path, GOOD + "    hdp: 3\n")
+    [text] = errors(path)
+    assert text.startswith(f"{path}:10: pp 1 x hdp 3 x tp 1 = 3 ranks, but 4 were started. Set layout.hdp to 4")
+
+
+def test_workers_that_the_fixed_degrees_do_not_divide_name_the_line_of_workers(tmp_path: Path) -> None:
+    path = write(tmp_path, GOOD + "    pp: 3\n")
+    [text] = errors(path)
+    assert text.startswith(f"{path}:1: pp 3 x tp 1 = 3 ranks per model replica do not divide 4 workers. Start 3 or 6")
+
+
+def test_an_unknown_key_suggests_the_closest_one(tmp_path: Path) -> None:
+    path = write(tmp_path, GOOD.replace("  steps: 30", "  stpes: 30"))
+    assert errors(path) == [f"{path}:3: train.stpes is not a key. Did you mean train.steps?"]
+
+
+def test_a_key_on_the_wrong_level_suggests_the_right_one(tmp_path: Path) -> None:
+    path = write(tmp_path, GOOD + "capacity: 4\n")
+    assert errors(path) == [f"{path}:10: capacity is not a key. Did you mean train.layout.capacity?"]
+
+
+def test_an_unknown_key_without_a_close_one_lists_the_known_ones(tmp_path: Path) -> None:
+    path = write(tmp_path, GOOD + "zzz: 4\n")
+    assert errors(path) == [f"{path}:10: zzz is not a key. Keys of a job: name, runs, workers, train."]
+
+
+def test_every_problem_is_reported_in_the_order_of_the_file(tmp_path: Path) -> None:
+    path = write(tmp_path, GOOD.replace("30", "-1").replace("2048", "12").replace("512", "much"))
+    assert errors(path) == [
+        f"{path}:3: train.steps is -1; it should be greater than 0.",
+        f"{path}:7: train.data.sources.0.vocabulary is 12; it should be greater than or equal to 300.",
+        f"{path}:9: train.layout.capacity is 'much'; it should be a valid integer, unable to parse string as an integer.",
+    ]
+
+
+def test_a_rule_between_values_names_the_line_of_their_section(tmp_path: Path) -> None:
+    path = write(tmp_path, GOOD + "  model:\n    hidden: 100\n    heads: 3\n")
+    assert errors(path) == [f"{path}:10: train.model: hidden 100 is not a multiple of heads 3."]
+
+
+@pytest.mark.parametrize(
+    ("source", "text"),
+    [
+        ("kind: stlib", "train.data.sources.0.kind is 'stlib'; it is one of 'corpus', 'stdlib'."),
+        ("weight: 1", "train.data.sources.0.kind is missing; it is one of corpus, stdlib."),
+    ],
+)
+def test_a_wrong_kind_lists_the_kinds(tmp_path: Path, source: str, text: str) -> None:
+    path = write(tmp_path, f"train:\n  data:\n    sources:\n      - {source}\n")
+    assert errors(path) == [f"{path}:4: {text}"]
+
+
+def test_a_missing_key_is_named_with_the_line_around_it(tmp_path: Path) -> None:
+    path = write(tmp_path, "train:\n  steps: 3\n")
+    [text] = errors(path)
+    assert text.startswith(f"{path}:1: train.data is missing; add it.")
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        ("", "is empty. A job needs at least train.data.sources; see deploy/jobs/quickstart.yaml."),
+        (
+            "- 1\n",
+            "holds no mapping of keys. A job needs at least train.data.sources; see deploy/jobs/quickstart.yaml.",
+        ),
+    ],
+)
+def test_a_file_without_keys_says_what_a_job_needs(tmp_path: Path, content: str, text: str) -> None:
+    path = write(tmp_path, content)
+    assert errors(path) == [f"{path}: {text}"]
+
+
+def test_a_file_that_is_not_yaml_names_the_line(tmp_path: Path) -> None:
+    path = write(tmp_path, "train:\n  steps: [1\n  data: 3\n")
+    [text] = errors(path)
+    assert text.startswith(f"{path}:3: not YAML: ")
+
+
+def test_a_key_given_twice_names_the_second_line(tmp_path: Path) -> None:
+    path = write(tmp_path, GOOD + "workers: 2\n")
+    assert errors(path) == [f"{path}:10: workers is given twice; remove one."]
+
+
+def test_a_missing_file_says_where_it_was_looked_for(tmp_path: Path) -> None:
+    [text] = errors(tmp_path / "nothing.yaml")
+    assert "no such file" in text
+    assert str(Path.cwd()) in text
+
+
+def test_overrides_are_yaml_values_and_later_ones_win(tmp_path: Path) -> None:
+    path = write(tmp_path, GOOD)
+    overrides = ["train.steps=7", "train.steps=8", "train.data.sources.0.vocabulary=512", "train.checkpoint={every: 3}"]
+    job = load_job(path, [*overrides, "train.optimizer.clip_norm=null", "train.optimizer.lr=1e-4", "workers=2"])
+    assert (job.train.steps, job.train.checkpoint.every, job.train.layout.hdp) == (8, 3, 2)
+    assert job.train.data.sources[0].model_dump()["vocabulary"] == 512
+    assert (job.train.optimizer.clip_norm, job.train.optimizer.lr) == (None, 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("override", "text"),
+    [
+        ("train.steps=0", "train.steps is 0; it should be greater than 0."),
+        ("train.steps", "is not KEY=VALUE; write for example --set train.steps=20."),
+        ("train.steps.x=1", "train.steps is 30, which has no keys below it."),
+        ("train.data.sources.4.kind=stdlib", "train.data.sources is a list; its indices are 0 to 0."),
+        ("train.model={hiden: 4}", "train.model.hiden is not a key. Did you mean train.model.hidden?"),
+        (
+            "train.layout.hdp=3",
+            "pp 1 x hdp 3 x tp 1 = 3 ranks, but 4 were started. Set layout.hdp to 4, or start 3 ranks.",
+        ),
+    ],
+)
+def test_an_error_in_an_override_names_the_override(tmp_path: Path, override: str, text: str) -> None:
+    assert errors(write(tmp_path, GOOD), override) == [f"--set {override}: {text}"]
+
+
+def test_a_written_job_is_read_back_equal(tmp_path: Path) -> None:
+    job = load_job(quickstart(), ["train.optimizer.eps=1e-12", "train.checkpoint.every=null", "train.stop_at=null"])
+    write_job(job, tmp_path / "copy.yaml")
+    assert load_job(tmp_path / "copy.yaml") == job
+
+
+def test_the_quickstart_job_is_valid() -> None:
+    job = load_job(quickstart())
+    assert job.train.layout.hdp == job.workers == 4
+    assert job.train.data.context == 8192
