@@ -169,6 +169,9 @@ class Runs:
         return Runs((self.source + head - start)[kept], (self.destination + head)[kept], length[kept])
 
 
+_EMPTY = Runs(*(np.empty(0, np.int64),) * 3)
+
+
 def intersect(source: Region, source_form: StoredForm, destination: Region, destination_form: StoredForm) -> Runs:
     """The elements of one logical tensor that two regions share, as the fewest runs that are contiguous in both.
 
@@ -176,7 +179,7 @@ def intersect(source: Region, source_form: StoredForm, destination: Region, dest
     """
     assert source_form.shape == destination_form.shape, "two forms of the same logical tensor"
     if source_form == destination_form and _are_apart(source, destination):
-        return Runs(*(np.empty(0, np.int64),) * 3)
+        return _EMPTY
     return _coalesce(_join(logical_runs(source, source_form), logical_runs(destination, destination_form)))
 
 
@@ -204,11 +207,12 @@ def stored_runs(region: Region, form: StoredForm) -> Runs:
 @functools.lru_cache(maxsize=256)
 def _stored_to_logical(form: StoredForm) -> Runs:
     """The stored form without its padding: source is the stored position, ascending, destination the logical one."""
-    found = [_piece_runs(form, stored, logical) for stored, logical in _pieces(form)]
-    source = np.concatenate([runs.source for runs in found])
+    found = [_EMPTY, *(_piece_runs(form, stored, logical) for stored, logical in _pieces(form))]
+    source, destination, length = (
+        np.concatenate([getattr(runs, name) for runs in found]) for name in ("source", "destination", "length")
+    )
     order = np.argsort(source)
-    destination = np.concatenate([runs.destination for runs in found])[order]
-    return Runs(source[order], destination, np.concatenate([runs.length for runs in found])[order])
+    return Runs(source[order], destination[order], length[order])
 
 
 def _piece_runs(form: StoredForm, stored: Box, logical: Box) -> Runs:

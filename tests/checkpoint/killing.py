@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -44,30 +45,41 @@ class Calls:
         return counted
 
 
-def calls_of_a_save(directory: Path, step: int, state: int) -> list[str]:
-    """Save in a process of its own and return its calls in order."""
+def die_at_every_call(base: Path, step: int, state: int) -> list[tuple[str, Path]]:
+    """Save in copies of ``base``, each time dying one call later; the calls, and the directories they left."""
     receiver, sender = multiprocessing.Pipe(duplex=False)
-    _run(_save, directory, step, state, None, sender)
-    names: list[str] = receiver.recv()
-    return names
-
-
-def save_and_die(directory: Path, step: int, state: int, kill: Kill) -> None:
-    """Save in a process that dies on the way."""
-    assert _run(_save, directory, step, state, kill, None) == -signal.SIGKILL
-
-
-def _run(function: Callable[..., None], *arguments: Any) -> int | None:
-    process = multiprocessing.get_context("forkserver").Process(target=function, args=arguments)
+    process = multiprocessing.get_context("forkserver").Process(
+        target=_fork_for_every_call, args=(base, step, state, sender)
+    )
     process.start()
+    sender.close()
+    found: list[tuple[str, Path]] = receiver.recv()
     process.join()
-    return process.exitcode
+    return found
 
 
-def _save(directory: Path, step: int, state: int, kill: Kill | None, sender: Any) -> None:
-    calls = Calls(kill)
-    calls.install()
+def _fork_for_every_call(base: Path, step: int, state: int, sender: Any) -> None:
+    """In a process of one thread, so that forking it is safe and cheap."""
+    directory, counted = _copy(base, "counted"), Calls(None)
+    counted.install()
     save_step(directory, step, keep=1, state=state)
-    names = list(calls.names)
-    if sender is not None:
-        sender.send(names)
+    names = list(counted.names)
+    sender.send([(name, _die(base, call, name, step, state)) for call, name in enumerate(names)])
+
+
+def _die(base: Path, call: int, name: str, step: int, state: int) -> Path:
+    directory = _copy(base, f"killed-{call}")
+    process = os.fork()
+    if process == 0:
+        try:
+            Calls(Kill(call, half=name == "write")).install()
+            save_step(directory, step, keep=1, state=state)
+        finally:
+            os._exit(0)  # not reached when killed in time
+    _, status = os.waitpid(process, 0)
+    assert os.WTERMSIG(status) == signal.SIGKILL, f"call {call}, {name}, was not reached"
+    return directory
+
+
+def _copy(base: Path, name: str) -> Path:
+    return Path(shutil.copytree(base, base.parent / name))

@@ -1,9 +1,11 @@
 """A training state for tests: a function of the step, cut up for any number of ranks."""
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+from pydantic import JsonValue
 
 from evermesh.checkpoint import (
     Box,
@@ -93,7 +95,7 @@ def save_step(
     """Save the state of ``step`` (or of another step, ``state``) on the ranks of ``communicator``."""
     tap = communicator or Communicator()
     held = held_by(tap.rank, tap.size, logical_state(step if state is None else state))
-    objects = {"cursor": {"samples": step * 8}, "best": float("inf"), "rng": [2**70, 1]}
+    objects: dict[str, JsonValue] = {"cursor": {"samples": step * 8}, "best": float("inf"), "rng": [2**70, 1]}
     return save(
         directory,
         step,
@@ -122,8 +124,8 @@ def load_and_compare(path: Path, step: int, world_size: int) -> list[LoadResult]
 
 def _cuts(size: int, parts: int) -> list[tuple[int, int]]:
     ends = [size * part // parts for part in range(parts + 1)]
-    return list(zip(ends[:-1], ends[1:], strict=True))
+    return list(itertools.pairwise(ends))
 
 
-def _one_each(regions: list[Box] | list[Interval]) -> tuple[Shard, ...]:
+def _one_each(regions: Sequence[Region]) -> tuple[Shard, ...]:
     return tuple(Shard(region, (rank,)) for rank, region in enumerate(regions))

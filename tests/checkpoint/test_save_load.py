@@ -111,7 +111,7 @@ def test_every_dtype_survives_and_other_readers_open_it(dtype: str, tmp_path: Pa
 
 def test_safetensors_opens_the_files_of_all_ranks(saved_on_4: Path) -> None:
     state = logical_state(10)
-    found = {}
+    found: dict[str, torch.Tensor] = {}
     for path in sorted(saved_on_4.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
             found |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  not a dict

@@ -1,5 +1,6 @@
 """Regions, their intersection, coverage and the division of writing, each against brute force."""
 
+import itertools
 import json
 import math
 import subprocess
@@ -51,7 +52,7 @@ def permutations(draw: Draw, shape: tuple[int, ...]) -> Permutation:
     dim = draw(st.integers(0, len(shape) - 1))
     cuts = sorted({0, shape[dim], *draw(st.lists(st.integers(0, shape[dim]), max_size=3))})
     pieces, stored = [], 0
-    for start, stop in draw(st.permutations(list(zip(cuts[:-1], cuts[1:], strict=True)))):
+    for start, stop in draw(st.permutations(list(itertools.pairwise(cuts)))):
         pieces.append((start, stored, stop - start))
         stored += stop - start
     return Permutation(dim, tuple(pieces))
