@@ -15,6 +15,12 @@ def plain_attention(q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> Tensor:
     return torch.einsum("hqk,khd->qhd", scores_HQK.masked_fill(future, float("-inf")).softmax(-1), v_THD)
 
 
+def gradient(tensor: Tensor) -> Tensor:
+    """The gradient that a backward pass left."""
+    assert tensor.grad is not None
+    return tensor.grad
+
+
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     """Norm of the difference over the norm of what is expected."""
     return ((actual - expected).norm() / expected.norm().clamp_min(1e-300)).item()

@@ -7,7 +7,7 @@ from torch import Tensor
 from evermesh.parallelism import ByteLedger, Communicator, ring_attention
 from evermesh.parallelism.pieces import share_of
 from tests.cluster import run_ranks
-from tests.oracle import plain_attention, relative_error
+from tests.oracle import gradient, plain_attention, relative_error
 
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 8
 
@@ -33,7 +33,7 @@ def _ring_member(rank: int, world_size: int, length: int, members: tuple[int, ..
     leaves = [tensor.requires_grad_() for tensor in (q, k, v)]
     out = ring_attention(*leaves, length=length, members=members, communicator=Communicator(dist.group.WORLD))
     out.backward(grad)
-    return [torch.tensor(rows, dtype=torch.int64), out.detach(), *(leaf.grad for leaf in leaves)]
+    return [torch.tensor(rows, dtype=torch.int64), out.detach(), *map(gradient, leaves)]
 
 
 def _errors(length: int, members: tuple[int, ...], world_size: int, dtype: torch.dtype) -> list[float]:
@@ -42,7 +42,7 @@ def _errors(length: int, members: tuple[int, ...], world_size: int, dtype: torch
     leaves = [tensor.requires_grad_() for tensor in (q, k, v)]
     expected_out = plain_attention(*leaves)
     expected_out.backward(grad)
-    expected = [expected_out.detach(), *(leaf.grad for leaf in leaves)]
+    expected = [expected_out.detach(), *map(gradient, leaves)]
     actual = [torch.zeros_like(tensor) for tensor in expected]
     for rows, *tensors in (results[member] for member in members):
         for whole, part in zip(actual, tensors, strict=True):

@@ -31,6 +31,8 @@ MODEL = ModelConfig(hidden=32, layers=2, heads=4, kv_heads=2, ffn=48, initial_st
 TOLERANCE = {"float64": 1e-9, "float32": 1e-5}
 COST = CostModel(token_s=1e-5, pair_s=1e-7, micro_batch_s=1e-4, piece_s=1e-5, ring_step_s=1e-5, ring_token_s=1e-7)
 Document = tuple[Tensor, Tensor, Tensor]
+Unit = list[tuple[int, tuple[int, ...]]]
+"""A micro-batch by hand: sequences and their rings."""
 
 
 def _document(sequence: int, length: int) -> Document:
@@ -59,7 +61,9 @@ def _expected(lengths: tuple[int, ...]) -> tuple[float, dict[str, Tensor]]:
         losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
         loss = loss + (losses * counts).sum() / num_counted
     loss.backward()
-    return loss.item(), {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    return loss.item(), {
+        name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None
+    }
 
 
 def _local(micro_batch: MicroBatch, lengths: tuple[int, ...]) -> LocalMicroBatch:
@@ -87,7 +91,9 @@ def _rank_gradients(rank: int, world_size: int, plan_json: bytes, dtype: str) ->
     loss = MicroBatchRunner(model, communicator).accumulate(micro_batches, plan.lengths, num_counted)
     communicator.all_reduce(loss, "scalars")
     communicator.all_reduce(flat.gradients, "gradients")
-    gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+    gradients = {
+        name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None
+    }
     return loss.item(), gradients
 
 
@@ -103,10 +109,10 @@ def _worst_error(plan: BatchPlan, dtype: str) -> float:
     return max(errors)
 
 
-def _plan(lengths: tuple[int, ...], rings: list[list[tuple[int, tuple[int, ...]]]], ranks: int) -> BatchPlan:
+def _plan(lengths: tuple[int, ...], units: list[Unit], ranks: int) -> BatchPlan:
     """A plan by hand: each item is a micro-batch, given as (sequence, ring) and run by all ranks of its rings."""
     micro_batches: list[list[MicroBatch]] = [[] for _ in range(ranks)]
-    for unit in rings:
+    for unit in units:
         for rank in range(ranks):
             pieces = tuple(
                 Piece(sequence, share_of(lengths[sequence], len(ring), ring.index(rank)).ranges(), ring)
@@ -130,8 +136,8 @@ def test_planned_gradients_equal_one_process_without_parallelism(ranks: int, dty
 
 def test_every_document_on_every_ring_size() -> None:
     lengths = (53, 31, 44, 17)
-    rings = [[(0, (0, 1, 2, 3))], [(1, (3, 1, 0))], [(2, (2, 0))], [(3, (1,))]]
-    assert _worst_error(_plan(lengths, rings, ranks=4), "float64") <= 1e-9
+    units: list[Unit] = [[(0, (0, 1, 2, 3))], [(1, (3, 1, 0))], [(2, (2, 0))], [(3, (1,))]]
+    assert _worst_error(_plan(lengths, units, ranks=4), "float64") <= 1e-9
 
 
 def test_rank_without_any_token() -> None:
@@ -143,8 +149,8 @@ def test_ring_member_that_holds_no_token() -> None:
 
 
 def test_ring_share_and_whole_documents_in_one_micro_batch() -> None:
-    rings = [[(0, (0, 1, 2)), (1, (0, 1, 2)), (2, (0,)), (3, (2,)), (4, (2,))]]
-    assert _worst_error(_plan((41, 19, 6, 1, 11), rings, ranks=3), "float64") <= 1e-9
+    units: list[Unit] = [[(0, (0, 1, 2)), (1, (0, 1, 2)), (2, (0,)), (3, (2,)), (4, (2,))]]
+    assert _worst_error(_plan((41, 19, 6, 1, 11), units, ranks=3), "float64") <= 1e-9
 
 
 def test_recomputation_of_blocks_changes_nothing() -> None:

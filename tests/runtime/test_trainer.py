@@ -143,7 +143,7 @@ def _poisoned(rank: int, workers: int, values: dict[str, Any], bad_steps: set[in
         outcomes.append((outcome.committed, trainer.progress.updates))
         return outcome
 
-    trainer.runner.accumulate, trainer.train_step = accumulate, train_step  # type: ignore[method-assign]
+    trainer.runner.accumulate, trainer.train_step = accumulate, train_step  # type: ignore[method-assign,assignment]
     trainer.fit()
     assert torch.isfinite(trainer.flat.values).all()
     return outcomes
@@ -165,7 +165,7 @@ def test_checkpoint_of_another_model_is_refused_by_name(corpus: Path, tmp_path: 
     values = _config(corpus, layout={"capacity": 600}, stop_at=1)
     Trainer(_on(1, values), directory=tmp_path).fit()
     other = _on(1, values | {"model": MODEL | {"ffn": 64}})
-    with pytest.raises(OtherRun, match="model was .*'ffn': 48.* and is now .*'ffn': 64"):
+    with pytest.raises(OtherRun, match=r"model was .*'ffn': 48.* and is now .*'ffn': 64"):
         Trainer(other, directory=tmp_path, resume=True)
 
 
@@ -182,5 +182,5 @@ def test_layouts_that_cannot_run_are_refused(corpus: Path) -> None:
 
 
 def test_sequence_that_fits_no_ring_ends_the_run_with_its_numbers(corpus: Path) -> None:
-    with pytest.raises(SequenceTooLong, match="a capacity of 20 tokens hold 20"):
+    with pytest.raises(SequenceTooLong, match=r"a capacity of 20 tokens hold 20"):
         Trainer(_on(1, _config(corpus, layout={"capacity": 20}))).fit()
