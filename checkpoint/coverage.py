@@ -1,5 +1,6 @@
 """Proof that the regions of a tensor cover it exactly once."""
 
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -16,10 +17,12 @@ def whole(region: Region) -> Part:
     return region, 0, region.num_elements
 
 
-def check_cover(form: StoredForm, parts: Sequence[Part]) -> None:
+@functools.lru_cache(maxsize=512)
+def check_cover(form: StoredForm, parts: tuple[Part, ...]) -> None:
     """Return if ``parts`` cover every element of the stored form, padding included, exactly once.
 
-    Boxes alone are checked on the grid of their edges, so that the cost does not depend on the size of the tensor.
+    What was proven is remembered, so that layers alike and the next save cost nothing. Boxes alone are checked on the
+    grid of their edges: the cost does not depend on the size of the tensor.
 
     Raises:
         ShardMapInvalid: names the region that reaches outside, the first gap, or the first overlap and both regions.

@@ -133,7 +133,7 @@ class Manifest:
         """Prove that the extents of a tensor cover it exactly once. Raises ``ShardMapInvalid``."""
         tensor = self.tensors[name]
         try:
-            check_cover(tensor.form, [(extent.region, extent.start, extent.stop) for extent in tensor.extents])
+            check_cover(tensor.form, tuple((extent.region, extent.start, extent.stop) for extent in tensor.extents))
         except ShardMapInvalid as error:
             raise ShardMapInvalid(f"tensor {name} of shape {tensor.shape}: {error}") from error
 

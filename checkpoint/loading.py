@@ -169,7 +169,7 @@ def _plan(
 
 def _refuse_cover(path: Path, name: str, stored: StoredTensor) -> None:
     try:
-        check_cover(stored.form, [(extent.region, extent.start, extent.stop) for extent in stored.extents])
+        check_cover(stored.form, tuple((extent.region, extent.start, extent.stop) for extent in stored.extents))
     except ShardMapInvalid as error:
         raise CheckpointCorrupt(path / MANIFEST, f"tensor {name}: {error}") from error
     raise AssertionError(f"{name}: runs do not add up although its extents cover it")

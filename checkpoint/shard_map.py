@@ -97,7 +97,7 @@ class ShardMap:
         for name, tensor in self.tensors.items():
             try:
                 _check_entry(tensor)
-                check_cover(tensor.form, [whole(shard.region) for shard in tensor.shards])
+                check_cover(tensor.form, tuple(whole(shard.region) for shard in tensor.shards))
             except ShardMapInvalid as error:
                 raise ShardMapInvalid(f"tensor {name} of shape {tensor.shape}: {error}") from error
 
