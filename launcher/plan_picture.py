@@ -103,7 +103,7 @@ def plan_png(plan: BatchPlan, timeline: Timeline, path: Path, *, title: str) -> 
         for span in spans:
             _draw_span(axes, span, factor)
     bound = plan.certificate.lower_bound_s * factor
-    axes.axvline(bound, color="#c0392b", linestyle="--", linewidth=1.3, label="lower bound")
+    axes.axvline(bound, color="#c0392b", linestyle="--", linewidth=1.3, label="lower bound", zorder=2)
     _dress(axes, plan, unit, max(timeline.makespan_s * factor, bound))
     figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
     axes.set_title(f"{headline(plan)}\n{certificate_line(plan)}", loc="left", fontsize=9, color="#444444")
@@ -129,11 +129,12 @@ def _draw_span(axes: Any, span: Span, factor: float) -> None:
 
 
 def _drop_wide_labels(axes: Any) -> None:
-    """Remove the labels that are wider than their block."""
-    origin = axes.transData.transform((0, 0))[0]
+    """Remove the labels that are larger than their block."""
+    left, top = axes.transData.transform((0, 0))
     for label in list(axes.texts):
-        room = axes.transData.transform((float(label.get_gid()), 0))[0] - origin
-        if label.get_window_extent().width > room - 4:
+        right, bottom = axes.transData.transform((float(label.get_gid()), 1))
+        box = label.get_window_extent()
+        if box.width > right - left - 4 or box.height > 0.9 * abs(bottom - top):
             label.remove()
 
 
@@ -150,6 +151,8 @@ def _dress(axes: Any, plan: BatchPlan, unit: str, end: float) -> None:
     axes.set_ylim(len(plan.ranks) - 0.5, -0.5)
     if len(plan.ranks) <= _MAX_LABELLED_RANKS:
         axes.set_yticks(range(len(plan.ranks)), [f"rank {rank}" for rank in range(len(plan.ranks))])
+    else:
+        axes.set_ylabel("rank")
     axes.set_xlabel(f"predicted time, {unit} (numbers: tokens of the micro-batch)")
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(axis="y", length=0)

@@ -1,5 +1,6 @@
 """The loss of a run over its steps, as PNG and as text, with what happened on the way. Plot libraries load when used."""
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,14 +65,13 @@ def loss_png(
         _draw_guess(axes, vocabulary)
     rows = _draw_marks(axes, found)
     axes.set_title(title, loc="left", fontsize=12, fontweight="bold", pad=10 + 14 * rows)
-    axes.legend(loc="upper right", frameon=False, fontsize=9)
     figure.savefig(path)
 
 
 def _draw_loss(axes: Any, reports: Sequence[StepReport]) -> None:
     steps, losses = [report.step for report in reports], [report.loss for report in reports]
     marker = "o" if len(steps) <= 100 else None
-    axes.plot(steps, losses, color="#2456a6", linewidth=1.8, marker=marker, markersize=3.5, label="loss", zorder=3)
+    axes.plot(steps, losses, color="#2456a6", linewidth=1.8, marker=marker, markersize=3.5, zorder=3)
     axes.set_xlabel("step")
     axes.set_ylabel("mean loss per token, nats")
     axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
@@ -81,10 +81,11 @@ def _draw_loss(axes: Any, reports: Sequence[StepReport]) -> None:
 
 
 def _draw_guess(axes: Any, vocabulary: int) -> None:
-    import math
-
-    label = f"uniform guess, ln {vocabulary:,} = {math.log(vocabulary):.2f}"
-    axes.axhline(math.log(vocabulary), color="#999999", linestyle=(0, (5, 4)), linewidth=1.1, label=label, zorder=1)
+    guess = math.log(vocabulary)
+    axes.axhline(guess, color="#999999", linestyle=(0, (5, 4)), linewidth=1.1, zorder=1)
+    label = f"uniform guess, ln {vocabulary:,} = {guess:.2f}"
+    place = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
+    axes.annotate(label, (1, guess), **place, xytext=(-2, -4), ha="right", va="top", fontsize=8.5, color="#777777")
 
 
 def _draw_marks(axes: Any, found: Sequence[Mark]) -> int:
@@ -96,7 +97,7 @@ def _draw_marks(axes: Any, found: Sequence[Mark]) -> int:
         if mark.words == ("saved",) and only_saved > _MAX_SAVED_LABELS:
             continue
         label = _label(axes, mark)
-        box = label.get_window_extent(axes.figure.canvas.get_renderer())
+        box = label.get_window_extent()
         row = next((row for row, end in enumerate(ends) if box.x0 > end + 6), len(ends))
         ends[row:] = [box.x1, *ends[row + 1 :]]
         label.set_position((0, 4 + 14 * row))
@@ -119,11 +120,20 @@ def loss_text(reports: Sequence[StepReport], found: Sequence[Mark], *, width: in
     figure.theme("colorless")
     figure.plot_size(min(width, 120), height)
     figure.title("loss (nats per token) over steps")
-    figure.draw(figure.signal([r.step for r in reports], [r.loss for r in reports], marker="braille").lines())
-    for mark in found:
-        if "resumed" in mark.words:
-            figure.line(mark.step, "vertical", style="dotted", label=f"step {mark.step}: {mark.text}")
-    return _without_colours(figure.build().string())
+    steps = [report.step for report in reports]
+    figure.draw(figure.signal(steps, [report.loss for report in reports], marker="braille").lines())
+    ticks = _whole_ticks(steps[0], steps[-1])
+    figure.ruler("x").ticks(ticks, [str(step) for step in ticks])
+    resumes = [mark for mark in found if "resumed" in mark.words]
+    for mark in resumes:
+        figure.line(mark.step, "vertical", style="dotted")
+    notes = [f"    ┊ step {mark.step}: {mark.text}" for mark in resumes]
+    return "\n".join([_without_colours(figure.build().string()), *notes])
+
+
+def _whole_ticks(first: int, last: int) -> list[int]:
+    every = max(1, -(-(last - first) // 6))
+    return [*range(first, last - every // 2, every), last]
 
 
 def _without_colours(text: str) -> str:

@@ -6,9 +6,7 @@ from typing import Self
 
 from rich.console import Console
 from rich.live import Live
-from rich.progress_bar import ProgressBar
 from rich.spinner import Spinner
-from rich.table import Table
 from rich.text import Text
 
 from evermesh.runtime.telemetry import StepReport
@@ -69,21 +67,19 @@ def plain_line(report: StepReport) -> str:
     )
 
 
-def live_line(report: StepReport) -> Table:
+def live_line(report: StepReport) -> Text:
     """One step as a bar and numbers; what does not fit into the terminal is cut off at the end."""
-    line = Table.grid(padding=(0, 1))
-    line.add_column(no_wrap=True)
-    line.add_column(width=_BAR_WIDTH)
-    line.add_column(no_wrap=True, overflow="ellipsis")
-    numbers = Text.assemble(
-        ("loss ", "dim"), (f"{report.loss:.4f}", "bold"),
-        (" | ", "dim"), f"{report.tokens_per_s:,.0f} tokens/s",
-        (" | ", "dim"), f"{duration(report.time_left_s)} left",
-        (" | ", "dim"), str(report.plan),
-        ("" if report.committed else " | skipped", "red"),
-    )  # fmt: skip
-    bar = ProgressBar(total=report.steps, completed=report.step, width=_BAR_WIDTH)
-    line.add_row(f"step {report.step}/{report.steps}", bar, numbers)
+    done = round(_BAR_WIDTH * report.step / report.steps)
+    skipped = ("", "") if report.committed else (" | skipped", "red")
+    line = Text.assemble(
+        f"step {report.step}/{report.steps} ",
+        ("━" * done, "green"),
+        ("━" * (_BAR_WIDTH - done), "bright_black"),
+        (f" loss {report.loss:.4f}", "bold"),
+        f" | {report.tokens_per_s:,.0f} tokens/s | {duration(report.time_left_s)} left | {report.plan}",
+        skipped,
+    )
+    line.no_wrap, line.overflow = True, "ellipsis"
     return line
 
 

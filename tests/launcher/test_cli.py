@@ -116,7 +116,15 @@ def test_data_stats_shows_lengths_of_a_corpus(corpus: Path) -> None:
 
 def test_data_prepare_makes_a_corpus_and_refuses_to_overwrite_it(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(json.dumps({"body": "a ring of ranks " * 20}) + "\n")
-    command = ["data", "prepare", tmp_path / "a.jsonl", "--output", tmp_path / "new", "--vocabulary", "300"]
+    command: list[str | Path] = [
+        "data",
+        "prepare",
+        tmp_path / "a.jsonl",
+        "--output",
+        tmp_path / "new",
+        "--vocabulary",
+        "300",
+    ]
     first, second = (evermesh(*command, "--text-field", "body") for _ in range(2))
     assert first.returncode == 0
     assert "1 documents" in first.stdout

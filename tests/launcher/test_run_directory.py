@@ -39,7 +39,7 @@ def test_a_run_is_found_by_name_and_by_path(job: JobConfig) -> None:
 
 def test_a_run_that_is_not_there_lists_those_that_are(job: JobConfig) -> None:
     Run.create(job)
-    with pytest.raises(RunNotFound, match="there is no run large in .* Runs there: small"):
+    with pytest.raises(RunNotFound, match=r"there is no run large in .* Runs there: small"):
         Run.find("large", job.runs)
 
 
