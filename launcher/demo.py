@@ -27,7 +27,9 @@ from evermesh.runtime.telemetry import StepReport, read_telemetry
 _MIN_GAIN = 1.0
 """Nats below the uniform guess that count as clearly below."""
 _MAX_JUMP = 0.5
-"""Nats that the loss may rise from the last step before the resume to the first after it: batches differ."""
+"""Nats by which the loss may differ before and after the resume; losing the weights costs more than that."""
+_WINDOW = 3
+"""Steps that a loss is averaged over: batches differ."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,16 +129,20 @@ def _uneven_micro_batches(reports: Sequence[StepReport]) -> Check:
 
 
 def _loss_fell(reports: Sequence[StepReport], vocabulary: int) -> Check:
-    guess, last = math.log(vocabulary), reports[-1].loss
-    found = f"{reports[0].loss:.3f} to {last:.3f}, uniform guess {guess:.3f}"
+    guess, first, last = math.log(vocabulary), reports[0].loss, _mean_loss(reports[-_WINDOW:])
+    found = f"{first:.3f} to {last:.3f} (mean of {_WINDOW} steps), uniform guess {guess:.3f}"
     return Check(f"the loss fell by more than {_MIN_GAIN} below ln(vocabulary)", found, last < guess - _MIN_GAIN)
 
 
 def _loss_is_continuous(reports: Sequence[StepReport], stop_at: int) -> Check:
-    losses = {report.step: report.loss for report in reports}
-    before, after = losses.get(stop_at, math.nan), losses.get(stop_at + 1, math.nan)
-    found = f"{before:.3f} at step {stop_at}, {after:.3f} at step {stop_at + 1}"
+    before = _mean_loss([report for report in reports if stop_at - _WINDOW < report.step <= stop_at])
+    after = _mean_loss([report for report in reports if stop_at < report.step <= stop_at + _WINDOW])
+    found = f"{before:.3f} before, {after:.3f} after (mean of {_WINDOW} steps)"
     return Check("the loss is continuous across the resume", found, abs(after - before) < _MAX_JUMP)
+
+
+def _mean_loss(reports: Sequence[StepReport]) -> float:
+    return sum(report.loss for report in reports) / len(reports) if reports else math.nan
 
 
 def _same_batches(reports: Sequence[StepReport], sampler: Sampler) -> Check:
