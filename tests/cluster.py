@@ -6,7 +6,9 @@ import os
 import pickle
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -32,7 +34,9 @@ def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, ti
         rendezvous = Path(folder) / "rendezvous"
         pipes = [_CONTEXT.Pipe(duplex=False) for _ in range(world_size)]
         processes = [
-            _CONTEXT.Process(target=_main, args=(rank, world_size, str(rendezvous), sender, function, arguments), daemon=True)
+            _CONTEXT.Process(
+                target=_main, args=(rank, world_size, str(rendezvous), sender, function, arguments), daemon=True
+            )
             for rank, (_, sender) in enumerate(pipes)
         ]
         for process, (_, sender) in zip(processes, pipes, strict=True):
@@ -86,3 +90,25 @@ def _main(
     except BaseException:
         sender.send_bytes(pickle.dumps((True, traceback.format_exc())))
         raise
+
+
+@dataclass
+class PeakMemory:
+    """Bytes of resident memory at the peak, over those at the start."""
+
+    num_bytes: int = 0
+
+
+@contextmanager
+def peak_memory() -> Iterator[PeakMemory]:
+    """Measure the peak of this process's resident memory inside the block (Linux resets it through /proc)."""
+    peak = PeakMemory()
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _status_bytes("VmRSS")
+    yield peak
+    peak.num_bytes = _status_bytes("VmHWM") - before
+
+
+def _status_bytes(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))

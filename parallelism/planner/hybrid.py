@@ -6,7 +6,7 @@ For a series of target makespans, from the lower bound upwards:
 2. rings are placed, longest first, on the least loaded ranks; whole sequences go to the least loaded rank (LPT) and
    are packed into micro-batches best-fit decreasing (Ding et al., arXiv 2404.10830);
 3. packs that fit into the gaps before a ring run there.
-The candidate with the smallest simulated makespan is the plan. Ties break by index: the plan is a pure function of its
+The candidate with the smallest simulated makespan is refined by changing one ring at a time. Ties break by index: the plan is a pure function of its
 arguments, the same in every process.
 """
 
@@ -24,6 +24,8 @@ from evermesh.parallelism.simulator import makespan_s
 
 _TARGETS = (1.0, 1.01, 1.02, 1.04, 1.07, 1.1, 1.15, 1.2, 1.3, 1.5, 1.75, 2.0, 3.0, float("inf"))
 """Target makespans to try, as multiples of the lower bound."""
+_REFINEMENT_WORK = 20_000
+"""Effort of the refinement: assignments tried, times sequences and ranks; some 0.1 s."""
 
 
 class Planner(Protocol):
@@ -53,23 +55,15 @@ def plan_batch(lengths: Sequence[int], layout: Layout, cost_model: CostModel, *,
         if smallest_ring(length, layout.capacity) > layout.hdp:
             raise SequenceTooLong(sequence, length, layout.capacity, layout.hdp)
     bound = lower_bound(lengths, layout.hdp, layout.capacity, cost_model)
-    best: tuple[float, Assignment] | None = None
-    tried: set[tuple[int, ...]] = set()
+    search = _Search(lengths, layout, cost_model)
     for factor in _TARGETS:
-        sizes = tuple(_ring_size(length, layout, cost_model, factor * bound.seconds) for length in lengths)
-        if sizes in tried:
-            continue
-        tried.add(sizes)
-        assignment = _assign(lengths, sizes, layout, cost_model)
-        makespan = makespan_s(assignment, lengths, cost_model)
-        if best is None or makespan < best[0]:
-            best = makespan, assignment
-    assert best is not None, "every target gives a candidate"
+        search.look_at(tuple(_ring_size(length, layout, cost_model, factor * bound.seconds) for length in lengths))
+    search.refine(bound.seconds)
     return BatchPlan(
         lengths=tuple(lengths),
         capacity=layout.capacity,
-        ranks=best[1],
-        certificate=Certificate(best[0], bound.seconds, bound.binding),
+        ranks=search.best,
+        certificate=Certificate(search.makespan_s, bound.seconds, bound.binding),
         planner="hybrid",
         cost_version=cost_model.version,
         speeds_version=speeds_version,
@@ -88,6 +82,49 @@ class HybridPlanner:
 
 
 Assignment = tuple[tuple[MicroBatch, ...], ...]
+
+
+class _Search:
+    """The best assignment among the ring sizes looked at."""
+
+    def __init__(self, lengths: Sequence[int], layout: Layout, cost: CostModel) -> None:
+        self.lengths, self.layout, self.cost = lengths, layout, cost
+        self.makespan_s = float("inf")
+        self.best: Assignment = ()
+        self.sizes: tuple[int, ...] = ()
+        self._seen: set[tuple[int, ...]] = set()
+
+    def look_at(self, sizes: tuple[int, ...]) -> bool:
+        """Assign with these ring sizes, one per sequence; true if that is the best so far."""
+        if sizes in self._seen:
+            return False
+        self._seen.add(sizes)
+        assignment = _assign(self.lengths, sizes, self.layout, self.cost)
+        seconds = makespan_s(assignment, self.lengths, self.cost)
+        better = seconds < self.makespan_s
+        if better:
+            self.makespan_s, self.best, self.sizes = seconds, assignment, sizes
+        return better
+
+    def refine(self, bound_s: float) -> None:
+        """Change one ring at a time, longest sequence first, while it helps and the budget of assignments lasts."""
+        budget = _REFINEMENT_WORK // (len(self.lengths) + self.layout.hdp)
+        descending = sorted(range(len(self.lengths)), key=lambda sequence: (-self.lengths[sequence], sequence))
+        improved = True
+        while improved:
+            improved = False
+            for sequence in descending:
+                for size in self._other_sizes(sequence):
+                    if budget <= 0 or self.makespan_s <= 1.001 * bound_s:
+                        return
+                    budget -= 1
+                    improved |= self.look_at((*self.sizes[:sequence], size, *self.sizes[sequence + 1 :]))
+
+    def _other_sizes(self, sequence: int) -> list[int]:
+        length, size = self.lengths[sequence], self.sizes[sequence]
+        largest = min(self.layout.hdp, length)
+        wanted = {size - 1, size + 1, largest}
+        return sorted(other for other in wanted if smallest_ring(length, self.layout.capacity) <= other <= largest)
 
 
 class _RingStart(NamedTuple):

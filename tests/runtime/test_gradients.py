@@ -97,7 +97,7 @@ def _rank_gradients(rank: int, world_size: int, plan_json: bytes, dtype: str) ->
     return loss.item(), gradients
 
 
-def _worst_error(plan: BatchPlan, dtype: str) -> float:
+def worst_error(plan: BatchPlan, dtype: str) -> float:
     """Largest relative error of the loss and of any parameter's gradient, over all ranks."""
     verify_plan(plan, plan.lengths, hdp=len(plan.ranks), capacity=plan.capacity)
     loss, expected = _expected(plan.lengths)
@@ -131,26 +131,26 @@ def test_planned_gradients_equal_one_process_without_parallelism(ranks: int, dty
     lengths = (1, 97, 40, 13, 2, 61, 29, 7)
     plan = plan_batch(lengths, Layout(hdp=ranks, capacity=max(41, -(-97 // ranks))), COST)
     assert max(plan.ring_sizes()) >= min(ranks, 3)
-    assert _worst_error(plan, dtype) <= TOLERANCE[dtype]
+    assert worst_error(plan, dtype) <= TOLERANCE[dtype]
 
 
 def test_every_document_on_every_ring_size() -> None:
     lengths = (53, 31, 44, 17)
     units: list[Unit] = [[(0, (0, 1, 2, 3))], [(1, (3, 1, 0))], [(2, (2, 0))], [(3, (1,))]]
-    assert _worst_error(_plan(lengths, units, ranks=4), "float64") <= 1e-9
+    assert worst_error(_plan(lengths, units, ranks=4), "float64") <= 1e-9
 
 
 def test_rank_without_any_token() -> None:
-    assert _worst_error(_plan((23, 5), [[(0, (0, 2))], [(1, (0,))]], ranks=4), "float64") <= 1e-9
+    assert worst_error(_plan((23, 5), [[(0, (0, 2))], [(1, (0,))]], ranks=4), "float64") <= 1e-9
 
 
 def test_ring_member_that_holds_no_token() -> None:
-    assert _worst_error(_plan((2, 30), [[(0, (0, 1, 2))], [(1, (1,))]], ranks=3), "float64") <= 1e-9
+    assert worst_error(_plan((2, 30), [[(0, (0, 1, 2))], [(1, (1,))]], ranks=3), "float64") <= 1e-9
 
 
 def test_ring_share_and_whole_documents_in_one_micro_batch() -> None:
     units: list[Unit] = [[(0, (0, 1, 2)), (1, (0, 1, 2)), (2, (0,)), (3, (2,)), (4, (2,))]]
-    assert _worst_error(_plan((41, 19, 6, 1, 11), units, ranks=3), "float64") <= 1e-9
+    assert worst_error(_plan((41, 19, 6, 1, 11), units, ranks=3), "float64") <= 1e-9
 
 
 def test_recomputation_of_blocks_changes_nothing() -> None:
@@ -159,7 +159,7 @@ def test_recomputation_of_blocks_changes_nothing() -> None:
         tuple(dataclasses.replace(micro_batch, recompute="block") for micro_batch in micro_batches)
         for micro_batches in plan.ranks
     )
-    assert _worst_error(dataclasses.replace(plan, ranks=ranks), "float64") <= 1e-9
+    assert worst_error(dataclasses.replace(plan, ranks=ranks), "float64") <= 1e-9
 
 
 def test_batch_that_no_token_counts_in_gives_zero_gradients() -> None:
