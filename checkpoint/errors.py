@@ -39,7 +39,7 @@ class CheckpointNotFound(EvermeshError, FileNotFoundError):
     """There is no complete checkpoint at a path."""
 
     def __init__(self, path: Path, fact: str) -> None:
-        super().__init__(f"no checkpoint at {path}: {fact}. Name a step directory of `evermesh checkpoint list`.")
+        super().__init__(f"no checkpoint at {path}: {fact}. Name a step directory of `evermesh checkpoint ls`.")
         self.path = path
 
 

@@ -122,7 +122,9 @@ class Communicator:
         import torch.distributed as dist
 
         self._emit("all_gather", tensor, call_site)
-        dist.all_gather_into_tensor(output, tensor, group=self.group)
+        # renamed in torch 2.13; the old name still works there, with a warning
+        gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+        gather(output, tensor, group=self.group)
 
     def broadcast(self, tensor: "torch.Tensor", source: int, call_site: str) -> None:
         """Copy ``tensor`` of rank ``source`` of the group to all its ranks, in place. Collective."""

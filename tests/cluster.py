@@ -43,7 +43,10 @@ def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, ti
             process.start()
             sender.close()
         try:
-            return _collect([receiver for receiver, _ in pipes], timeout_s)
+            results = _collect([receiver for receiver, _ in pipes], timeout_s)
+            for process in processes:
+                process.join(timeout=10)
+            return results
         finally:
             for process in processes:
                 process.kill()

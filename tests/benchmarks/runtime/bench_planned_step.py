@@ -45,18 +45,14 @@ def run() -> list[Row]:
     results = run_ranks(RANKS, _measure, timeout_s=1500)
     tokens_per_s = {way: [step[way][0] for step in results[0]] for way in (PLANNED, STATIC, PADDED)}
     num_bytes = {way: [sum(rank[i][way][1] for rank in results) for i in range(ROUNDS)] for way in tokens_per_s}
-    rows = []
-    for peer in (STATIC, PADDED):
-        rows.append(
-            median_row(
-                "tokens per second", tokens_per_s[PLANNED], "tokens/s", peer=peer, peer_values=tokens_per_s[peer]
-            )
+    return [
+        median_row(what, measured[PLANNED], unit, peer=peer, peer_values=measured[peer])
+        for what, unit, measured in (
+            ("tokens per second", "tokens/s", tokens_per_s),
+            ("bytes sent per step", "bytes", num_bytes),
         )
-        bytes_row = median_row(
-            "bytes sent per step", num_bytes[PLANNED], "bytes", peer=peer, peer_values=num_bytes[peer]
-        )
-        rows.append(bytes_row)
-    return rows
+        for peer in (STATIC, PADDED)
+    ]
 
 
 def _measure(rank: int, world_size: int) -> list[dict[str, tuple[float, int]]]:

@@ -1,0 +1,179 @@
+"""What only a GPU can show: fused blocks, NCCL, streams, and the memory of a rank of a large layout."""
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from evermesh.parallelism import Communicator, MicroBatch, Piece
+from evermesh.parallelism.attention.kernels import AttentionKernel, CudaEfficient, CudaFlash, kernel_for
+from evermesh.parallelism.attention.micro_batch import MicroBatchAttention
+from evermesh.parallelism.attention.ring import Ring, ring_backward, ring_forward
+from evermesh.parallelism.errors import UnsupportedKernel
+from evermesh.runtime import process_group
+from evermesh.runtime.config import CudaDevice, ModelConfig
+from evermesh.runtime.model.decoder import Decoder
+from evermesh.runtime.optimizer import FlatParameters
+from tests.oracle import gradient, plain_attention, relative_error
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: run `make gpu` on a machine with one"),
+]
+HEADS, KV_HEADS, HEAD_DIM = 8, 2, 64
+
+
+@pytest.fixture
+def nccl() -> Iterator[Communicator]:
+    """A group of one rank on NCCL, initialised as the trainer does."""
+    with tempfile.TemporaryDirectory() as folder:
+        process_group.start(CudaDevice(), 0, 1, f"file://{Path(folder) / 'rendezvous'}", timeout_s=60)
+        yield process_group.communicators(60).training
+        process_group.stop()
+
+
+def _document(length: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    torch.manual_seed(length)
+    heads = (HEADS, KV_HEADS, KV_HEADS, HEADS)
+    return [torch.randn(length, h, HEAD_DIM, device="cuda", dtype=dtype) for h in heads]
+
+
+def _expected(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, grad: torch.Tensor) -> list[torch.Tensor]:
+    leaves = [x.double().cpu().requires_grad_() for x in (q, k, v)]
+    out = plain_attention(*leaves)
+    out.backward(grad.double().cpu())
+    return [out.detach(), *map(gradient, leaves)]
+
+
+@pytest.mark.parametrize(
+    ("kernel", "dtype", "tolerance"),
+    [(CudaFlash(), torch.bfloat16, 1.5e-2), (CudaFlash(), torch.float16, 3e-3), (CudaEfficient(), torch.float32, 1e-3)],
+)
+@pytest.mark.parametrize("lengths", [[257], [1, 130, 64, 7]])
+def test_packed_documents_equal_plain_attention(
+    kernel: AttentionKernel, dtype: torch.dtype, tolerance: float, lengths: list[int]
+) -> None:
+    q, k, v, grad = _document(sum(lengths), dtype)
+    out, lse = kernel.forward_packed(q, k, v, lengths)
+    actual = [out, *kernel.backward_packed(grad, q, k, v, out, lse, lengths)]
+    parts = [
+        _expected(*(x[start : start + length] for x in (q, k, v, grad)))
+        for start, length in zip((sum(lengths[:i]) for i in range(len(lengths))), lengths, strict=True)
+    ]
+    for index, tensor in enumerate(actual):
+        assert relative_error(tensor.double().cpu(), torch.cat([part[index] for part in parts])) <= tolerance
+
+
+def test_ring_blocks_in_bfloat16_joined_by_hand_equal_plain_attention() -> None:
+    """The blocks of a ring of three, computed one after the other by the kernel that a ring uses."""
+    length, size = 301, 3
+    q, k, v, grad = _document(length, torch.bfloat16)
+    kernel, expected = kernel_for(q.device, q.dtype), _expected(q, k, v, grad)
+    for index in range(size):
+        ring = Ring(tuple(range(size)), length, index)
+        rows = [row for start, stop in ring.share(index).ranges() for row in range(start, stop)]
+        outs, lses = [], []
+        for row_start, row_stop in ring.share(index).ranges():
+            before, own = slice(0, row_start), slice(row_start, row_stop)
+            blocks = [kernel.forward(q[own], k[own], v[own], causal=True)]
+            if row_start:
+                blocks.append(kernel.forward(q[own], k[before], v[before], causal=False))
+            lse = torch.stack([block_lse for _, block_lse in blocks]).logsumexp(0)
+            weights = [torch.exp(block_lse - lse).T.unsqueeze(-1) for _, block_lse in blocks]
+            outs.append(sum(out.float() * weight for (out, _), weight in zip(blocks, weights, strict=True)))
+            lses.append(lse)
+        assert (
+            relative_error(torch.cat([torch.as_tensor(out) for out in outs]).double().cpu(), expected[0][rows])
+            <= 1.5e-2
+        )
+
+
+def test_ring_of_one_on_nccl_equals_plain_attention(nccl: Communicator) -> None:
+    q, k, v, grad = _document(190, torch.bfloat16)
+    ring, kernel = Ring((0,), 190, 0), kernel_for(q.device, q.dtype)
+    out, lse = ring_forward(q, k, v, ring, kernel, nccl)
+    actual = [out, *ring_backward(grad, q, k, v, out, lse, ring, kernel, nccl)]
+    for tensor, expected in zip(actual, _expected(q, k, v, grad), strict=True):
+        assert relative_error(tensor.double().cpu(), expected) <= 1.5e-2
+
+
+def test_collectives_of_the_step_run_on_nccl(nccl: Communicator) -> None:
+    values = torch.arange(8.0, device="cuda")
+    gathered = torch.empty_like(values)
+    nccl.all_reduce(values, "gradients")
+    nccl.all_gather(gathered, values, "parameters")
+    nccl.barrier("end")
+    assert torch.equal(gathered, torch.arange(8.0, device="cuda"))
+
+
+def test_micro_batch_in_bfloat16_is_near_the_same_in_float32(nccl: Communicator) -> None:
+    config = ModelConfig(hidden=128, layers=2, heads=4, kv_heads=2, ffn=256)
+    lengths = (100, 33, 1)
+    plan = MicroBatch(tuple(Piece(i, ((0, length),), (0,)) for i, length in enumerate(lengths)))
+    tokens = torch.randint(500, (sum(lengths),), device="cuda")
+    positions = torch.cat([torch.arange(length) for length in lengths]).cuda()
+    logits = []
+    for dtype in (torch.bfloat16, torch.float32):
+        model = Decoder(config, 500)
+        model.initialize(0)
+        model.to("cuda", dtype)
+        attend = MicroBatchAttention(plan, lengths, kernel_for(tokens.device, dtype), nccl)
+        logits.append(model(tokens, positions, attend).double().cpu())
+    assert relative_error(*logits) <= 2e-2
+
+
+def test_float64_has_no_fused_attention_and_says_what_to_set() -> None:
+    with pytest.raises(UnsupportedKernel, match="Set train.dtype to bfloat16"):
+        kernel_for(torch.device("cuda"), torch.float64)
+
+
+def test_pinned_copies_on_a_side_stream_overlap_with_computing() -> None:
+    """Event times: a copy to pinned memory beside a matrix product takes less than both one after the other."""
+    data = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
+    host = torch.empty(data.shape, dtype=torch.uint8, pin_memory=True)
+    matrix = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    stream = torch.cuda.Stream()
+
+    def timed(copies: bool, computes: bool) -> float:
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        start.record()
+        stream.wait_stream(torch.cuda.current_stream())
+        if copies:
+            with torch.cuda.stream(stream):
+                host.copy_(data, non_blocking=True)
+        if computes:
+            for _ in range(8):
+                matrix @ matrix
+        torch.cuda.current_stream().wait_stream(stream)
+        stop.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(stop)
+
+    timed(True, True)
+    both, alone = timed(True, True), timed(True, False) + timed(False, True)
+    print(f"copy and compute together {both:.2f} ms, one after the other {alone:.2f} ms")
+    assert both < alone
+
+
+def test_memory_of_rank_0_of_a_large_layout_is_what_its_buffers_say() -> None:
+    """A thousand ranks on torch's fake backend: one rank holds parameters, gradients and a thousandth of the state."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    ranks = 1024
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
+    try:
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_allocated()
+        config = ModelConfig(hidden=1024, layers=8, heads=16, kv_heads=4, ffn=2816)
+        model = Decoder(config, 32_000).to("cuda", torch.bfloat16)
+        flat = FlatParameters(model, ranks)
+        used = torch.cuda.memory_allocated() - before
+    finally:
+        dist.destroy_process_group()
+    expected = 2 * flat.values.numel() * 2
+    print(f"{flat.num_elements:,} parameters: {used / 2**20:.0f} MiB, formula {expected / 2**20:.0f} MiB")
+    assert used <= 1.02 * expected
