@@ -1,9 +1,11 @@
 """One worker process: its pipe to the launcher, its watchdog, its log.
 
 Messages are JSON objects with a ``kind``. Worker to launcher: ``report``, ``done``, ``failed``. Launcher to worker:
-``stop``. The pipe is also the life line: when it closes the launcher is gone, and so is the worker.
+``stop``. The pipe is also a life line: when it closes the launcher is gone, and so is the worker. The fork server is
+another: it ends with the launcher, and the kernel kills its children then.
 """
 
+import ctypes
 import faulthandler
 import importlib
 import json
@@ -15,12 +17,14 @@ import time
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from typing import Any
 
 from evermesh.parallelism.errors import EvermeshError
 
 EXIT_LAUNCHER_GONE = 97
+_PR_SET_PDEATHSIG = 1
 
 _PEER_LOST = (
     "Connection reset by peer",
@@ -84,7 +88,9 @@ def main(spec: WorkerSpec, connection: Connection) -> None:
     """Run the worker and end the process: it never returns."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # they reach the whole process group; the launcher decides
+    _die_with_fork_server()
     _redirect(spec.log)
+    os.environ.update(LOCAL_RANK=str(spec.rank), RANK=str(spec.rank), WORLD_SIZE=str(spec.world_size))
     worker = Worker(spec, connection)
     threading.Thread(target=worker.watch, name="watchdog", daemon=True).start()
     try:
@@ -94,6 +100,23 @@ def main(spec: WorkerSpec, connection: Connection) -> None:
         _fail(worker, error)
     worker.send({"kind": "done", "result": result})
     _leave(0)
+
+
+def _die_with_fork_server() -> None:
+    """Have the kernel kill this process when the fork server ends, which ends when the launcher does.
+
+    The watchdog is a thread: it cannot run while a library waits with the interpreter lock held, as the rendezvous
+    of torch does, nor while this process is stopped.
+    """
+    server = os.getppid()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    # the fork server lives as long as any process holds this descriptor: only the launcher shall
+    alive = getattr(forkserver._forkserver, "_forkserver_alive_fd", None)
+    if alive is not None:
+        os.close(alive)
+    if os.getppid() != server:
+        os._exit(EXIT_LAUNCHER_GONE)
 
 
 def _redirect(log: str) -> None:

@@ -126,15 +126,9 @@ class WorkerGroup:
         rendezvous = f"file://{self._folder.name}/rendezvous"
         spec = WorkerSpec(rank, self._workers, rendezvous, str(log.absolute()), self._entry, self._arguments)
         process = _CONTEXT.Process(target=main, args=(spec, theirs), name=f"evermesh-rank-{rank}", daemon=True)
-        try:
+        with _blocked_signals():  # half started, it could not be killed
             process.start()
-        except (EOFError, ConnectionError) as error:
-            text = (
-                f"the process that forks workers ended while it loaded {self._entry.split(':')[0]}; its error is above."
-            )
-            raise WorkersFailed(text, rank=rank) from error
-        finally:
-            theirs.close()  # only the worker holds it now: its end is our end of file
+        theirs.close()  # only the worker holds it now: its end is our end of file
         return _Member(rank, process, ours, log)
 
     def _poll(self, on_report: Callable[[dict[str, Any]], None]) -> None:
@@ -169,12 +163,27 @@ def root_cause(failures: Sequence[Failure]) -> Failure:
 
 
 def _warm_up(module: str, threads: int) -> None:
-    """Start the fork server with ``module`` loaded, unless it runs already."""
+    """Start the fork server, unless it runs already, and wait until it has loaded ``module``.
+
+    Raises:
+        WorkersFailed: it ended while it loaded the module.
+    """
     _CONTEXT.set_forkserver_preload([module])
     # started on its own first: starting it unblocks the signals that are blocked below
     resource_tracker.ensure_running()
     with _thread_limits(threads), _blocked_signals():
         forkserver.ensure_running()
+    probe = _CONTEXT.Process(target=_nothing, daemon=True)
+    try:
+        probe.start()
+    except (EOFError, ConnectionError) as error:
+        text = f"the process that forks workers ended while it loaded {module}; its error is above."
+        raise WorkersFailed(text, rank=0) from error
+    probe.join(_END_WAIT_S)
+
+
+def _nothing() -> None:
+    """What a process runs that only shows that the fork server answers."""
 
 
 @contextmanager

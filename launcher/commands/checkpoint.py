@@ -30,6 +30,7 @@ app = typer.Typer(
 )
 
 
+@app.command("list", hidden=True)
 @app.command(epilog="[bold]Example[/]\n\n  evermesh checkpoint ls quickstart")
 def ls(place: Place = None, runs: Runs = Path("runs"), as_json: AsJson = False) -> None:
     """List the complete checkpoints of a run."""

@@ -23,7 +23,7 @@ def good(job_file: Path) -> tuple[Run, list[Corpus], list[StepReport]]:
     sampler = Sampler(corpora, config.train.data, config.train.seed)
     reports = [
         dataclasses.replace(
-            report(step, workers=4 if step <= STOP_AT else 3, loss=5.5 - 0.2 * step),
+            report(step, workers=4 if step <= STOP_AT else 3, loss=5.0 - 0.1 * step),
             batch=sampler.next_batch().digest,
             plan=PlanSummary({1: 3, 2: 1, 3: 1, 4: 1}, (2, 3, 2, 2), 0.8, 1.1, 1.0),
         )

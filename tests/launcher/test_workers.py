@@ -90,15 +90,15 @@ LAUNCHER = """
 import sys
 from pathlib import Path
 from evermesh.launcher.workers import WorkerGroup
-with WorkerGroup("tests.launcher.worker_functions:wait_for_stop", {}, workers=3, logs=Path(sys.argv[1])) as group:
+with WorkerGroup(sys.argv[1], {}, workers=3, logs=Path(sys.argv[2])) as group:
     group.wait(lambda report: print("ready", flush=True), lambda: None)
 """
 
 
 @contextmanager
-def launcher(logs: Path) -> Iterator[subprocess.Popen[str]]:
+def launcher(logs: Path, function: str = "wait_for_stop") -> Iterator[subprocess.Popen[str]]:
     """A launcher in a process of its own, whose three workers are running."""
-    command = [sys.executable, "-c", LAUNCHER, str(logs)]
+    command = [sys.executable, "-c", LAUNCHER, f"{FUNCTIONS}:{function}", str(logs)]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     ) as process:
@@ -110,8 +110,9 @@ def launcher(logs: Path) -> Iterator[subprocess.Popen[str]]:
             process.kill()
 
 
-def test_no_process_is_left_3_s_after_the_launcher_was_killed(tmp_path: Path) -> None:
-    with launcher(tmp_path) as process:
+@pytest.mark.parametrize("function", ["wait_for_stop", "hold_the_interpreter_lock"])
+def test_no_process_is_left_3_s_after_the_launcher_was_killed(tmp_path: Path, function: str) -> None:
+    with launcher(tmp_path, function) as process:
         family = psutil.Process(process.pid).children(recursive=True)
         assert len(family) >= 4  # three workers and the fork server
         process.kill()

@@ -1,5 +1,6 @@
 """What workers run in the tests of the launcher; imports no torch."""
 
+import ctypes
 import os
 import signal
 import time
@@ -47,3 +48,9 @@ def killed(worker: Worker) -> None:
         time.sleep(0.3)
         os.kill(os.getpid(), signal.SIGKILL)
     raise RuntimeError("[pair.cc:534] Connection closed by peer [127.0.0.1]:1234")
+
+
+def hold_the_interpreter_lock(worker: Worker) -> None:
+    """Wait in native code as the rendezvous of torch does: no other thread of the process can run."""
+    worker.report({})
+    ctypes.PyDLL(None).sleep(600)
