@@ -84,7 +84,8 @@ def _draw_guess(axes: Any, vocabulary: int) -> None:
     guess = math.log(vocabulary)
     axes.axhline(guess, color="#999999", linestyle=(0, (5, 4)), linewidth=1.1, zorder=1)
     label = f"uniform guess, ln {vocabulary:,} = {guess:.2f}"
-    place = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
+    place: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "zorder": 4}
+    place["bbox"] = {"facecolor": "white", "edgecolor": "none", "pad": 1.0}  # marks must not cross the words
     axes.annotate(label, (1, guess), **place, xytext=(-2, -4), ha="right", va="top", fontsize=8.5, color="#777777")
 
 

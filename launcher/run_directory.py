@@ -26,6 +26,9 @@ from evermesh.launcher.job_file import load_job
 _LOCK_WAIT_S = 0.5
 """How long a lock is asked for: whoever looks whether a run lives holds it for an instant."""
 
+_NAMED_RUNS = 8
+"""Runs that an error lists."""
+
 
 class RunState(BaseModel):
     """What became of a run, as its launcher last wrote it."""
@@ -105,7 +108,9 @@ class Run:
         for directory in (runs / name, Path(name)):
             if (directory / "state.json").is_file():
                 return cls(directory)
-        known = ", ".join(run.name for run in cls.all(runs)) or "none"
+        names = [run.name for run in cls.all(runs)]
+        older = f" and {len(names) - _NAMED_RUNS} older" if len(names) > _NAMED_RUNS else ""
+        known = f"{', '.join(names[-_NAMED_RUNS:]) or 'none'}{older}"
         raise RunNotFound(f"there is no run {name} in {runs}. Runs there: {known}.")
 
     @property

@@ -45,12 +45,20 @@ def ls(place: Place = None, runs: Runs = Path("runs"), as_json: AsJson = False) 
     if not found:
         print(f"no complete checkpoint in {directory}")
         return
-    table = Table("step", "saved", "by ranks", "size", "tensors", "path", box=None, header_style="bold", pad_edge=False)
+    print(directory)
+    table = Table(
+        "name", "step", "saved", "by ranks", "size", "tensors", "", box=None, header_style="bold", pad_edge=False
+    )
     for info in found:
         saved = f"{datetime.fromtimestamp(info.time_s):%Y-%m-%d %H:%M:%S}"
-        name = f"{info.path}{'  (latest)' if info.is_latest else ''}"
-        size = f"{info.num_bytes / 1e6:,.1f} MB"
-        table.add_row(str(info.step), saved, str(info.world_size), size, str(info.num_tensors), name)
+        numbers = (
+            str(info.step),
+            saved,
+            str(info.world_size),
+            f"{info.num_bytes / 1e6:,.1f} MB",
+            str(info.num_tensors),
+        )
+        table.add_row(info.path.name, *numbers, "latest" if info.is_latest else "")
     Console().print(table)
 
 
@@ -69,6 +77,7 @@ def show(place: Place = None, runs: Runs = Path("runs"), as_json: AsJson = False
     for key in ("step", "world_size", "num_bytes", "description", "objects", "files"):
         console.print(f"  {key}: {found[key]}", highlight=False, markup=False)
     table = Table("tensor", "dtype", "shape", "bytes", "extents", box=None, header_style="bold", pad_edge=False)
+    table.columns[0].overflow = "fold"
     tensors = found["tensors"]
     assert isinstance(tensors, list), "describe() gives a list of tensors"
     for tensor in tensors:

@@ -120,6 +120,7 @@ def _table(rows: list[dict[str, Any]]) -> Table:
     table = Table(
         "name", "state", "step", "loss", "workers", "directory", box=None, header_style="bold", pad_edge=False
     )
+    table.columns[-1].overflow = "fold"
     for row in rows:
         loss = f"{row['loss']:.4f}" if row.get("loss") is not None else ""
         step = f"{row['step']}/{row['steps']}" if "step" in row else ""
