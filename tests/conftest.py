@@ -1,0 +1,28 @@
+"""What holds for all tests: in continuous integration an unexpected skip is a failure."""
+
+import os
+
+import pytest
+
+_EXPECTED_SKIPS = ("not permitted here (unshare",)
+"""Parts of reasons with which a test may be skipped in continuous integration: what the kernel forbids."""
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Name unexpected skips."""
+    for reason in _unexpected_skips(terminalreporter):
+        terminalreporter.write_line(f"unexpected skip: {reason}", red=True)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Fail the session if continuous integration skipped what it should have run."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    unexpected = _unexpected_skips(reporter) if isinstance(reporter, pytest.TerminalReporter) else []
+    if os.environ.get("CI") == "true" and unexpected and session.exitstatus == pytest.ExitCode.OK:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def _unexpected_skips(reporter: pytest.TerminalReporter) -> list[str]:
+    reasons = [str(report.longrepr) for report in reporter.stats.get("skipped", [])]
+    return [reason for reason in reasons if not any(expected in reason for expected in _EXPECTED_SKIPS)]

@@ -1,0 +1,92 @@
+"""The decoder against transformers' conventions written out, and its independence of everything but the seed."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from evermesh.runtime.config import ModelConfig
+from evermesh.runtime.model.decoder import Decoder
+from tests.oracle import plain_attention, relative_error
+
+CONFIG = ModelConfig(hidden=32, layers=2, heads=4, kv_heads=2, ffn=40)
+
+
+def _model() -> Decoder:
+    model = Decoder(CONFIG, 50)
+    model.initialize(1)
+    return model.double()
+
+
+def _by_hand(model: Decoder, tokens: Tensor) -> Tensor:
+    """LLaMA's forward pass from its paper, with complex numbers for the rotation."""
+    weights = dict(model.named_parameters())
+    head_dim = CONFIG.hidden // CONFIG.heads
+    frequencies = CONFIG.rope_theta ** (-torch.arange(0, head_dim, 2).double() / head_dim)
+    turn = torch.polar(torch.ones(()).double(), torch.arange(len(tokens)).double()[:, None] * frequencies)[:, None]
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        return x / (x.square().mean(-1, keepdim=True) + CONFIG.norm_eps).sqrt() * weights[f"{name}.weight"]
+
+    def rotated(x: Tensor) -> Tensor:
+        turned = torch.complex(*x.chunk(2, -1)) * turn
+        return torch.cat([turned.real, turned.imag], -1)
+
+    x = weights["embedding.weight"][tokens]
+    for layer in range(CONFIG.layers):
+        block = f"blocks.{layer}"
+        y = norm(x, f"{block}.attention_norm")
+        q, k, v = (
+            (y @ weights[f"{block}.attention.{n}.weight"].T).unflatten(-1, (-1, head_dim))
+            for n in ("query", "key", "value")
+        )
+        out = plain_attention(rotated(q), rotated(k), v).flatten(1)
+        x = x + out @ weights[f"{block}.attention.output.weight"].T
+        y = norm(x, f"{block}.feed_forward_norm")
+        gate, up, down = (weights[f"{block}.feed_forward.{n}.weight"] for n in ("gate", "up", "down"))
+        x = x + (torch.nn.functional.silu(y @ gate.T) * (y @ up.T)) @ down.T
+    return norm(x, "norm") @ weights["head.weight"].T
+
+
+def test_logits_equal_the_paper_written_out() -> None:
+    model, tokens = _model(), torch.arange(23) % 50
+    logits = model(tokens, torch.arange(23), plain_attention)
+    assert relative_error(logits.detach(), _by_hand(model, tokens).detach()) <= 1e-12
+
+
+def test_recomputation_gives_the_same_bits() -> None:
+    model, tokens = _model(), torch.arange(9)
+    outputs = []
+    for recompute in (False, True):
+        model.zero_grad()
+        logits = model(tokens, torch.arange(9), plain_attention, recompute=recompute)
+        logits.square().sum().backward()
+        outputs.append([logits.detach(), *(parameter.grad for parameter in model.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*outputs, strict=True))
+
+
+def test_weights_depend_on_seed_and_name_alone() -> None:
+    torch.manual_seed(99)
+    first, second, other = (
+        Decoder(CONFIG, 50),
+        Decoder(CONFIG.model_copy(update={"layers": 3}), 50),
+        Decoder(CONFIG, 50),
+    )
+    first.initialize(1)
+    second.initialize(1)
+    other.initialize(2)
+    name = "embedding.weight"
+    assert torch.equal(first.get_parameter(name), second.get_parameter(name))
+    assert not torch.equal(first.get_parameter(name), other.get_parameter(name))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden": 30, "heads": 4}, "not a multiple of heads"),
+        ({"heads": 4, "kv_heads": 3}, "not a multiple of kv_heads"),
+        ({"hidden": 12, "heads": 4, "kv_heads": 4}, "rotary embedding needs pairs"),
+    ],
+)
+def test_sizes_that_do_not_go_together_are_refused(changes: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ModelConfig.model_validate({"hidden": 32, **changes})

@@ -1,0 +1,96 @@
+"""The sharded optimizer against torch's on the whole model, and its map of who owns what."""
+
+import copy
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from evermesh.parallelism import Communicator
+from evermesh.runtime.config import ModelConfig, OptimizerConfig
+from evermesh.runtime.model.decoder import Decoder
+from evermesh.runtime.optimizer import FlatParameters, ShardedAdamW, learning_rate
+from tests.cluster import run_ranks
+
+MODEL = ModelConfig(hidden=16, layers=1, heads=2, kv_heads=1, ffn=20)
+CONFIG = OptimizerConfig(lr=0.01, weight_decay=0.3)
+
+
+def _model() -> Decoder:
+    model = Decoder(MODEL, 37)
+    model.initialize(2)
+    return model.double()
+
+
+def _gradients(step: int, model: Decoder) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    return {name: torch.randn(p.shape, dtype=p.dtype, generator=generator) for name, p in model.named_parameters()}
+
+
+def _stepped(rank: int, world_size: int) -> dict[str, torch.Tensor]:
+    model = _model()
+    flat = FlatParameters(model, world_size)
+    optimizer = ShardedAdamW(flat, CONFIG, Communicator(dist.group.WORLD))
+    for step in range(3):
+        for name, gradient in _gradients(step, model).items():
+            model.get_parameter(name).grad.copy_(gradient)  # type: ignore[union-attr]
+        optimizer.step(lr=0.01 * (step + 1), gradient_scale=0.5)
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_sharded_updates_equal_torch_adamw_on_the_whole_model(ranks: int) -> None:
+    model = _model()
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    whole = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": CONFIG.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+        betas=CONFIG.betas,
+        eps=CONFIG.eps,
+    )
+    for step in range(3):
+        for name, gradient in _gradients(step, model).items():
+            model.get_parameter(name).grad = 0.5 * gradient
+        for group in whole.param_groups:
+            group["lr"] = 0.01 * (step + 1)
+        whole.step()
+    for parameters in run_ranks(ranks, _stepped):
+        for name, parameter in model.named_parameters():
+            assert torch.allclose(parameters[name], parameter, rtol=1e-12, atol=1e-14), name
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 7, 1024])
+def test_map_of_any_number_of_ranks_covers_every_tensor_once(ranks: int) -> None:
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
+    try:
+        flat = FlatParameters(_model(), ranks)
+        optimizer = ShardedAdamW(flat, CONFIG, Communicator(dist.group.WORLD))
+        shard_map = optimizer.shard_map()
+    finally:
+        dist.destroy_process_group()
+    shard_map.check()
+    assert len(shard_map.tensors) == 3 * len(flat.entries)
+    assert shard_map.num_bytes == 3 * flat.num_elements * 8
+    assert optimizer.master.numel() == -(-flat.num_elements // ranks)
+
+
+def test_parameters_are_views_of_the_flat_buffer_with_their_values() -> None:
+    model = _model()
+    before = copy.deepcopy(model.state_dict())
+    flat = FlatParameters(model, 5)
+    assert flat.values.numel() % 5 == 0
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name])
+    flat.values.zero_()
+    assert all(parameter.abs().max() == 0 for parameter in model.parameters())
+
+
+def test_learning_rate_warms_up_then_follows_the_cosine() -> None:
+    config = OptimizerConfig(lr=1.0, warmup_steps=4, final_lr_ratio=0.2)
+    rates = [learning_rate(config, step, 20) for step in range(1, 21)]
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert rates[11] == pytest.approx(0.6)
+    assert rates[-1] == pytest.approx(0.2)
+    assert rates[4:] == sorted(rates[4:], reverse=True)
