@@ -66,7 +66,7 @@ def run_demo(console: Console, *, runs: Path, resume_workers: int) -> int:
     if first.result.exit_code:
         return first.result.exit_code
     console.rule(f"3. resume on {resume_workers} workers", align="left")
-    second = resume_job(first.run, console, workers=resume_workers, overrides=capacity_for(config, resume_workers))
+    second = resume_job(first.run, console, workers=resume_workers)
     if second.result.exit_code:
         return second.result.exit_code
     console.rule("4. check what was written down", align="left")
@@ -77,12 +77,6 @@ def run_demo(console: Console, *, runs: Path, resume_workers: int) -> int:
     console.print(f"{took}, {duration(time.monotonic() - started_s)} in all", highlight=False)
     _raise_failed(found)
     return 0
-
-
-def capacity_for(config: JobConfig, workers: int) -> list[str]:
-    """What to override so that ``workers`` together hold a sequence as long as the context."""
-    needed = -(-config.train.data.context // workers)
-    return [f"train.layout.capacity={needed}"] if needed > config.train.layout.capacity else []
 
 
 def checks(run: Run, config: JobConfig, corpora: Sequence[Corpus]) -> list[Check]:

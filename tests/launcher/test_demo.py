@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from evermesh.launcher import Run, load_job
-from evermesh.launcher.demo import capacity_for, checks
+from evermesh.launcher.demo import checks
 from evermesh.runtime.data import Corpus, Sampler, open_sources
 from evermesh.runtime.telemetry import PlanSummary, StepReport
 from tests.launcher.test_pictures import report
@@ -76,9 +76,3 @@ def test_a_broken_promise_is_found(
     run, corpora, reports = good
     changed = [dataclasses.replace(item, **change(item)) for item in reports]  # type: ignore[arg-type]
     assert failed(run, corpora, changed) == [promise]
-
-
-def test_fewer_workers_get_the_capacity_that_the_context_needs(job_file: Path) -> None:
-    config = load_job(job_file)  # context 256, capacity 160
-    assert capacity_for(config, 2) == []
-    assert capacity_for(config, 1) == ["train.layout.capacity=256"]
