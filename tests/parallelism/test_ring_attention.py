@@ -5,7 +5,10 @@ import torch
 from torch import Tensor
 
 from evermesh.parallelism import ByteLedger, Communicator, ring_attention
+from evermesh.parallelism.attention.kernels import CpuFlash
+from evermesh.parallelism.attention.ring import Ring, ring_forward
 from evermesh.parallelism.pieces import share_of
+from tests.benchmarks.parallelism.bench_ring_memory import measure
 from tests.cluster import run_ranks
 from tests.oracle import gradient, plain_attention, relative_error
 
@@ -90,3 +93,39 @@ def test_forward_sends_three_quarters_of_the_keys_and_values() -> None:
     expected = full_ring * 3 // 4
     assert sum(ledger["ring forward"] for ledger in ledgers) == expected
     assert sum(ledger["ring backward"] for ledger in ledgers) == expected
+
+
+class _NotedKernel(CpuFlash):
+    """Notes in a shared list when a block is computed."""
+
+    def __init__(self, notes: list[str]) -> None:
+        self.notes = notes
+
+    def forward(self, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, *, causal: bool) -> tuple[Tensor, Tensor]:
+        self.notes.append("compute")
+        return super().forward(q_THD, k_TKD, v_TKD, causal=causal)
+
+
+def _order_of_work(rank: int, world_size: int) -> list[str]:
+    import torch.distributed as dist
+
+    notes: list[str] = []
+    communicator, length = Communicator(dist.group.WORLD), 96
+    ring = Ring(tuple(range(world_size)), length, rank)
+    q, k, v = (torch.randn(ring.share(rank).num_tokens, h, HEAD_DIM) for h in (HEADS, KV_HEADS, KV_HEADS))
+    with communicator.listen(lambda record: notes.append(record.operation)):
+        ring_forward(q, k, v, ring, _NotedKernel(notes), communicator)
+    return notes
+
+
+def test_the_next_block_is_on_its_way_before_the_current_one_is_computed() -> None:
+    for notes in run_ranks(3, _order_of_work):
+        step = ["receive", "send", "compute"]
+        assert notes == [*step, *step, "compute"]
+
+
+def test_no_rank_ever_holds_the_scores_of_its_queries() -> None:
+    length, ranks = 16_384, 4
+    peaks = run_ranks(ranks, measure, length)
+    scores = 2 * (length // ranks) * length * 4  # two heads
+    assert max(peaks) < scores / 8

@@ -103,6 +103,27 @@ def test_telemetry_tells_rings_micro_batches_and_bytes(uninterrupted: tuple[Path
         assert (report.bytes_by_site["ring forward"] > 0) == (max(report.plan.ring_sizes) > 1)
 
 
+def _groups_over_time(rank: int, workers: int, values: dict[str, Any]) -> set[int]:
+    """Process groups that exist after every step."""
+    from torch.distributed import distributed_c10d
+
+    trainer = Trainer(_on(workers, values))
+    step, seen = trainer.train_step, set()
+
+    def train_step(batch: Any) -> Any:
+        outcome = step(batch)
+        seen.add(len(distributed_c10d._world.pg_map))
+        return outcome
+
+    trainer.train_step = train_step  # type: ignore[method-assign]
+    trainer.fit()
+    return seen
+
+
+def test_no_process_group_is_made_per_batch(corpus: Path) -> None:
+    assert run_ranks(3, _groups_over_time, _config(corpus, layout={"capacity": 300}, steps=4)) == [{3}] * 3
+
+
 def test_events_tell_the_story(uninterrupted: tuple[Path, dict[str, torch.Tensor]]) -> None:
     events = [(event.kind, event.step) for event in read_events(uninterrupted[0] / "events.jsonl")]
     assert events == [("started", 0), ("checkpoint", 3), ("checkpoint", 6), ("checkpoint", 8), ("finished", 8)]
