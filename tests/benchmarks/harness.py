@@ -25,23 +25,46 @@ class Row:
     goal: float | None = None
     peer: str | None = None
     peer_value: float | None = None
+    ratio: float | None = None
+    """Ours over the peer's."""
+    ratio_spread: float | None = None
+    """Interquartile range of ``ratio``."""
 
-    @property
-    def ratio(self) -> float | None:
-        """Ours over the peer's."""
-        return self.value / self.peer_value if self.peer_value else None
 
-
-def median_row(
-    what: str, values: Sequence[float], unit: str, *, peer: str | None = None, peer_values: Sequence[float] = ()
+def exact_row(
+    what: str,
+    value: float,
+    unit: str,
+    *,
+    goal: float | None = None,
+    peer: str | None = None,
+    peer_value: float | None = None,
 ) -> Row:
-    """The median and interquartile range of repeated measurements, and the peer's median."""
-    spread = None
-    if len(values) > 1:
-        first, _, third = statistics.quantiles(values, n=4)
-        spread = third - first
-    peer_value = statistics.median(peer_values) if peer_values else None
-    return Row(what, statistics.median(values), unit, spread, peer=peer, peer_value=peer_value)
+    """A figure without spread, and its ratio to the peer's."""
+    ratio = value / peer_value if peer_value else None
+    return Row(what, value, unit, goal=goal, peer=peer, peer_value=peer_value, ratio=ratio)
+
+
+def paired_row(what: str, values: Sequence[float], unit: str, *, peer: str, peer_values: Sequence[float]) -> Row:
+    """Medians of rounds in which we and the peer did the same work, and the median ratio of the pairs."""
+    ratios = [ours / theirs for ours, theirs in zip(values, peer_values, strict=True)]
+    return Row(
+        what,
+        statistics.median(values),
+        unit,
+        _interquartile_range(values),
+        peer=peer,
+        peer_value=statistics.median(peer_values),
+        ratio=statistics.median(ratios),
+        ratio_spread=_interquartile_range(ratios),
+    )
+
+
+def _interquartile_range(values: Sequence[float]) -> float | None:
+    if len(values) < 2:
+        return None
+    first, _, third = statistics.quantiles(values, n=4)
+    return third - first
 
 
 def publish(name: str, rows: Sequence[Row], seconds: float) -> None:
@@ -49,13 +72,17 @@ def publish(name: str, rows: Sequence[Row], seconds: float) -> None:
     table = Table(
         title=f"{name} ({seconds:.0f} s on {platform.machine()}, {platform.python_version()})", title_justify="left"
     )
-    for column in ("what", "value", "unit", "spread", "goal", "peer", "peer value", "ratio"):
+    for column in ("what", "value", "unit", "spread", "goal", "peer", "peer value", "ratio", "spread of it"):
         table.add_column(column, justify="left" if column in ("what", "unit", "peer") else "right")
     for row in rows:
-        numbers = (row.spread, row.goal, row.peer_value, row.ratio)
-        spread, goal, peer_value, ratio = ("" if number is None else f"{number:,.4g}" for number in numbers)
-        table.add_row(row.what, f"{row.value:,.4g}", row.unit, spread, goal, row.peer or "", peer_value, ratio)
+        numbers = (row.spread, row.goal, row.peer_value, row.ratio, row.ratio_spread)
+        spread, goal, peer_value, ratio, ratio_spread = (
+            "" if number is None else f"{number:,.4g}" for number in numbers
+        )
+        table.add_row(
+            row.what, f"{row.value:,.4g}", row.unit, spread, goal, row.peer or "", peer_value, ratio, ratio_spread
+        )
     Console(width=180).print(table)
     OUTPUT.mkdir(parents=True, exist_ok=True)
-    document = {"name": name, "seconds": seconds, "rows": [asdict(row) | {"ratio": row.ratio} for row in rows]}
+    document = {"name": name, "seconds": seconds, "rows": [asdict(row) for row in rows]}
     (OUTPUT / f"{name}.json").write_text(json.dumps(document, indent=1) + "\n")

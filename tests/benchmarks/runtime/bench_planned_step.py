@@ -9,44 +9,44 @@ CPU. All three must give the same loss.
 import dataclasses
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
-from evermesh.parallelism import ByteLedger, Communicator, CostModel, MicroBatch, Piece
+from evermesh.launcher.job_file import load_job
+from evermesh.parallelism import ByteLedger, Communicator, CostModel, Layout, MicroBatch, Piece
 from evermesh.parallelism.pieces import share_of
 from evermesh.parallelism.planner import plan_batch
-from evermesh.runtime.config import TrainConfig
 from evermesh.runtime.cost import nominal_cost
 from evermesh.runtime.data import Batch, Corpus, Sampler, open_sources
 from evermesh.runtime.feed import load_micro_batch
 from evermesh.runtime.micro_batch import LocalMicroBatch, MicroBatchRunner
 from evermesh.runtime.model.decoder import Decoder
 from evermesh.runtime.optimizer import FlatParameters, ShardedAdamW
-from tests.benchmarks.harness import Row, median_row
+from tests.benchmarks.harness import Row, paired_row
 from tests.cluster import run_ranks
 
-RANKS, CAPACITY, ROUNDS = 4, 2752, 7
+ROUNDS = 6
 PLANNED, STATIC, PADDED = "planned", "static context-parallel mesh", "data parallelism with padding"
 DOCUMENTS_PER_PADDED_BATCH = 2
-CONFIG = TrainConfig.model_validate(
-    {
-        "model": {"hidden": 96, "layers": 3, "heads": 3, "kv_heads": 1, "ffn": 256},
-        "data": {"sources": [{"kind": "stdlib", "vocabulary": 2048}], "context": 8192, "batch_tokens": 16384},
-        "layout": {"hdp": RANKS, "capacity": CAPACITY},
-    }
-)
+CONFIG = load_job(Path("deploy/jobs/quickstart.yaml")).train
+LAYOUTS = (Layout(hdp=2, capacity=4096), CONFIG.layout)
 Work = tuple[list[LocalMicroBatch], tuple[int, ...]]
 """A rank's micro-batches, and the length of every sequence (with its padding)."""
 
 
 def run() -> list[Row]:
-    """Tokens per second, bytes per step and attended pairs of the three ways."""
+    """Tokens per second and bytes per step of the three ways, on two ranks and on the demo's four."""
     open_sources(CONFIG.data)  # prepare the corpus before the ranks start
-    results = run_ranks(RANKS, _measure, timeout_s=1500)
+    return [row for layout in LAYOUTS for row in _compare(layout)]
+
+
+def _compare(layout: Layout) -> list[Row]:
+    results = run_ranks(layout.hdp, _measure, layout, timeout_s=1500)
     tokens_per_s = {way: [step[way][0] for step in results[0]] for way in (PLANNED, STATIC, PADDED)}
     num_bytes = {way: [sum(rank[i][way][1] for rank in results) for i in range(ROUNDS)] for way in tokens_per_s}
     return [
-        median_row(what, measured[PLANNED], unit, peer=peer, peer_values=measured[peer])
+        paired_row(f"{what}, {layout.hdp} ranks", measured[PLANNED], unit, peer=peer, peer_values=measured[peer])
         for what, unit, measured in (
             ("tokens per second", "tokens/s", tokens_per_s),
             ("bytes sent per step", "bytes", num_bytes),
@@ -55,7 +55,7 @@ def run() -> list[Row]:
     ]
 
 
-def _measure(rank: int, world_size: int) -> list[dict[str, tuple[float, int]]]:
+def _measure(rank: int, world_size: int, layout: Layout) -> list[dict[str, tuple[float, int]]]:
     """For every round and way: tokens per second of the step, and bytes that this rank sent."""
     import torch.distributed as dist
 
@@ -73,9 +73,9 @@ def _measure(rank: int, world_size: int) -> list[dict[str, tuple[float, int]]]:
         for number in range(ROUNDS + 1):
             batch = sampler.next_batch()
             ways: dict[str, Work] = {
-                PLANNED: _planned(batch, corpora, rank, cost),
-                STATIC: _static(batch, corpora, rank),
-                PADDED: _padded(batch, corpora, rank),
+                PLANNED: _planned(batch, corpora, rank, layout, cost),
+                STATIC: _static(batch, corpora, rank, layout),
+                PADDED: _padded(batch, corpora, rank, world_size),
             }
             steps, losses = {}, []
             for way, (micro_batches, lengths) in ways.items():
@@ -97,29 +97,29 @@ def _measure(rank: int, world_size: int) -> list[dict[str, tuple[float, int]]]:
     return rounds
 
 
-def _planned(batch: Batch, corpora: Sequence[Corpus], rank: int, cost: CostModel) -> Work:
-    plan = plan_batch(batch.lengths, CONFIG.layout, cost)
+def _planned(batch: Batch, corpora: Sequence[Corpus], rank: int, layout: Layout, cost: CostModel) -> Work:
+    plan = plan_batch(batch.lengths, layout, cost)
     return [load_micro_batch(micro_batch, batch, corpora) for micro_batch in plan.ranks[rank]], plan.lengths
 
 
-def _static(batch: Batch, corpora: Sequence[Corpus], rank: int) -> Work:
+def _static(batch: Batch, corpora: Sequence[Corpus], rank: int, layout: Layout) -> Work:
     """Every sequence over all ranks; sequences are packed in order into micro-batches of the same capacity per rank."""
-    ring = tuple(range(RANKS))
+    ring = tuple(range(layout.hdp))
     packs: list[list[Piece]] = [[]]
     largest = 0
     for sequence, length in enumerate(batch.lengths):
-        share = max(share_of(length, RANKS, member).num_tokens for member in ring)
-        if packs[-1] and largest + share > CAPACITY:
+        share = max(share_of(length, layout.hdp, member).num_tokens for member in ring)
+        if packs[-1] and largest + share > layout.capacity:
             packs.append([])
             largest = 0
         largest += share
-        packs[-1].append(Piece(sequence, share_of(length, RANKS, rank).ranges(), ring))
+        packs[-1].append(Piece(sequence, share_of(length, layout.hdp, rank).ranges(), ring))
     return [load_micro_batch(MicroBatch(tuple(pack)), batch, corpora) for pack in packs], tuple(batch.lengths)
 
 
-def _padded(batch: Batch, corpora: Sequence[Corpus], rank: int) -> Work:
+def _padded(batch: Batch, corpora: Sequence[Corpus], rank: int, ranks: int) -> Work:
     """Documents dealt out in order; each micro-batch holds two, padded to the longer one; memory is no limit here."""
-    own = range(rank, len(batch.lengths), RANKS)
+    own = range(rank, len(batch.lengths), ranks)
     lengths = list(batch.lengths)
     micro_batches = []
     for first in range(0, len(own), DOCUMENTS_PER_PADDED_BATCH):
