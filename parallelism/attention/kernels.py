@@ -231,6 +231,7 @@ class CudaFlash:
         causal: bool,
     ) -> Gradients:
         no_dropout = torch.zeros(2, dtype=torch.uint64, device=q.device)
+        unused = torch.empty(0, device=q.device)
         dq, dk, dv = _aten._flash_attention_backward(
             grad.contiguous(),
             q,
@@ -245,7 +246,7 @@ class CudaFlash:
             0.0,
             causal,
             no_dropout,
-            no_dropout,
+            unused,
         )
         return dq, dk, dv
 
@@ -255,8 +256,10 @@ class CudaEfficient(_PerDocument):
 
     def forward(self, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, *, causal: bool) -> tuple[Tensor, Tensor]:
         q, k, v = self._expand(q_THD, k_TKD, v_TKD)
-        out, lse, _, _ = _aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, causal)
-        return _tokens_first(out), lse.squeeze(0)[:, : q_THD.shape[0]]  # the kernel pads the log-sum-exp to 32
+        out, lse, *_ = _aten._efficient_attention_forward(
+            q, k, v, None, None, None, None, None, 0.0, int(causal), compute_log_sumexp=True
+        )
+        return out.squeeze(0), lse.squeeze(0)[:, : q_THD.shape[0]]  # the kernel pads the log-sum-exp to 32 queries
 
     def backward(
         self,
@@ -270,32 +273,35 @@ class CudaEfficient(_PerDocument):
         causal: bool,
     ) -> Gradients:
         q, k, v = self._expand(q_THD, k_TKD, v_TKD)
-        padding = -lse_HT.shape[1] % 32
-        lse = torch.nn.functional.pad(lse_HT, (0, padding), value=float("inf")).unsqueeze(0)
-        seed = torch.zeros((), dtype=torch.int64, device=q.device)
-        dq, dk, dv, _ = _aten._scaled_dot_product_efficient_attention_backward(
-            _heads_first(grad_THD),
+        queries, keys = q_THD.shape[0], k_TKD.shape[0]
+        lse = torch.nn.functional.pad(lse_HT, (0, -queries % 32), value=float("inf")).unsqueeze(0)
+        no_dropout = torch.zeros((), dtype=torch.int64, device=q.device)
+        dq, dk, dv, _ = _aten._efficient_attention_backward(
+            grad_THD.unsqueeze(0),
             q,
             k,
             v,
             None,
-            _heads_first(out_THD),
+            out_THD.unsqueeze(0),
+            None,
+            None,
+            queries,
+            keys,
             lse,
-            seed,
-            seed,
             0.0,
-            [True, True, True, False],
-            causal,
+            no_dropout,
+            no_dropout,
+            int(causal),
+            False,
         )
-        key_heads = k_TKD.shape[1]
-        dk_TKD, dv_TKD = (_tokens_first(x).unflatten(1, (key_heads, -1)).sum(2) for x in (dk, dv))
-        return _tokens_first(dq), dk_TKD, dv_TKD
+        dk_TKD, dv_TKD = (x.squeeze(0).unflatten(1, (k_TKD.shape[1], -1)).sum(2) for x in (dk, dv))
+        return dq.squeeze(0), dk_TKD, dv_TKD
 
     @staticmethod
     def _expand(q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> Gradients:
         group = q_THD.shape[1] // k_TKD.shape[1]
-        k, v = (x.repeat_interleave(group, dim=1) for x in (k_TKD, v_TKD))
-        return _heads_first(q_THD), _heads_first(k), _heads_first(v)
+        k, v = (x.repeat_interleave(group, dim=1).unsqueeze(0) for x in (k_TKD, v_TKD))
+        return q_THD.unsqueeze(0), k, v
 
 
 def _boundaries(lengths: Sequence[int], device: torch.device) -> Tensor:

@@ -6,8 +6,8 @@ For a series of target makespans, from the lower bound upwards:
 2. rings are placed, longest first, on the least loaded ranks; whole sequences go to the least loaded rank (LPT) and
    are packed into micro-batches best-fit decreasing (Ding et al., arXiv 2404.10830);
 3. packs that fit into the gaps before a ring run there.
-The candidate with the smallest simulated makespan is refined by changing one ring at a time. Ties break by index: the plan is a pure function of its
-arguments, the same in every process.
+The candidate with the smallest simulated makespan is refined by changing one ring at a time. Ties break by index, so the
+plan is a pure function of its arguments, the same in every process.
 """
 
 import heapq
