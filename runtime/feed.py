@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -35,7 +36,8 @@ class BatchFeed:
     """Yields planned batches, each prepared while the one before is trained. Every rank makes one.
 
     All ranks draw the same batch from their own sampler; rank 0 plans it, proves the plan, and sends it to all over the
-    control group, which nothing else uses. Preparation runs in one thread, one batch ahead.
+    control group, which nothing else uses. Preparation runs in one thread, one batch ahead; leaving the ``with`` block
+    ends it.
     """
 
     def __init__(
@@ -57,9 +59,14 @@ class BatchFeed:
             self._next = self._thread.submit(self._prepare)
         return batch
 
-    def close(self) -> None:
-        """Wait for the batch under way, which the other ranks prepare too, and end the thread."""
-        self._thread.shutdown(wait=True)
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        # the batch under way needs the other ranks; after an error they may be gone, and nobody waits for it
+        self._thread.shutdown(wait=error is None, cancel_futures=True)
 
     def _prepare(self) -> PlannedBatch:
         batch = self.sampler.next_batch()

@@ -117,11 +117,8 @@ class Trainer:
         if self.progress.step >= last:
             return self._end(reason, self._newest_checkpoint())
         feed = BatchFeed(self.sampler, self.corpora, self.planner, self.config.layout, self.groups.control)
-        try:
-            with self.communicator.listen(self.ledger):
-                return self._train(feed, last, reason)
-        finally:
-            feed.close()
+        with feed, self.communicator.listen(self.ledger):
+            return self._train(feed, last, reason)
 
     def _train(self, feed: BatchFeed, last: int, reason: Reason) -> FitResult:
         every = self.config.checkpoint.every

@@ -41,21 +41,19 @@ class _WatchedPlanner:
 def test_the_next_batch_is_planned_in_the_background_before_anyone_asks_for_it(corpus: Path) -> None:
     layout = Layout(capacity=600)
     planner = _WatchedPlanner(layout)
-    feed = _feed(corpus, planner, layout, Communicator())
-    assert planner.planned.acquire(timeout=20)
-    feed.next()
-    assert planner.planned.acquire(timeout=20), "the second plan was not made while the first batch is in use"
-    feed.next(last=True)
-    feed.close()
+    with _feed(corpus, planner, layout, Communicator()) as feed:
+        assert planner.planned.acquire(timeout=20)
+        feed.next()
+        assert planner.planned.acquire(timeout=20), "the second plan was not made while the first batch is in use"
+        feed.next(last=True)
     assert len(planner.threads) == 2
     assert all(name.startswith("batch-feed") for name in planner.threads)
 
 
 def test_the_state_of_a_batch_is_that_after_it_not_after_the_one_ahead(corpus: Path) -> None:
     layout = Layout(capacity=600)
-    feed = _feed(corpus, HybridPlanner(layout, COST), layout, Communicator())
-    first, second = feed.next(), feed.next(last=True)
-    feed.close()
+    with _feed(corpus, HybridPlanner(layout, COST), layout, Communicator()) as feed:
+        first, second = feed.next(), feed.next(last=True)
     config = DataConfig(sources=(CorpusSource(path=corpus),), context=512, batch_tokens=1500)
     sampler = Sampler(open_sources(config), config, 0)
     sampler.load_state_dict(first.sampler_state)
@@ -77,23 +75,20 @@ class _BrokenPlanner:
 
 def test_a_plan_that_fails_its_proof_is_never_used(corpus: Path) -> None:
     layout = Layout(capacity=600)
-    feed = _feed(corpus, _BrokenPlanner(layout), layout, Communicator())
-    with pytest.raises(PlanInvalid):
+    with _feed(corpus, _BrokenPlanner(layout), layout, Communicator()) as feed, pytest.raises(PlanInvalid):
         feed.next(last=True)
-    feed.close()
 
 
 def _tokens_of_rank(rank: int, world_size: int, corpus: Path, seeds: list[int]) -> list[tuple[str, int, int, int]]:
     layout = Layout(hdp=world_size, capacity=300)
     control = Communicator(dist.new_group(backend="gloo"))
-    feed = _feed(corpus, HybridPlanner(layout, COST), layout, control, seed=seeds[rank])
     taken = []
-    for number in range(3):
-        batch = feed.next(last=number == 2)
-        own = sum(local.tokens_T.numel() for local in batch.micro_batches)
-        counted = sum(int(local.counts_T.sum()) for local in batch.micro_batches)
-        taken.append((batch.batch.digest, own, counted, batch.num_counted))
-    feed.close()
+    with _feed(corpus, HybridPlanner(layout, COST), layout, control, seed=seeds[rank]) as feed:
+        for number in range(3):
+            batch = feed.next(last=number == 2)
+            own = sum(local.tokens_T.numel() for local in batch.micro_batches)
+            counted = sum(int(local.counts_T.sum()) for local in batch.micro_batches)
+            taken.append((batch.batch.digest, own, counted, batch.num_counted))
     return taken
 
 
