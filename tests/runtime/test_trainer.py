@@ -17,7 +17,7 @@ from tests.cluster import RankFailed, run_ranks
 MODEL = {"hidden": 32, "layers": 2, "heads": 4, "kv_heads": 2, "ffn": 48}
 
 
-def _config(corpus: Path, **changes: Any) -> dict[str, Any]:
+def small_config(corpus: Path, **changes: Any) -> dict[str, Any]:
     values: dict[str, Any] = {
         "model": MODEL,
         "data": {"sources": [{"kind": "corpus", "path": str(corpus)}], "context": 512, "batch_tokens": 1500},
@@ -40,7 +40,7 @@ def _fit(rank: int, workers: int, values: dict[str, Any], directory: Path, resum
     return {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
 
 
-def _run(workers: int, values: dict[str, Any], directory: Path, *, resume: bool = False) -> dict[str, torch.Tensor]:
+def train_on(workers: int, values: dict[str, Any], directory: Path, *, resume: bool = False) -> dict[str, torch.Tensor]:
     directory.mkdir(exist_ok=True)
     parameters = run_ranks(workers, _fit, values, directory, resume)
     for other in parameters[1:]:
@@ -48,7 +48,7 @@ def _run(workers: int, values: dict[str, Any], directory: Path, *, resume: bool 
     return parameters[0]
 
 
-def _largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
     return max((a[name] - b[name]).abs().max().item() for name in a)
 
 
@@ -56,7 +56,7 @@ def _largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) 
 def uninterrupted(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, torch.Tensor]]:
     """Eight steps on four workers without a stop."""
     directory = tmp_path_factory.mktemp("uninterrupted")
-    return directory, _run(4, _config(corpus), directory)
+    return directory, train_on(4, small_config(corpus), directory)
 
 
 def _batches(directory: Path) -> list[str]:
@@ -68,23 +68,23 @@ def test_resuming_on_another_number_of_workers_continues_the_same_run(
     workers: int, corpus: Path, uninterrupted: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path
 ) -> None:
     layout = {"capacity": 600 if workers == 1 else 200}
-    _run(4, _config(corpus, stop_at=5), tmp_path)
-    resumed = _run(workers, _config(corpus, layout=layout), tmp_path, resume=True)
+    train_on(4, small_config(corpus, stop_at=5), tmp_path)
+    resumed = train_on(workers, small_config(corpus, layout=layout), tmp_path, resume=True)
     assert _batches(tmp_path) == _batches(uninterrupted[0])
-    assert _largest_difference(resumed, uninterrupted[1]) <= 1e-9
+    assert largest_difference(resumed, uninterrupted[1]) <= 1e-9
 
 
 def test_resuming_on_the_same_workers_is_bit_for_bit_the_same(
     corpus: Path, uninterrupted: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path
 ) -> None:
-    _run(4, _config(corpus, stop_at=5), tmp_path)
-    assert _largest_difference(_run(4, _config(corpus), tmp_path, resume=True), uninterrupted[1]) == 0.0
+    train_on(4, small_config(corpus, stop_at=5), tmp_path)
+    assert largest_difference(train_on(4, small_config(corpus), tmp_path, resume=True), uninterrupted[1]) == 0.0
 
 
 def test_losses_equal_those_of_one_worker(
     corpus: Path, uninterrupted: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path
 ) -> None:
-    _run(1, _config(corpus, layout={"capacity": 600}), tmp_path)
+    train_on(1, small_config(corpus, layout={"capacity": 600}), tmp_path)
     alone, together = (read_telemetry(folder / "telemetry.jsonl") for folder in (tmp_path, uninterrupted[0]))
     assert [report.loss for report in together] == pytest.approx([report.loss for report in alone], rel=1e-9)
     assert [report.num_tokens for report in together] == [report.num_tokens for report in alone]
@@ -121,7 +121,7 @@ def _groups_over_time(rank: int, workers: int, values: dict[str, Any]) -> set[in
 
 
 def test_no_process_group_is_made_per_batch(corpus: Path) -> None:
-    assert run_ranks(3, _groups_over_time, _config(corpus, layout={"capacity": 300}, steps=4)) == [{3}] * 3
+    assert run_ranks(3, _groups_over_time, small_config(corpus, layout={"capacity": 300}, steps=4)) == [{3}] * 3
 
 
 def test_events_tell_the_story(uninterrupted: tuple[Path, dict[str, torch.Tensor]]) -> None:
@@ -130,14 +130,14 @@ def test_events_tell_the_story(uninterrupted: tuple[Path, dict[str, torch.Tensor
 
 
 def test_training_lowers_the_loss(corpus: Path, tmp_path: Path) -> None:
-    config = _on(1, _config(corpus, layout={"capacity": 600}, steps=30, dtype="float32"))
+    config = _on(1, small_config(corpus, layout={"capacity": 600}, steps=30, dtype="float32"))
     Trainer(config, directory=tmp_path).fit()
     reports = read_telemetry(tmp_path / "telemetry.jsonl")
     assert reports[-1].loss < reports[0].loss - 1.0
 
 
 def test_asked_to_stop_it_saves_and_a_resume_goes_on(corpus: Path, tmp_path: Path) -> None:
-    config = _on(1, _config(corpus, layout={"capacity": 600}))
+    config = _on(1, small_config(corpus, layout={"capacity": 600}))
     answers = iter([False, True])
     result = Trainer(config, directory=tmp_path, stop=lambda: next(answers)).fit()
     assert (result.step, result.reason) == (2, "asked")
@@ -171,19 +171,19 @@ def _poisoned(rank: int, workers: int, values: dict[str, Any], bad_steps: set[in
 
 
 def test_gradient_that_is_not_a_number_on_one_rank_is_skipped_by_all(corpus: Path) -> None:
-    outcomes = run_ranks(2, _poisoned, _config(corpus, layout={"capacity": 300}, steps=4), {2})
+    outcomes = run_ranks(2, _poisoned, small_config(corpus, layout={"capacity": 300}, steps=4), {2})
     assert outcomes == [[(True, 1), (False, 1), (True, 2), (True, 3)]] * 2
 
 
 def test_too_many_bad_steps_in_a_row_end_the_run(corpus: Path) -> None:
-    values = _config(corpus, layout={"capacity": 300}, steps=6, max_skipped_steps=3)
+    values = small_config(corpus, layout={"capacity": 300}, steps=6, max_skipped_steps=3)
     with pytest.raises(RankFailed, match="TrainingDiverged: the last 3 steps, up to step 4"):
         run_ranks(2, _poisoned, values, {2, 3, 4})
     assert issubclass(TrainingDiverged, ArithmeticError)
 
 
 def test_checkpoint_of_another_model_is_refused_by_name(corpus: Path, tmp_path: Path) -> None:
-    values = _config(corpus, layout={"capacity": 600}, stop_at=1)
+    values = small_config(corpus, layout={"capacity": 600}, stop_at=1)
     Trainer(_on(1, values), directory=tmp_path).fit()
     other = _on(1, values | {"model": MODEL | {"ffn": 64}})
     with pytest.raises(OtherRun, match=r"model was .*'ffn': 48.* and is now .*'ffn': 64"):
@@ -192,16 +192,16 @@ def test_checkpoint_of_another_model_is_refused_by_name(corpus: Path, tmp_path: 
 
 def test_resuming_without_a_checkpoint_is_refused(corpus: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointNotFound, match="no complete checkpoint"):
-        Trainer(_on(1, _config(corpus)), directory=tmp_path, resume=True)
+        Trainer(_on(1, small_config(corpus)), directory=tmp_path, resume=True)
 
 
 def test_layouts_that_cannot_run_are_refused(corpus: Path) -> None:
     with pytest.raises(LayoutDoesNotFit, match="hdp 3 x tp 1 = 3 ranks, but 1 were started"):
-        Trainer(_on(3, _config(corpus)))
+        Trainer(_on(3, small_config(corpus)))
     with pytest.raises(UnsupportedLayout, match=r"layout\.tp 2"):
-        Trainer(_on(1, _config(corpus, layout={"tp": 2})))
+        Trainer(_on(1, small_config(corpus, layout={"tp": 2})))
 
 
 def test_sequence_that_fits_no_ring_ends_the_run_with_its_numbers(corpus: Path) -> None:
     with pytest.raises(SequenceTooLong, match=r"a capacity of 20 tokens hold 20"):
-        Trainer(_on(1, _config(corpus, layout={"capacity": 20}))).fit()
+        Trainer(_on(1, small_config(corpus, layout={"capacity": 20}))).fit()
