@@ -1,6 +1,8 @@
 """A batch plan as a picture: when every rank runs which micro-batch, as PNG and as text."""
 
-from collections.abc import Sequence
+import itertools
+import textwrap
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,11 @@ from rich.text import Text
 from evermesh.parallelism.batch_plan import BatchPlan
 from evermesh.parallelism.simulator import Span, Timeline
 
-_COLOURS = ("#9fb8d6", "#4f86c6", "#3aa17e", "#e0a030", "#d9713c", "#b8405e", "#7b4b94", "#3f3f74")
+_COLOURS = ("#9fb8d6", "#4f86c6", "#3aa17e", "#e0a030", "#d9713c", "#b8405e", "#7b4b94")
+"""Of rings of 1 to 7 ranks, in every picture."""
+_COLOURS_OF_LARGE = ("#3f3f74", "#11757e", "#7a4a21", "#8c8f2c", "#c06fb0", "#5b5b5b", "#101010")
+"""Of larger rings, in the order of the sizes that a plan has."""
+_HEADLINE_WIDTH = 150
 _STYLES = (
     "black on bright_blue",
     "black on cyan",
@@ -99,17 +105,32 @@ def plan_png(plan: BatchPlan, timeline: Timeline, path: Path, *, title: str) -> 
     FigureCanvasAgg(figure)
     axes: Any = figure.add_subplot()
     factor, unit = (1.0, "s") if timeline.makespan_s >= 1 else (1e3, "ms")
-    for spans in _by_rank(plan, timeline):
-        for span in spans:
-            _draw_span(axes, span, factor)
+    colours = ring_colours(plan)
+    for span in timeline.spans:
+        _draw_span(axes, span, factor, colours[span.ring_size])
     bound = plan.certificate.lower_bound_s * factor
-    axes.axvline(bound, color="#c0392b", linestyle="--", linewidth=1.3, label="lower bound", zorder=2)
-    _dress(axes, plan, unit, max(timeline.makespan_s * factor, bound))
+    axes.axvline(
+        bound,
+        color="#c0392b",
+        linestyle="--",
+        linewidth=1.3,
+        label=f"lower bound\n({plan.certificate.binding})",
+        zorder=2,
+    )
+    _dress(axes, plan, colours, unit, max(timeline.makespan_s * factor, bound))
     figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
-    axes.set_title(f"{headline(plan)}\n{certificate_line(plan)}", loc="left", fontsize=9, color="#444444")
+    facts = textwrap.fill(headline(plan), _HEADLINE_WIDTH)
+    axes.set_title(f"{facts}\n{certificate_line(plan)}", loc="left", fontsize=9, color="#444444")
     figure.draw_without_rendering()
     _drop_wide_labels(axes)
-    figure.savefig(path)
+    figure.savefig(path, format="png")
+
+
+def ring_colours(plan: BatchPlan) -> dict[int, str]:
+    """The colour of every ring size of ``plan``: different sizes differ, and small ones look the same in all plans."""
+    large = (size for size in plan.ring_sizes() if size > len(_COLOURS))
+    found = {size: _COLOURS[size - 1] for size in plan.ring_sizes() if size <= len(_COLOURS)}
+    return found | dict(zip(large, itertools.cycle(_COLOURS_OF_LARGE), strict=False))
 
 
 def _by_rank(plan: BatchPlan, timeline: Timeline) -> list[list[Span]]:
@@ -119,13 +140,17 @@ def _by_rank(plan: BatchPlan, timeline: Timeline) -> list[list[Span]]:
     return rows
 
 
-def _draw_span(axes: Any, span: Span, factor: float) -> None:
+def _draw_span(axes: Any, span: Span, factor: float, colour: str) -> None:
     start, width = span.start_s * factor, (span.stop_s - span.start_s) * factor
-    colour = _COLOURS[min(span.ring_size, len(_COLOURS)) - 1]
     axes.barh(span.rank, width, left=start, height=0.78, color=colour, edgecolor="white", linewidth=1.0)
-    axes.text(
-        start + width / 2, span.rank, f"{span.num_tokens:,}", ha="center", va="center", fontsize=8, gid=str(width)
-    )
+    ink = "black" if _is_light(colour) else "white"
+    place: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 8, "color": ink, "gid": str(width)}
+    axes.text(start + width / 2, span.rank, f"{span.num_tokens:,}", **place)
+
+
+def _is_light(colour: str) -> bool:
+    red, green, blue = (int(colour[start : start + 2], 16) for start in (1, 3, 5))
+    return 0.299 * red + 0.587 * green + 0.114 * blue > 110
 
 
 def _drop_wide_labels(axes: Any) -> None:
@@ -138,12 +163,11 @@ def _drop_wide_labels(axes: Any) -> None:
             label.remove()
 
 
-def _dress(axes: Any, plan: BatchPlan, unit: str, end: float) -> None:
+def _dress(axes: Any, plan: BatchPlan, colours: Mapping[int, str], unit: str, end: float) -> None:
     from matplotlib.patches import Patch
 
     patches: Sequence[Any] = [
-        Patch(color=_COLOURS[min(size, len(_COLOURS)) - 1], label="one rank" if size == 1 else f"ring of {size}")
-        for size in plan.ring_sizes()
+        Patch(color=colour, label="one rank" if size == 1 else f"ring of {size}") for size, colour in colours.items()
     ]
     handles = [*patches, *axes.get_legend_handles_labels()[0]]
     axes.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=9)
@@ -153,6 +177,8 @@ def _dress(axes: Any, plan: BatchPlan, unit: str, end: float) -> None:
         axes.set_yticks(range(len(plan.ranks)), [f"rank {rank}" for rank in range(len(plan.ranks))])
     else:
         axes.set_ylabel("rank")
-    axes.set_xlabel(f"predicted time, {unit} (numbers: tokens of the micro-batch)")
+    axes.set_xlabel(
+        f"predicted time, {unit}. A block is a micro-batch with its tokens on that rank; white is idle time"
+    )
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(axis="y", length=0)

@@ -65,7 +65,7 @@ def loss_png(
         _draw_guess(axes, vocabulary)
     rows = _draw_marks(axes, found)
     axes.set_title(title, loc="left", fontsize=12, fontweight="bold", pad=10 + 14 * rows)
-    figure.savefig(path)
+    figure.savefig(path, format="png")
 
 
 def _draw_loss(axes: Any, reports: Sequence[StepReport]) -> None:
