@@ -37,13 +37,13 @@ class AttemptResult:
 def run_attempt(run: Run, config: JobConfig, *, resume: bool, console: Console) -> AttemptResult:
     """Train ``run`` on workers of this machine until it ends, is stopped, or fails; keep its state on disk.
 
-    ``config`` becomes the configuration of the run. Call it from the main thread: it handles Ctrl-C and SIGTERM.
-    No worker is left when it returns or raises.
+    ``config`` becomes the configuration of the run. Call it from the main thread: it handles Ctrl-C, SIGTERM and
+    the loss of the terminal. No worker is left when it returns or raises.
 
     Raises:
         RunAlive: another launcher trains this run.
         WorkersFailed: a worker failed; the run can be resumed from its newest checkpoint.
-        KeyboardInterrupt: stopped at once, at the second signal.
+        KeyboardInterrupt: stopped at once, at the second signal, whose number is its argument.
     """
     with run.locked(), Interrupts() as interrupts:
         state = _begin(run, config)
@@ -81,10 +81,14 @@ def _end(run: Run, state: RunState, ended: Literal["finished", "stopped", "faile
 
 
 def _fail(run: Run, state: RunState, error: Exception) -> None:
+    """Write down why the attempt failed; a full disk must not hide that from the caller."""
     text = str(error) if isinstance(error, EvermeshError) else f"{type(error).__name__}: {error}"
-    _end(run, state, "failed", text)
-    with EventLog(run.events) as events:
-        events.write("failed", text, attempt=state.attempt)
+    try:
+        _end(run, state, "failed", text)
+        with EventLog(run.events) as events:
+            events.write("failed", text, attempt=state.attempt)
+    except OSError as unwritten:
+        error.add_note(f"This could not be written to {run.directory}: {unwritten}")
 
 
 def _train(run: Run, config: JobConfig, resume: bool, interrupts: Interrupts, console: Console) -> AttemptResult:

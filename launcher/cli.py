@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from evermesh.launcher.commands import checkpoint, data, demo, jobs, plan
+from evermesh.launcher.errors import StoppedAtOnce
 from evermesh.parallelism.errors import EvermeshError
 
 app = typer.Typer(
@@ -55,13 +56,18 @@ def main() -> None:
     except EvermeshError as error:
         _show(error)
         sys.exit(getattr(error, "exit_code", 2))
+    except OSError as error:  # a full disk, permissions: the machine's fault, as far as anyone can tell here
+        _show(error)
+        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
 
 
-def _show(error: EvermeshError) -> None:
+def _show(error: EvermeshError | OSError) -> None:
     """Print an expected error without our traceback; that of a worker comes first, it is where a bug shows."""
     console = Console(stderr=True)
     if traceback := getattr(error, "traceback", None):
         console.print(traceback, style="dim", markup=False, highlight=False, soft_wrap=True)
-    console.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+    word = "[yellow]stopped:[/]" if isinstance(error, StoppedAtOnce) else "[bold red]error:[/]"
+    for text in (f"{word} {escape(str(error))}", *map(escape, getattr(error, "__notes__", ()))):
+        console.print(text, highlight=False, soft_wrap=True)

@@ -1,12 +1,23 @@
 """The configuration of a job: what to train, with how many workers, and where the run is kept; imports no torch."""
 
+import re
 from pathlib import Path
 from typing import Annotated
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationInfo, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, PositiveInt, ValidationInfo, field_validator
 
 from evermesh.runtime.config import TrainConfig
+
+_LONGEST_NAME = 100
+
+
+def _checked_name(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name) or len(name) > _LONGEST_NAME:
+        raise ValueError(
+            f"{name!r} is no name for a run; use up to {_LONGEST_NAME} letters, digits, dots, dashes and underscores, "
+            "with a letter or a digit first"
+        )
+    return name
 
 
 class JobConfig(BaseModel):
@@ -14,7 +25,7 @@ class JobConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)] = "run"
+    name: Annotated[str, AfterValidator(_checked_name)] = "run"
     """Name of the run's directory; a run that finds it taken is called NAME-2, NAME-3, ..."""
     runs: Path = Path("runs")
     """Folder that holds the run directories, relative to where the command is given."""
@@ -33,8 +44,3 @@ class JobConfig(BaseModel):
             train.layout.check_world(workers)
             return train
         return train.model_copy(update={"layout": train.layout.fitted_to(workers)})
-
-
-def write_job(config: JobConfig, path: Path) -> None:
-    """Write every value of ``config`` to ``path`` as YAML; ``load_job`` reads the same configuration back."""
-    path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))

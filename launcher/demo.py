@@ -157,7 +157,7 @@ def _print_loss(run: Run, console: Console) -> None:
     console.print()
     picture = loss_text(reports, marks(read_events(run.events), reports), width=min(console.width, 100))
     console.print(picture, highlight=False, markup=False)
-    console.print(f"the same as a picture: {run.loss_png}", highlight=False)
+    console.print(f"the same as a picture: {run.loss_png}", highlight=False, soft_wrap=True)
 
 
 def _raise_failed(found: Sequence[Check]) -> None:

@@ -7,10 +7,13 @@
         ├── RunNotFound      (LookupError)      there is no such run, or none at all
         ├── RunAlive         (RuntimeError)     another launcher holds the run
         ├── ResumeRefused    (ValueError)       a run cannot go on the way it was asked to
+        ├── RunUnusable      (OSError)          the directory of a run cannot be made
+        ├── DevicesMissing   (RuntimeError)     the machine has fewer devices than the job has workers
+        ├── StoppedAtOnce    (RuntimeError)     a second signal came before the first was answered
         ├── WorkersFailed    (RuntimeError)     a worker raised, or died
         └── DemoFailed       (AssertionError)   the demo ran, but something it promises did not happen
 
-``exit_code`` is what the command line ends with: 2 for a wrong request, 1 for work that failed.
+``exit_code`` is what the command line ends with: 2 for a wrong request, 1 for work that failed, 128 + signal.
 """
 
 from collections.abc import Sequence
@@ -71,6 +74,22 @@ class RunAlive(LauncherError, RuntimeError):
 
 class ResumeRefused(LauncherError, ValueError):
     """A run cannot go on the way it was asked to."""
+
+
+class RunUnusable(LauncherError, OSError):
+    """The directory of a run cannot be made."""
+
+
+class DevicesMissing(LauncherError, RuntimeError):
+    """The machine has fewer devices than the job has workers."""
+
+
+class StoppedAtOnce(LauncherError, RuntimeError):
+    """A second signal ended the workers before they had saved; what to do now is in the message."""
+
+    def __init__(self, text: str, exit_code: int) -> None:
+        self.exit_code = exit_code
+        super().__init__(text)
 
 
 class WorkersFailed(LauncherError, RuntimeError):

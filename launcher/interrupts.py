@@ -1,20 +1,27 @@
-"""Ctrl-C and SIGTERM: the first asks for a graceful stop, the second stops at once."""
+"""Ctrl-C, SIGTERM and a lost terminal: the first asks for a graceful stop, the second stops at once."""
 
 import signal
 from types import FrameType, TracebackType
 from typing import Any, Self
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""What asks for the end of a run. They reach the whole process group, but only the launcher answers them."""
+
 
 class Interrupts:
-    """Catches SIGINT and SIGTERM inside its ``with`` block. The second one raises ``KeyboardInterrupt``."""
+    """Catches ``SIGNALS`` inside its ``with`` block. The second one raises ``KeyboardInterrupt(number)``.
+
+    SIGHUP stays ignored where it is, as under nohup.
+    """
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._before[number] = signal.signal(number, self._take)
+        for number in SIGNALS:
+            if number is not signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+                self._before[number] = signal.signal(number, self._take)
         return self
 
     def __exit__(
@@ -30,5 +37,5 @@ class Interrupts:
 
     def _take(self, number: int, frame: FrameType | None) -> None:
         if self.received:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt(number)
         self.received = signal.Signals(number)

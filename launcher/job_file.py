@@ -6,14 +6,24 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
+from evermesh.launcher import job_yaml
 from evermesh.launcher.config import JobConfig
 from evermesh.launcher.errors import JobFileInvalid, Problem
+from evermesh.launcher.job_yaml import Key, dotted
 from evermesh.parallelism.errors import LayoutDoesNotFit
 
-Key = tuple[str | int, ...]
+_UNSUPPORTED = ("pp", "tp", "ep", "etp", "offload")
+"""Keys of the layout that the trainer cannot apply yet; it has the last word, but says so only after workers started."""
+_SENTENCES = (
+    (r"^.*valid dictionary.*$", "it should be a mapping of keys"),
+    (r"^.*valid (tuple|list)$", "it should be a list"),
+    (r"^.*valid path.*$", "it should be a path"),
+    (r" after validation, not \d+$", ""),
+    (r"^(Input|String|List|Tuple|Value) should", "it should"),
+)
+"""Pydantic's sentences in the words of a job file."""
 
 
 def load_job(path: Path, overrides: Sequence[str] = ()) -> JobConfig:
@@ -24,108 +34,74 @@ def load_job(path: Path, overrides: Sequence[str] = ()) -> JobConfig:
     Raises:
         JobFileInvalid: names every problem, each with the line of the file or the override that it comes from.
     """
-    values, origins = _read(path)
+    values, lines = job_yaml.read(path)
+    origins = {key: f"{path}:{line}" for key, line in lines.items()}
     for override in overrides:
         _apply(override, values, origins)
     try:
-        return JobConfig.model_validate(values)
+        config = JobConfig.model_validate(values)
     except ValidationError as error:
         raise JobFileInvalid(_problems(error, values, origins, str(path))) from error
+    _check_supported(config, origins, str(path))
+    return config
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[Key, str]]:
-    """The values of a file and, for every key, ``FILE:LINE``."""
-    root = _compose(path)
-    if not isinstance(root, yaml.MappingNode):
-        found = "is empty" if root is None else "holds no mapping of keys"
-        raise _whole_file(path, f"{found}. A job needs at least train.data.sources; see deploy/jobs/quickstart.yaml.")
-    repeated = [
-        Problem(f"{path}:{line}", key, f"{key} is given twice; remove one.") for key, line in _repeated(root, ())
+def write_job(config: JobConfig, path: Path) -> None:
+    """Write every value of ``config`` to ``path`` as YAML; ``load_job`` reads the same configuration back."""
+    job_yaml.write(config.model_dump(mode="json"), path)
+
+
+def _check_supported(config: JobConfig, origins: dict[Key, str], path: str) -> None:
+    layout = config.train.layout
+    problems = [
+        Problem(
+            _origin(("train", "layout", name), origins, path),
+            f"train.layout.{name}",
+            f"train.layout.{name} is {getattr(layout, name)}; this version runs hybrid data and context parallelism "
+            f"only. Leave it out: then train.layout.hdp uses all workers.",
+        )
+        for name in _UNSUPPORTED
+        if getattr(layout, name) != type(layout).model_fields[name].default
     ]
-    if repeated:
-        raise JobFileInvalid(repeated)
-    values = yaml.safe_load(path.read_text())
-    return values, {key: f"{path}:{node.start_mark.line + 1}" for key, node in _nodes(root, ())}
-
-
-def _compose(path: Path) -> yaml.Node | None:
-    try:
-        return yaml.compose(path.read_text(), Loader=yaml.SafeLoader)
-    except FileNotFoundError:
-        raise _whole_file(path, f"no such file (looked from {Path.cwd()}). Give the path of a job file.") from None
-    except (IsADirectoryError, UnicodeDecodeError, PermissionError) as error:
-        raise _whole_file(path, f"cannot be read as text ({error}). Give the path of a job file.") from error
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        text = f"not YAML: {error.problem or error.context}. Check indentation, quotes and colons near this line."
-        raise JobFileInvalid([Problem(f"{path}:{line}", "", text)]) from error
-    except yaml.YAMLError as error:
-        raise _whole_file(path, f"not YAML: {error}") from error
-
-
-def _whole_file(path: Path, text: str) -> JobFileInvalid:
-    return JobFileInvalid([Problem(str(path), "", text)])
-
-
-def _nodes(node: yaml.Node, key: Key) -> Iterator[tuple[Key, yaml.Node]]:
-    """Every key of the document with the node that marks its line: the key itself, or the item of a list."""
-    if isinstance(node, yaml.MappingNode):
-        for name, value in node.value:
-            yield (*key, name.value), name
-            yield from _nodes(value, (*key, name.value))
-    elif isinstance(node, yaml.SequenceNode):
-        for index, item in enumerate(node.value):
-            yield (*key, index), item
-            yield from _nodes(item, (*key, index))
-
-
-def _repeated(root: yaml.Node, key: Key) -> Iterator[tuple[str, int]]:
-    seen = set()
-    for found, node in _nodes(root, key):
-        if found in seen:
-            yield dotted(found), node.start_mark.line + 1
-        seen.add(found)
-
-
-def dotted(key: Sequence[str | int]) -> str:
-    """The key as it is written in an override."""
-    return ".".join(str(part) for part in key)
+    if problems:
+        raise JobFileInvalid(problems)
 
 
 def _apply(override: str, values: dict[str, Any], origins: dict[Key, str]) -> None:
     name, equals, text = override.partition("=")
-    origin = f"--set {override}"
+    name, origin = name.strip(), f"--set {override}"
     if not equals or not all(name.split(".")):
         raise _refused(origin, name, "is not KEY=VALUE; write for example --set train.steps=20.")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise _refused(origin, name, f"{text!r} is not a YAML value. Quote it.") from error
-    parts: list[str | int] = [int(part) if part.isdecimal() else part for part in name.split(".")]
-    _put(values, parts, value, origin)
-    key = tuple(parts)
+        value = job_yaml.value(text)
+    except ValueError as error:
+        raise _refused(origin, name, f"{error}. Quote it.") from error
+    key = _put(values, name.split("."), value, origin)
     for below in [old for old in origins if old[: len(key)] == key]:
         del origins[below]
     origins[key] = origin
 
 
-def _put(values: Any, parts: list[str | int], value: Any, origin: str) -> None:
+def _put(values: Any, parts: list[str], value: Any, origin: str) -> Key:
     """Set a nested value in place; missing mappings on the way are made, items of lists have to exist."""
-    for depth, part in enumerate(parts):
-        here = dotted(parts[:depth]) or "the job"
+    key: list[str | int] = []
+    for part in parts:
+        here = dotted(key) or "the job"
         if isinstance(values, dict):
-            step: Any = str(part)
+            step: Any = part
             following = values[step] = values.get(step) if values.get(step) is not None else {}
-        elif isinstance(values, list) and isinstance(part, int) and part < len(values):
-            step, following = part, values[part]
+        elif isinstance(values, list) and part.isdecimal() and int(part) < len(values):
+            step, following = int(part), values[int(part)]
         elif isinstance(values, list):
             allowed = f"0 to {len(values) - 1}" if values else "none: it is empty"
             raise _refused(origin, dotted(parts), f"{here} is a list; its indices are {allowed}.")
         else:
             raise _refused(origin, dotted(parts), f"{here} is {_shown(values)}, which has no keys below it.")
-        if depth == len(parts) - 1:
+        key.append(step)
+        if len(key) == len(parts):
             values[step] = value
         values = following
+    return tuple(key)
 
 
 def _refused(origin: str, key: str, text: str) -> JobFileInvalid:
@@ -146,17 +122,17 @@ def _problem(error: dict[str, Any], values: Any, origins: dict[Key, str], path: 
     kind, cause = error["type"], error.get("ctx", {}).get("error")
     key = _key_in_file(error["loc"], values)
     if isinstance(cause, LayoutDoesNotFit):
-        key = ("train", "layout", "hdp") if _given(values, ("train", "layout", "hdp")) else ("workers",)
+        key = ("train", "layout", "hdp") if _at(values, ("train", "layout", "hdp")) is not None else ("workers",)
         text = str(cause)
     elif kind == "extra_forbidden":
-        text = _unknown(key)
+        text = _unknown(key, values)
     elif kind == "missing":
-        text = f"{dotted(key)} is missing; add it. {_known(key[:-1])}"
+        text = f"{dotted(key)} is missing; add it. {_known(key[:-1], values)}".rstrip()
         key = key[:-1]
     elif kind == "union_tag_not_found":
         text = f"{dotted(key)}.kind is missing; it is one of {', '.join(_schema_at(key)['discriminator']['mapping'])}."
     elif kind == "union_tag_invalid":
-        text = f"{dotted(key)}.kind is {error['ctx']['tag']!r}; it is one of {error['ctx']['expected_tags']}."
+        text = f"{dotted(key)}.kind is {_shown(error['input']['kind'])}; it is one of {error['ctx']['expected_tags']}."
         key = (*key, "kind")
     elif cause is not None:
         text = f"{dotted(key)}: {cause}."
@@ -182,10 +158,10 @@ def _child(values: Any, part: str | int) -> Any:
     return values[part] if isinstance(values, list) and isinstance(part, int) and part < len(values) else None
 
 
-def _given(values: Any, key: Key) -> bool:
+def _at(values: Any, key: Key) -> Any:
     for part in key:
         values = _child(values, part)
-    return values is not None
+    return values
 
 
 def _origin(key: Key, origins: dict[Key, str], path: str) -> str:
@@ -204,32 +180,44 @@ def _shown(value: Any) -> str:
 
 def _expected(message: str) -> str:
     """Pydantic's sentence as the second half of ours."""
-    return re.sub(r"^(Input|String|List|Tuple|Value) should", "it should", message)
+    for pattern, words in _SENTENCES:
+        message = re.sub(pattern, words, message)
+    return message
 
 
-def _unknown(key: Key) -> str:
-    name = str(key[-1])
-    siblings = list(_properties(key[:-1]))
-    close = difflib.get_close_matches(name, siblings, n=1)
+def _unknown(key: Key, values: Any) -> str:
+    section, name = key[:-1], str(key[-1])
+    close = difflib.get_close_matches(name, _names(section, values), n=1)
     if close:
-        return f"{dotted(key)} is not a key. Did you mean {dotted((*key[:-1], close[0]))}?"
+        return f"{dotted(key)} is not a key. Did you mean {dotted((*section, close[0]))}?"
+    owners = [kind for kind, names in _kinds(section).items() if name in names]
+    if owners:
+        kind = _at(values, (*section, "kind"))
+        return (
+            f"{dotted(key)} is a key of kind {' and '.join(owners)}, but the kind is {kind}. Remove it, or replace the "
+            f"section: --set '{dotted(section)}={{kind: {kind}}}'."
+        )
     elsewhere = [other for other in _all_keys(JobConfig.model_json_schema()) if other.split(".")[-1] == name]
     if elsewhere:
         return f"{dotted(key)} is not a key. Did you mean {' or '.join(elsewhere[:3])}?"
-    return f"{dotted(key)} is not a key. {_known(key[:-1])}"
+    return f"{dotted(key)} is not a key. {_known(section, values)}"
 
 
-def _known(key: Key) -> str:
-    return f"Keys of {dotted(key) or 'a job'}: {', '.join(_properties(key))}."
+def _known(section: Key, values: Any) -> str:
+    names = _names(section, values)
+    return f"Keys of {dotted(section) or 'a job'}: {', '.join(names)}." if names else ""
 
 
-def _properties(key: Key) -> dict[str, Any]:
-    schema = _schema_at(key)
-    choices = schema.get("discriminator", {}).get("mapping", {}).values()
-    found = dict(schema.get("properties", {}))
-    for choice in choices:
-        found.update(_resolved({"$ref": choice})["properties"])
-    return found
+def _names(section: Key, values: Any) -> list[str]:
+    """The keys of a section; where it has kinds, of the kind that was chosen."""
+    kinds = _kinds(section)
+    return kinds.get(_at(values, (*section, "kind")), list(_schema_at(section).get("properties", {})))
+
+
+def _kinds(section: Key) -> dict[str, list[str]]:
+    """The keys of every kind of a section that has kinds."""
+    choices = _schema_at(section).get("discriminator", {}).get("mapping", {})
+    return {kind: list(_resolved({"$ref": choice})["properties"]) for kind, choice in choices.items()}
 
 
 def _schema_at(key: Key) -> dict[str, Any]:

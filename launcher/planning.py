@@ -5,7 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from rich.console import Console
+
 from evermesh.launcher.config import JobConfig
+from evermesh.launcher.corpora import open_corpora
 from evermesh.launcher.errors import LengthsInvalid
 from evermesh.parallelism.batch_plan import BatchPlan
 from evermesh.parallelism.cost import CostModel
@@ -14,10 +17,12 @@ from evermesh.parallelism.planner import plan_batch
 from evermesh.parallelism.simulator import Timeline, simulate
 from evermesh.runtime.config import TrainConfig
 from evermesh.runtime.cost import nominal_cost
-from evermesh.runtime.data import DataConfig, Sampler, StdlibSource, open_sources
+from evermesh.runtime.data import DataConfig, Sampler, StdlibSource
 
 _VOCABULARY = 32_768
 """Assumed for a list of lengths, which belongs to no model."""
+
+_MOST_DIGITS = 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,13 +33,13 @@ class Planned:
     timeline: Timeline
 
 
-def plan_of_job(config: JobConfig, batch: int) -> Planned:
+def plan_of_job(config: JobConfig, batch: int, console: Console) -> Planned:
     """The plan of a job's batch, counted from 1, as the trainer makes it.
 
     Raises:
         EvermeshError: of the data, or SequenceTooLong.
     """
-    corpora = open_sources(config.train.data)
+    corpora = open_corpora(config.train.data, console)
     sampler = Sampler(corpora, config.train.data, config.train.seed)
     for _ in range(batch - 1):
         sampler.next_batch()
@@ -68,8 +73,10 @@ def read_lengths(path: Path) -> tuple[int, ...]:
     lengths = []
     for number, line in enumerate(lines, start=1):
         value = line.partition("#")[0].strip()
-        if value and not (value.isdecimal() and int(value) > 0):
-            raise LengthsInvalid(f"{path}:{number}: {value!r} is not a length. Write one positive integer per line.")
+        if value and not (value.isdecimal() and len(value) <= _MOST_DIGITS and int(value) > 0):
+            raise LengthsInvalid(
+                f"{path}:{number}: {value[:40]!r} is not a length. Write one positive integer per line."
+            )
         if value:
             lengths.append(int(value))
     if not lengths:

@@ -9,6 +9,7 @@ runs/NAME/  job.yaml         the resolved configuration
 
 import fcntl
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,9 +20,9 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError
 
-from evermesh.launcher.config import JobConfig, write_job
-from evermesh.launcher.errors import RunAlive, RunNotFound
-from evermesh.launcher.job_file import load_job
+from evermesh.launcher.config import JobConfig
+from evermesh.launcher.errors import RunAlive, RunNotFound, RunUnusable
+from evermesh.launcher.job_file import load_job, write_job
 
 _LOCK_WAIT_S = 0.5
 """How long a lock is asked for: whoever looks whether a run lives holds it for an instant."""
@@ -55,16 +56,22 @@ class Run:
 
     @classmethod
     def create(cls, config: JobConfig) -> Self:
-        """Make the directory for a new run: NAME, or NAME-2, NAME-3, ... where that is taken."""
-        config.runs.mkdir(parents=True, exist_ok=True)
-        directory, number = config.runs / config.name, 1
-        while not _made(directory):
-            number += 1
-            directory = config.runs / f"{config.name}-{number}"
-        run = cls(directory)
-        run.logs.mkdir()
-        run.write_config(config.model_copy(update={"name": directory.name}))
-        run.write_state(RunState(state="created", workers=config.workers))
+        """Make the directory for a new run: NAME, or NAME-2, NAME-3, ... where that is taken.
+
+        Raises:
+            RunUnusable: it cannot be made or written; nothing is left of it.
+        """
+        try:
+            run = cls(_new_directory(config.runs, config.name))
+        except OSError as error:
+            raise _unusable(config.runs, error) from error
+        try:
+            run.logs.mkdir()
+            run.write_config(config.model_copy(update={"name": run.name}))
+            run.write_state(RunState(state="created", workers=config.workers))
+        except OSError as error:
+            shutil.rmtree(run.directory, ignore_errors=True)
+            raise _unusable(config.runs, error) from error
         return run
 
     @classmethod
@@ -93,7 +100,10 @@ class Run:
         """
         found = cls.all(runs)
         if not found:
-            raise RunNotFound(f"there is no run in {runs}. Start one with `evermesh launch`, or say where with --runs.")
+            raise RunNotFound(
+                f"there is no run in the folder {runs} (looked from {Path.cwd()}). Start one with `evermesh launch`, or "
+                "say where the runs are with --runs."
+            )
         return found[-1]
 
     @classmethod
@@ -111,7 +121,10 @@ class Run:
         names = [run.name for run in cls.all(runs)]
         older = f" and {len(names) - _NAMED_RUNS} older" if len(names) > _NAMED_RUNS else ""
         known = f"{', '.join(names[-_NAMED_RUNS:]) or 'none'}{older}"
-        raise RunNotFound(f"there is no run {name} in {runs}. Runs there: {known}.")
+        raise RunNotFound(
+            f"there is no run {name} in the folder {runs}, nor a directory of that name with a run in it (looked from "
+            f"{Path.cwd()}). Runs in {runs}: {known}."
+        )
 
     @property
     def name(self) -> str:
@@ -151,7 +164,16 @@ class Run:
         return started.timestamp() if started else 0.0
 
     def config(self) -> JobConfig:
-        """The configuration of the last attempt."""
+        """The configuration of the last attempt.
+
+        Raises:
+            RunNotFound: it is gone.
+            JobFileInvalid: it was changed, and breaks a rule now.
+        """
+        if not (self.directory / "job.yaml").is_file():
+            raise RunNotFound(
+                f"run {self.name} has lost its job.yaml. Put one back in {self.directory}, or start anew."
+            )
         return load_job(self.directory / "job.yaml")
 
     def write_config(self, config: JobConfig) -> None:
@@ -170,7 +192,8 @@ class Run:
             return RunState.model_validate_json(path.read_bytes())
         except ValidationError as error:
             raise RunNotFound(
-                f"{path} is not the state of a run: {error.errors()[0]['msg']}. Remove {path.parent}."
+                f"{path} is not the state of a run: {error.errors()[0]['msg']}. To go on from its checkpoints write into "
+                f'it: {{"state": "stopped", "workers": 1}}; otherwise move {path.parent} away.'
             ) from error
 
     def write_state(self, state: RunState) -> None:
@@ -215,6 +238,22 @@ class Run:
 def now() -> datetime:
     """The time for ``RunState``, UTC."""
     return datetime.now(UTC)
+
+
+def _new_directory(runs: Path, name: str) -> Path:
+    runs.mkdir(parents=True, exist_ok=True)
+    directory, number = runs / name, 1
+    while not _made(directory):
+        number += 1
+        directory = runs / f"{name}-{number}"
+    return directory
+
+
+def _unusable(runs: Path, error: OSError) -> RunUnusable:
+    return RunUnusable(
+        f"no run can be made in {runs.absolute()}: {error.strerror or error}. Give another folder with --set runs=DIR, "
+        "or see to its permissions and its free space."
+    )
 
 
 def _made(directory: Path) -> bool:

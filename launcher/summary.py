@@ -39,7 +39,7 @@ def _rows(reports: Sequence[StepReport], vocabulary: int | None) -> list[tuple[s
         ("tokens", f"{tokens:,} in {sum(report.num_sequences for report in reports):,} sequences"),
         ("speed", f"{tokens / wall_s if wall_s else 0:,.0f} tokens/s over {duration(wall_s)} of steps"),
         ("workers", ", then ".join(str(workers) for workers in _changes(reports))),
-        ("rings", rings_seen(reports)),
+        ("sequences", rings_seen(reports)),
         ("micro-batches", micro_batches_seen(reports)),
         ("plans", _plans(reports)),
     ]
@@ -58,7 +58,7 @@ def rings_seen(reports: Sequence[StepReport]) -> str:
     counts: Counter[int] = Counter()
     for report in reports:
         counts.update(report.plan.ring_sizes)
-    return ", ".join(f"{counts[size]:,} sequences on {size}" for size in sorted(counts)) + " ranks"
+    return ", ".join(f"{counts[size]:,} on {size} rank{'s' if size > 1 else ''}" for size in sorted(counts))
 
 
 def micro_batches_seen(reports: Sequence[StepReport]) -> str:
@@ -81,11 +81,10 @@ def _geomean(values: Sequence[float]) -> float:
 def _event_rows(run: Run) -> list[tuple[str, str]]:
     kinds = Counter(event.kind for event in read_events(run.events)) if run.events.is_file() else Counter[str]()
     state = run.state()
-    rows = [("checkpoints", f"{kinds['checkpoint']} written, resumed {kinds['resumed']} times")]
+    rows = [("checkpoints", f"{kinds['checkpoint']} written, {kinds['resumed']} resumed from")]
     if state.started and state.ended:
         took = (state.ended - state.started).total_seconds()
         rows.append(("wall time", f"{duration(took)} in attempt {state.attempt}, start of workers included"))
-    rows.append(("directory", str(run.directory)))
     return rows
 
 

@@ -17,10 +17,12 @@ import time
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import datetime
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from typing import Any
 
+from evermesh.launcher.interrupts import SIGNALS
 from evermesh.parallelism.errors import EvermeshError
 
 EXIT_LAUNCHER_GONE = 97
@@ -74,11 +76,16 @@ class Worker:
         """Send one message; the launcher being gone is the watchdog's business."""
         self._connection.send_bytes(json.dumps(message).encode())
 
+    def log(self, text: str) -> None:
+        """Write a line to this worker's log."""
+        print(f"{datetime.now():%Y-%m-%d %H:%M:%S} rank {self.rank}: {text}", file=sys.stderr, flush=True)
+
     def watch(self) -> None:
         """Take messages until the launcher is gone, then end this process, whatever it is doing."""
         try:
             while True:
                 if json.loads(self._connection.recv_bytes())["kind"] == "stop":
+                    self.log("asked to save and stop")
                     self._stop.set()
         except (EOFError, OSError):
             os._exit(EXIT_LAUNCHER_GONE)
@@ -86,18 +93,20 @@ class Worker:
 
 def main(spec: WorkerSpec, connection: Connection) -> None:
     """Run the worker and end the process: it never returns."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)  # they reach the whole process group; the launcher decides
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
     _die_with_fork_server()
     _redirect(spec.log)
     os.environ.update(LOCAL_RANK=str(spec.rank), RANK=str(spec.rank), WORLD_SIZE=str(spec.world_size))
     worker = Worker(spec, connection)
+    worker.log(f"process {os.getpid()} of {spec.world_size} workers; kill -USR1 writes here what it is doing")
     threading.Thread(target=worker.watch, name="watchdog", daemon=True).start()
     try:
         module, function = spec.entry.split(":")
         result = getattr(importlib.import_module(module), function)(worker, **spec.arguments)
     except BaseException as error:  # noqa: BLE001  the boundary: it is reported, and the launcher raises it again
         _fail(worker, error)
+    worker.log(f"done: {result}")
     worker.send({"kind": "done", "result": result})
     _leave(0)
 
@@ -126,11 +135,12 @@ def _redirect(log: str) -> None:
         os.dup2(descriptor, stream)
     os.close(descriptor)
     faulthandler.enable()
+    faulthandler.register(signal.SIGUSR1)
 
 
 def _fail(worker: Worker, error: BaseException) -> None:
     text = "".join(traceback.format_exception(error))
-    print(text, file=sys.stderr, flush=True)
+    worker.log(f"failed\n{text}")
     failure = {
         "kind": "failed",
         "time_s": time.monotonic(),

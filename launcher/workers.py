@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from evermesh.launcher.errors import WorkersFailed
+from evermesh.launcher.interrupts import SIGNALS
 from evermesh.launcher.worker import WorkerSpec, main
 
 _CONTEXT = get_context("forkserver")
@@ -107,8 +108,9 @@ class WorkerGroup:
             self._poll(on_report)
             if self._failures():
                 self._gather_failures(on_report)
+                silent = [member.rank for member in self._members if not (member.failure or member.is_done)]
                 self.kill()
-                raise _explained(root_cause(self._failures()), self._members)
+                raise _explained(root_cause(self._failures()), self._members, silent)
         return self._members[0].result or {}
 
     def kill(self) -> None:
@@ -169,8 +171,9 @@ def _warm_up(module: str, threads: int) -> None:
         WorkersFailed: it ended while it loaded the module.
     """
     _CONTEXT.set_forkserver_preload([module])
-    # started on its own first: starting it unblocks the signals that are blocked below
-    resource_tracker.ensure_running()
+    # started on its own first: starting it unblocks SIGINT and SIGTERM, which it ignores itself
+    with _blocked_signals():
+        resource_tracker.ensure_running()
     with _thread_limits(threads), _blocked_signals():
         forkserver.ensure_running()
     probe = _CONTEXT.Process(target=_nothing, daemon=True)
@@ -204,7 +207,7 @@ def _thread_limits(threads: int) -> Iterator[None]:
 @contextmanager
 def _blocked_signals() -> Iterator[None]:
     """What starts inside inherits the mask: Ctrl-C reaches the whole process group, but only the launcher decides."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         yield
     finally:
@@ -262,6 +265,10 @@ def _last_lines(log: Path) -> str:
     return "".join(f"\n  | {line}" for line in lines[-_LOG_LINES:])
 
 
-def _explained(failure: Failure, members: Sequence[_Member]) -> WorkersFailed:
-    text = f"worker {failure.rank} failed: {failure.text}\nIts log: {members[failure.rank].log}"
-    return WorkersFailed(text, rank=failure.rank, traceback=failure.traceback)
+def _explained(failure: Failure, members: Sequence[_Member], silent: Sequence[int]) -> WorkersFailed:
+    """The error of the group. Where no rank knows more than that a peer is gone, the silent ones are the suspects."""
+    suspects = ""
+    if failure.peer_lost and silent:
+        suspects = f"\nNot a word came from rank {', '.join(map(str, silent))}: stopped, or hanging."
+    text = f"worker {failure.rank} failed: {failure.text}{suspects}\nIts log: {members[failure.rank].log}"
+    return WorkersFailed(text, rank=failure.rank, traceback=None if failure.peer_lost else failure.traceback)

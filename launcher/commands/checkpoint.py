@@ -35,6 +35,7 @@ app = typer.Typer(
 def ls(place: Place = None, runs: Runs = Path("runs"), as_json: AsJson = False) -> None:
     """List the complete checkpoints of a run."""
     from evermesh import checkpoint
+    from evermesh.launcher.terminal import print_table
 
     directory = _directory(place, runs)
     found = checkpoint.checkpoints(directory)
@@ -44,6 +45,7 @@ def ls(place: Place = None, runs: Runs = Path("runs"), as_json: AsJson = False) 
         return
     if not found:
         print(f"no complete checkpoint in {directory}")
+        _print_incomplete(directory)
         return
     print(directory)
     table = Table(
@@ -59,13 +61,15 @@ def ls(place: Place = None, runs: Runs = Path("runs"), as_json: AsJson = False) 
             str(info.num_tensors),
         )
         table.add_row(info.path.name, *numbers, "latest" if info.is_latest else "")
-    Console().print(table)
+    print_table(table)
+    _print_incomplete(directory)
 
 
 @app.command(epilog="[bold]Example[/]\n\n  evermesh checkpoint show runs/quickstart/checkpoints/step-00000018")
 def show(place: Place = None, runs: Runs = Path("runs"), as_json: AsJson = False) -> None:
     """Show what is in a checkpoint; of a run the newest one."""
     from evermesh import checkpoint
+    from evermesh.launcher.terminal import print_table
 
     path = _checkpoint(place, runs)
     found = checkpoint.describe(path)
@@ -77,13 +81,12 @@ def show(place: Place = None, runs: Runs = Path("runs"), as_json: AsJson = False
     for key in ("step", "world_size", "num_bytes", "description", "objects", "files"):
         console.print(f"  {key}: {found[key]}", highlight=False, markup=False)
     table = Table("tensor", "dtype", "shape", "bytes", "extents", box=None, header_style="bold", pad_edge=False)
-    table.columns[0].overflow = "fold"
     tensors = found["tensors"]
     assert isinstance(tensors, list), "describe() gives a list of tensors"
     for tensor in tensors:
         assert isinstance(tensor, dict), "describe() gives a mapping per tensor"
         table.add_row(*(str(tensor[key]) for key in ("name", "dtype", "shape", "num_bytes", "num_extents")))
-    console.print(table)
+    print_table(table)
 
 
 @app.command(epilog="[bold]Example[/]\n\n  evermesh checkpoint verify quickstart")
@@ -98,23 +101,35 @@ def verify(place: Place = None, runs: Runs = Path("runs"), as_json: AsJson = Fal
     else:
         for problem in report.problems:
             print(f"{problem.kind}: {problem.file}: {problem.text}")
-        verdict = "whole" if report.ok else f"damaged, {len(report.problems)} problems"
+        count = len(report.problems)
+        verdict = "whole" if report.ok else f"damaged, {count} problem{'' if count == 1 else 's'}"
         print(f"{report.path}: {verdict}; {report.num_files} files, {report.bytes_read:,} bytes read")
     raise typer.Exit(0 if report.ok else 1)
+
+
+def _print_incomplete(directory: Path) -> None:
+    from evermesh.launcher.admission import incomplete
+
+    for path in incomplete(directory):
+        print(f"not complete: {path.name}; what it lacks tells: evermesh checkpoint verify {path}")
 
 
 def _directory(place: str | None, runs: Path) -> Path:
     """The folder of checkpoints that ``place`` means: of a run, or itself."""
     from evermesh.launcher.run_directory import Run
 
+    if place is not None and Path(place).name == "manifest.json":
+        return Path(place).parent
     if place is not None and Path(place).is_dir() and not (Path(place) / "state.json").is_file():
         return Path(place)
     return Run.find(place, runs).checkpoints
 
 
 def _checkpoint(place: str | None, runs: Path) -> Path:
-    """The checkpoint that ``place`` means: itself, or the newest of a run or a folder."""
+    """The checkpoint that ``place`` means: itself, or the newest of a run or a folder, complete if there is one."""
     from evermesh import checkpoint
+    from evermesh.launcher.admission import incomplete
 
     directory = _directory(place, runs)
-    return checkpoint.latest(directory) or directory
+    damaged = incomplete(directory)
+    return checkpoint.latest(directory) or (damaged[-1] if damaged else directory)

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import Progress as FileProgress
 from rich.table import Table
 
 if TYPE_CHECKING:
@@ -47,6 +46,7 @@ def prepare(
     skip_invalid: Annotated[bool, typer.Option("--skip-invalid", help="Count bad records instead of ending.")] = False,
 ) -> None:
     """Make a corpus from text, JSON lines and Parquet files."""
+    from evermesh.launcher.corpora import shown_preparation
     from evermesh.runtime.data import RecordFields, TokenizerFile, TrainBpe
     from evermesh.runtime.data import prepare as prepare_corpus
 
@@ -58,17 +58,8 @@ def prepare(
         raise typer.BadParameter("give either --tokenizer FILE (to use one) or --vocabulary N (to train one).")
     fields = RecordFields(text_field, loss_spans_field, messages_field, skip_invalid)
     console = Console()
-    with FileProgress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("preparing", total=None)
-        corpus = prepare_corpus(
-            files,
-            output,
-            source,
-            fields,
-            progress=lambda done, total, name: progress.update(
-                task, completed=done, total=total, description=name[-40:]
-            ),
-        )
+    with shown_preparation(console) as progress:
+        corpus = prepare_corpus(files, output, source, fields, progress=progress)
     print_stats(corpus, 8192, console)
 
 
@@ -82,14 +73,15 @@ def stats(
     as_json: Annotated[bool, typer.Option("--json", help="JSON instead of text.")] = False,
 ) -> None:
     """Show how long the documents of a corpus are, and how many exceed the context."""
-    from evermesh.runtime.data import Corpus, StdlibSource, corpus_stats, stdlib_corpus
+    from evermesh.launcher.corpora import open_corpora
+    from evermesh.runtime.data import CorpusSource, DataConfig, StdlibSource, corpus_stats
 
-    source = StdlibSource(vocabulary=vocabulary)
-    path = stdlib_corpus(source.vocabulary, source.cache) if corpus == "stdlib" else Path(corpus)
+    source = StdlibSource(vocabulary=vocabulary) if corpus == "stdlib" else CorpusSource(path=Path(corpus))
+    [opened] = open_corpora(DataConfig(sources=(source,)), Console(stderr=True))
     if as_json:
-        print(json.dumps(dataclasses.asdict(corpus_stats(Corpus.open(path), context)), default=str, indent=1))
+        print(json.dumps(dataclasses.asdict(corpus_stats(opened, context)), default=str, indent=1))
     else:
-        print_stats(Corpus.open(path), context, Console())
+        print_stats(opened, context, Console())
 
 
 def print_stats(corpus: "Corpus", context: int, console: Console) -> None:

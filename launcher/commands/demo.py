@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from evermesh.launcher.commands.jobs import Runs
 
@@ -22,5 +21,6 @@ def demo(
 ) -> None:
     """Train, save, stop, and resume on another number of workers; check the result."""
     from evermesh.launcher.demo import run_demo
+    from evermesh.launcher.terminal import lasting_console
 
-    raise typer.Exit(run_demo(Console(), runs=runs, resume_workers=workers))
+    raise typer.Exit(run_demo(lasting_console(), runs=runs, resume_workers=workers))

@@ -23,7 +23,8 @@ LAUNCH_EXAMPLES = """[bold]Examples[/]
 
   evermesh launch job.yaml --name wide --set train.model.hidden=256 --set workers=2
 
-Ctrl-C finishes the step, saves a checkpoint and ends; twice ends at once."""
+Ctrl-C finishes the step, saves a checkpoint and ends; twice ends at once. A lost terminal counts as one Ctrl-C, unless the
+command is started with nohup."""
 
 RESUME_EXAMPLES = """[bold]Examples[/]
 
@@ -48,9 +49,10 @@ def launch(
     """Train a job on workers of this machine until it ends or reaches its [bold]stop_at[/]."""
     from evermesh.launcher.job_file import load_job
     from evermesh.launcher.operations import launch_job
+    from evermesh.launcher.terminal import lasting_console
 
     named = [f"name={json.dumps(name)}"] if name is not None else []
-    trained = launch_job(load_job(job, [*(overrides or ()), *named]), Console())
+    trained = launch_job(load_job(job, [*(overrides or ()), *named]), lasting_console())
     raise typer.Exit(trained.result.exit_code)
 
 
@@ -65,8 +67,9 @@ def resume(
     """Train a run on from its newest checkpoint, on the same or another number of workers."""
     from evermesh.launcher.operations import resume_job
     from evermesh.launcher.run_directory import Run
+    from evermesh.launcher.terminal import lasting_console
 
-    trained = resume_job(Run.find(run, runs), Console(), workers=workers, overrides=overrides or ())
+    trained = resume_job(Run.find(run, runs), lasting_console(), workers=workers, overrides=overrides or ())
     raise typer.Exit(trained.result.exit_code)
 
 
@@ -76,6 +79,7 @@ def list_runs(
 ) -> None:
     """List the runs and what became of them."""
     from evermesh.launcher.run_directory import Run
+    from evermesh.launcher.terminal import print_table
 
     rows = [_row(run) for run in Run.all(runs)]
     if as_json:
@@ -83,7 +87,8 @@ def list_runs(
     elif not rows:
         print(f"no runs in {runs}. Start one with: evermesh launch JOB.yaml")
     else:
-        Console().print(_table(rows))
+        print_table(_table(rows))
+        _print_errors(rows)
 
 
 def _row(run: "Run") -> dict[str, Any]:
@@ -108,6 +113,14 @@ def _row(run: "Run") -> dict[str, Any]:
     }
 
 
+def _print_errors(rows: list[dict[str, Any]]) -> None:
+    """Say what is wrong with damaged runs, and why the newest run failed."""
+    for row in rows:
+        if row["state"] == "damaged" or (row is rows[-1] and row["state"] == "failed"):
+            text = f"{row['name']}: {row['error'].splitlines()[0]}"
+            Console().print(text, style="dim", markup=False, highlight=False, soft_wrap=True)
+
+
 def _table(rows: list[dict[str, Any]]) -> Table:
     colours = {
         "running": "cyan",
@@ -120,7 +133,6 @@ def _table(rows: list[dict[str, Any]]) -> Table:
     table = Table(
         "name", "state", "step", "loss", "workers", "directory", box=None, header_style="bold", pad_edge=False
     )
-    table.columns[-1].overflow = "fold"
     for row in rows:
         loss = f"{row['loss']:.4f}" if row.get("loss") is not None else ""
         step = f"{row['step']}/{row['steps']}" if "step" in row else ""

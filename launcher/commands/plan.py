@@ -38,7 +38,7 @@ def plan(
     from evermesh.launcher.plan_picture import certificate_line, headline, plan_png, plan_text
 
     if source.suffix in {".yaml", ".yml"}:
-        planned = planning.plan_of_job(_job(source, workers, capacity), batch)
+        planned = planning.plan_of_job(_job(source, workers, capacity), batch, Console(stderr=True))
     else:
         planned = planning.plan_of_lengths(source, workers or 8, capacity)
     if png:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from evermesh.launcher import Run, load_job
+
 EVERMESH = [sys.executable, "-c", "from evermesh.launcher.cli import main; main()"]
 
 
@@ -136,3 +138,36 @@ def test_data_prepare_wants_one_tokenizer(tmp_path: Path) -> None:
     found = evermesh("data", "prepare", tmp_path, "--output", tmp_path / "new")
     assert found.returncode == 2
     assert "--vocabulary N" in found.stderr
+
+
+def test_an_error_of_the_machine_is_one_line(tmp_path: Path) -> None:
+    with open("/dev/full", "w") as full:
+        found = subprocess.run(
+            [*EVERMESH, "runs"], cwd=tmp_path, stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert found.returncode == 1
+    assert found.stderr.splitlines()[0] == "error: [Errno 28] No space left on device"
+    assert "Traceback" not in found.stderr
+
+
+def test_a_mistyped_command_suggests_the_right_one() -> None:
+    found = evermesh("lanch")
+    assert found.returncode == 2
+    assert "Did you mean 'launch'" in found.stderr
+
+
+def test_runs_say_what_is_wrong_with_a_damaged_one(job_file: Path) -> None:
+    run = Run.create(load_job(job_file))
+    with (run.directory / "job.yaml").open("a") as file:
+        file.write("zz: 3\n")
+    found = evermesh("runs", "--runs", job_file.parent / "runs", width=60)
+    assert found.returncode == 0
+    assert "zz is not a key. Keys of a job" in found.stdout.splitlines()[-1]
+
+
+def test_a_plan_has_an_exact_picture_name_and_refuses_numbers_that_are_none(tmp_path: Path) -> None:
+    (tmp_path / "lengths").write_text("100\n200\n")
+    assert evermesh("plan", tmp_path / "lengths", "--png", tmp_path / "picture").returncode == 0
+    assert (tmp_path / "picture").read_bytes().startswith(b"\x89PNG")
+    (tmp_path / "lengths").write_text("9" * 5000)
+    assert evermesh("plan", tmp_path / "lengths").returncode == 2

@@ -1,8 +1,11 @@
 """Job files: every error names key, line and way out; overrides; the layout; the round trip."""
 
+import json
+import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from evermesh.launcher import load_job, write_job
 from evermesh.launcher.demo import quickstart
@@ -126,6 +129,84 @@ def test_a_key_given_twice_names_the_second_line(tmp_path: Path) -> None:
     assert errors(path) == [f"{path}:10: workers is given twice; remove one."]
 
 
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        (
+            "train:\n\tsteps: 3\n",
+            ":2: not YAML: .*'.t' that cannot start any token. Check indentation .spaces, no tabs",
+        ),
+        ("? [1, 2]\n: 3\n", ":1: not YAML: a key is a list or a mapping"),
+        ("train: !python/object {}\n", ":1: not YAML: could not determine a constructor for the tag"),
+        ("workers: 1\n---\nworkers: 2\n", ":2: not YAML: expected a single document in the stream"),
+        ("train: &t\n  data: *t\n", ": is nested too deeply, or an anchor contains itself"),
+        (f"train: {'[' * 2000}{']' * 2000}\n", ": is nested too deeply"),
+        ("train: \0\n", ": not YAML: unacceptable character"),
+    ],
+)
+def test_what_no_job_can_hold_is_refused_with_its_place(tmp_path: Path, content: str, text: str) -> None:
+    path = write(tmp_path, content)
+    [found] = errors(path)
+    assert re.match(re.escape(str(path)) + text, found)
+
+
+def test_what_is_no_text_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "job.yaml").write_bytes(b"train: \xff\n")
+    for path in (tmp_path / "job.yaml", tmp_path, tmp_path / "job.yaml" / "below", tmp_path / ("long" * 100)):
+        [text] = errors(path)
+        assert text.startswith(f"{path}: cannot be read as text (")
+
+
+@pytest.mark.parametrize("value", ["yes", "true", "1:30", "2024-13-45", "0x10"])
+def test_words_are_no_numbers(tmp_path: Path, value: str) -> None:
+    path = write(tmp_path, GOOD.replace("workers: 4", f"workers: {value}"))
+    [text] = errors(path)
+    assert text.startswith(f"{path}:1: workers is {value!r}; it should be a valid integer")
+
+
+def test_numbers_are_decimal(tmp_path: Path) -> None:
+    job = load_job(write(tmp_path, GOOD.replace("workers: 4", "workers: 010")), ["train.data.batch_tokens=1e4"])
+    assert (job.workers, job.train.data.batch_tokens) == (10, 10_000)
+
+
+def test_a_key_that_is_no_word_is_an_unknown_key(tmp_path: Path) -> None:
+    path = write(tmp_path, GOOD + "3: 4\ntrue: 5\n")
+    assert [text.split(". Keys")[0] for text in errors(path)] == [
+        f"{path}:10: 3 is not a key",
+        f"{path}:11: true is not a key",
+    ]
+
+
+def test_a_key_of_another_kind_says_whose_it_is_and_how_to_replace_the_section(tmp_path: Path) -> None:
+    path = write(tmp_path, GOOD + "  device:\n    threads: 2\n    kind: cpu\n")
+    assert errors(path, "train.device.kind=cuda") == [
+        f"{path}:11: train.device.threads is a key of kind cpu, but the kind is cuda. Remove it, or replace the "
+        "section: --set 'train.device={kind: cuda}'."
+    ]
+    assert load_job(path, ["train.device={kind: cuda}"]).train.device.kind == "cuda"
+
+
+def test_the_keys_of_a_section_with_kinds_are_those_of_its_kind(tmp_path: Path) -> None:
+    path = write(tmp_path, "train:\n  data:\n    sources:\n      - kind: corpus\n")
+    assert errors(path) == [
+        f"{path}:4: train.data.sources.0.path is missing; add it. Keys of train.data.sources.0: kind, path, weight."
+    ]
+
+
+@pytest.mark.parametrize(("key", "value"), [("tp", 2), ("pp", 4), ("ep", 2), ("etp", 2), ("offload", 0.5)])
+def test_a_layout_that_this_version_cannot_run_names_its_line(tmp_path: Path, key: str, value: float) -> None:
+    path = write(tmp_path, GOOD + f"    {key}: {value}\n")
+    [text] = errors(path)
+    assert text.startswith(f"{path}:10: train.layout.{key} is {value}; this version runs hybrid data and context")
+
+
+@pytest.mark.parametrize("name", ["../elsewhere", "a b", "-x", "x" * 101])
+def test_a_name_that_is_no_name_says_what_is_one(tmp_path: Path, name: str) -> None:
+    path = write(tmp_path, GOOD + f"name: {name}\n")
+    [text] = errors(path)
+    assert text.startswith(f"{path}:10: name: {name!r} is no name for a run; use up to 100 letters, digits, dots")
+
+
 def test_a_missing_file_says_where_it_was_looked_for(tmp_path: Path) -> None:
     [text] = errors(tmp_path / "nothing.yaml")
     assert "no such file" in text
@@ -146,6 +227,12 @@ def test_overrides_are_yaml_values_and_later_ones_win(tmp_path: Path) -> None:
     [
         ("train.steps=0", "train.steps is 0; it should be greater than 0."),
         ("train.steps", "is not KEY=VALUE; write for example --set train.steps=20."),
+        ("train..steps=3", "is not KEY=VALUE; write for example --set train.steps=20."),
+        ("train.steps=[1", "'[1' is not a YAML value. Quote it."),
+        ("train.layout=3", "train.layout is 3; it should be a mapping of keys."),
+        ("train.data.sources=[]", "train.data.sources is a list of 0; it should have at least 1 item."),
+        ("train.optimizer.betas=[0.9]", "train.optimizer.betas.1 is missing; add it."),
+        ("1=2", "1 is not a key. Keys of a job: name, runs, workers, train."),
         ("train.steps.x=1", "train.steps is 30, which has no keys below it."),
         ("train.data.sources.4.kind=stdlib", "train.data.sources is a list; its indices are 0 to 0."),
         ("train.model={hiden: 4}", "train.model.hiden is not a key. Did you mean train.model.hidden?"),
@@ -163,6 +250,20 @@ def test_a_written_job_is_read_back_equal(tmp_path: Path) -> None:
     job = load_job(quickstart(), ["train.optimizer.eps=1e-12", "train.checkpoint.every=null", "train.stop_at=null"])
     write_job(job, tmp_path / "copy.yaml")
     assert load_job(tmp_path / "copy.yaml") == job
+
+
+@pytest.mark.parametrize("name", ["1e3", "010", "yes", "null", "3", "2024-01-01"])
+def test_a_name_that_looks_like_something_else_is_written_so_that_every_reader_of_yaml_finds_it(
+    tmp_path: Path, name: str
+) -> None:
+    job = load_job(write(tmp_path, GOOD), [f"name={json.dumps(name)}"])
+    write_job(job, tmp_path / "copy.yaml")
+    assert load_job(tmp_path / "copy.yaml").name == name
+    assert yaml.safe_load((tmp_path / "copy.yaml").read_text())["name"] == name
+
+
+def test_spaces_around_the_key_of_an_override_do_not_count(tmp_path: Path) -> None:
+    assert load_job(write(tmp_path, GOOD), [" train.steps = 7"]).train.steps == 7
 
 
 def test_the_quickstart_job_is_valid() -> None:

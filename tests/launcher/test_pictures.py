@@ -9,7 +9,7 @@ from rich.console import Console
 
 from evermesh.fault.events import Event, EventLog
 from evermesh.launcher import JobConfig, Run, load_job
-from evermesh.launcher.plan_picture import certificate_line, headline, plan_png, plan_text, seconds
+from evermesh.launcher.plan_picture import certificate_line, headline, plan_png, plan_text, ring_colours, seconds
 from evermesh.launcher.plots import Mark, loss_png, loss_text, marks
 from evermesh.launcher.progress import Progress, duration, plain_line
 from evermesh.launcher.summary import last_report, summary_table
@@ -117,6 +117,18 @@ def test_the_plan_picture_is_written(tmp_path: Path, ranks: int) -> None:
     assert (tmp_path / "plan.png").stat().st_size > 10_000
 
 
+def test_ring_sizes_have_different_colours_that_small_rings_keep_in_every_plan() -> None:
+    plan = plan_batch([40_000, 25_000, 20_000, 15_000, 9_000, 5_000, 900], Layout(hdp=20, capacity=2560), COST)
+    colours = ring_colours(plan)
+    assert list(colours) == list(plan.ring_sizes())
+    assert len(set(colours.values())) == len(colours) > 3
+    assert max(colours) > 7
+    small = plan_batch([5000, 100], Layout(hdp=2, capacity=2560), COST)
+    shared = colours.keys() & ring_colours(small).keys()
+    assert shared
+    assert all(ring_colours(small)[size] == colours[size] for size in shared)
+
+
 def test_the_certificate_and_the_headline_have_the_numbers() -> None:
     plan = plan_batch([100, 100], Layout(hdp=2, capacity=256), COST)
     assert re.fullmatch(r"makespan \S+ ms, bound \S+ ms \([a-z ]+\), ratio 1\.\d{3}, fill 39%", certificate_line(plan))
@@ -174,9 +186,9 @@ def test_the_summary_counts_what_telemetry_and_events_tell(run: Run) -> None:
         "7.9000 at step 1, 5.0000 at step 30 (uniform guess: ln 2,048 = 7.6246)",
         "30,000 in 150 sequences",
         "4, then 3",
-        "90 sequences on 1, 30 sequences on 2, 30 sequences on 4 ranks",
+        "90 on 1 rank, 30 on 2 ranks, 30 on 4 ranks",
         "2 to 3 per rank and step; they differ between ranks in 30 steps",
-        "3 written, resumed 1 times",
+        "3 written, 1 resumed from",
     ):
         assert expected in text
 

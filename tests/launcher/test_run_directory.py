@@ -1,5 +1,6 @@
 """Run directories: names, locks, and what a run says about itself."""
 
+import errno
 import json
 import os
 import subprocess
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from evermesh.launcher import JobConfig, Run, RunState, load_job
-from evermesh.launcher.errors import RunAlive, RunNotFound
+from evermesh.launcher.errors import RunAlive, RunNotFound, RunUnusable
 from evermesh.launcher.run_directory import now
 
 
@@ -39,7 +40,7 @@ def test_a_run_is_found_by_name_and_by_path(job: JobConfig) -> None:
 
 def test_a_run_that_is_not_there_lists_those_that_are(job: JobConfig) -> None:
     Run.create(job)
-    with pytest.raises(RunNotFound, match=r"there is no run large in .* Runs there: small"):
+    with pytest.raises(RunNotFound, match=r"there is no run large in .* Runs in .*: small"):
         Run.find("large", job.runs)
 
 
@@ -87,3 +88,37 @@ def test_the_state_is_json_that_other_programs_can_read(job: JobConfig) -> None:
     values = json.loads((run.directory / "state.json").read_text())
     assert values["state"] == "created"
     assert values["workers"] == 2
+
+
+def test_a_damaged_state_says_how_to_go_on(job: JobConfig) -> None:
+    run = Run.create(job)
+    (run.directory / "state.json").write_text("{}")
+    with pytest.raises(RunNotFound, match="To go on from its checkpoints write into it: ") as caught:
+        run.state()
+    (run.directory / "state.json").write_text(str(caught.value).partition("write into it: ")[2].partition(";")[0])
+    assert run.state().state == "stopped"
+
+
+def test_a_run_that_lost_its_configuration_says_so(job: JobConfig) -> None:
+    run = Run.create(job)
+    (run.directory / "job.yaml").unlink()
+    with pytest.raises(RunNotFound, match=r"run small has lost its job.yaml\. Put one back in"):
+        run.config()
+
+
+def test_a_folder_of_runs_that_is_none_is_refused_with_the_reason(job_file: Path) -> None:
+    job = load_job(job_file, [f"runs={job_file}"])
+    with pytest.raises(RunUnusable, match=rf"no run can be made in {job_file}: File exists\. Give another folder"):
+        Run.create(job)
+
+
+def test_a_disk_that_is_full_when_a_run_is_made_leaves_nothing_of_it(
+    job: JobConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: Run, state: RunState) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Run, "write_state", full)
+    with pytest.raises(RunUnusable, match="No space left on device"):
+        Run.create(job)
+    assert list(job.runs.iterdir()) == []

@@ -107,7 +107,10 @@ def test_a_second_ctrl_c_ends_at_once_and_leaves_no_process(job_file: Path) -> N
         process.send_signal(signal.SIGINT)
         _, stderr = process.communicate(timeout=WAIT_S)
         assert process.returncode == 130
-        assert stderr == ""
+        assert stderr == (
+            "stopped: at once, without a save. There is no checkpoint yet; start again with: "
+            f"evermesh launch {run.directory / 'job.yaml'}\n"
+        )
         assert psutil.wait_procs(members, timeout=3)[1] == []
         assert run.status() == "stopped"
 

@@ -1,6 +1,5 @@
 """Worker processes: what they report, whose error is shown, and that none of them outlives the launcher."""
 
-import signal
 import subprocess
 import sys
 import time
@@ -12,16 +11,18 @@ from typing import Any
 import psutil
 import pytest
 
+from evermesh.launcher import workers
 from evermesh.launcher.errors import WorkersFailed
+from evermesh.launcher.interrupts import SIGNALS
 from evermesh.launcher.workers import Failure, WorkerGroup, root_cause
 
 FUNCTIONS = "tests.launcher.worker_functions"
 
 
-def run(function: str, workers: int, logs: Path, **arguments: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def run(function: str, size: int, logs: Path, **arguments: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """What rank 0 returned, and the reports."""
     reports: list[dict[str, Any]] = []
-    with WorkerGroup(f"{FUNCTIONS}:{function}", arguments, workers=workers, logs=logs) as group:
+    with WorkerGroup(f"{FUNCTIONS}:{function}", arguments, workers=size, logs=logs) as group:
         return group.wait(reports.append, lambda: None), reports
 
 
@@ -33,10 +34,10 @@ def test_workers_report_and_return_what_rank_0_found(tmp_path: Path) -> None:
 
 def test_what_a_worker_prints_is_in_its_own_log(tmp_path: Path) -> None:
     run("succeed", 2, tmp_path)
-    assert [(tmp_path / f"rank-{rank}.log").read_text() for rank in (0, 1)] == [
-        "rank 0 was here\n",
-        "rank 1 was here\n",
-    ]
+    for rank, other in ((0, 1), (1, 0)):
+        log = (tmp_path / f"rank-{rank}.log").read_text()
+        assert f"rank {rank} was here\n" in log
+        assert f"rank {other}" not in log
 
 
 def test_the_first_error_wins_over_ranks_that_only_lost_their_peer(tmp_path: Path) -> None:
@@ -58,6 +59,26 @@ def test_a_killed_worker_is_the_cause_and_its_last_words_are_shown(tmp_path: Pat
     with pytest.raises(WorkersFailed, match=r"worker 1 failed: it was killed by signal 9 \(SIGKILL\)") as caught:
         run("killed", 2, tmp_path)
     assert "last words of rank 1" in str(caught.value)
+
+
+def test_where_ranks_only_lost_their_peer_the_silent_one_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workers, "_ROOT_CAUSE_WAIT_S", 0.5)
+    with pytest.raises(WorkersFailed, match="Not a word came from rank 1: stopped, or hanging") as caught:
+        run("stopped", 2, tmp_path)
+    assert caught.value.traceback is None
+    assert "stopped" in (tmp_path / "rank-0.log").read_text()  # the traceback, for those who want it
+
+
+def test_a_log_tells_when_a_worker_began_what_it_does_on_sigusr1_and_that_it_was_asked_to_stop(tmp_path: Path) -> None:
+    with WorkerGroup(f"{FUNCTIONS}:wait_for_stop", {"look": True}, workers=1, logs=tmp_path) as group:
+        group.wait(lambda report: group.ask_stop(), lambda: None)
+    log = (tmp_path / "rank-0.log").read_text()
+    marks = ["of 1 workers", "most recent call first", "wait_for_stop", "asked to save and stop", "done: {'reason': "]
+    places = [log.find(mark) for mark in marks]
+    assert -1 not in places
+    assert sorted(places) == places
 
 
 def test_the_root_cause_is_the_earliest_failure_that_is_not_a_lost_peer() -> None:
@@ -125,7 +146,7 @@ def test_no_process_is_left_3_s_after_the_launcher_was_killed(tmp_path: Path, fu
 def test_workers_ignore_signals_that_reach_the_whole_process_group(tmp_path: Path) -> None:
     with launcher(tmp_path) as process:
         family = psutil.Process(process.pid).children(recursive=True)
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in SIGNALS:
             for member in family:
                 member.send_signal(number)
         time.sleep(0.3)

@@ -18,8 +18,10 @@ def succeed(worker: Worker, *, steps: int = 3) -> dict[str, Any]:
     return {"rank": worker.rank, "threads": os.environ.get("OMP_NUM_THREADS")}
 
 
-def wait_for_stop(worker: Worker) -> dict[str, Any]:
-    """Run until the launcher asks to stop."""
+def wait_for_stop(worker: Worker, *, look: bool = False) -> dict[str, Any]:
+    """Run until the launcher asks to stop; with ``look``, write first what this process is doing."""
+    if look:
+        os.kill(os.getpid(), signal.SIGUSR1)
     worker.report({"pid": os.getpid()})
     while not worker.stop_asked():
         time.sleep(0.02)
@@ -48,6 +50,13 @@ def killed(worker: Worker) -> None:
         time.sleep(0.3)
         os.kill(os.getpid(), signal.SIGKILL)
     raise RuntimeError("[pair.cc:534] Connection closed by peer [127.0.0.1]:1234")
+
+
+def stopped(worker: Worker) -> None:
+    """Rank 1 is stopped, rank 0 waits for it in vain."""
+    if worker.rank == 1:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    raise RuntimeError("[unbound_buffer.cc:78] Timed out waiting 5000ms for recv operation to complete")
 
 
 def hold_the_interpreter_lock(worker: Worker) -> None:
