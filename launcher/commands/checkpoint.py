@@ -65,7 +65,7 @@ def ls(place: Place = None, runs: Runs = Path("runs"), as_json: AsJson = False) 
     _print_incomplete(directory)
 
 
-@app.command(epilog="[bold]Example[/]\n\n  evermesh checkpoint show runs/quickstart/checkpoints/step-00000018")
+@app.command(epilog="[bold]Example[/]\n\n  evermesh checkpoint show runs/quickstart/checkpoints/step-00000030")
 def show(place: Place = None, runs: Runs = Path("runs"), as_json: AsJson = False) -> None:
     """Show what is in a checkpoint; of a run the newest one."""
     from evermesh import checkpoint
@@ -77,9 +77,9 @@ def show(place: Place = None, runs: Runs = Path("runs"), as_json: AsJson = False
         print(json.dumps(found, indent=1))
         return
     console = Console()
-    console.print(f"[bold]{path}[/]", highlight=False)
+    console.print(f"[bold]{path}[/]", highlight=False, soft_wrap=True)
     for key in ("step", "world_size", "num_bytes", "description", "objects", "files"):
-        console.print(f"  {key}: {found[key]}", highlight=False, markup=False)
+        console.print(f"  {key}: {found[key]}", highlight=False, markup=False, soft_wrap=True)
     table = Table("tensor", "dtype", "shape", "bytes", "extents", box=None, header_style="bold", pad_edge=False)
     tensors = found["tensors"]
     assert isinstance(tensors, list), "describe() gives a list of tensors"

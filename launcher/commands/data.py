@@ -27,10 +27,13 @@ PREPARE_EXAMPLES = """[bold]Examples[/]
 
   evermesh data prepare texts/ --output corpora/mine --vocabulary 8192
 
-  evermesh data prepare a.jsonl.gz b.parquet --output corpora/chat --tokenizer tokenizer.json --text-field body
+  evermesh data prepare chats.jsonl.gz --output chats --tokenizer bpe.json
 
-Files named .jsonl, .jsonl.gz and .parquet hold one document per record, any other file is one document. After an
-interruption give the same command again: it goes on."""
+Files named .jsonl, .jsonl.gz and .parquet hold one document per record.
+
+Any other file is one document.
+
+After an interruption give the same command again: it goes on."""
 
 
 @app.command(epilog=PREPARE_EXAMPLES)

@@ -11,8 +11,11 @@ EXAMPLES = """[bold]Example[/]
 
   evermesh demo
 
-Trains a small model on the Python standard library with 4 workers, saves, stops, resumes on 3 workers, and checks what
-is written down about every step. It takes at most 3 minutes on two cores; exit code 1 if a check fails."""
+Trains a small model on the Python standard library with 4 workers, saves and stops.
+
+Then resumes on 3 workers, and checks what is written down about every step.
+
+It takes at most 3 minutes on two cores; exit code 1 if a check fails."""
 
 
 def demo(

@@ -21,16 +21,17 @@ LAUNCH_EXAMPLES = """[bold]Examples[/]
 
   evermesh launch deploy/jobs/quickstart.yaml
 
-  evermesh launch job.yaml --name wide --set train.model.hidden=256 --set workers=2
+  evermesh launch job.yaml --name wide --set train.model.hidden=256
 
-Ctrl-C finishes the step, saves a checkpoint and ends; twice ends at once. A lost terminal counts as one Ctrl-C, unless the
-command is started with nohup."""
+Ctrl-C finishes the step, saves a checkpoint and ends; twice ends at once.
+
+A lost terminal counts as one Ctrl-C, unless nohup is used."""
 
 RESUME_EXAMPLES = """[bold]Examples[/]
 
-  evermesh resume                                  [dim]the run that was started last[/]
+  evermesh resume                           [dim]# the run that was started last[/]
 
-  evermesh resume quickstart --workers 3           [dim]on another number of workers[/]
+  evermesh resume quickstart --workers 3    [dim]# on another number of workers[/]
 
   evermesh resume runs/quickstart --set train.steps=200"""
 

@@ -11,11 +11,11 @@ if TYPE_CHECKING:
 
 EXAMPLES = """[bold]Examples[/]
 
-  evermesh plan deploy/jobs/quickstart.yaml                    [dim]the first batch of the job[/]
+  evermesh plan deploy/jobs/quickstart.yaml    [dim]# its first batch[/]
 
   evermesh plan deploy/jobs/quickstart.yaml --batch 7 --workers 6 --png plan.png
 
-  evermesh plan lengths.txt.gz --workers 64 --capacity 32768   [dim]one length per line[/]"""
+  evermesh plan lengths.txt.gz --workers 64 --capacity 32768"""
 
 
 def plan(

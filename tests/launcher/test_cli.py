@@ -8,8 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from evermesh.launcher import Run, load_job
+from evermesh.launcher.cli import app
 
 EVERMESH = [sys.executable, "-c", "from evermesh.launcher.cli import main; main()"]
 
@@ -20,6 +22,13 @@ def evermesh(*arguments: str | Path, width: int = 200) -> subprocess.CompletedPr
     return subprocess.run(
         [*EVERMESH, *map(str, arguments)], capture_output=True, text=True, env=environment, check=False
     )
+
+
+def help_of(command: list[str], width: int = 200) -> str:
+    """What ``--help`` shows, asked in this process."""
+    found = CliRunner().invoke(app, [*command, "--help"], env={"COLUMNS": str(width), "NO_COLOR": "1"})
+    assert found.exit_code == 0
+    return found.output
 
 
 def test_the_command_line_starts_without_torch_and_other_slow_imports() -> None:
@@ -48,9 +57,13 @@ def test_the_command_line_starts_without_torch_and_other_slow_imports() -> None:
     ],
 )
 def test_help_shows_an_example(command: list[str], example: str) -> None:
-    found = evermesh(*command, "--help")
-    assert found.returncode == 0
-    assert example in found.stdout
+    assert example in help_of(command)
+
+
+@pytest.mark.parametrize("command", ["launch", "resume", "plan", "checkpoint show", "data prepare"])
+def test_examples_are_not_folded_on_a_terminal_of_80_columns(command: str) -> None:
+    narrow, wide = (help_of(command.split(), width).partition("Example")[2].splitlines() for width in (80, 200))
+    assert [line.strip() for line in narrow] == [line.strip() for line in wide]
 
 
 def test_the_version_is_that_of_the_package() -> None:
