@@ -56,7 +56,8 @@ class CheckpointCorrupt(EvermeshError, ValueError):
         stop: int = 0,
         tensors: Sequence[str] = (),
     ) -> None:
-        held = f" They hold {', '.join(tensors)}." if tensors else ""
+        more = f" and {len(tensors) - 3} more" if len(tensors) > 3 else ""
+        held = f" They hold {', '.join(tensors[:3])}{more}." if tensors else ""
         place = f"chunk {chunk}, bytes {start:,} to {stop:,}: " if chunk is not None else ""
         super().__init__(f"{file}: {place}{fact}.{held} Load an earlier checkpoint, or restore the file from a copy.")
         self.file, self.fact, self.chunk, self.start, self.stop, self.tensors = (

@@ -14,7 +14,7 @@ FlopConvention = Literal["causal", "full"]
 class ModelShape(BaseModel):
     """The sizes of a decoder that decide its cost."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     hidden: PositiveInt
     layers: PositiveInt
@@ -46,7 +46,7 @@ class ModelShape(BaseModel):
 class CostModel(BaseModel):
     """Seconds that one HDP rank needs, forward and backward together."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     token_s: PositiveFloat
     """Seconds per token: matrix products, norms, loss."""

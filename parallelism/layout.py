@@ -13,7 +13,7 @@ class Layout(BaseModel):
     The attention side factors the ranks as ``pp x hdp x tp``; the expert side as ``pp x edp x ep x etp``.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     hdp: PositiveInt = 1
     """Hybrid data-parallel ranks: data and context parallelism are the same ranks, used per sequence."""

@@ -8,7 +8,7 @@ from evermesh.parallelism.errors import LayoutDoesNotFit
 
 
 class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Nic(_Frozen):

@@ -19,7 +19,10 @@ from evermesh.runtime.data.config import DataConfig
 
 
 class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+_Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 class ModelConfig(_Frozen):
@@ -68,7 +71,7 @@ class OptimizerConfig(_Frozen):
     final_lr_ratio: NonNegativeFloat = 0.1
     """Learning rate at the last step over the peak."""
     warmup_steps: NonNegativeInt = 10
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[_Beta, _Beta] = (0.9, 0.95)
     eps: PositiveFloat = 1e-8
     weight_decay: NonNegativeFloat = 0.1
     """Decoupled weight decay of matrices; vectors (norm weights) are not decayed."""

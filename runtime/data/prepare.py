@@ -66,9 +66,13 @@ def prepare(
             raise CorpusExists(f"{output} is there already. Remove it, or choose another output.")
         files = find_inputs(inputs)
         fields = fields or RecordFields()
-        codec = _codec(tokenizer, files, fields, partial / "tokenizer")
-        parts = _make_parts(files, codec, fields, PartStore(partial / "parts"), progress)
-        _check_not_empty(parts, files)
+        try:
+            codec = _codec(tokenizer, files, fields, partial / "tokenizer")
+            parts = _make_parts(files, codec, fields, PartStore(partial / "parts"), progress)
+            _check_not_empty(parts, files)
+        except CorpusEmpty:
+            shutil.rmtree(partial, ignore_errors=True)  # nothing in it to go on with
+            raise
         _assemble(empty_folder(partial / "corpus"), output, _Content(files, parts, codec))
         shutil.rmtree(partial, ignore_errors=True)
     return Corpus.open(output)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from evermesh.runtime.config import ModelConfig
+from evermesh.runtime.config import ModelConfig, OptimizerConfig
 from evermesh.runtime.model.decoder import Decoder
 from tests.oracle import plain_attention, relative_error
 
@@ -90,3 +90,9 @@ def test_weights_depend_on_seed_and_name_alone() -> None:
 def test_sizes_that_do_not_go_together_are_refused(changes: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ModelConfig.model_validate({"hidden": 32, **changes})
+
+
+@pytest.mark.parametrize("changes", [{"betas": [0.9, 1.5]}, {"lr": float("inf")}, {"lr": float("nan")}, {"eps": 0.0}])
+def test_optimizer_values_that_cannot_train_are_refused(changes: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=next(iter(changes))):
+        OptimizerConfig.model_validate(changes)

@@ -235,7 +235,7 @@ def test_inputs_without_any_document_are_refused_with_the_numbers(tmp_path: Path
     (tmp_path / "nothing").mkdir()
     with pytest.raises(CorpusEmpty, match="0 input files"):
         prepare([tmp_path / "nothing"], tmp_path / "corpus", TrainBpe(300))
-    assert not (tmp_path / "corpus").exists()
+    assert not list(tmp_path.glob("corpus*/"))
 
 
 @pytest.mark.parametrize(
