@@ -12,13 +12,16 @@ from evermesh.launcher import Run
 from evermesh.runtime.telemetry import read_telemetry
 from tests.launcher.test_cli import evermesh
 
-TMPFS_BYTES = 288 << 10
+TMPFS_BYTES = 4 << 20
+FREE_BYTES = 288 << 10
 """Room for the first checkpoint of 120 kB but not for the second."""
 
 
 def main(job: str, mountpoint: str) -> None:
     """Print what was said, what the run was like after it failed, and how the resume ended."""
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={TMPFS_BYTES}", "none", mountpoint], check=True)
+    ballast = Path(mountpoint) / "ballast"
+    ballast.write_bytes(bytes(TMPFS_BYTES - FREE_BYTES))
     failed = evermesh("launch", job, "--set", f"runs={mountpoint}")
     run = Run.open(Path(mountpoint) / "small")
     told = {
@@ -29,7 +32,7 @@ def main(job: str, mountpoint: str) -> None:
         "verified": evermesh("checkpoint", "verify", run.directory).returncode,
         "steps": [report.step for report in read_telemetry(run.telemetry)],
     }
-    subprocess.run(["mount", "-o", "remount,size=64m", mountpoint], check=True)
+    ballast.unlink()
     resumed = evermesh("resume", run.directory)
     print(json.dumps(told | {"resumed": resumed.returncode, "said": resumed.stdout + resumed.stderr}))
 
