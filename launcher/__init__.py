@@ -1,8 +1,29 @@
 """The command line, the supervision of a job's workers, and what a user sees of a run."""
 
-from evermesh.launcher.attempt import AttemptResult, run_attempt
-from evermesh.launcher.config import JobConfig
-from evermesh.launcher.job_file import load_job, write_job
-from evermesh.launcher.run_directory import Run, RunState
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from evermesh.launcher.attempt import AttemptResult, run_attempt
+    from evermesh.launcher.config import JobConfig
+    from evermesh.launcher.job_file import load_job, write_job
+    from evermesh.launcher.run_directory import Run, RunState
 
 __all__ = ["AttemptResult", "JobConfig", "Run", "RunState", "load_job", "run_attempt", "write_job"]
+
+_HOMES = {
+    "AttemptResult": "attempt",
+    "JobConfig": "config",
+    "Run": "run_directory",
+    "RunState": "run_directory",
+    "load_job": "job_file",
+    "run_attempt": "attempt",
+    "write_job": "job_file",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name when it is first asked for: a script is launched without most of this room."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

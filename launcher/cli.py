@@ -1,9 +1,11 @@
 """The command line, ``evermesh``: what it can do, and how it ends.
 
-Exit codes: 0 done (or stopped at ``stop_at``), 1 failed, 2 a wrong request, 128 + signal after Ctrl-C or SIGTERM.
+Exit codes: 0 done (or stopped at ``stop_at``), 1 failed, 2 a wrong request, 128 + signal after Ctrl-C or SIGTERM; of
+scripts also 75 (requeue) and 93 (do not).
 """
 
 import sys
+from contextlib import suppress
 from typing import Annotated
 
 import typer
@@ -52,6 +54,8 @@ def _options(
 def main() -> None:
     """Run the command line and end the process."""
     try:
+        if sys.argv[1:2] == ["launch"]:
+            _launch(sys.argv[2:])
         app()
     except EvermeshError as error:
         _show(error)
@@ -61,6 +65,19 @@ def main() -> None:
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _launch(arguments: list[str]) -> None:
+    """Launch a script, whose flags are torchrun's; return where ``arguments`` are about a job file."""
+    from evermesh.launcher.scripts import is_script, launch_script, script_help, wants_help
+
+    if is_script(arguments):
+        sys.exit(launch_script(arguments))
+    if wants_help(arguments):
+        with suppress(SystemExit):
+            app()
+        print(script_help())
+        sys.exit(0)
 
 
 def _show(error: EvermeshError | OSError) -> None:

@@ -23,6 +23,8 @@ LAUNCH_EXAMPLES = """[bold]Examples[/]
 
   evermesh launch job.yaml --name wide --set train.model.hidden=256
 
+  evermesh launch --workers 2 train.py --lr 3e-4    [dim]# any script; see below[/]
+
 Ctrl-C finishes the step, saves a checkpoint and ends; twice ends at once.
 
 A lost terminal counts as one Ctrl-C, unless nohup is used."""

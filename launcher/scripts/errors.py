@@ -1,0 +1,11 @@
+"""Errors of this folder.
+
+LauncherError
+└── ScriptRefused    (ValueError)    flags, variables or the script itself are wrong; nothing was started
+"""
+
+from evermesh.launcher.errors import LauncherError
+
+
+class ScriptRefused(LauncherError, ValueError):
+    """A script cannot be launched the way it was asked to."""

@@ -1,0 +1,205 @@
+"""The flags of ``evermesh launch SCRIPT``: torchrun's, in torchrun's spelling, and a few words of ours.
+
+Everything up to the script is ours, everything after it belongs to the script. A flag wins over its ``PET_*`` variable.
+"""
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from evermesh.launcher.scripts.errors import ScriptRefused
+
+JOB_FLAGS = ("--set", "--name")
+"""What only a job file takes."""
+_JOB_FILES = (".yaml", ".yml")
+_OFF = ("", "0")
+"""Values of a variable that leave a switch off, as torchrun reads them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Flag:
+    """One flag. Its variable is ``PET_`` and the first long name in capitals."""
+
+    names: tuple[str, ...]
+    """Every spelling with dashes; those with underscores are accepted too."""
+    metavar: str | None
+    """What its value is called; None for a switch."""
+    help: str
+    has_effect: bool = True
+
+    @property
+    def field(self) -> str:
+        long = next(name for name in self.names if name.startswith("--"))
+        return long.removeprefix("--").replace("-", "_")
+
+    @property
+    def variable(self) -> str:
+        return f"PET_{self.field.upper()}"
+
+
+def _idle(name: str, metavar: str | None, why: str) -> Flag:
+    """A flag of torchrun's that is accepted and changes nothing."""
+    return Flag((name,), metavar, why, has_effect=False)
+
+
+FLAGS = (
+    Flag(("--nnodes", "--nodes"), "N|MIN:MAX", "nodes; 1, or a range with 1 in it"),
+    Flag(("--nproc-per-node", "--workers"), "N|auto|gpu|cpu", "ranks on this machine; default 1"),
+    Flag(("--max-restarts",), "N", "how often all ranks are started again after a failure; default 0"),
+    Flag(("--module", "-m"), None, "the script is the name of a module, as for python -m"),
+    Flag(("--no-python",), None, "the script is a program, not a Python file"),
+    Flag(("--run-path",), None, "run the script as a file whatever --no-python says"),
+    Flag(("--log-dir",), "DIR", "folder of the logs; default: a new one in the folder of temporary files"),
+    Flag(("--redirects", "-r"), "STD", "streams kept off the terminal: 0 to 3, or RANK:STD,..."),
+    Flag(("--tee", "-t"), "STD", "streams shown on the terminal: 0 to 3 (1 output, 2 errors), or RANK:STD,..."),
+    Flag(("--local-ranks-filter",), "RANK,...", "show these ranks on the terminal; default: rank 0"),
+    Flag(("--shutdown-timeout", "--grace"), "SECONDS", "from SIGTERM or Ctrl-C to SIGKILL; default 25"),
+    Flag(("--role",), "NAME", "ROLE_NAME of the ranks"),
+    Flag(("--rdzv-id",), "ID", "TORCHELASTIC_RUN_ID; default: a new one"),
+    Flag(("--rdzv-backend",), "NAME", "with static (the default), --rdzv-endpoint is the store of rank 0"),
+    Flag(("--rdzv-endpoint",), "HOST:PORT", "see --rdzv-backend"),
+    Flag(("--master-addr",), "HOST", "where rank 0 opens its store; default localhost"),
+    Flag(("--master-port",), "PORT", "its port; default: a new free one for every start"),
+    Flag(("--standalone",), None, "ignore --rdzv-* and --master-*"),
+    _idle("--node-rank", "N", "there is one node, number 0"),
+    _idle("--rdzv-conf", "KEY=VALUE,...", "there is nothing to wait for on one node"),
+    _idle("--local-addr", "HOST", "the ranks of one node meet at --master-addr"),
+    _idle("--monitor-interval", "SECONDS", "a death is noticed at once"),
+    _idle("--start-method", "NAME", "every rank is a fresh process"),
+    _idle("--event-log-handler", "NAME", "events are in events.jsonl of the logs"),
+    _idle("--signals-to-handle", "NAME,...", "all of them are"),
+)
+
+HELP = """Any script: evermesh launch [FLAGS] SCRIPT ARGS...
+
+Runs a script that knows nothing of Evermesh, with the environment torchrun would give it, on this machine.
+
+  evermesh launch --workers 2 train.py --lr 3e-4
+  evermesh launch --nproc-per-node gpu --max-restarts 3 -m package.train
+  evermesh launch --workers 2 --no-python ./run.sh
+
+Each flag may be spelled with underscores and given as a variable, such as PET_NPROC_PER_NODE=2 or PET_MAX_RESTARTS=3;
+a flag wins over its variable.
+
+{flags}
+
+Exit codes: 0 done; 1 failed; 2 a wrong request; 75 (requeue me) and 93 (do not) as the script says; 93 also when three
+starts in a row made no progress; 128 + signal after Ctrl-C or SIGTERM."""
+
+
+@dataclass(frozen=True, slots=True)
+class CommandLine:
+    """Flags and script, as they were typed."""
+
+    values: Mapping[str, str]
+    """By field; a switch that is on has ``1``."""
+    spellings: Mapping[str, str]
+    """By field: the flag or variable that gave the value."""
+    script: str | None
+    arguments: tuple[str, ...]
+
+
+def is_script(arguments: Sequence[str]) -> bool:
+    """Whether ``evermesh launch ARGUMENTS`` means a script: it is not a job file, and help alone is not one either."""
+    for word, flag, _ in _words(arguments):
+        if word in ("--help", "-h"):
+            return False
+        if flag is not None:
+            if flag.field in ("module", "no_python"):
+                return True
+        elif word.startswith("-"):  # a misspelt one: whose it is depends on the company
+            return word.split("=")[0] not in JOB_FLAGS and not any(other.endswith(_JOB_FILES) for other in arguments)
+        else:
+            return not word.endswith(_JOB_FILES)
+    return len(arguments) > 0
+
+
+def wants_help(arguments: Sequence[str]) -> bool:
+    """Whether help is asked for before the script; after it, the question is for the script."""
+    for word, flag, _ in _words(arguments):
+        if flag is None and not word.startswith("-"):
+            return False
+        if word in ("--help", "-h"):
+            return True
+    return False
+
+
+def read(arguments: Sequence[str], environ: Mapping[str, str]) -> CommandLine:
+    """Split ``arguments`` into flags and script, and add the variables of ``environ``.
+
+    Raises:
+        ScriptRefused: a flag is unknown, lacks its value, or is said twice with different values.
+    """
+    values, spellings = _from_variables(environ)
+    given: dict[str, str] = {}
+    script: str | None = None
+    rest: tuple[str, ...] = ()
+    for word, flag, place in _words(arguments):
+        if flag is None and not word.startswith("-"):
+            script, rest = word, tuple(arguments[place + 1 :])
+            break
+        name, value = _value(word, flag, arguments, place)
+        assert flag is not None
+        if given.get(flag.field, value) != value:
+            raise ScriptRefused(f"{spellings[flag.field]} is {given[flag.field]} and {name} is {value}. Give one.")
+        given[flag.field] = values[flag.field] = value
+        spellings[flag.field] = name
+    return CommandLine(values, spellings, script, rest)
+
+
+def script_help() -> str:
+    """What ``evermesh launch SCRIPT`` understands, one flag per line."""
+    lines = []
+    for flag in FLAGS:
+        spelled = f"{', '.join(flag.names)} {flag.metavar or ''}".strip()
+        lines.append(f"  {spelled:<42} {flag.help}{'' if flag.has_effect else ' (no effect)'}")
+    return HELP.format(flags="\n".join(lines))
+
+
+def _words(arguments: Sequence[str]) -> Iterator[tuple[str, Flag | None, int]]:
+    """The words up to the script with their flag, if they are one, and their place; values of flags are left out."""
+    place = 0
+    while place < len(arguments):
+        word = arguments[place]
+        if word == "--" and place + 1 < len(arguments):
+            place += 1
+            continue
+        flag = _KNOWN.get(_dashed(word.split("=")[0]))
+        yield word, flag, place
+        takes_next = flag is not None and flag.metavar is not None and "=" not in word
+        place += 2 if takes_next or word in JOB_FLAGS else 1
+
+
+def _value(word: str, flag: Flag | None, arguments: Sequence[str], place: int) -> tuple[str, str]:
+    """The name of a flag as it was typed, and its value."""
+    name, equals, value = word.partition("=")
+    if flag is None:
+        close = difflib.get_close_matches(_dashed(name), _KNOWN, n=1, cutoff=0.5)
+        guess = f" Did you mean {close[0]}?" if close else ""
+        raise ScriptRefused(f"there is no flag {name}.{guess} What belongs to the script comes after it.")
+    if flag.metavar is None:
+        if equals:
+            raise ScriptRefused(f"{name} takes no value.")
+        return name, "1"
+    if equals:
+        return name, value
+    if place + 1 == len(arguments):
+        raise ScriptRefused(f"{name} needs a value: {name} {flag.metavar}.")
+    return name, arguments[place + 1]
+
+
+def _from_variables(environ: Mapping[str, str]) -> tuple[dict[str, str], dict[str, str]]:
+    """Values and spellings that ``PET_*`` variables give."""
+    values: dict[str, str] = {}
+    for flag in FLAGS:
+        value = environ.get(flag.variable)
+        if value is not None and not (flag.metavar is None and value in _OFF):
+            values[flag.field] = value
+    return values, {field: f"PET_{field.upper()}" for field in values}
+
+
+def _dashed(name: str) -> str:
+    return name if not name.startswith("--") else "--" + name[2:].replace("_", "-")
+
+
+_KNOWN = {name: flag for flag in FLAGS for name in flag.names}

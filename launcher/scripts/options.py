@@ -1,0 +1,246 @@
+"""What to run and how, checked once at the door; imports no torch."""
+
+import os
+import re
+import shutil
+import sys
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from string import Template
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from evermesh.launcher.scripts.errors import ScriptRefused
+from evermesh.launcher.scripts.flags import FLAGS, CommandLine, read
+
+Std = Literal[0, 1, 2, 3]
+"""A set of streams: 1 is standard output, 2 standard error, as torchrun counts them."""
+_DEFAULT_GRACE_S = 25.0
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class PythonFile(_Frozen):
+    """A Python file."""
+
+    kind: Literal["file"] = "file"
+    path: str
+
+
+class PythonModule(_Frozen):
+    """A module, run as ``python -m`` does."""
+
+    kind: Literal["module"] = "module"
+    name: str
+
+
+class Program(_Frozen):
+    """Any program."""
+
+    kind: Literal["program"] = "program"
+    path: str
+
+
+class ScriptJob(_Frozen):
+    """A script, its ranks, and what becomes of their output and their failures."""
+
+    script: Annotated[PythonFile | PythonModule | Program, Field(discriminator="kind")]
+    arguments: tuple[str, ...] = ()
+    """``${local_rank}`` in them stands for the local rank."""
+    workers: int = Field(default=1, ge=1)
+    """Number of ranks."""
+    max_restarts: int = Field(default=0, ge=0)
+    run_id: str
+    role: str = "default"
+    master_addr: str = "localhost"
+    master_port: int | None = Field(default=None, ge=1, le=65535)
+    """Where rank 0 opens its store; None for a new free port in every generation."""
+    log_dir: Path | None = None
+    """None for a new folder among the temporary files."""
+    redirects: tuple[Std, ...]
+    """Per rank: streams kept off the terminal."""
+    tee: tuple[Std, ...]
+    """Per rank: streams shown on the terminal, whatever ``redirects`` says."""
+    local_ranks_filter: tuple[int, ...] | None = None
+    """Ranks that may show anything; None for rank 0 and what ``tee`` names."""
+    grace_s: float = Field(default=_DEFAULT_GRACE_S, ge=0)
+    """Seconds from a signal that ends the job to SIGKILL."""
+    idle_flags: tuple[str, ...] = ()
+    """What was given and has no effect here."""
+
+    @property
+    def name(self) -> str:
+        """What to call the script."""
+        return self.script.name if isinstance(self.script, PythonModule) else Path(self.script.path).name
+
+    def command(self, local_rank: int) -> list[str]:
+        """The command line of one rank."""
+        python = [os.environ.get("PYTHON_EXEC", sys.executable), "-u"]
+        arguments = [Template(argument).safe_substitute(local_rank=local_rank) for argument in self.arguments]
+        if isinstance(self.script, PythonModule):
+            return [*python, "-m", self.script.name, *arguments]
+        if isinstance(self.script, PythonFile):
+            return [*python, self.script.path, *arguments]
+        return [self.script.path, *arguments]
+
+    def shows(self, local_rank: int, stream: Literal[1, 2]) -> bool:
+        """Whether a stream of a rank is copied to the terminal."""
+        if self.local_ranks_filter is not None and local_rank not in self.local_ranks_filter:
+            return False
+        if self.tee[local_rank] & stream:
+            return True
+        return not self.redirects[local_rank] & stream and (local_rank == 0 or self.local_ranks_filter is not None)
+
+
+def script_job(arguments: Sequence[str], environ: Mapping[str, str]) -> ScriptJob:
+    """The job that a command line and ``PET_*`` variables describe.
+
+    Raises:
+        ScriptRefused: something in them is wrong; says what and what is allowed.
+    """
+    line = read(arguments, environ)
+    _check_nodes(line)
+    workers = _count_ranks(line)
+    master_addr, master_port = _master(line)
+    log_dir = line.values.get("log_dir")
+    return ScriptJob(
+        script=_script(line),
+        arguments=line.arguments,
+        workers=workers,
+        max_restarts=_number(line, "max_restarts", 0),
+        run_id=_run_id(line),
+        role=line.values.get("role", "default"),
+        master_addr=master_addr,
+        master_port=master_port,
+        log_dir=Path(log_dir) if log_dir else None,
+        redirects=_streams(line, "redirects", workers),
+        tee=_streams(line, "tee", workers),
+        local_ranks_filter=_filter(line),
+        grace_s=_seconds(line, "shutdown_timeout", _DEFAULT_GRACE_S),
+        idle_flags=tuple(line.spellings[f.field] for f in FLAGS if not f.has_effect and f.field in line.values),
+    )
+
+
+def _script(line: CommandLine) -> PythonFile | PythonModule | Program:
+    if line.script is None:
+        raise ScriptRefused("there is no script. Give one: evermesh launch [FLAGS] train.py ARGS...")
+    is_program = "no_python" in line.values and "run_path" not in line.values
+    if "module" in line.values:
+        if is_program:
+            raise ScriptRefused("--module and --no-python exclude each other: a module is run by Python. Give one.")
+        return PythonModule(name=line.script)
+    if is_program:
+        if shutil.which(line.script) is None:
+            raise ScriptRefused(f"there is no program {line.script}, or it may not be executed. Check path and mode.")
+        return Program(path=line.script)
+    if not Path(line.script).exists():
+        raise ScriptRefused(f"there is no file {line.script}. A module needs -m, another program --no-python.")
+    return PythonFile(path=line.script)
+
+
+def _check_nodes(line: CommandLine) -> None:
+    text = line.values.get("nnodes", "1")
+    found = re.fullmatch(r"(\d+)(?::(\d+))?", text)
+    if not found or not 1 <= int(found[1]) <= int(found[2] or found[1]):
+        raise ScriptRefused(
+            f"{line.spellings['nnodes']} is {text!r}, which is neither N nor MIN:MAX with 1 <= MIN <= MAX."
+        )
+    if int(found[1]) > 1:
+        raise ScriptRefused(
+            f"{line.spellings['nnodes']} asks for {found[1]} nodes, but scripts run on one machine for now. "
+            f"Use 1 (or a range with 1 in it), and --workers for more ranks here."
+        )
+
+
+def _count_ranks(line: CommandLine) -> int:
+    text = line.values.get("nproc_per_node", "1")
+    if re.fullmatch(r"[1-9]\d*", text):
+        return int(text)
+    spelling = line.spellings["nproc_per_node"]
+    if text not in ("auto", "gpu", "cpu"):
+        raise ScriptRefused(f"{spelling} is {text!r}. Give a number from 1, auto, gpu or cpu.")
+    gpus = _count_gpus()
+    if text == "gpu" and not gpus:
+        raise ScriptRefused(f"{spelling} is gpu, but no NVIDIA device is visible here. Give a number, or cpu.")
+    return gpus if gpus and text != "cpu" else len(os.sched_getaffinity(0))
+
+
+def _count_gpus() -> int:
+    """NVIDIA devices that a rank would see; asks the file system, because torch takes seconds."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    devices = sum(1 for path in Path("/dev").glob("nvidia*") if re.fullmatch(r"nvidia\d+", path.name))
+    if visible is None or not devices:
+        return devices
+    wanted = [name for name in visible.split(",") if name]
+    return wanted.index("-1") if "-1" in wanted else len(wanted)
+
+
+def _master(line: CommandLine) -> tuple[str, int | None]:
+    """Where rank 0 opens its store."""
+    if "standalone" in line.values:
+        return "localhost", None
+    endpoint = line.values.get("rdzv_endpoint", "")
+    if endpoint and line.values.get("rdzv_backend", "static") == "static":
+        host, colon, port = endpoint.rpartition(":")
+        if not colon or not port.isdecimal() or not 0 < int(port) < 65536:
+            raise ScriptRefused(f"{line.spellings['rdzv_endpoint']} is {endpoint!r}, which is not HOST:PORT.")
+        return host, int(port)
+    port_number = _number(line, "master_port", 0)
+    if port_number > 65535:
+        raise ScriptRefused(f"{line.spellings['master_port']} is {port_number}. Ports end at 65535.")
+    return line.values.get("master_addr", "localhost"), port_number or None
+
+
+def _run_id(line: CommandLine) -> str:
+    wanted = line.values.get("rdzv_id", "none")
+    run_id = str(uuid.uuid4()) if "standalone" in line.values or wanted == "none" else wanted
+    if "/" in run_id or run_id in (".", ".."):
+        raise ScriptRefused(f"{line.spellings['rdzv_id']} is {run_id!r}, which cannot name a folder. Leave out the /.")
+    return run_id
+
+
+def _filter(line: CommandLine) -> tuple[int, ...] | None:
+    text = line.values.get("local_ranks_filter", "")
+    if text and not re.fullmatch(r"\d+(,\d+)*", text):
+        raise ScriptRefused(f"{line.spellings['local_ranks_filter']} is {text!r}. Give ranks, such as 0,1,2.")
+    return tuple(map(int, text.split(","))) if text else None
+
+
+def _streams(line: CommandLine, field: str, workers: int) -> tuple[Std, ...]:
+    """``3``, or ``0:1,1:2``, for every rank."""
+    text = line.values.get(field, "0")
+    if re.fullmatch(r"[0-3]", text):
+        return (_std(text),) * workers
+    if not re.fullmatch(r"\d+:[0-3](,\d+:[0-3])*", text):
+        raise ScriptRefused(
+            f"{line.spellings[field]} is {text!r}. Give 0 to 3 (1 is output, 2 errors, 3 both), or RANK:STD,RANK:STD."
+        )
+    pairs = dict(pair.split(":") for pair in text.split(","))
+    return tuple(_std(pairs.get(str(rank), "0")) for rank in range(workers))
+
+
+def _std(text: str) -> Std:
+    streams: dict[str, Std] = {"0": 0, "1": 1, "2": 2, "3": 3}
+    return streams[text]
+
+
+def _number(line: CommandLine, field: str, default: int) -> int:
+    text = line.values.get(field)
+    if text is None:
+        return default
+    if not text.isdecimal():
+        raise ScriptRefused(f"{line.spellings[field]} is {text!r}. Give a whole number from 0.")
+    return int(text)
+
+
+def _seconds(line: CommandLine, field: str, default: float) -> float:
+    text = line.values.get(field)
+    if text is None:
+        return default
+    if not re.fullmatch(r"\d+(\.\d*)?", text):
+        raise ScriptRefused(f"{line.spellings[field]} is {text!r}. Give seconds, such as 30.")
+    return float(text)

@@ -1,0 +1,127 @@
+"""The command line of scripts: torchrun's flags, their variables, and what is refused."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from evermesh.launcher.scripts import is_script
+from evermesh.launcher.scripts.errors import ScriptRefused
+from evermesh.launcher.scripts.flags import FLAGS
+from evermesh.launcher.scripts.options import PythonModule, ScriptJob, script_job
+
+OURS_ALONE = {"--nodes", "--workers", "--grace"}
+NOT_TAKEN = {"--logs-specs", "--numa-binding", "--virtual-local-rank", "--help", "-h"} | {
+    f"--duplicate-{stream}-filters" for stream in ("stdout", "stderr")
+}
+
+
+def job(*arguments: str, **variables: str) -> ScriptJob:
+    return script_job([*arguments, "-m", "somewhere.train"], variables)
+
+
+def test_the_flags_are_those_of_torchrun_with_few_exceptions() -> None:
+    from torch.distributed.run import get_args_parser
+
+    names = {name for action in get_args_parser()._actions for name in action.option_strings}
+    theirs = {name for name in names if "_" not in name}
+    assert {name for flag in FLAGS for name in flag.names} - OURS_ALONE == theirs - NOT_TAKEN
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        ["--nproc-per-node", "3"],
+        ["--nproc_per_node=3"],
+        ["--workers", "3"],
+        ["--nnodes", "1:4", "--nproc-per-node=3", "--rdzv-backend", "c10d", "--rdzv_endpoint=localhost:0"],
+    ],
+)
+def test_the_number_of_ranks_can_be_spelled_like_torchruns(spelling: list[str]) -> None:
+    assert job(*spelling).workers == 3
+
+
+def test_a_flag_wins_over_its_variable_and_a_variable_over_the_default() -> None:
+    variables = {"PET_NPROC_PER_NODE": "4", "PET_MAX_RESTARTS": "7", "PET_STANDALONE": "0"}
+    found = job("--workers", "2", **variables)
+    assert (found.workers, found.max_restarts) == (2, 7)
+
+
+def test_what_follows_the_script_belongs_to_the_script(tmp_path: Path) -> None:
+    (tmp_path / "train.py").touch()
+    found = script_job(["--workers=2", str(tmp_path / "train.py"), "--workers", "9", "--help", "${local_rank}"], {})
+    assert found.workers == 2
+    assert found.command(1) == [sys.executable, "-u", str(tmp_path / "train.py"), "--workers", "9", "--help", "1"]
+
+
+def test_the_value_of_a_flag_is_not_taken_for_the_script() -> None:
+    found = script_job(
+        ["--log-dir", "logs", "-r", "0:1,1:2", "-m", "somewhere.train", "x"], {"PET_NPROC_PER_NODE": "2"}
+    )
+    assert found.script == PythonModule(name="somewhere.train")
+    assert found.redirects == (1, 2)
+
+
+def test_rank_0_is_shown_unless_flags_say_otherwise() -> None:
+    def shown(*arguments: str) -> list[tuple[int, int]]:
+        found = job("--workers", "3", *arguments)
+        return [(rank, stream) for rank in range(3) for stream in (1, 2) if found.shows(rank, stream)]
+
+    assert shown() == [(0, 1), (0, 2)]
+    assert shown("--redirects", "3") == []
+    assert shown("--tee", "1:2") == [(0, 1), (0, 2), (1, 2)]
+    assert shown("--local-ranks-filter", "2") == [(2, 1), (2, 2)]
+    assert shown("--local-ranks-filter", "1,2", "--redirects", "1") == [(1, 2), (2, 2)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--nproc-per-nod", "2"], "there is no flag --nproc-per-nod. Did you mean --nproc-per-node?"),
+        (["--max_restart=2"], "there is no flag --max_restart. Did you mean --max-restarts?"),
+        (["--nodes", "2"], "asks for 2 nodes, but scripts run on one machine for now"),
+        (["--nnodes", "2:4"], "asks for 2 nodes"),
+        (["--nnodes", "3:1"], "neither N nor MIN:MAX"),
+        (["--workers", "0"], "Give a number from 1, auto, gpu or cpu"),
+        (["--workers", "2", "--nproc-per-node", "3"], "--workers is 2 and --nproc-per-node is 3. Give one."),
+        (["--max-restarts", "-1"], "Give a whole number from 0"),
+        (["--tee", "4"], "Give 0 to 3"),
+        (["--standalone=1"], "--standalone takes no value"),
+        (["--no-python"], "exclude each other"),
+        (["--rdzv-endpoint", "somewhere"], "is not HOST:PORT"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_with_the_way_out(arguments: list[str], message: str) -> None:
+    with pytest.raises(ScriptRefused) as caught:
+        job(*arguments)
+    assert message in str(caught.value)
+
+
+def test_a_variable_that_is_wrong_is_named() -> None:
+    with pytest.raises(ScriptRefused, match="PET_NNODES asks for 8 nodes"):
+        job(PET_NNODES="8")
+
+
+def test_a_script_that_is_not_there_is_refused() -> None:
+    with pytest.raises(ScriptRefused, match="there is no file nowhere"):
+        script_job(["nowhere.py"], {})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["train.py"], True),
+        (["--workers", "2", "train.py", "job.yaml"], True),
+        (["-m", "package.train"], True),
+        (["--no-python", "job.yaml"], True),
+        (["--wrokers", "2", "train.py"], True),
+        (["job.yaml"], False),
+        (["--name", "train.py", "job.yaml"], False),
+        (["--set", "workers=2", "job.yml"], False),
+        (["--nam", "wide", "job.yaml"], False),
+        (["--help"], False),
+        ([], False),
+    ],
+)
+def test_a_job_file_is_told_from_a_script(arguments: list[str], expected: bool) -> None:
+    assert is_script(arguments) is expected
