@@ -1,6 +1,7 @@
 """What ranks print: all of it in log files, some of it on the terminal, line by line."""
 
 import os
+import select
 import time
 from pathlib import Path
 from typing import BinaryIO, Literal
@@ -8,6 +9,7 @@ from typing import BinaryIO, Literal
 _CHUNK = 1 << 16
 _LONGEST_LINE = 1 << 16
 """Bytes after which an unfinished line is printed anyway."""
+_SLOW_READER_S = 1.0
 _MARK = b"Traceback (most recent call last):"
 _HOLD_S = 2.0
 """How long a traceback waits for the death that it announces."""
@@ -25,6 +27,8 @@ class Terminal:
         while view and descriptor not in self._lost:
             try:
                 view = view[os.write(descriptor, view) :]
+            except BlockingIOError:  # whoever made it non-blocking reads slowly
+                select.select([], [descriptor], [], _SLOW_READER_S)
             except OSError:
                 self._lost.add(descriptor)
 

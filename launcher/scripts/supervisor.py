@@ -86,6 +86,8 @@ class Supervisor:
         ranks = self._ranks = Ranks(self._job, start, self._terminal, guardian, wakeup)
         try:
             ranks.start_all(self._inherited, lambda: self._stopped_by is None)
+            if self._stopped_by is not None:
+                ranks.send(self._stopped_by)  # one of them was being started when it came
             self._record(
                 "started", f"generation {start.generation}", generation=start.generation, pids=list(ranks.pids)
             )

@@ -221,6 +221,20 @@ def test_a_launcher_killed_with_sigkill_leaves_no_process_after_2_s(launcher: La
     assert alive(family, 2) == []
 
 
+def test_a_death_is_noticed_within_100_ms(launcher: Launcher) -> None:
+    script = """
+        import os, signal, time
+        from pathlib import Path
+        Path("killed-" + os.environ["EVERMESH_GENERATION"]).write_text(str(time.time()))
+        os.kill(os.getpid(), signal.SIGKILL)
+    """
+    launcher.run("--max-restarts", "5", launcher.script(script))
+    noticed_s = [event.time_s for event in read_events(launcher.logs / "events.jsonl") if event.kind == "died"]
+    killed_s = [float((launcher.folder / f"killed-{generation}").read_text()) for generation in range(3)]
+    delays_s = [after - before for before, after in zip(killed_s, noticed_s, strict=True)]
+    assert min(delays_s) < 0.1, delays_s  # the best of three: the machine may be busy
+
+
 def test_restarts_in_a_row_never_hang(launcher: Launcher) -> None:
     script = """
         import os, signal, socket, sys
