@@ -141,9 +141,10 @@ class Supervisor:
 
     def _tell_end(self, finish: Finish, start: Start) -> None:
         self._record("finished", finish.reason, exit_code=finish.exit_code)
-        if finish.exit_code:
-            self._terminal.say(f"evermesh: {finish.reason}.")
         failures = self._generations[-1].failures
+        is_only_failure = finish.exit_code == 1 and not self._job.max_restarts  # what follows says it all
+        if finish.exit_code and not is_only_failure:
+            self._terminal.say(f"evermesh: {finish.reason}.")
         if finish.exit_code in (1, DO_NOT_REQUEUE) and failures:
             self._terminal.say(told(root_cause(failures), start))
 
