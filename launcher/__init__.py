@@ -4,20 +4,20 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from evermesh.launcher.attempt import AttemptResult, run_attempt
+    from evermesh.launcher.attempts import AttemptResult, run_attempts
     from evermesh.launcher.config import JobConfig
     from evermesh.launcher.job_file import load_job, write_job
     from evermesh.launcher.run_directory import Run, RunState
 
-__all__ = ["AttemptResult", "JobConfig", "Run", "RunState", "load_job", "run_attempt", "write_job"]
+__all__ = ["AttemptResult", "JobConfig", "Run", "RunState", "load_job", "run_attempts", "write_job"]
 
 _HOMES = {
-    "AttemptResult": "attempt",
+    "AttemptResult": "attempts",
     "JobConfig": "config",
     "Run": "run_directory",
     "RunState": "run_directory",
     "load_job": "job_file",
-    "run_attempt": "attempt",
+    "run_attempts": "attempts",
     "write_job": "job_file",
 }
 

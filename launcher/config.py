@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, PositiveInt, ValidationInfo, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationInfo, field_validator
 
 from evermesh.runtime.config import TrainConfig
 
@@ -31,6 +31,8 @@ class JobConfig(BaseModel):
     """Folder that holds the run directories, relative to where the command is given."""
     workers: PositiveInt = 1
     """Worker processes: one per CPU slot or GPU."""
+    restarts: NonNegativeInt = 3
+    """Times that all workers are started again, from the newest checkpoint, after one died or raised."""
     train: TrainConfig
     """What the workers compute."""
 

@@ -4,8 +4,10 @@ Every check reads what the trainer wrote down (``telemetry.jsonl``), not what wa
 """
 
 import math
+import os
+import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,8 +63,9 @@ def run_demo(console: Console, *, runs: Path, resume_workers: int) -> int:
     corpora = open_data(config, console)
     print_stats(corpora[0], config.train.data.context, console)
     prepared_s = time.monotonic()
-    console.rule(f"2. train on {config.workers} workers up to step {config.train.stop_at}", align="left")
-    first = launch_job(config, console)
+    stop_at = config.train.stop_at or config.train.steps
+    console.rule(f"2. train on {config.workers} workers up to step {stop_at}; one of them is killed", align="left")
+    first = launch_job(config, console, _Killer(rank=config.workers // 2, step=stop_at - 3))
     if first.result.exit_code:
         return first.result.exit_code
     console.rule(f"3. resume on {resume_workers} workers", align="left")
@@ -85,6 +88,7 @@ def checks(run: Run, config: JobConfig, corpora: Sequence[Corpus]) -> list[Check
     stop_at = config.train.stop_at or config.train.steps
     return [
         _every_step(reports, config.train.steps),
+        _killed_worker(run),
         _two_numbers_of_workers(reports, stop_at),
         _all_ring_sizes(reports, config.workers),
         _uneven_micro_batches(reports),
@@ -92,6 +96,32 @@ def checks(run: Run, config: JobConfig, corpora: Sequence[Corpus]) -> list[Check
         _loss_is_continuous(reports, stop_at),
         _same_batches(reports, Sampler(corpora, config.train.data, config.train.seed)),
     ]
+
+
+class _Killer:
+    """Kills a worker once, after a step."""
+
+    def __init__(self, rank: int, step: int) -> None:
+        self.rank, self.step = rank, step
+        self._done = False
+
+    def __call__(self, report: StepReport, processes: Mapping[int, int]) -> None:
+        if report.step == self.step and not self._done:
+            self._done = True
+            os.kill(processes[self.rank], signal.SIGKILL)
+
+
+def _killed_worker(run: Run) -> Check:
+    promise = "after a worker was killed the run went on from its checkpoint, with the same losses"
+    kinds = [event.kind for event in read_events(run.events)]
+    losses: dict[int, list[float]] = {}
+    for line in run.telemetry.read_text().splitlines():
+        report = StepReport.from_json(line)
+        losses.setdefault(report.step, []).append(report.loss)
+    again = {step: found for step, found in losses.items() if len(found) > 1}
+    same = all(len(set(found)) == 1 for found in again.values())
+    found = f"steps {', '.join(map(str, again))} trained again, losses {'equal' if same else 'differ'}"
+    return Check(promise, found, "restarted" in kinds and bool(again) and same)
 
 
 def _every_step(reports: Sequence[StepReport], steps: int) -> Check:

@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from evermesh.launcher.restarts import Cause
 from evermesh.parallelism.errors import EvermeshError
 
 
@@ -97,8 +98,8 @@ class WorkersFailed(LauncherError, RuntimeError):
 
     exit_code = 1
 
-    def __init__(self, text: str, *, rank: int, traceback: str | None = None) -> None:
-        self.rank, self.traceback = rank, traceback
+    def __init__(self, text: str, *, rank: int, cause: Cause = "raised", traceback: str | None = None) -> None:
+        self.rank, self.cause, self.traceback = rank, cause, traceback
         super().__init__(text)
 
 

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from evermesh import checkpoint
 from evermesh.launcher.admission import check_devices, check_longest, resumed_config
-from evermesh.launcher.attempt import AttemptResult, run_attempt
+from evermesh.launcher.attempts import AttemptResult, Watch, run_attempts
 from evermesh.launcher.config import JobConfig
 from evermesh.launcher.corpora import open_corpora
 from evermesh.launcher.errors import RunAlive, StoppedAtOnce, WorkersFailed
@@ -27,8 +27,8 @@ class Trained:
     result: AttemptResult
 
 
-def launch_job(config: JobConfig, console: Console) -> Trained:
-    """Make a run for ``config`` and train it.
+def launch_job(config: JobConfig, console: Console, watch: Watch | None = None) -> Trained:
+    """Make a run for ``config`` and train it; ``watch`` sees every step and the workers' processes.
 
     Raises:
         EvermeshError: of the devices, of the data (nothing was started), or of the workers.
@@ -37,7 +37,7 @@ def launch_job(config: JobConfig, console: Console) -> Trained:
     check_devices(config)
     vocabulary = open_data(config, console)[0].vocabulary
     run = Run.create(config)
-    return _train(run, run.config(), vocabulary, console, resume=False)
+    return _train(run, run.config(), vocabulary, console, resume=False, watch=watch)
 
 
 def resume_job(run: Run, console: Console, *, workers: int | None = None, overrides: Sequence[str] = ()) -> Trained:
@@ -68,13 +68,15 @@ def open_data(config: JobConfig, console: Console) -> list[Corpus]:
     return corpora
 
 
-def _train(run: Run, config: JobConfig, vocabulary: int, console: Console, *, resume: bool) -> Trained:
+def _train(
+    run: Run, config: JobConfig, vocabulary: int, console: Console, *, resume: bool, watch: Watch | None = None
+) -> Trained:
     verb = "resuming" if resume else "training"
     console.print(
         f"{verb} [bold]{run.name}[/] on {config.workers} workers in {run.directory}", highlight=False, soft_wrap=True
     )
     try:
-        result = run_attempt(run, config, resume=resume, console=console)
+        result = run_attempts(run, config, resume=resume, console=console, watch=watch)
     except WorkersFailed as error:
         error.add_note(_way_on(run, str(error)))
         draw_loss(run, vocabulary, console)

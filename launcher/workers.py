@@ -19,6 +19,7 @@ from typing import Any, Self
 
 from evermesh.launcher.errors import WorkersFailed
 from evermesh.launcher.interrupts import SIGNALS
+from evermesh.launcher.restarts import Cause
 from evermesh.launcher.worker import WorkerSpec, main
 
 _CONTEXT = get_context("forkserver")
@@ -43,6 +44,7 @@ class Failure:
     peer_lost: bool = False
     """It only noticed that another rank is gone."""
     traceback: str | None = None
+    cause: Cause = "raised"
 
 
 @dataclass(slots=True, eq=False)
@@ -90,6 +92,11 @@ class WorkerGroup:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.kill()
+
+    @property
+    def process_ids(self) -> dict[int, int]:
+        """Process of every living worker, by rank."""
+        return {member.rank: member.process.pid for member in self._members if member.process.pid and not member.ended}
 
     def ask_stop(self) -> None:
         """Ask all workers to save and return; which of them listens is their business."""
@@ -239,7 +246,8 @@ def _take(member: _Member, message: dict[str, Any]) -> None:
     else:
         text = message["text"] if message["expected"] else f"{message['error']}: {message['text']}"
         traceback = None if message["expected"] else message["traceback"]
-        member.failure = Failure(member.rank, message["time_s"], text, message["peer_lost"], traceback)
+        cause: Cause = "refused" if message["expected"] else "raised"
+        member.failure = Failure(member.rank, message["time_s"], text, message["peer_lost"], traceback, cause)
 
 
 def _note_end(member: _Member) -> None:
@@ -248,7 +256,7 @@ def _note_end(member: _Member) -> None:
     member.ended = True
     if not member.is_done and not member.failure:
         text = _death(member.process.exitcode) + _last_lines(member.log)
-        member.failure = Failure(member.rank, time.monotonic(), text)
+        member.failure = Failure(member.rank, time.monotonic(), text, cause="died")
 
 
 def _death(exit_code: int | None) -> str:
@@ -271,4 +279,6 @@ def _explained(failure: Failure, members: Sequence[_Member], silent: Sequence[in
     if failure.peer_lost and silent:
         suspects = f"\nNot a word came from rank {', '.join(map(str, silent))}: stopped, or hanging."
     text = f"worker {failure.rank} failed: {failure.text}{suspects}\nIts log: {members[failure.rank].log}"
-    return WorkersFailed(text, rank=failure.rank, traceback=None if failure.peer_lost else failure.traceback)
+    cause: Cause = "died" if failure.peer_lost else failure.cause
+    traceback = None if failure.peer_lost else failure.traceback
+    return WorkersFailed(text, rank=failure.rank, cause=cause, traceback=traceback)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from evermesh.fault.events import EventLog
 from evermesh.launcher import Run, load_job
 from evermesh.launcher.demo import checks
 from evermesh.runtime.data import Corpus, Sampler, open_sources
@@ -29,12 +30,16 @@ def good(job_file: Path) -> tuple[Run, list[Corpus], list[StepReport]]:
         )
         for step in range(1, STEPS + 1)
     ]
-    return Run.create(config), corpora, reports
+    run = Run.create(config)
+    with EventLog(run.events) as events:
+        events.write("restarted", "worker 2 was killed", step=3)
+    return run, corpora, reports
 
 
 def failed(run: Run, corpora: list[Corpus], reports: list[StepReport]) -> list[str]:
     """Promises that do not hold for these reports."""
-    run.telemetry.write_text("".join(f"{item.to_json()}\n" for item in reports))
+    twice = [*reports[:5], *reports[3:]]  # steps 4 and 5 were lost with a worker and trained again
+    run.telemetry.write_text("".join(f"{item.to_json()}\n" for item in twice))
     return [check.promise for check in checks(run, run.config(), corpora) if not check.holds]
 
 
@@ -76,3 +81,12 @@ def test_a_broken_promise_is_found(
     run, corpora, reports = good
     changed = [dataclasses.replace(item, **change(item)) for item in reports]  # type: ignore[arg-type]
     assert failed(run, corpora, changed) == [promise]
+
+
+def test_a_repeated_step_with_another_loss_is_found(good: tuple[Run, list[Corpus], list[StepReport]]) -> None:
+    run, corpora, reports = good
+    assert failed(run, corpora, reports) == []
+    with run.telemetry.open("a") as telemetry:
+        telemetry.write(dataclasses.replace(reports[-1], loss=reports[-1].loss + 1e-6).to_json() + "\n")
+    broken = [check.promise for check in checks(run, run.config(), corpora) if not check.holds]
+    assert broken == ["after a worker was killed the run went on from its checkpoint, with the same losses"]

@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 
 from evermesh import checkpoint
+from evermesh.fault.events import read_events
 from evermesh.launcher import Run
 from evermesh.launcher.job_file import load_job
 from evermesh.runtime.data import Sampler, open_sources
@@ -132,8 +133,27 @@ def test_a_run_can_be_resumed_only_after_its_launcher_is_gone_even_if_that_was_k
     assert run.status() == "finished"
 
 
+def test_after_a_worker_was_killed_the_run_goes_on_and_ends_with_the_losses_of_a_clean_run(job_file: Path) -> None:
+    assert evermesh("launch", job_file, "--name", "clean", "--set", "train.steps=400").returncode == 0
+    with training(job_file, "train.steps=400") as (process, run):
+        while checkpoint.latest(run.checkpoints) is None:
+            time.sleep(0.01)
+        members = family(process)
+        workers = [member for member in members if member.parent() != members[0] and member != members[0]]
+        workers[1].kill()
+        stdout, stderr = process.communicate(timeout=WAIT_S)
+        assert process.returncode == 0, stderr
+    assert "killed by signal 9 (SIGKILL)" in stdout
+    assert "Going on from step" in stdout
+    assert "(restart 1 of 3)" in stdout
+    clean = read_telemetry(run.directory.with_name("clean") / "telemetry.jsonl")
+    assert [report.loss for report in read_telemetry(run.telemetry)] == [report.loss for report in clean]
+    assert {"failed", "restarted", "resumed"} <= {event.kind for event in read_events(run.events)}
+    assert run.state().attempt == 2
+
+
 def test_a_killed_worker_is_named_and_the_run_has_failed(job_file: Path) -> None:
-    with training(job_file, "train.steps=100000") as (process, run):
+    with training(job_file, "train.steps=100000", "restarts=0") as (process, run):
         members = family(process)
         workers = [member for member in members if member.parent() != members[0] and member != members[0]]
         workers[1].kill()
