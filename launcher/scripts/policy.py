@@ -36,11 +36,11 @@ class Failure:
     @property
     def how(self) -> str:
         """In words, on one line."""
+        error = f" ({self.text.splitlines()[-1].strip()})" if self.has_traceback else ""
         if self.code >= 0:
-            error = f" ({self.text.splitlines()[-1].strip()})" if self.has_traceback else ""
             return f"failed with exit code {self.code}{error}"
         try:
-            return f"was killed by {signal.Signals(-self.code).name}"
+            return f"was killed by {signal.Signals(-self.code).name}{error}"
         except ValueError:  # a real-time signal
             return f"was killed by signal {-self.code}"
 

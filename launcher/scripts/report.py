@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 from pathlib import Path
 
 from evermesh.launcher.scripts.environment import Start
@@ -10,8 +11,8 @@ from evermesh.launcher.scripts.policy import Failure
 
 _MARK = "Traceback (most recent call last):"
 _CHAINS = ("During handling of the above exception", "The above exception was the direct cause")
-_RANK_PREFIX = re.compile(r"^\[rank\d+\]: ?", re.MULTILINE)
-"""What torch puts before every line of a traceback."""
+_NOISE = re.compile(r"^(\[rank\d+\]: ?|terminate called without an active exception$)", re.MULTILINE)
+"""What torch puts before every line of a traceback, and what its threads may say at the end."""
 _TAIL_BYTES = 64 << 10
 _LINES = 60
 """At most so many lines of a traceback are shown,"""
@@ -24,9 +25,9 @@ def read_failure(start: Start, rank: int, code: int, time_s: float) -> Failure:
     recorded = _recorded(start.error_file(rank))
     if recorded:
         return Failure(rank, code, time_s, recorded, has_traceback=True)
-    text = _RANK_PREFIX.sub("", _tail(start.folder / str(rank) / "stderr.log"))
+    text = _NOISE.sub("", _tail(start.folder / str(rank) / "stderr.log"))
     traceback = _last_traceback(text)
-    if traceback and code > 0:
+    if traceback and (code > 0 or code == -signal.SIGABRT):  # torch may abort while an exception ends the interpreter
         return Failure(rank, code, time_s, _cut(traceback, _LINES), has_traceback=True)
     return Failure(rank, code, time_s, _cut(text, _LINES_WITHOUT))
 

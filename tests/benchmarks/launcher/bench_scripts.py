@@ -39,7 +39,8 @@ for step in range(10 if is_first else 1):
         os.kill(os.getpid(), signal.SIGKILL)
 if dist.get_rank() == 0:
     Path(sys.argv[1], "stepped").write_text(str(time.monotonic()))
-dist.destroy_process_group()
+dist.barrier()
+os._exit(0)  # under load torch 2.13 aborts now and then when gloo ends with the interpreter, whoever launched it
 """
 
 
