@@ -4,11 +4,16 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from evermesh.launcher.worker import Worker
 from evermesh.runtime import process_group
 from evermesh.runtime.config import TrainConfig
 from evermesh.runtime.telemetry import StepReport
 from evermesh.runtime.trainer import Trainer
+
+# the first optimizer of a process loads much of torch, about a second: done here, it is there before any worker is forked
+torch.optim.AdamW([torch.zeros(1)], fused=True)
 
 
 def train(worker: Worker, *, config: dict[str, Any], directory: str, resume: bool) -> dict[str, Any]:
