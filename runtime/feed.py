@@ -96,7 +96,7 @@ class BatchFeed:
 def load_micro_batch(micro_batch: MicroBatch, batch: Batch, corpora: Sequence[Corpus]) -> LocalMicroBatch:
     """Read the pieces of one micro-batch, and nothing else."""
     parts = [
-        (*read_pieces(corpora, batch.sequences[piece.sequence], piece.ranges), *_positions(piece.ranges))
+        (*read_pieces(corpora, batch.sequences[piece.sequence], piece.ranges), _positions(piece.ranges))
         for piece in micro_batch.pieces
     ]
     empty = np.empty(0, dtype=np.int64)
@@ -112,5 +112,5 @@ def load_micro_batch(micro_batch: MicroBatch, batch: Batch, corpora: Sequence[Co
     )
 
 
-def _positions(ranges: Sequence[tuple[int, int]]) -> tuple[np.ndarray]:
-    return (np.concatenate([np.empty(0, dtype=np.int64), *(np.arange(start, stop) for start, stop in ranges)]),)
+def _positions(ranges: Sequence[tuple[int, int]]) -> np.ndarray:
+    return np.concatenate([np.empty(0, dtype=np.int64), *(np.arange(start, stop) for start, stop in ranges)])

@@ -10,7 +10,7 @@ divides by the number of queries.
 
 import itertools
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -21,6 +21,16 @@ _aten = torch.ops.aten
 Gradients = tuple[Tensor, Tensor, Tensor]
 
 
+class Forward(NamedTuple):
+    """A forward pass, as its backward needs it; with blocks of one softmax, output and log-sum-exp are the joined ones."""
+
+    q_THD: Tensor
+    k_TKD: Tensor
+    v_TKD: Tensor
+    out_THD: Tensor
+    lse_HT: Tensor
+
+
 class AttentionKernel(Protocol):
     """One device's fused attention. Tensors are [T, heads, D]; the log-sum-exp is [H, T]."""
 
@@ -28,18 +38,8 @@ class AttentionKernel(Protocol):
         """Output [T, H, D] and log-sum-exp [H, T] of one block. ``causal`` needs as many keys as queries."""
         ...
 
-    def backward(
-        self,
-        grad_THD: Tensor,
-        q_THD: Tensor,
-        k_TKD: Tensor,
-        v_TKD: Tensor,
-        out_THD: Tensor,
-        lse_HT: Tensor,
-        *,
-        causal: bool,
-    ) -> Gradients:
-        """Gradients of q, k and v of one block, given the output and log-sum-exp of the whole softmax."""
+    def backward(self, grad_THD: Tensor, done: Forward, *, causal: bool) -> Gradients:
+        """Gradients of q, k and v of one block, given what its forward pass took and the whole softmax gave."""
         ...
 
     def forward_packed(
@@ -48,16 +48,7 @@ class AttentionKernel(Protocol):
         """Causal attention of whole documents that lie one after the other; lengths are at least 1."""
         ...
 
-    def backward_packed(
-        self,
-        grad_THD: Tensor,
-        q_THD: Tensor,
-        k_TKD: Tensor,
-        v_TKD: Tensor,
-        out_THD: Tensor,
-        lse_HT: Tensor,
-        lengths: Sequence[int],
-    ) -> Gradients:
+    def backward_packed(self, grad_THD: Tensor, done: Forward, lengths: Sequence[int]) -> Gradients:
         """Gradients of ``forward_packed``."""
         ...
 
@@ -86,17 +77,7 @@ class _PerDocument:
     def forward(self, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, *, causal: bool) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
 
-    def backward(
-        self,
-        grad_THD: Tensor,
-        q_THD: Tensor,
-        k_TKD: Tensor,
-        v_TKD: Tensor,
-        out_THD: Tensor,
-        lse_HT: Tensor,
-        *,
-        causal: bool,
-    ) -> Gradients:
+    def backward(self, grad_THD: Tensor, done: Forward, *, causal: bool) -> Gradients:
         raise NotImplementedError
 
     def forward_packed(
@@ -109,20 +90,11 @@ class _PerDocument:
             lses.append(lse)
         return torch.cat(outputs), torch.cat(lses, dim=1)
 
-    def backward_packed(
-        self,
-        grad_THD: Tensor,
-        q_THD: Tensor,
-        k_TKD: Tensor,
-        v_TKD: Tensor,
-        out_THD: Tensor,
-        lse_HT: Tensor,
-        lengths: Sequence[int],
-    ) -> Gradients:
-        by_document = [x.split(list(lengths)) for x in (grad_THD, q_THD, k_TKD, v_TKD, out_THD)]
+    def backward_packed(self, grad_THD: Tensor, done: Forward, lengths: Sequence[int]) -> Gradients:
+        tokens_first = [x.split(list(lengths)) for x in (grad_THD, *done[:4])]
         parts = [
-            self.backward(grad, q, k, v, out, lse, causal=True)
-            for grad, q, k, v, out, lse in zip(*by_document, lse_HT.split(list(lengths), dim=1), strict=True)
+            self.backward(grad, Forward(q, k, v, out, lse), causal=True)
+            for grad, q, k, v, out, lse in zip(*tokens_first, done.lse_HT.split(list(lengths), dim=1), strict=True)
         ]
         dq, dk, dv = (torch.cat(gradients) for gradients in zip(*parts, strict=True))
         return dq, dk, dv
@@ -144,20 +116,10 @@ class CpuFlash(_PerDocument):
         out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal)
         return _tokens_first(out), lse.squeeze(0)
 
-    def backward(
-        self,
-        grad_THD: Tensor,
-        q_THD: Tensor,
-        k_TKD: Tensor,
-        v_TKD: Tensor,
-        out_THD: Tensor,
-        lse_HT: Tensor,
-        *,
-        causal: bool,
-    ) -> Gradients:
-        grad, q, k, v, out = (_heads_first(x) for x in (grad_THD, q_THD, k_TKD, v_TKD, out_THD))
+    def backward(self, grad_THD: Tensor, done: Forward, *, causal: bool) -> Gradients:
+        grad, q, k, v, out = (_heads_first(x) for x in (grad_THD, *done[:4]))
         gradients = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad, q, k, v, out, lse_HT.unsqueeze(0), 0.0, causal
+            grad, q, k, v, out, done.lse_HT.unsqueeze(0), 0.0, causal
         )
         dq, dk, dv = (_tokens_first(x) for x in gradients)
         return dq, dk, dv
@@ -170,36 +132,16 @@ class CudaFlash:
         queries, keys = q_THD.shape[0], k_TKD.shape[0]
         return self._forward(q_THD, k_TKD, v_TKD, [queries], [keys], causal)
 
-    def backward(
-        self,
-        grad_THD: Tensor,
-        q_THD: Tensor,
-        k_TKD: Tensor,
-        v_TKD: Tensor,
-        out_THD: Tensor,
-        lse_HT: Tensor,
-        *,
-        causal: bool,
-    ) -> Gradients:
-        queries, keys = [q_THD.shape[0]], [k_TKD.shape[0]]
-        return self._backward(grad_THD, q_THD, k_TKD, v_TKD, out_THD, lse_HT, queries, keys, causal)
+    def backward(self, grad_THD: Tensor, done: Forward, *, causal: bool) -> Gradients:
+        return self._backward(grad_THD, done, [done.q_THD.shape[0]], [done.k_TKD.shape[0]], causal)
 
     def forward_packed(
         self, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, lengths: Sequence[int]
     ) -> tuple[Tensor, Tensor]:
         return self._forward(q_THD, k_TKD, v_TKD, lengths, lengths, causal=True)
 
-    def backward_packed(
-        self,
-        grad_THD: Tensor,
-        q_THD: Tensor,
-        k_TKD: Tensor,
-        v_TKD: Tensor,
-        out_THD: Tensor,
-        lse_HT: Tensor,
-        lengths: Sequence[int],
-    ) -> Gradients:
-        return self._backward(grad_THD, q_THD, k_TKD, v_TKD, out_THD, lse_HT, lengths, lengths, causal=True)
+    def backward_packed(self, grad_THD: Tensor, done: Forward, lengths: Sequence[int]) -> Gradients:
+        return self._backward(grad_THD, done, lengths, lengths, causal=True)
 
     def _forward(
         self, q: Tensor, k: Tensor, v: Tensor, queries: Sequence[int], keys: Sequence[int], causal: bool
@@ -219,17 +161,9 @@ class CudaFlash:
         return out, lse
 
     def _backward(
-        self,
-        grad: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        queries: Sequence[int],
-        keys: Sequence[int],
-        causal: bool,
+        self, grad: Tensor, done: Forward, queries: Sequence[int], keys: Sequence[int], causal: bool
     ) -> Gradients:
+        q, k, v, out, lse = done
         no_dropout = torch.zeros(2, dtype=torch.uint64, device=q.device)
         unused = torch.empty(0, device=q.device)
         dq, dk, dv = _aten._flash_attention_backward(
@@ -261,20 +195,10 @@ class CudaEfficient(_PerDocument):
         )
         return out.squeeze(0), lse.squeeze(0)[:, : q_THD.shape[0]]  # the kernel pads the log-sum-exp to 32 queries
 
-    def backward(
-        self,
-        grad_THD: Tensor,
-        q_THD: Tensor,
-        k_TKD: Tensor,
-        v_TKD: Tensor,
-        out_THD: Tensor,
-        lse_HT: Tensor,
-        *,
-        causal: bool,
-    ) -> Gradients:
-        q, k, v = self._expand(q_THD, k_TKD, v_TKD)
-        queries, keys = q_THD.shape[0], k_TKD.shape[0]
-        lse = torch.nn.functional.pad(lse_HT, (0, -queries % 32), value=float("inf")).unsqueeze(0)
+    def backward(self, grad_THD: Tensor, done: Forward, *, causal: bool) -> Gradients:
+        q, k, v = self._expand(done.q_THD, done.k_TKD, done.v_TKD)
+        queries, keys = done.q_THD.shape[0], done.k_TKD.shape[0]
+        lse = torch.nn.functional.pad(done.lse_HT, (0, -queries % 32), value=float("inf")).unsqueeze(0)
         no_dropout = torch.zeros((), dtype=torch.int64, device=q.device)
         dq, dk, dv, _ = _aten._efficient_attention_backward(
             grad_THD.unsqueeze(0),
@@ -282,7 +206,7 @@ class CudaEfficient(_PerDocument):
             k,
             v,
             None,
-            out_THD.unsqueeze(0),
+            done.out_THD.unsqueeze(0),
             None,
             None,
             queries,
@@ -294,7 +218,7 @@ class CudaEfficient(_PerDocument):
             int(causal),
             False,
         )
-        dk_TKD, dv_TKD = (x.squeeze(0).unflatten(1, (k_TKD.shape[1], -1)).sum(2) for x in (dk, dv))
+        dk_TKD, dv_TKD = (x.squeeze(0).unflatten(1, (done.k_TKD.shape[1], -1)).sum(2) for x in (dk, dv))
         return dq.squeeze(0), dk_TKD, dv_TKD
 
     @staticmethod

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evermesh.parallelism.attention.kernels import AttentionKernel, Gradients
+from evermesh.parallelism.attention.kernels import AttentionKernel, Forward, Gradients
 from evermesh.parallelism.attention.ring import Ring, ring_backward, ring_forward
 from evermesh.parallelism.batch_plan import MicroBatch
 from evermesh.parallelism.collectives import Communicator
@@ -49,13 +49,14 @@ class MicroBatchAttention:
             return torch.empty_like(q), q.new_empty(q.shape[1], 0)
         return torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts], dim=1)
 
-    def backward(self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> Gradients:
+    def backward(self, grad: Tensor, done: Forward) -> Gradients:
         """Gradients of q, k and v."""
+        q, k, v, out, lse = done
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         for part in self.segments:
             at = part.tokens
-            tensors = (grad[at], q[at], k[at], v[at], out[at], lse[:, at])
-            dq[at], dk[at], dv[at] = self._segment_backward(part, *tensors)
+            own = Forward(q[at], k[at], v[at], out[at], lse[:, at])
+            dq[at], dk[at], dv[at] = self._segment_backward(part, grad[at], own)
         return dq, dk, dv
 
     def _segment_forward(self, part: _Segment, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -63,12 +64,10 @@ class MicroBatchAttention:
             return self.kernel.forward_packed(q, k, v, part.lengths)
         return ring_forward(q, k, v, part.ring, self.kernel, self.communicator)
 
-    def _segment_backward(
-        self, part: _Segment, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
-    ) -> Gradients:
+    def _segment_backward(self, part: _Segment, grad: Tensor, done: Forward) -> Gradients:
         if part.ring is None:
-            return self.kernel.backward_packed(grad, q, k, v, out, lse, part.lengths)
-        return ring_backward(grad, q, k, v, out, lse, part.ring, self.kernel, self.communicator)
+            return self.kernel.backward_packed(grad, done, part.lengths)
+        return ring_backward(grad, done, part.ring, self.kernel, self.communicator)
 
 
 class _Attention(torch.autograd.Function):
@@ -81,7 +80,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return *ctx.attention.backward(grads[0], *ctx.saved_tensors), None
+        return *ctx.attention.backward(grads[0], Forward(*ctx.saved_tensors)), None
 
 
 def _segments(micro_batch: MicroBatch, lengths: Sequence[int], rank: int) -> tuple[_Segment, ...]:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from evermesh.parallelism.attention.kernels import AttentionKernel, Gradients, kernel_for
+from evermesh.parallelism.attention.kernels import AttentionKernel, Forward, Gradients, kernel_for
 from evermesh.parallelism.collectives import Communicator
 from evermesh.parallelism.pieces import Share, share_of
 
@@ -87,8 +87,7 @@ class _RingAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse = ctx.saved_tensors
-        gradients = ring_backward(grads[0], q, k, v, out, lse, ctx.ring, ctx.kernel, ctx.communicator)
+        gradients = ring_backward(grads[0], Forward(*ctx.saved_tensors), ctx.ring, ctx.kernel, ctx.communicator)
         return *gradients, None, None, None
 
 
@@ -114,17 +113,10 @@ def ring_forward(
 
 
 def ring_backward(
-    grad_THD: Tensor,
-    q_THD: Tensor,
-    k_TKD: Tensor,
-    v_TKD: Tensor,
-    out_THD: Tensor,
-    lse_HT: Tensor,
-    ring: Ring,
-    kernel: AttentionKernel,
-    communicator: Communicator,
+    grad_THD: Tensor, done: Forward, ring: Ring, kernel: AttentionKernel, communicator: Communicator
 ) -> Gradients:
     """Gradients of this member's q, k and v. Collective, like ``ring_forward``."""
+    q_THD, k_TKD, v_TKD, out_THD, lse_HT = done
     accumulate = _accumulation_dtype(q_THD.dtype)
     dq_THD = torch.zeros_like(q_THD, dtype=accumulate)
     block = torch.stack([k_TKD, v_TKD])
@@ -134,8 +126,8 @@ def ring_backward(
         arriving, works = _pass_on(block, ring, step, communicator, "ring backward")
         queries = _queries(ring, step)
         if block.shape[1] and q_THD[queries].shape[0]:
-            grad, q, out, lse = grad_THD[queries], q_THD[queries], out_THD[queries], lse_HT[:, queries]
-            dq, dk, dv = kernel.backward(grad, q, block[0], block[1], out, lse, causal=step == 0)
+            part = Forward(q_THD[queries], block[0], block[1], out_THD[queries], lse_HT[:, queries])
+            dq, dk, dv = kernel.backward(grad_THD[queries], part, causal=step == 0)
             dq_THD[queries] += dq
             gradient = torch.stack([dk, dv]).to(accumulate)
         else:

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from evermesh.parallelism import Communicator, MicroBatch, Piece
-from evermesh.parallelism.attention.kernels import AttentionKernel, CudaEfficient, CudaFlash, kernel_for
+from evermesh.parallelism.attention.kernels import AttentionKernel, CudaEfficient, CudaFlash, Forward, kernel_for
 from evermesh.parallelism.attention.micro_batch import MicroBatchAttention
 from evermesh.parallelism.attention.ring import Ring, ring_backward, ring_forward
 from evermesh.parallelism.errors import UnsupportedKernel
@@ -58,7 +58,7 @@ def test_packed_documents_equal_plain_attention(
 ) -> None:
     q, k, v, grad = _document(sum(lengths), dtype)
     out, lse = kernel.forward_packed(q, k, v, lengths)
-    actual = [out, *kernel.backward_packed(grad, q, k, v, out, lse, lengths)]
+    actual = [out, *kernel.backward_packed(grad, Forward(q, k, v, out, lse), lengths)]
     parts = [
         _expected(*(x[start : start + length] for x in (q, k, v, grad)))
         for start, length in zip((sum(lengths[:i]) for i in range(len(lengths))), lengths, strict=True)
@@ -95,7 +95,7 @@ def test_ring_of_one_on_nccl_equals_plain_attention(nccl: Communicator) -> None:
     q, k, v, grad = _document(190, torch.bfloat16)
     ring, kernel = Ring((0,), 190, 0), kernel_for(q.device, q.dtype)
     out, lse = ring_forward(q, k, v, ring, kernel, nccl)
-    actual = [out, *ring_backward(grad, q, k, v, out, lse, ring, kernel, nccl)]
+    actual = [out, *ring_backward(grad, Forward(q, k, v, out, lse), ring, kernel, nccl)]
     for tensor, expected in zip(actual, _expected(q, k, v, grad), strict=True):
         assert relative_error(tensor.double().cpu(), expected) <= 1.5e-2
 

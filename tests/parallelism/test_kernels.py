@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from evermesh.parallelism.attention.kernels import AttentionKernel, CpuFlash, CudaEfficient, CudaFlash, kernel_for
+from evermesh.parallelism.attention.kernels import (
+    AttentionKernel,
+    CpuFlash,
+    CudaEfficient,
+    CudaFlash,
+    Forward,
+    kernel_for,
+)
 from evermesh.parallelism.errors import UnsupportedKernel
 from tests.oracle import gradient, plain_attention, relative_error
 
@@ -16,7 +23,7 @@ def test_packed_documents_on_cpu_equal_plain_attention() -> None:
     q, k, v, grad = (torch.randn(41, heads, HEAD_DIM, dtype=torch.float64) for heads in (4, 2, 2, 4))
     kernel = CpuFlash()
     out, lse = kernel.forward_packed(q, k, v, lengths)
-    actual = [out, *kernel.backward_packed(grad, q, k, v, out, lse, lengths)]
+    actual = [out, *kernel.backward_packed(grad, Forward(q, k, v, out, lse), lengths)]
     leaves = [tensor.requires_grad_() for tensor in (q, k, v)]
     expected_out = torch.cat(
         [plain_attention(*parts) for parts in zip(*(x.split(lengths) for x in leaves), strict=True)]
@@ -33,7 +40,7 @@ def test_cuda_kernels_are_called_with_arguments_that_torch_takes(kernel: Attenti
     k, v = (torch.empty(24, KV_HEADS, HEAD_DIM, dtype=dtype, device="meta") for _ in range(2))
     out, lse = kernel.forward(q, k, v, causal=False)
     assert (out.shape, lse.shape) == (q.shape, (HEADS, 40))
-    gradients = kernel.backward(grad, q, k, v, out, lse, causal=False)
+    gradients = kernel.backward(grad, Forward(q, k, v, out, lse), causal=False)
     assert [tensor.shape for tensor in gradients] == [q.shape, k.shape, v.shape]
 
 
