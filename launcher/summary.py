@@ -13,6 +13,8 @@ from evermesh.launcher.run_directory import Run
 from evermesh.runtime.telemetry import StepReport, read_telemetry
 
 _TAIL_BYTES = 1 << 16
+_PURPOSES = {"ring forward": "rings", "ring backward": "rings", "ring gradients": "rings"}
+"""Names of call sites in the summary, where they differ."""
 
 
 def summary_table(run: Run, *, vocabulary: int | None = None) -> Table:
@@ -42,6 +44,7 @@ def _rows(reports: Sequence[StepReport], vocabulary: int | None) -> list[tuple[s
         ("sequences", rings_seen(reports)),
         ("micro-batches", micro_batches_seen(reports)),
         ("plans", _plans(reports)),
+        ("traffic", traffic_seen(reports)),
     ]
 
 
@@ -66,6 +69,21 @@ def micro_batches_seen(reports: Sequence[StepReport]) -> str:
     numbers = [number for report in reports for number in report.plan.micro_batches]
     uneven = sum(len(set(report.plan.micro_batches)) > 1 for report in reports)
     return f"{min(numbers)} to {max(numbers)} per rank and step; they differ between ranks in {uneven} steps"
+
+
+def traffic_seen(reports: Sequence[StepReport]) -> str:
+    """Bytes that all ranks together send in a step, on average: for what (parts under 1% are left out), how far."""
+    parts = [part for report in reports for part in report.traffic]
+    sent: Counter[str] = Counter()
+    for part in parts:
+        sent[_PURPOSES.get(part.call_site, part.call_site)] += part.wire_bytes
+    total = sent.total()
+    if not total:
+        return "none between ranks"
+    steps = sum(bool(report.traffic) for report in reports)
+    purposes = [f"{name} {count / steps / 1e6:,.1f} MB" for name, count in sent.most_common() if count >= total / 100]
+    within = sum(part.wire_bytes for part in parts if part.tier == "node") / total
+    return f"{total / steps / 1e6:,.1f} MB per step: {', '.join(purposes)}; {within:.0%} within nodes"
 
 
 def _plans(reports: Sequence[StepReport]) -> str:

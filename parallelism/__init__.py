@@ -6,10 +6,11 @@ Names that need torch are imported when they are first used, so that the command
 from typing import TYPE_CHECKING, Any
 
 from evermesh.parallelism.batch_plan import BatchPlan, Certificate, MicroBatch, Piece
-from evermesh.parallelism.collectives import ByteLedger, CollectiveRecord, Communicator
+from evermesh.parallelism.collectives import CollectiveRecord, Communicator, Moment
 from evermesh.parallelism.cost import CostModel, ModelShape
 from evermesh.parallelism.errors import EvermeshError, LayoutDoesNotFit, PlanInvalid, SequenceTooLong
 from evermesh.parallelism.layout import Layout
+from evermesh.parallelism.ledger import ByteLedger, Traffic
 from evermesh.parallelism.planner import HybridPlanner, Planner, plan_batch
 from evermesh.parallelism.simulator import Timeline, simulate
 from evermesh.parallelism.topology import Topology
@@ -31,12 +32,14 @@ __all__ = [
     "LayoutDoesNotFit",
     "MicroBatch",
     "ModelShape",
+    "Moment",
     "Piece",
     "PlanInvalid",
     "Planner",
     "SequenceTooLong",
     "Timeline",
     "Topology",
+    "Traffic",
     "plan_batch",
     "ring_attention",
     "simulate",

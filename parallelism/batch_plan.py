@@ -16,6 +16,8 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from evermesh.parallelism.errors import PlanInvalid
 
 FORMAT_VERSION = 1
+DIGEST_BYTES = 32
+"""Of a batch digest, as ASCII."""
 _STRICT: Any = ConfigDict(extra="forbid")
 
 
@@ -145,7 +147,7 @@ def _adapter() -> TypeAdapter[Any]:
 
 def batch_digest(identities: Iterable[str], lengths: Sequence[int]) -> str:
     """Digest of what is in a batch, by which ranks make sure that they plan and load the same one."""
-    digest = hashlib.blake2b(digest_size=16)
+    digest = hashlib.blake2b(digest_size=DIGEST_BYTES // 2)
     for identity, length in zip(identities, lengths, strict=True):
         digest.update(f"{identity}:{length}\n".encode())
     return digest.hexdigest()

@@ -4,24 +4,37 @@ Every collective and point-to-point message of the project is issued through :cl
 (the byte ledger, the recorder of the fault room, a test) gets one :class:`CollectiveRecord` for each.
 """
 
+import functools
 import itertools
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal, Self
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
+
+from evermesh.parallelism.links import Operation, Tier, tiers_from, wire_bytes
 
 if TYPE_CHECKING:
     import torch
     import torch.distributed as dist
 
-Operation = Literal["all_reduce", "all_gather", "broadcast", "barrier", "send", "receive"]
 Phase = Literal["start-up", "compile", "train", "evaluate", "checkpoint"]
 
 
-@dataclass(frozen=True, slots=True)
-class CollectiveRecord:
+@dataclass(slots=True)
+class Moment:
+    """Where a thread of the job stands. Communicators share one, so that their records agree; its owner moves it on."""
+
+    step: int = 0
+    """The step under way, or the last one; 0 until this process begins one."""
+    phase: Phase = "start-up"
+
+    def begin_step(self, step: int) -> None:
+        """Training of ``step`` starts."""
+        self.step, self.phase = step, "train"
+
+
+class CollectiveRecord(NamedTuple):
     """One collective or message as its caller saw it. Serialised as a flat JSON object (``to_dict``/``from_dict``)."""
 
     group: str
@@ -30,7 +43,7 @@ class CollectiveRecord:
     """Number of the operation in its group on this rank, from 0."""
     operation: Operation
     num_bytes: int
-    """Bytes of the local buffer."""
+    """Payload: bytes of the local buffer."""
     dtype: str
     peers: tuple[int, ...]
     """Ranks on the other side: one for a message, empty when the whole group takes part."""
@@ -40,10 +53,16 @@ class CollectiveRecord:
     phase: Phase
     enqueued_s: float
     """Host clock (monotonic, seconds) when the operation was issued; on a GPU not the time it ran."""
+    axis: str
+    """Mesh axis of the group."""
+    tier: Tier
+    """Tier of the link over which this rank sends (or, for ``receive``, is sent to)."""
+    wire_bytes: int
+    """Bytes that this rank sends, as ``evermesh.parallelism.links`` counts them."""
 
     def to_dict(self) -> dict[str, Any]:
         """The record as plain values."""
-        return asdict(self)
+        return self._asdict()
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
@@ -54,47 +73,36 @@ class CollectiveRecord:
 Sink = Callable[[CollectiveRecord], None]
 
 
-class ByteLedger:
-    """Counts bytes by call site and operation; a sink for a tap."""
-
-    def __init__(self) -> None:
-        self.num_bytes: Counter[str] = Counter()
-        self.messages: Counter[str] = Counter()
-
-    def __call__(self, record: CollectiveRecord) -> None:
-        """Add one record."""
-        if record.operation == "receive":
-            return  # the sender has counted it
-        self.num_bytes[record.call_site] += record.num_bytes
-        self.messages[record.call_site] += 1
-
-    def take(self) -> dict[str, int]:
-        """Bytes by call site since the last call."""
-        taken = dict(self.num_bytes)
-        self.num_bytes.clear()
-        self.messages.clear()
-        return taken
-
-
 class Communicator:
-    """A process group with a tap. With ``group=None`` it stands for a single process, and collectives do nothing."""
+    """A process group with a tap. With ``group=None`` it stands for a single process, and collectives do nothing.
 
-    def __init__(self, group: "dist.ProcessGroup | None" = None, *, name: str = "world") -> None:
-        self.group, self.name = group, name
-        self.step = 0
-        self.phase: Phase = "start-up"
+    Args:
+        group: the ranks that communicate.
+        name: name of the group, the same on all its ranks.
+        axis: mesh axis that it lies on; the name by default.
+        nodes: index of the node of every rank of the group; by default all are on one node.
+        moment: where the thread that uses it stands; by default one of its own.
+    """
+
+    def __init__(
+        self,
+        group: "dist.ProcessGroup | None" = None,
+        *,
+        name: str = "world",
+        axis: str | None = None,
+        nodes: tuple[int, ...] | None = None,
+        moment: Moment | None = None,
+    ) -> None:
+        self.group, self.name, self.axis = group, name, axis or name
+        self.rank: int = group.rank() if group is not None else 0
+        self.size: int = group.size() if group is not None else 1
+        self.nodes = nodes if nodes is not None else (0,) * self.size
+        self.moment = moment if moment is not None else Moment()
+        assert len(self.nodes) == self.size, f"{len(self.nodes)} nodes given for {self.size} ranks"
+        self._tiers = tiers_from(self.rank, self.nodes)
+        self._next = (self.rank + 1) % self.size
         self._numbers = itertools.count()
         self._sinks: list[Sink] = []
-
-    @property
-    def rank(self) -> int:
-        """Rank of this process in the group."""
-        return self.group.rank() if self.group is not None else 0
-
-    @property
-    def size(self) -> int:
-        """Ranks in the group."""
-        return self.group.size() if self.group is not None else 1
 
     @contextmanager
     def listen(self, sink: Sink) -> Iterator[None]:
@@ -132,7 +140,7 @@ class Communicator:
             return
         import torch.distributed as dist
 
-        self._emit("broadcast", tensor, call_site)
+        self._emit("broadcast", tensor, call_site, source=source)
         dist.broadcast(tensor, group=self.group, group_src=source)
 
     def broadcast_bytes(self, payload: bytes | None, source: int, call_site: str) -> bytes:
@@ -175,31 +183,47 @@ class Communicator:
 
         operations = []
         for tensor, peer in receives:
-            self._emit("receive", tensor, call_site, peer)
+            self._emit("receive", tensor, call_site, (peer,))
             operations.append(dist.P2POp(dist.irecv, tensor, group=self.group, group_peer=peer))
         for tensor, peer in sends:
-            self._emit("send", tensor, call_site, peer)
+            self._emit("send", tensor, call_site, (peer,))
             operations.append(dist.P2POp(dist.isend, tensor, group=self.group, group_peer=peer))
         return dist.batch_isend_irecv(operations)
 
-    def _emit(self, operation: Operation, tensor: "torch.Tensor | None", call_site: str, *peers: int) -> None:
+    def _emit(
+        self,
+        operation: Operation,
+        tensor: "torch.Tensor | None",
+        call_site: str,
+        peers: tuple[int, ...] = (),
+        source: int = 0,
+    ) -> None:
         number = next(self._numbers)
         if not self._sinks:
             return
-        record = CollectiveRecord(
-            group=self.name,
-            sequence=number,
-            operation=operation,
-            num_bytes=tensor.numel() * tensor.element_size() if tensor is not None else 0,
-            dtype=str(tensor.dtype).removeprefix("torch.") if tensor is not None else "",
-            peers=peers,
-            call_site=call_site,
-            step=self.step,
-            phase=self.phase,
-            enqueued_s=time.monotonic(),
+        num_bytes, dtype = (tensor.nbytes, _dtype_name(tensor.dtype)) if tensor is not None else (0, "")
+        record = CollectiveRecord(  # by position: names would double the time, and this is on the way of every message
+            self.name,
+            number,
+            operation,
+            num_bytes,
+            dtype,
+            peers,
+            call_site,
+            self.moment.step,
+            self.moment.phase,
+            time.monotonic(),
+            self.axis,
+            self._tiers[peers[0] if peers else self._next],
+            wire_bytes(operation, num_bytes, self.size, (self.rank - source) % self.size),
         )
         for sink in self._sinks:
             sink(record)
 
 
-__all__ = ["ByteLedger", "CollectiveRecord", "Communicator", "Operation", "Phase", "Sink"]
+@functools.cache
+def _dtype_name(dtype: "torch.dtype") -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+__all__ = ["CollectiveRecord", "Communicator", "Moment", "Operation", "Phase", "Sink", "Tier"]

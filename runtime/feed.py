@@ -36,7 +36,8 @@ class BatchFeed:
     """Yields planned batches, each prepared while the one before is trained. Every rank makes one.
 
     All ranks draw the same batch from their own sampler; rank 0 plans it, proves the plan, and sends it to all over the
-    control group, which nothing else uses. Preparation runs in one thread, one batch ahead; leaving the ``with`` block
+    control group, which nothing else uses; its records tell the step that a batch is for, the first one after the step at
+    which ``control.moment`` stands now. Preparation runs in one thread, one batch ahead; leaving the ``with`` block
     ends it.
     """
 
@@ -69,6 +70,7 @@ class BatchFeed:
         self._thread.shutdown(wait=error is None, cancel_futures=True)
 
     def _prepare(self) -> PlannedBatch:
+        self.control.moment.begin_step(self.control.moment.step + 1)
         batch = self.sampler.next_batch()
         plan = self._agreed_plan(batch)
         rank_plan = plan.ranks[self.control.rank]

@@ -1,13 +1,15 @@
 """Joining and leaving the process group of all workers."""
 
 import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
-from evermesh.parallelism.collectives import Communicator
+from evermesh.parallelism.collectives import Communicator, Moment, Sink
 from evermesh.runtime.config import CpuDevice, CudaDevice
 
 
@@ -46,7 +48,11 @@ def local_device(device: CpuDevice | CudaDevice) -> torch.device:
 
 
 class Groups(NamedTuple):
-    """The same ranks, three times, so that traffic of different threads and devices never mixes."""
+    """The same ranks, three times, so that traffic of different threads and devices never mixes.
+
+    Training and host share one ``Moment``, which the trainer moves on; the thread that uses control is ahead of them and
+    has its own.
+    """
 
     training: Communicator
     """Gradients, parameters and rings, on the device's own backend."""
@@ -55,15 +61,32 @@ class Groups(NamedTuple):
     host: Communicator
     """Tensors in host memory, for checkpoints; used by the training thread."""
 
+    @contextmanager
+    def listen(self, sink: Sink) -> Iterator[None]:
+        """Send a record of every operation of all three to ``sink``, on the thread that issues it, until the block ends."""
+        with ExitStack() as stack:
+            for communicator in self:
+                stack.enter_context(communicator.listen(sink))
+            yield
+
 
 def communicators(timeout_s: float) -> Groups:
     """The groups of a training process. Collective when a default group exists; otherwise each is this process alone."""
-    if not dist.is_initialized():
-        return Groups(Communicator(name="hdp"), Communicator(name="control"), Communicator(name="host"))
-    timeout = timedelta(seconds=timeout_s)
-    control, host = (dist.new_group(backend="gloo", timeout=timeout) for _ in range(2))
+    world, control, host = None, None, None
+    if dist.is_initialized():
+        timeout = timedelta(seconds=timeout_s)
+        control, host = (dist.new_group(backend="gloo", timeout=timeout) for _ in range(2))
+        world = dist.group.WORLD
+    nodes, moment = nodes_of_ranks(), Moment()
     return Groups(
-        Communicator(dist.group.WORLD, name="hdp"),
-        Communicator(control, name="control"),
-        Communicator(host, name="host"),
+        Communicator(world, name="hdp", nodes=nodes, moment=moment),
+        Communicator(control, name="control", nodes=nodes),
+        Communicator(host, name="host", nodes=nodes, moment=moment),
     )
+
+
+def nodes_of_ranks() -> tuple[int, ...]:
+    """Index of the node of every rank: ``LOCAL_WORLD_SIZE`` consecutive ranks on each, as torchrun sets it; else one node."""
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
+    return tuple(rank // ranks_per_node for rank in range(ranks))

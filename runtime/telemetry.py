@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from evermesh.parallelism.batch_plan import BatchPlan
+from evermesh.parallelism.ledger import Traffic
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,9 +69,11 @@ class StepReport:
     """Estimated time to the end of the run (or to ``stop_at``), seconds."""
     plan: PlanSummary
     bytes_by_site: dict[str, int]
-    """Bytes that all ranks together sent in this step, by what they were sent for."""
+    """Payload bytes that all ranks together handed to rings and collectives in this step, by what they were sent for."""
     batch: str
     """Digest of the identities and lengths of the batch's sequences."""
+    traffic: tuple[Traffic, ...] = ()
+    """Everything that all ranks together sent for this step, by call site, operation, mesh axis and tier of the link."""
 
     @property
     def tokens_per_s(self) -> float:
@@ -88,7 +91,8 @@ class StepReport:
         plan = values.pop("plan")
         plan["ring_sizes"] = {int(size): count for size, count in plan["ring_sizes"].items()}
         plan["micro_batches"] = tuple(plan["micro_batches"])
-        return cls(**values, plan=PlanSummary(**plan))
+        traffic = tuple(Traffic(**part) for part in values.pop("traffic", ()))
+        return cls(**values, plan=PlanSummary(**plan), traffic=traffic)
 
 
 def read_telemetry(path: Path) -> list[StepReport]:

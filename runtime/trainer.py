@@ -12,7 +12,7 @@ from torch import Tensor
 from evermesh import checkpoint
 from evermesh.checkpoint.errors import CheckpointNotFound
 from evermesh.fault.events import EventLog
-from evermesh.parallelism.collectives import ByteLedger
+from evermesh.parallelism.ledger import ByteLedger
 from evermesh.parallelism.planner import HybridPlanner, Planner
 from evermesh.runtime import process_group
 from evermesh.runtime.config import TrainConfig
@@ -26,9 +26,10 @@ from evermesh.runtime.model.decoder import Decoder
 from evermesh.runtime.optimizer import FlatParameters, ShardedAdamW, learning_rate
 from evermesh.runtime.state import Progress, TrainingState
 from evermesh.runtime.telemetry import PlanSummary, StepReport
+from evermesh.runtime.traffic import over_all_ranks, payload_bytes
 
 TRAFFIC = ("ring forward", "ring backward", "ring gradients", "gradients", "parameters")
-"""Call sites whose bytes a step reports."""
+"""Call sites whose payload a step reports in ``bytes_by_site``."""
 Reason = Literal["finished", "stop_at", "asked"]
 
 
@@ -116,8 +117,11 @@ class Trainer:
         self._log("started", f"step {self.progress.step} of {self.config.steps}, {self.communicator.size} workers")
         if self.progress.step >= last:
             return self._end(reason, self._newest_checkpoint())
-        feed = BatchFeed(self.sampler, self.corpora, self.planner, self.config.layout, self.groups.control)
-        with feed, self.communicator.listen(self.ledger):
+        self.groups.control.moment.step = self.progress.step
+        with (
+            self.groups.listen(self.ledger),
+            BatchFeed(self.sampler, self.corpora, self.planner, self.config.layout, self.groups.control) as feed,
+        ):
             return self._train(feed, last, reason)
 
     def _train(self, feed: BatchFeed, last: int, reason: Reason) -> FitResult:
@@ -135,7 +139,7 @@ class Trainer:
     def train_step(self, batch: PlannedBatch) -> StepOutcome:
         """Run one optimizer step. Collective; all ranks agree on the outcome."""
         self.progress.step += 1
-        self.communicator.step, self.communicator.phase = self.progress.step, "train"
+        self.communicator.moment.begin_step(self.progress.step)
         self.flat.gradients.zero_()
         local_loss = self.runner.accumulate(batch.micro_batches, batch.plan.lengths, batch.num_counted)
         loss, grad_norm, stop_asked = self._synchronize(local_loss)
@@ -151,7 +155,7 @@ class Trainer:
         if self.directory is None:
             return None
         started = time.monotonic()
-        self.communicator.phase = "checkpoint"
+        self.communicator.moment.phase = "checkpoint"
         path = self.state.save(self.directory / "checkpoints", self.config.checkpoint.keep)
         self._log("checkpoint", f"{path.name} in {time.monotonic() - started:.2f} s", path=str(path))
         return path
@@ -174,9 +178,7 @@ class Trainer:
         return 1.0 if limit is None or grad_norm <= limit else limit / grad_norm
 
     def _report(self, batch: PlannedBatch, outcome: StepOutcome, clock: "_Clock", last: int) -> None:
-        taken = self.ledger.take()
-        num_bytes = torch.tensor([taken.get(site, 0) for site in TRAFFIC], device=self.device)
-        self.communicator.all_reduce(num_bytes, "bookkeeping")
+        traffic = over_all_ranks(self.ledger.take_step(self.progress.step), self.communicator, self.device)
         step_s, smoothed_s = clock.tick()
         if self.communicator.rank != 0:
             return
@@ -194,8 +196,9 @@ class Trainer:
             step_s=step_s,
             time_left_s=smoothed_s * (last - self.progress.step),
             plan=PlanSummary.of(batch.plan),
-            bytes_by_site=dict(zip(TRAFFIC, num_bytes.tolist(), strict=True)),
+            bytes_by_site={site: payload_bytes(traffic, site) for site in TRAFFIC},
             batch=batch.batch.digest,
+            traffic=traffic,
         )
         if not outcome.committed:
             self._log("skipped", f"loss {outcome.loss}, gradient norm {outcome.grad_norm}: no update")

@@ -1,6 +1,7 @@
 """The rules of the house that no linter knows."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -42,6 +43,53 @@ def test_packages_and_configuration_never_import_torch(module: str) -> None:
     program = f"import sys, {module}; print(sorted(m for m in sys.modules if m.split('.')[0] == 'torch')[:3])"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+_COMMUNICATES = re.compile(
+    r"torch\.distributed\.(nn|_functional_collectives|_symmetric_memory)\b"
+    r"|torch\.distributed\.(\w+\.)*_?(all_|reduce|broadcast|scatter|gather|i?send|i?recv|batch_isend|barrier|monitored|P2POp)"
+)
+
+
+def _names_used(file: Path) -> set[str]:
+    """Full names of all imports, and of all attributes of imported modules."""
+    tree = ast.parse(file.read_text())
+    bound: dict[str, str] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            bound |= {alias.asname: alias.name for alias in node.names if alias.asname}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            bound |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+    used = {ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    heads = {name: name.split(".")[0] for name in used}
+    return _imported(file) | {bound.get(heads[name], heads[name]) + name[len(heads[name]) :] for name in used}
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_only_the_tap_communicates(room: str) -> None:
+    found = {
+        str(file.relative_to(ROOT))
+        for file in (ROOT / room).rglob("*.py")
+        if any(_COMMUNICATES.match(name) for name in _names_used(file))
+    }
+    assert found == ({"parallelism/collectives.py"} if room == "parallelism" else set())
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "import torch.distributed as d\nd.all_reduce(x)",
+        "from torch import distributed\ndistributed.isend(x, 1)",
+        "import torch\ntorch.distributed.broadcast_object_list(x)",
+        "from torch.distributed import all_gather_into_tensor as gather",
+        "from torch.distributed.distributed_c10d import barrier",
+        "import torch.distributed.nn.functional",
+        "from torch.distributed import _functional_collectives as f",
+    ],
+)
+def test_a_way_around_the_tap_is_found(line: str, tmp_path: Path) -> None:
+    (tmp_path / "file.py").write_text(line)
+    assert any(_COMMUNICATES.match(name) for name in _names_used(tmp_path / "file.py"))
 
 
 @pytest.mark.parametrize("room", ROOMS)

@@ -12,9 +12,10 @@ from evermesh.launcher import JobConfig, Run, load_job
 from evermesh.launcher.plan_picture import certificate_line, headline, plan_png, plan_text, ring_colours, seconds
 from evermesh.launcher.plots import Mark, loss_png, loss_text, marks
 from evermesh.launcher.progress import Progress, duration, plain_line
-from evermesh.launcher.summary import last_report, summary_table
+from evermesh.launcher.summary import last_report, summary_table, traffic_seen
 from evermesh.parallelism.cost import CostModel
 from evermesh.parallelism.layout import Layout
+from evermesh.parallelism.ledger import Traffic
 from evermesh.parallelism.planner import plan_batch
 from evermesh.parallelism.simulator import simulate
 from evermesh.runtime.telemetry import PlanSummary, StepReport
@@ -39,6 +40,14 @@ def report(step: int, workers: int = 4, loss: float | None = None) -> StepReport
         plan=PlanSummary({1: 3, 2: 1, 4: 1}, (2, 3, 2, 2), 0.8, 1.1, 1.0),
         bytes_by_site={},
         batch="x",
+        traffic=(
+            Traffic("gradients", "all_reduce", "hdp", "network", 4_000_000, 3_000_000, 4),
+            Traffic("plan", "broadcast", "control", "node", 8, 8, 4),
+            Traffic("ring backward", "send", "hdp", "node", 4_000_000, 4_000_000, 8),
+            Traffic("ring forward", "send", "hdp", "node", 5_000_000, 5_000_000, 8),
+        )
+        if workers > 1
+        else (),
     )
 
 
@@ -188,9 +197,14 @@ def test_the_summary_counts_what_telemetry_and_events_tell(run: Run) -> None:
         "4, then 3",
         "90 on 1 rank, 30 on 2 ranks, 30 on 4 ranks",
         "2 to 3 per rank and step; they differ between ranks in 30 steps",
+        "12.0 MB per step: rings 9.0 MB, gradients 3.0 MB; 75% within nodes",
         "3 written, 1 resumed from",
     ):
         assert expected in text
+
+
+def test_one_worker_sends_nothing() -> None:
+    assert traffic_seen([report(1, workers=1)]) == "none between ranks"
 
 
 def test_the_last_report_is_found_behind_an_unfinished_line(run: Run) -> None:

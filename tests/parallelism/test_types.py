@@ -35,7 +35,9 @@ def test_layout_survives_json_and_refits() -> None:
 
 
 def test_record_survives_its_dictionary() -> None:
-    record = CollectiveRecord("hdp", 7, "send", 4096, "float32", (3,), "ring forward", 12, "train", 1.5)
+    record = CollectiveRecord(
+        "hdp", 7, "send", 4096, "float32", (3,), "ring forward", 12, "train", 1.5, "hdp", "node", 4096
+    )
     assert CollectiveRecord.from_dict(record.to_dict()) == record
 
 

@@ -1,0 +1,61 @@
+"""The traffic of a training step: counted by the ledgers of all ranks, and by formula.
+
+Everything that a step sends is in both, with one exception: the ``all_reduce`` that adds up the counts themselves
+(call site ``bookkeeping``). Batch plans count for the step that they are made for, although they are sent before it.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from evermesh.parallelism.batch_plan import DIGEST_BYTES, BatchPlan
+from evermesh.parallelism.collectives import Communicator
+from evermesh.parallelism.ledger import Cell, Traffic, add_up
+from evermesh.parallelism.links import TIERS, Operation
+from evermesh.parallelism.traffic import TrainedModel, collective_traffic, plan_traffic
+
+OPERATIONS: tuple[tuple[str, Operation, str], ...] = (
+    ("ring forward", "send", "hdp"),
+    ("ring backward", "send", "hdp"),
+    ("ring gradients", "send", "hdp"),
+    ("gradients", "all_reduce", "hdp"),
+    ("parameters", "all_gather", "hdp"),
+    ("scalars", "all_reduce", "hdp"),
+    ("plan", "broadcast", "control"),
+    ("loss weights", "all_reduce", "control"),
+)
+"""Call site, operation and axis of everything that a training step sends."""
+_CELLS: tuple[Cell, ...] = tuple((*operation, tier) for operation in OPERATIONS for tier in TIERS)
+_ROWS = {cell: row for row, cell in enumerate(_CELLS)}
+
+
+def over_all_ranks(own: Sequence[Traffic], communicator: Communicator, device: torch.device) -> tuple[Traffic, ...]:
+    """The traffic of one step, summed over the ranks. Collective: one small ``all_reduce``."""
+    counts = torch.zeros(len(_CELLS), 3, dtype=torch.int64)
+    for traffic in own:
+        counts[_ROWS[traffic.cell]] = torch.tensor(traffic.counts)
+    counts = counts.to(device)
+    communicator.all_reduce(counts, "bookkeeping")
+    summed = (Traffic(*cell, *count) for cell, count in zip(_CELLS, counts.tolist(), strict=True))
+    return tuple(sorted(traffic for traffic in summed if traffic.calls))
+
+
+def payload_bytes(traffic: Sequence[Traffic], call_site: str) -> int:
+    """Payload of everything that was sent for ``call_site``."""
+    return sum(part.payload_bytes for part in traffic if part.call_site == call_site)
+
+
+def step_traffic(
+    plan: BatchPlan, model: TrainedModel, nodes: Sequence[int], *, committed: bool = True
+) -> tuple[Traffic, ...]:
+    """What a training step with this plan sends over all ranks; arguments as for ``plan_traffic``."""
+    plan_bytes = DIGEST_BYTES + len(plan.to_json())
+    return add_up(
+        [
+            *plan_traffic(plan, model, nodes, committed=committed),
+            *collective_traffic("scalars", "all_reduce", "hdp", 3 * 8, nodes),
+            *collective_traffic("plan", "broadcast", "control", 8, nodes),  # how long it is
+            *collective_traffic("plan", "broadcast", "control", plan_bytes, nodes),
+            *collective_traffic("loss weights", "all_reduce", "control", 8, nodes),
+        ]
+    )

@@ -1,0 +1,130 @@
+"""Links, the byte ledger and the formula of a plan's traffic, against totals from the literature and counting by hand."""
+
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from evermesh.parallelism import ByteLedger, CollectiveRecord, Communicator, Layout, ModelShape, Moment, plan_batch
+from evermesh.parallelism.cost import CostModel
+from evermesh.parallelism.ledger import Traffic, add_up
+from evermesh.parallelism.links import Operation, Tier, tiers_from, wire_bytes
+from evermesh.parallelism.traffic import TrainedModel, plan_traffic
+from tests.cluster import run_ranks
+
+COST = CostModel(token_s=1e-5, pair_s=1e-7, micro_batch_s=1e-4)
+SHAPE = ModelShape(hidden=32, layers=3, heads=4, kv_heads=2, head_dim=8, ffn=48, vocabulary=61)
+
+
+@given(payload=st.integers(0, 10**6), ranks=st.integers(1, 40))
+def test_the_shares_of_all_ranks_add_up_exactly_and_differ_by_one_byte(payload: int, ranks: int) -> None:
+    totals: dict[Operation, int] = {
+        "all_reduce": 2 * (ranks - 1) * payload,
+        "all_gather": ranks * (ranks - 1) * payload,
+        "broadcast": (ranks - 1) * payload,
+        "barrier": 0,
+    }
+    shares = {op: [wire_bytes(op, payload, ranks, position) for position in range(ranks)] for op in totals}
+    assert {op: sum(share) for op, share in shares.items()} == totals
+    assert max(shares["all_reduce"]) - min(shares["all_reduce"]) <= 1
+
+
+def test_a_link_has_the_tier_of_its_ends() -> None:
+    assert tiers_from(1, (0, 0, 1, 1)) == ("node", "local", "network", "network")
+
+
+def _record(call_site: str, operation: Operation, num_bytes: int, step: int, tier: Tier = "node") -> CollectiveRecord:
+    return CollectiveRecord("g", 0, operation, num_bytes, "", (), call_site, step, "train", 0.0, "hdp", tier, 1)
+
+
+def test_the_ledger_keeps_steps_and_tiers_apart_and_counts_a_message_once() -> None:
+    ledger = ByteLedger()
+    for record in (
+        _record("ring", "send", 8, step=1),
+        _record("ring", "receive", 8, step=1),
+        _record("ring", "send", 5, step=1),
+        _record("ring", "send", 7, step=1, tier="network"),
+        _record("ring", "send", 100, step=2),
+    ):
+        ledger(record)
+    assert ledger.take_step(1) == (
+        Traffic("ring", "send", "hdp", "network", 7, 1, 1),
+        Traffic("ring", "send", "hdp", "node", 13, 2, 2),
+    )
+    assert ledger.take() == {"ring": 100}
+    assert ledger.take() == {}
+
+
+def test_the_ledger_forgets_what_is_older_than_the_step_that_is_taken() -> None:
+    ledger = ByteLedger()
+    for step in (1, 2, 3):
+        ledger(_record("ring", "send", 8, step=step))
+    assert ledger.take_step(2)
+    assert ledger.take() == {"ring": 8}
+
+
+def _all_operations(rank: int, world_size: int, nodes: tuple[int, ...]) -> tuple[Traffic, ...]:
+    import torch.distributed as dist
+
+    communicator = Communicator(dist.group.WORLD, axis="hdp", nodes=nodes, moment=Moment(step=1, phase="train"))
+    ledger = ByteLedger()
+    with communicator.listen(ledger):
+        communicator.all_reduce(torch.zeros(3, dtype=torch.uint8), "s")
+        communicator.all_gather(torch.zeros(5 * world_size), torch.zeros(5), "s")
+        communicator.broadcast(torch.zeros(7), 2, "s")
+        communicator.barrier("s")
+        to, source = (rank + 2) % world_size, (rank - 2) % world_size
+        for work in communicator.exchange([(torch.zeros(9), to)], [(torch.zeros(9), source)], "s"):
+            work.wait()
+    return ledger.take_step(1)
+
+
+def test_every_operation_of_real_ranks_is_counted_on_the_link_that_it_takes() -> None:
+    ledgers = run_ranks(4, _all_operations, (0, 0, 1, 1))
+    # in the ring 0-1-2-3, links 1 and 3 leave the node; a broadcast from 2 goes 2-3-0-1; messages go to the other node
+    assert add_up(part for ledger in ledgers for part in ledger) == (
+        Traffic("s", "all_gather", "hdp", "network", 2 * 20, 2 * 3 * 20, 2),
+        Traffic("s", "all_gather", "hdp", "node", 2 * 20, 2 * 3 * 20, 2),
+        Traffic("s", "all_reduce", "hdp", "network", 6, 5 + 5, 2),  # 2 x 3 x 3 = 18 bytes as 4, 5, 4, 5
+        Traffic("s", "all_reduce", "hdp", "node", 6, 4 + 4, 2),
+        Traffic("s", "barrier", "hdp", "network", 0, 0, 2),
+        Traffic("s", "barrier", "hdp", "node", 0, 0, 2),
+        Traffic("s", "broadcast", "hdp", "network", 2 * 28, 28, 2),
+        Traffic("s", "broadcast", "hdp", "node", 2 * 28, 2 * 28, 2),
+        Traffic("s", "send", "hdp", "network", 4 * 36, 4 * 36, 4),
+    )
+
+
+def _totals(parts: list[Traffic]) -> Counter[tuple[str, str]]:
+    totals: Counter[tuple[str, str]] = Counter()
+    for part in parts:
+        totals[part.call_site, "payload"] += part.payload_bytes
+        totals[part.call_site, "wire"] += part.wire_bytes
+        totals[part.call_site, "calls"] += part.calls
+    return totals
+
+
+@given(
+    lengths=st.lists(st.integers(1, 400), min_size=1, max_size=8),
+    nodes=st.lists(st.integers(0, 3), min_size=1, max_size=6),
+)
+def test_where_the_ranks_live_changes_the_tiers_but_no_sum(lengths: list[int], nodes: list[int]) -> None:
+    plan = plan_batch(lengths, Layout(hdp=len(nodes), capacity=400), COST)
+    model = TrainedModel(SHAPE, num_parameters=1001, bytes_per_element=4)
+    spread = plan_traffic(plan, model, nodes)
+    assert _totals(spread) == _totals(plan_traffic(plan, model, [0] * len(nodes)))
+    assert all(part.wire_bytes == 0 for part in spread if part.tier == "local")
+
+
+@pytest.mark.parametrize("ring", [2, 3, 5])
+def test_a_ring_sends_three_quarters_of_a_full_one_and_gradients_once(ring: int) -> None:
+    length = 2 * ring * 50  # all chunks alike
+    plan = plan_batch([length], Layout(hdp=ring, capacity=100), COST)
+    assert plan.ring_sizes() == {ring: 1}
+    sent = _totals(plan_traffic(plan, TrainedModel(SHAPE, 1, bytes_per_element=2), [0] * ring))
+    one_round = SHAPE.layers * length * 2 * SHAPE.kv_heads * SHAPE.head_dim * 2
+    assert sent["ring forward", "wire"] == sent["ring backward", "wire"] == (ring - 1) * one_round * 3 // 4
+    # in float32, twice as wide; the first owner's tail, one of 2d chunks, stays at home
+    assert sent["ring gradients", "wire"] * 2 * ring == 2 * (ring - 1) * one_round * (2 * ring - 1)
