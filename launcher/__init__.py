@@ -4,20 +4,24 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from evermesh.launcher.attempts import AttemptResult, run_attempts
+    from evermesh.launcher.client import Client
     from evermesh.launcher.config import JobConfig
+    from evermesh.launcher.following import JobResult
     from evermesh.launcher.job_file import load_job, write_job
+    from evermesh.launcher.operations import launch_job, resume_job
     from evermesh.launcher.run_directory import Run, RunState
 
-__all__ = ["AttemptResult", "JobConfig", "Run", "RunState", "load_job", "run_attempts", "write_job"]
+__all__ = ["Client", "JobConfig", "JobResult", "Run", "RunState", "launch_job", "load_job", "resume_job", "write_job"]
 
 _HOMES = {
-    "AttemptResult": "attempts",
+    "Client": "client",
     "JobConfig": "config",
+    "JobResult": "following",
     "Run": "run_directory",
     "RunState": "run_directory",
+    "launch_job": "operations",
     "load_job": "job_file",
-    "run_attempts": "attempts",
+    "resume_job": "operations",
     "write_job": "job_file",
 }
 

@@ -4,7 +4,16 @@ import re
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationInfo, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationInfo,
+    field_validator,
+)
 
 from evermesh.runtime.config import TrainConfig
 
@@ -30,11 +39,43 @@ class JobConfig(BaseModel):
     runs: Path = Path("runs")
     """Folder that holds the run directories, relative to where the command is given."""
     workers: PositiveInt = 1
-    """Worker processes: one per CPU slot or GPU."""
+    """Worker processes, on all nodes together: one per CPU slot or GPU."""
+    nodes: PositiveInt = 1
+    """Nodes that share the workers equally; on one machine: agents, each with workers of its own."""
+    spares: NonNegativeInt = 0
+    """Nodes beyond those, which wait to take the place of a lost one."""
+    on: str = "local"
+    """Where the nodes are: ``local`` (this machine), ``ray`` (the cluster that RAY_ADDRESS or this machine belongs to),
+    or ``ray://HOST:PORT``."""
     restarts: NonNegativeInt = 3
     """Times that all workers are started again, from the newest checkpoint, after one died or raised."""
+    join_timeout_s: PositiveFloat = 60.0
+    """How long to wait for enough nodes, seconds; then the job ends with 75 (requeue)."""
+    grace_s: PositiveFloat = 25.0
+    """From SIGTERM to the end of all workers, seconds: the time for the step and its checkpoint."""
+    requeue_on_term: bool = False
+    """End with 75 (requeue) instead of 143 after SIGTERM."""
     train: TrainConfig
     """What the workers compute."""
+
+    @field_validator("nodes")
+    @classmethod
+    def _workers_fill_nodes(cls, nodes: int, info: ValidationInfo) -> int:
+        workers = info.data.get("workers")
+        if workers is not None and workers % nodes:
+            fitting = [count for count in range(1, workers + 1) if workers % count == 0]
+            raise ValueError(
+                f"{workers} workers cannot be shared equally by {nodes} nodes; use {', '.join(map(str, fitting))} nodes, "
+                f"or {nodes * max(1, workers // nodes)} workers"
+            )
+        return nodes
+
+    @field_validator("on")
+    @classmethod
+    def _known_place(cls, on: str) -> str:
+        if not re.fullmatch(r"local|ray|ray://[^/\s]+:\d+", on):
+            raise ValueError(f"{on!r} is neither local, ray, nor ray://HOST:PORT")
+        return on
 
     @field_validator("train")
     @classmethod

@@ -11,6 +11,9 @@
         ├── DevicesMissing   (RuntimeError)     the machine has fewer devices than the job has workers
         ├── StoppedAtOnce    (RuntimeError)     a second signal came before the first was answered
         ├── WorkersFailed    (RuntimeError)     a worker raised, or died
+        ├── WarmProcessLost  (RuntimeError)     the process that forks workers ended
+        ├── SharedMemoryMissing (OSError)       a node has no room for its shared-memory area
+        ├── ControllerLost   (RuntimeError)     the controller of a run does not answer
         └── DemoFailed       (AssertionError)   the demo ran, but something it promises did not happen
 
 ``exit_code`` is what the command line ends with: 2 for a wrong request, 1 for work that failed, 128 + signal.
@@ -20,7 +23,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from evermesh.launcher.restarts import Cause
 from evermesh.parallelism.errors import EvermeshError
 
 
@@ -96,11 +98,27 @@ class StoppedAtOnce(LauncherError, RuntimeError):
 class WorkersFailed(LauncherError, RuntimeError):
     """A worker raised or died; the others were stopped. The message is about the first one that failed."""
 
+    def __init__(self, text: str, *, traceback: str | None = None, exit_code: int = 1) -> None:
+        self.traceback, self.exit_code = traceback, exit_code
+        super().__init__(text)
+
+
+class WarmProcessLost(LauncherError, RuntimeError):
+    """The process that forks workers ended."""
+
     exit_code = 1
 
-    def __init__(self, text: str, *, rank: int, cause: Cause = "raised", traceback: str | None = None) -> None:
-        self.rank, self.cause, self.traceback = rank, cause, traceback
-        super().__init__(text)
+
+class SharedMemoryMissing(LauncherError, OSError):
+    """A node has no room for its shared-memory area."""
+
+    exit_code = 1
+
+
+class ControllerLost(LauncherError, RuntimeError):
+    """The controller of a run does not answer; says where its log is."""
+
+    exit_code = 1
 
 
 class DemoFailed(LauncherError, AssertionError):

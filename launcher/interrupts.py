@@ -1,25 +1,24 @@
-"""Ctrl-C, SIGTERM and a lost terminal: the first asks for a graceful stop, the second stops at once."""
+"""What signals ask of ``evermesh launch``: the end of the job, a checkpoint, or only to leave it alone."""
 
 import signal
+from collections import deque
 from types import FrameType, TracebackType
 from typing import Any, Self
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-"""What asks for the end of a run. They reach the whole process group, but only the launcher answers them."""
+"""What may reach the whole process group of a command; a worker ignores them."""
+_CAUGHT = (*SIGNALS, signal.SIGUSR1)
 
 
 class Interrupts:
-    """Catches ``SIGNALS`` inside its ``with`` block. The second one raises ``KeyboardInterrupt(number)``.
-
-    SIGHUP stays ignored where it is, as under nohup.
-    """
+    """Collects signals inside its ``with`` block. SIGHUP stays ignored where it is, as under nohup."""
 
     def __init__(self) -> None:
-        self.received: signal.Signals | None = None
+        self._pending: deque[signal.Signals] = deque()
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
-        for number in SIGNALS:
+        for number in _CAUGHT:
             if number is not signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
                 self._before[number] = signal.signal(number, self._take)
         return self
@@ -30,12 +29,9 @@ class Interrupts:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    @property
-    def exit_code(self) -> int:
-        """What a process that was stopped by this signal ends with: 130 after Ctrl-C, 0 without a signal."""
-        return 128 + self.received if self.received else 0
+    def next(self) -> signal.Signals | None:
+        """The oldest signal that nobody has taken yet."""
+        return self._pending.popleft() if self._pending else None
 
     def _take(self, number: int, frame: FrameType | None) -> None:
-        if self.received:
-            raise KeyboardInterrupt(number)
-        self.received = signal.Signals(number)
+        self._pending.append(signal.Signals(number))

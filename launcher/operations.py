@@ -1,7 +1,6 @@
 """What the commands do with runs: launch a job, resume a run, and close either with a summary and a picture."""
 
 import os
-import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,11 +8,12 @@ from rich.console import Console
 
 from evermesh import checkpoint
 from evermesh.launcher.admission import check_devices, check_longest, resumed_config
-from evermesh.launcher.attempts import AttemptResult, Watch, run_attempts
 from evermesh.launcher.config import JobConfig
 from evermesh.launcher.corpora import open_corpora
 from evermesh.launcher.errors import RunAlive, StoppedAtOnce, WorkersFailed
-from evermesh.launcher.run_directory import Run
+from evermesh.launcher.following import Follower, JobResult, Watch
+from evermesh.launcher.processes import start_controller
+from evermesh.launcher.run_directory import Run, RunState
 from evermesh.launcher.summary import summary_table
 from evermesh.runtime.data.corpus import Corpus
 from evermesh.runtime.telemetry import read_telemetry
@@ -21,10 +21,10 @@ from evermesh.runtime.telemetry import read_telemetry
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """A run after an attempt that did not fail."""
+    """A run after a launch that did not fail."""
 
     run: Run
-    result: AttemptResult
+    result: JobResult
 
 
 def launch_job(config: JobConfig, console: Console, watch: Watch | None = None) -> Trained:
@@ -72,21 +72,29 @@ def _train(
     run: Run, config: JobConfig, vocabulary: int, console: Console, *, resume: bool, watch: Watch | None = None
 ) -> Trained:
     verb = "resuming" if resume else "training"
+    nodes = f" of {config.nodes} nodes" if config.nodes > 1 else ""
     console.print(
-        f"{verb} [bold]{run.name}[/] on {config.workers} workers in {run.directory}", highlight=False, soft_wrap=True
+        f"{verb} [bold]{run.name}[/] on {config.workers} workers{nodes} in {run.directory}",
+        highlight=False,
+        soft_wrap=True,
     )
+    with run.locked():  # nobody controls it now
+        run.write_config(config)
+        run.write_state(RunState(state="created", workers=config.workers, attempt=run.state().attempt))
+    follower = Follower(run, console, watch)
     try:
-        result = run_attempts(run, config, resume=resume, console=console, watch=watch)
+        result = follower.follow(start_controller(run))
     except WorkersFailed as error:
         error.add_note(_way_on(run, str(error)))
         draw_loss(run, vocabulary, console)
         raise
-    except KeyboardInterrupt as stop:
-        number = stop.args[0] if stop.args else signal.SIGINT
-        raise StoppedAtOnce(f"at once, without a save. {_way_on(run)}", 128 + number) from stop
-    draw_loss(run, vocabulary, console)
-    console.print(summary_table(run, vocabulary=vocabulary))
-    console.print(_closing_line(run, result), highlight=False, soft_wrap=True)
+    except StoppedAtOnce as error:
+        error.add_note(_way_on(run))
+        raise
+    if result.reason != "left":
+        draw_loss(run, vocabulary, console)
+        console.print(summary_table(run, vocabulary=vocabulary))
+        console.print(_closing_line(run, result), highlight=False, soft_wrap=True)
     return Trained(run, result)
 
 
@@ -103,7 +111,7 @@ def _way_on(run: Run, error: str = "") -> str:
     return f"To go on from {found[-2].path.name}, move {newest} out of {run.checkpoints} and resume the run again."
 
 
-def _closing_line(run: Run, result: AttemptResult) -> str:
+def _closing_line(run: Run, result: JobResult) -> str:
     if result.reason == "finished":
         return f"[green]finished[/]: {result.step} steps; loss over steps: {run.loss_png}"
     why = "stop_at" if result.reason == "stop_at" else "as asked"

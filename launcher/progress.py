@@ -51,7 +51,7 @@ class Progress:
 
     def say(self, text: str) -> None:
         """Print a line above the progress."""
-        self._console.print(text, style="yellow", highlight=False)
+        self._console.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
 
     def _print(self, report: StepReport) -> None:
         self._shown, self._shown_s = report.step, time.monotonic()

@@ -2,8 +2,10 @@
 
 runs/NAME/  job.yaml         the resolved configuration
             state.json       RunState
-            run.lock         held (flock) by the living launcher
-            logs/            rank-N.log: what worker N printed
+            run.lock         held (flock) by the living controller
+            controller.json, token    how the controller is reached
+            journal.jsonl    what the controller did and why; journal.sqlite is its index
+            logs/            rank-N.log: what worker N printed; rank-N.stacks: what it was doing when that was asked
             telemetry.jsonl, events.jsonl, checkpoints/, loss.png
 """
 
@@ -38,7 +40,7 @@ class RunState(BaseModel):
 
     state: Literal["created", "running", "finished", "stopped", "failed"]
     pid: PositiveInt | None = None
-    """Process of the launcher; only for messages, the lock says whether it lives."""
+    """Process of the controller; only for messages, the lock says whether it lives."""
     workers: PositiveInt
     attempt: NonNegativeInt = 0
     """Lives of the worker group so far."""
@@ -46,6 +48,11 @@ class RunState(BaseModel):
     """When the last attempt started."""
     ended: datetime | None = None
     error: str | None = None
+    """What went wrong, with the way out."""
+    traceback: str | None = None
+    """Of the rank that failed first."""
+    exit_code: int | None = None
+    """What ``evermesh launch`` ends with; None while it runs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +159,11 @@ class Run:
         return self.directory / "checkpoints"
 
     @property
+    def journal(self) -> Path:
+        """What the controller did, one entry per line."""
+        return self.directory / "journal.jsonl"
+
+    @property
     def loss_png(self) -> Path:
         """Picture of the loss."""
         return self.directory / "loss.png"
@@ -203,12 +215,12 @@ class Run:
         os.replace(new, self.directory / "state.json")
 
     def status(self) -> str:
-        """The state, or "died" where it says running but no launcher lives."""
+        """The state, or "died" where it says running but no controller lives."""
         state = self.state().state
         return "died" if state == "running" and not self.is_alive() else state
 
     def is_alive(self) -> bool:
-        """Whether a launcher holds the lock now."""
+        """Whether a controller holds the lock now."""
         lock = self.directory / "run.lock"
         if not lock.is_file():
             return False
@@ -224,7 +236,7 @@ class Run:
         """Hold the run's lock; the kernel gives it back however this process ends.
 
         Raises:
-            RunAlive: another launcher holds it.
+            RunAlive: another controller holds it.
         """
         with (self.directory / "run.lock").open("a") as file:
             until = time.monotonic() + _LOCK_WAIT_S

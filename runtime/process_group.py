@@ -8,13 +8,16 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch.distributed import Store
 
 from evermesh.parallelism.collectives import Communicator, Moment, Sink
 from evermesh.runtime.config import CpuDevice, CudaDevice
 
 
-def start(device: CpuDevice | CudaDevice, rank: int, world_size: int, init_method: str, timeout_s: float) -> None:
+def start(device: CpuDevice | CudaDevice, rank: int, world_size: int, store: Store, timeout_s: float) -> None:
     """Join the default group as ``rank``. Collective over ``world_size`` processes; returns when all are there.
+
+    They meet in ``store``, which no other attempt may have used: keys of dead ranks make gloo hang.
 
     CPU workers use gloo. CUDA workers use NCCL, bound to their device at once: a lazily initialised group would open a
     communicator for every pair of ranks that exchange messages.
@@ -24,14 +27,14 @@ def start(device: CpuDevice | CudaDevice, rank: int, world_size: int, init_metho
         torch.cuda.set_device(local_device(device))
         dist.init_process_group(
             "nccl",
-            init_method=init_method,
+            store=store,
             rank=rank,
             world_size=world_size,
             timeout=timeout,
             device_id=local_device(device),
         )
     else:
-        dist.init_process_group("gloo", init_method=init_method, rank=rank, world_size=world_size, timeout=timeout)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timeout)
 
 
 def stop() -> None:

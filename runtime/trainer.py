@@ -12,6 +12,7 @@ from torch import Tensor
 from evermesh import checkpoint
 from evermesh.checkpoint.errors import CheckpointNotFound
 from evermesh.fault.events import EventLog
+from evermesh.parallelism.batch_plan import BatchPlan
 from evermesh.parallelism.ledger import ByteLedger
 from evermesh.parallelism.planner import HybridPlanner, Planner
 from evermesh.runtime import process_group
@@ -31,6 +32,9 @@ from evermesh.runtime.traffic import over_all_ranks, payload_bytes
 TRAFFIC = ("ring forward", "ring backward", "ring gradients", "gradients", "parameters")
 """Call sites whose payload a step reports in ``bytes_by_site``."""
 Reason = Literal["finished", "stop_at", "asked"]
+Asked = Literal["save", "stop"]
+"""What somebody may ask of a running trainer: a checkpoint now, or a checkpoint and the end."""
+_ASKED: tuple[Asked | None, ...] = (None, "save", "stop")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +53,7 @@ class StepOutcome:
     loss: float
     grad_norm: float
     committed: bool
-    stop_asked: bool
+    asked: Asked | None
 
 
 class Trainer:
@@ -63,7 +67,9 @@ class Trainer:
         directory: where telemetry, events and checkpoints go; None writes nothing.
         resume: continue from the newest checkpoint of ``directory``.
         report: called on rank 0 after every step.
-        stop: polled on rank 0 once per step; when it returns true, all ranks save and end after that step.
+        beat: called on every rank after every step with the step, its wall time and the part of it before the ranks
+            met to sum gradients, seconds; on a GPU that part ends when the kernels are issued.
+        asked: polled on rank 0 once per step; all ranks do after that step what it returns.
         planner: what plans the batches; by default ``HybridPlanner``.
 
     Raises:
@@ -79,10 +85,11 @@ class Trainer:
         directory: Path | None = None,
         resume: bool = False,
         report: Callable[[StepReport], None] | None = None,
-        stop: Callable[[], bool] | None = None,
+        beat: Callable[[int, float, float], None] | None = None,
+        asked: Callable[[], Asked | None] | None = None,
         planner: Planner | None = None,
     ) -> None:
-        self.config, self.directory, self.report, self.stop = config, directory, report, stop
+        self.config, self.directory, self.report, self.beat, self.asked = config, directory, report, beat, asked
         self.groups = process_group.communicators(config.timeout_s)
         self.communicator = self.groups.training
         _check_layout(config, self.communicator.size)
@@ -109,6 +116,9 @@ class Trainer:
         if resume:
             self._resume()
         self.guard = StepGuard(config.max_skipped_steps, self.progress)
+        self.plan: BatchPlan | None = None
+        """Of the batch that is being trained."""
+        self._compute_s = 0.0
 
     def fit(self) -> FitResult:
         """Train to ``stop_at``, to the end of the run, or until asked to stop; then save. Collective."""
@@ -131,24 +141,26 @@ class Trainer:
             batch = feed.next(last=self.progress.step + 1 == last)
             outcome = self.train_step(batch)
             self._report(batch, outcome, clock, last)
-            step, ends = self.progress.step, outcome.stop_asked or self.progress.step == last
-            saved = self.save() if ends or (every and step % every == 0) else None
+            step, ends = self.progress.step, outcome.asked == "stop" or self.progress.step == last
+            saved = self.save() if ends or outcome.asked or (every and step % every == 0) else None
             if ends:
                 return self._end("asked" if step < last else reason, saved)
 
     def train_step(self, batch: PlannedBatch) -> StepOutcome:
         """Run one optimizer step. Collective; all ranks agree on the outcome."""
+        began_s, self.plan = time.monotonic(), batch.plan
         self.progress.step += 1
         self.communicator.moment.begin_step(self.progress.step)
         self.flat.gradients.zero_()
         local_loss = self.runner.accumulate(batch.micro_batches, batch.plan.lengths, batch.num_counted)
-        loss, grad_norm, stop_asked = self._synchronize(local_loss)
+        self._compute_s = time.monotonic() - began_s
+        loss, grad_norm, asked = self._synchronize(local_loss)
         committed = self.guard.commit(self.progress.step, loss, grad_norm)
         if committed:
             self.progress.updates += 1
             self.optimizer.step(self._learning_rate(), self._clip(grad_norm))
         self.progress.sampler = batch.sampler_state
-        return StepOutcome(loss, grad_norm, committed, stop_asked)
+        return StepOutcome(loss, grad_norm, committed, asked)
 
     def save(self) -> Path | None:
         """Write a checkpoint of this step; returns its directory, None when the trainer writes nothing. Collective."""
@@ -160,15 +172,15 @@ class Trainer:
         self._log("checkpoint", f"{path.name} in {time.monotonic() - started:.2f} s", path=str(path))
         return path
 
-    def _synchronize(self, local_loss: Tensor) -> tuple[float, float, bool]:
-        """Sum gradients, loss and stop requests over all ranks: (loss, gradient norm, stop asked). Collective."""
+    def _synchronize(self, local_loss: Tensor) -> tuple[float, float, Asked | None]:
+        """Sum gradients, loss and requests over all ranks: (loss, gradient norm, what was asked). Collective."""
         self.communicator.all_reduce(self.flat.gradients, "gradients")
         owned = self.flat.gradients[self.flat.owned(self.communicator.rank)]
-        asked = self.communicator.rank == 0 and self.stop is not None and self.stop()
+        asked = _ASKED.index(self.asked()) if self.communicator.rank == 0 and self.asked is not None else 0
         scalars = torch.stack([local_loss, owned.to(torch.float64).square().sum(), local_loss.new_tensor(float(asked))])
         self.communicator.all_reduce(scalars, "scalars")
-        loss, square, ranks_asking = scalars.tolist()
-        return loss, square**0.5, ranks_asking > 0
+        loss, square, request = scalars.tolist()
+        return loss, square**0.5, _ASKED[int(request)]
 
     def _learning_rate(self) -> float:
         return learning_rate(self.config.optimizer, self.progress.updates, self.config.steps)
@@ -180,6 +192,8 @@ class Trainer:
     def _report(self, batch: PlannedBatch, outcome: StepOutcome, clock: "_Clock", last: int) -> None:
         traffic = over_all_ranks(self.ledger.take_step(self.progress.step), self.communicator, self.device)
         step_s, smoothed_s = clock.tick()
+        if self.beat is not None:
+            self.beat(self.progress.step, step_s, self._compute_s)
         if self.communicator.rank != 0:
             return
         report = StepReport(

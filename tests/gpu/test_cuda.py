@@ -30,7 +30,7 @@ HEADS, KV_HEADS, HEAD_DIM = 8, 2, 64
 def nccl() -> Iterator[Communicator]:
     """A group of one rank on NCCL, initialised as the trainer does."""
     with tempfile.TemporaryDirectory() as folder:
-        process_group.start(CudaDevice(), 0, 1, f"file://{Path(folder) / 'rendezvous'}", timeout_s=60)
+        process_group.start(CudaDevice(), 0, 1, dist.FileStore(str(Path(folder) / "rendezvous"), 1), timeout_s=60)
         yield process_group.communicators(60).training
         process_group.stop()
 

@@ -1,6 +1,7 @@
 """Training on real ranks: the same run on any number of workers, stopped anywhere."""
 
 from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from evermesh.fault.events import read_events
 from evermesh.parallelism.errors import LayoutDoesNotFit, SequenceTooLong
 from evermesh.runtime import TrainConfig, read_telemetry
 from evermesh.runtime.errors import OtherRun, TrainingDiverged, UnsupportedLayout
-from evermesh.runtime.trainer import Trainer
+from evermesh.runtime.trainer import Asked, Trainer
 from tests.cluster import RankFailed, run_ranks
 
 MODEL = {"hidden": 32, "layers": 2, "heads": 4, "kv_heads": 2, "ffn": 48}
@@ -138,8 +139,8 @@ def test_training_lowers_the_loss(corpus: Path, tmp_path: Path) -> None:
 
 def test_asked_to_stop_it_saves_and_a_resume_goes_on(corpus: Path, tmp_path: Path) -> None:
     config = _on(1, small_config(corpus, layout={"capacity": 600}))
-    answers = iter([False, True])
-    result = Trainer(config, directory=tmp_path, stop=lambda: next(answers)).fit()
+    answers: Iterator[Asked | None] = iter([None, "stop"])
+    result = Trainer(config, directory=tmp_path, asked=lambda: next(answers)).fit()
     assert (result.step, result.reason) == (2, "asked")
     assert result.checkpoint is not None
     assert Trainer(config, directory=tmp_path, resume=True).fit().step == 8

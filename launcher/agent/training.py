@@ -1,4 +1,4 @@
-"""What a training worker runs. The fork server loads this module, and with it torch and the trainer, before it forks."""
+"""What a training worker runs. The warm process loads this module, and with it torch and the trainer, before it forks."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from evermesh.launcher.worker import Worker
+from evermesh.launcher.agent.worker import Worker
 from evermesh.runtime import process_group
 from evermesh.runtime.config import TrainConfig
 from evermesh.runtime.telemetry import StepReport
@@ -17,15 +17,17 @@ torch.optim.AdamW([torch.zeros(1)], fused=True)
 
 
 def train(worker: Worker, *, config: dict[str, Any], directory: str, resume: bool) -> dict[str, Any]:
-    """Train until the run ends, is stopped, or the launcher asks to stop. Collective over all workers."""
+    """Train until the run ends, is stopped, or the controller asks to stop. Collective over all workers."""
     train_config = TrainConfig.model_validate(config)
-    process_group.start(train_config.device, worker.rank, worker.world_size, worker.init_method, train_config.timeout_s)
+    store = worker.store(train_config.timeout_s)
+    process_group.start(train_config.device, worker.rank, worker.world_size, store, train_config.timeout_s)
     trainer = Trainer(
         train_config,
         directory=Path(directory),
         resume=resume,
-        report=lambda report: _report(worker, report),
-        stop=worker.stop_asked,
+        report=lambda report: _report(worker, trainer, report),
+        beat=worker.beat,
+        asked=worker.asked,
     )
     result = trainer.fit()
     # only after success: after a failure it would wait for ranks that are gone
@@ -34,5 +36,8 @@ def train(worker: Worker, *, config: dict[str, Any], directory: str, resume: boo
     return {"step": result.step, "reason": result.reason, "checkpoint": checkpoint}
 
 
-def _report(worker: Worker, report: StepReport) -> None:
+def _report(worker: Worker, trainer: Trainer, report: StepReport) -> None:
     worker.report(json.loads(report.to_json()))
+    plan = trainer.plan
+    if plan is not None:
+        worker.show_plan(lambda: {"step": report.step, "plan": json.loads(plan.to_json())})

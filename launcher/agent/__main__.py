@@ -1,0 +1,20 @@
+"""``python -m evermesh.launcher.agent SPEC``: an agent as a process of this machine.
+
+Every forked worker imports this module again, under another name: it must load nothing by itself.
+"""
+
+import os
+import sys
+
+
+def main() -> None:
+    """Run the agent; the token is taken out of the environment, workers have no business with the controller."""
+    from evermesh.launcher.agent.agent import Agent
+    from evermesh.launcher.agent.spec import AgentSpec
+    from evermesh.launcher.processes import TOKEN_VARIABLE
+
+    Agent(AgentSpec.model_validate_json(sys.argv[1]), os.environ.pop(TOKEN_VARIABLE)).run()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,235 @@
+"""The agent of one node: owns the workers there, tells the controller about them, does what it is told.
+
+It has one thread (and the link's). Its workers die with it; without a controller they train on.
+"""
+
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import psutil
+
+from evermesh.launcher.agent import warm
+from evermesh.launcher.agent.link import Link, LinkHooks
+from evermesh.launcher.agent.loop import Loop
+from evermesh.launcher.agent.revival import Revival
+from evermesh.launcher.agent.shared_memory import Board, SharedArea
+from evermesh.launcher.agent.spec import AgentSpec
+from evermesh.launcher.agent.store import StoreProcess
+from evermesh.launcher.agent.worker_group import Hooks, WorkerGroup
+from evermesh.launcher.contact import read_contact
+from evermesh.launcher.errors import LauncherError
+from evermesh.launcher.messages import (
+    Ask,
+    Beat,
+    CannotStart,
+    End,
+    Hello,
+    Leave,
+    OpenStore,
+    Outcome,
+    PlanReport,
+    Preempted,
+    Progress,
+    RankBeat,
+    Report,
+    Start,
+    Started,
+    StoreOpened,
+    ToAgent,
+    ToAgentAdapter,
+    WriteStacks,
+)
+
+_BEAT_S = 0.25
+_LEAVE_WAIT_S = 5.0
+
+
+class Agent:
+    """The agent of one node. ``run`` may be called once, from the main thread."""
+
+    def __init__(self, spec: AgentSpec, token: str) -> None:
+        self.spec = spec
+        self._loop = Loop()
+        self._area = SharedArea(f"{spec.run.resolve().name}-{os.getpid()}-{spec.node}", spec.slots)
+        self._board = Board(self._area.board)
+        self._group: WorkerGroup | None = None
+        self._store: StoreProcess | None = None
+        self._interface = interface_of(spec.address)
+        self._has_left = False
+        self._preempted: int | None = None
+        self._revival = Revival(spec.run, spec.node) if spec.revives else None
+        hooks = LinkHooks(self._greet, self._receive, self._note_lost)
+        self._link = Link(self._loop, spec.node, token, lambda: read_contact(spec.run), hooks)
+
+    def run(self) -> None:
+        """Serve until told to leave. No process of it is left."""
+        with _signals(self._preempt):
+            try:
+                warm.warm_up(self.spec.warm_module, self.spec.threads)
+                self._beat()
+                self._loop.run_until(lambda: self._has_left)
+            finally:
+                self._leave()
+
+    def _greet(self) -> None:
+        outcome = self._group.outcome if self._group else None
+        self._link.send(
+            Hello(
+                node=self.spec.node,
+                host=socket.gethostname(),
+                address=self.spec.address,
+                pid=os.getpid(),
+                outcome=outcome,
+                shared_memory_bytes=self._area.num_bytes,
+            )
+        )
+        if self._group and not self._group.outcome.is_over:
+            self._tell_started(self._group)
+        if self._preempted is not None:
+            self._link.send(Preempted(signal=self._preempted))
+
+    def _receive(self, text: str | bytes) -> None:
+        message = ToAgentAdapter.validate_json(text)
+        if self._is_stale(message):
+            return
+        match message:
+            case OpenStore():
+                self._try(message.generation, lambda: self._open_store(message.generation))
+            case Start():
+                self._try(message.generation, lambda: self._start(message))
+            case Ask() if self._group:
+                self._group.ask(message.what)
+            case End():
+                self._end(message)
+            case WriteStacks() if self._group:
+                self._group.write_stacks(message.because)
+            case Leave():
+                self._has_left = True
+
+    def _is_stale(self, message: ToAgent) -> bool:
+        """Whether it is about an older generation than the one that runs here: its sender missed something."""
+        return self._group is not None and getattr(message, "generation", sys.maxsize) < self._group.generation
+
+    def _try(self, generation: int, action: Any) -> None:
+        try:
+            action()
+        except (LauncherError, OSError) as error:
+            self._link.send(CannotStart(generation=generation, text=f"{self.spec.node}: {error}"))
+
+    def _open_store(self, generation: int) -> None:
+        if self._store is None or not self._store.is_alive:
+            self._store = StoreProcess(self.spec.address)
+        self._link.send(StoreOpened(generation=generation, store=self._store.address))
+
+    def _start(self, message: Start) -> None:
+        if self._group:
+            if self._group.generation == message.generation:
+                return  # said twice, by a controller that was restarted in between
+            self._group.kill()  # there are never two trainers of one rank
+            self._group.wait_gone()
+        hooks = Hooks(self._tell_progress, self._pass_report, self._pass_plan)
+        group = self._group = WorkerGroup(self._loop, message.generation, message.place, Path(message.work.logs), hooks)
+        group.start(message.store, message.work, self._area.board, self._interface)
+        self._tell_started(group)
+
+    def _end(self, message: End) -> None:
+        if self._group and self._group.generation == message.generation:
+            self._group.end(message.stacks_because)
+        else:  # it never started here
+            self._link.send(Progress(outcome=Outcome(generation=message.generation, is_over=True)))
+
+    def _tell_started(self, group: WorkerGroup) -> None:
+        self._link.send(Started(generation=group.generation, pids=group.pids, fresh_because=group.fresh_because))
+
+    def _tell_progress(self) -> None:
+        if self._group:
+            self._link.send(Progress(outcome=self._group.outcome))
+
+    def _pass_report(self, values: dict[str, Any]) -> None:
+        if self._group:
+            self._link.send(Report(generation=self._group.generation, values=values))
+
+    def _pass_plan(self, values: dict[str, Any]) -> None:
+        if self._group:
+            self._link.send(PlanReport(generation=self._group.generation, values=values))
+
+    def _beat(self) -> None:
+        generation = self._group.generation if self._group else 0
+        memory = psutil.virtual_memory().available
+        self._link.send(Beat(generation=generation, ranks=tuple(self._rank_beats()), memory_free_bytes=memory))
+        self._loop.after(_BEAT_S, self._beat)
+        self._look_after_controller()
+
+    def _rank_beats(self) -> Iterator[RankBeat]:
+        if self._group is None:
+            return
+        place = self._group.place
+        for local_rank in range(place.ranks):
+            slot = self._board.read(local_rank)
+            if slot is not None and slot.generation == self._group.generation:
+                yield RankBeat(
+                    rank=place.first_rank + local_rank,
+                    pid=slot.pid,
+                    step=slot.step,
+                    step_s=slot.step_s,
+                    compute_s=slot.compute_s,
+                )
+
+    def _look_after_controller(self) -> None:
+        lost_s = self._link.lost_since_s
+        if lost_s is None:
+            return
+        missing_s = time.monotonic() - lost_s
+        if self._revival:
+            self._revival.consider(missing_s)
+        is_idle = self._group is None or self._group.outcome.is_over
+        if is_idle and missing_s > self.spec.orphan_limit_s:
+            print(f"no controller for {missing_s:.0f} s and nothing to run: leaving", flush=True)
+            self._has_left = True
+
+    def _note_lost(self) -> None:
+        print("the controller is not there any more; the workers go on", flush=True)
+
+    def _preempt(self, number: int, frame: FrameType | None) -> None:
+        """A signal says that this node goes away: let the whole job save and stop."""
+        self._preempted = number
+        self._loop.post(lambda: self._link.send(Preempted(signal=number)))
+
+    def _leave(self) -> None:
+        self._link.close()
+        if self._group:
+            self._group.kill()
+            self._group.wait_gone()
+        if self._store:
+            self._store.close()
+        self._board.close()
+        self._area.close()
+        self._loop.close()
+
+
+def interface_of(address: str) -> str | None:
+    """Network interface that has ``address``; None where there is none of that name."""
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(found.address == address for found in addresses):
+            return name
+    return None
+
+
+@contextmanager
+def _signals(preempt: Any) -> Iterator[None]:
+    """SIGTERM and SIGHUP mean preemption; Ctrl-C belongs to whoever shows the job."""
+    before = {number: signal.signal(number, preempt) for number in (signal.SIGTERM,)}
+    before |= {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

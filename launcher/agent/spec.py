@@ -1,0 +1,26 @@
+"""What an agent is told when it starts."""
+
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt
+
+
+class AgentSpec(BaseModel):
+    """One node of one job; holds no secret."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    run: Path
+    """Directory of the run."""
+    node: str
+    address: str
+    """Where the ranks of this node are reached."""
+    slots: PositiveInt
+    """Ranks that it may have to run."""
+    warm_module: str
+    """What the warm process loads before any worker is needed."""
+    threads: PositiveInt = 1
+    revives: bool = False
+    """It shares a machine with the controller, and starts it again should it die."""
+    orphan_limit_s: PositiveFloat = 600.0
+    """Without a controller and without ranks to run it leaves after this time, seconds."""

@@ -1,0 +1,55 @@
+"""How the controller of a run is found: two files of the run's directory that only their owner can read.
+
+controller.json    its address and process
+token              what every request must show
+"""
+
+import json
+import os
+import secrets
+from pathlib import Path
+
+_CONTACT = "controller.json"
+_TOKEN = "token"
+
+
+def make_token(run: Path) -> str:
+    """The token of a run, made at the first call; nobody else can read the file."""
+    path = run / _TOKEN
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        return read_token(run)
+    with os.fdopen(descriptor, "w") as file:
+        file.write(secrets.token_urlsafe(32))
+    return read_token(run)
+
+
+def read_token(run: Path) -> str:
+    """The token of a run.
+
+    Raises:
+        OSError: there is none yet, or it belongs to somebody else.
+    """
+    return (run / _TOKEN).read_text().strip()
+
+
+def write_contact(run: Path, url: str) -> None:
+    """Say where this process, the controller, is reached."""
+    new = run / f"{_CONTACT}.new"
+    new.write_text(json.dumps({"url": url, "pid": os.getpid()}) + "\n")
+    os.replace(new, run / _CONTACT)
+
+
+def read_contact(run: Path) -> str | None:
+    """Where the controller was last reached, such as ``http://127.0.0.1:4321``; it may be gone since."""
+    try:
+        return str(json.loads((run / _CONTACT).read_text())["url"])
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def last_port(run: Path) -> int | None:
+    """The port of the last controller, which the next one takes over if it can."""
+    url = read_contact(run)
+    return int(url.rpartition(":")[2]) if url else None

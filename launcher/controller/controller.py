@@ -1,0 +1,370 @@
+"""The controller of a job: listens to agents and people, asks the machine what follows, and carries it out.
+
+Everything happens in one asyncio loop. Whatever is decided is in the journal before it is done, so that a controller
+that was killed goes on where it was; the workers do not need it between two decisions.
+"""
+
+import asyncio
+import signal
+import time
+from typing import Any
+
+from evermesh.launcher.config import JobConfig
+from evermesh.launcher.controller.journal import Journal
+from evermesh.launcher.controller.leases import LEASE_S
+from evermesh.launcher.controller.life import Life
+from evermesh.launcher.controller.machine import JobView, NodeState, Stop, Transition, choose_nodes, decide
+from evermesh.launcher.controller.nodes import Node, Nodes
+from evermesh.launcher.controller.record import replay
+from evermesh.launcher.controller.scribe import Scribe
+from evermesh.launcher.controller.status import ENDED, JobState
+from evermesh.launcher.controller.telling import explain, going_on, told_stop
+from evermesh.launcher.controller.work import drop_unfinished_line, newest_step, report_of, training_work
+from evermesh.launcher.messages import (
+    Ask,
+    Beat,
+    CannotStart,
+    End,
+    FromAgent,
+    Hello,
+    Leave,
+    OpenStore,
+    Outcome,
+    PlanReport,
+    Preempted,
+    Progress,
+    Report,
+    Start,
+    Started,
+    Store,
+    StoreOpened,
+    ToAgent,
+    WriteStacks,
+)
+from evermesh.launcher.placement import Placement
+from evermesh.launcher.policy import root_cause
+from evermesh.launcher.run_directory import Run
+from evermesh.runtime.telemetry import StepReport
+
+_TICK_S = 0.1
+_LEAVE_WAIT_S = 3.0
+
+
+class Controller:
+    """The controller of ``run``; ``serve`` may be called once."""
+
+    def __init__(self, run: Run, config: JobConfig, journal: Journal, placement: Placement) -> None:
+        self.run, self.config = run, config
+        self._scribe, self._placement = Scribe(run, journal, config.workers), placement
+        self._changed = asyncio.Event()
+        self.nodes = Nodes()
+        self.last_report: StepReport | None = None
+        self.plan: dict[str, Any] | None = None
+        self.refusal: str | None = None
+        is_revived = run.state().state == "running"
+        if not is_revived:
+            generation = journal.entries[-1].generation if journal.entries else run.state().attempt
+            journal.append(generation, "launch", f"{config.workers} workers, {config.nodes} nodes", on=config.on)
+        self.record = replay(journal.entries)
+        self._scribe.generation = self.record.generation
+        self.life = Life.from_record(self.record, config)
+        self._began_s = self._since_s = time.monotonic()
+        self._find_nodes(is_revived)
+
+    # what happens
+
+    def greet(self, node_name: str, hello: Hello, outbox: "asyncio.Queue[str]") -> Node:
+        """An agent has connected."""
+        before = self.nodes[node_name].state
+        is_new = self.nodes.greet(hello)
+        node = self.nodes[node_name]
+        node.outbox = outbox
+        if self.life and is_new and node_name in self.life.nodes:
+            self.life.lost.add(node_name)  # what ran under the agent before died with it
+        if self.record.pids.get(node_name) != hello.pid:
+            self.record.pids[node_name] = hello.pid
+            self._scribe.note("node", f"agent {hello.pid} on {hello.host}", node=node_name, pid=hello.pid)
+        elif before == "cut off":
+            self._scribe.tell("node back", f"{node_name} is heard again")
+        if hello.outcome is not None:
+            self._take_outcome(node, hello.outcome)
+        self._repeat_orders(node, hello)
+        self._changed.set()
+        return node
+
+    def receive(self, node: Node, message: FromAgent) -> None:
+        """An agent says something."""
+        node.hear()
+        match message:
+            case Beat():
+                self._take_beat(node, message)
+                return
+            case StoreOpened() if message.generation == self.generation:
+                self._start_ranks(message.store)
+            case Started() if message.generation == self.generation and self.life:
+                self.life.pids |= message.pids
+                if message.fresh_because:
+                    self._scribe.tell(
+                        "fresh interpreters", f"workers of {node.name} were not forked: {message.fresh_because}"
+                    )
+            case Report() if message.generation == self.generation:
+                self.last_report = report_of(message.values)
+            case PlanReport() if message.generation == self.generation:
+                self.plan = message.values
+            case Progress():
+                self._take_outcome(node, message.outcome)
+            case Preempted():
+                self.stop(message.signal, at_once=False, grace_s=self.config.grace_s)
+            case CannotStart() if message.generation == self.generation:
+                self.refusal = message.text
+        self._changed.set()
+
+    def part(self, node: Node, outbox: "asyncio.Queue[str]") -> None:
+        """The connection to an agent is gone."""
+        if node.outbox is outbox:
+            node.outbox = None
+        self._changed.set()
+
+    def stop(self, number: int, *, at_once: bool, grace_s: float | None) -> None:
+        """Somebody wants the job to end; the second time it is at once."""
+        at_once = at_once or (self.record.stop is not None and self.record.stop.at_once)
+        deadline_s = None if grace_s is None else time.monotonic() + grace_s
+        number = self.record.stop.signal if self.record.stop else number
+        self._scribe.note("stop", told_stop(number, at_once), signal=number, at_once=at_once, grace_s=grace_s)
+        self.record.stop = Stop(signal.Signals(number), at_once, deadline_s)
+        self._changed.set()
+
+    def save(self) -> None:
+        """Have a checkpoint written after the current step."""
+        self._scribe.note("save", "asked for a checkpoint")
+        self._tell(Ask(generation=self.generation, what="save"))
+
+    def write_stacks(self) -> None:
+        """Have every rank write down what it is doing."""
+        self._tell(WriteStacks(because="asked for"))
+
+    # the loop
+
+    @property
+    def state(self) -> JobState:
+        return self.record.state
+
+    @property
+    def generation(self) -> int:
+        return self.record.generation
+
+    async def serve(self) -> int:
+        """Run the job to its end; returns the exit code. Agents and workers are gone then."""
+        self._scribe.begin()
+        while self.state not in ENDED:
+            self._changed.clear()
+            self._judge_nodes()
+            if not self._is_finding_out():
+                self._count_attempt()
+                while (transition := decide(self.view())) is not None:
+                    self._carry_out(transition)
+            if self.state not in ENDED:
+                await self._sleep()
+        await self._dismiss()
+        return self.run.state().exit_code or 0
+
+    def view(self) -> JobView:
+        """What the machine decides upon."""
+        return JobView(
+            state=self.state,
+            since_s=self._since_s,
+            now_s=time.monotonic(),
+            nodes=self.nodes.states(),
+            nodes_needed=self.config.nodes,
+            join_timeout_s=self.config.join_timeout_s,
+            max_restarts=self.config.restarts,
+            history=tuple(self.record.history),
+            attempt=self.life.view() if self.life else None,
+            stop=self.record.stop,
+            requeue_on_term=self.config.requeue_on_term,
+            refusal=self.refusal,
+        )
+
+    async def _sleep(self) -> None:
+        try:
+            await asyncio.wait_for(self._changed.wait(), _TICK_S)
+        except TimeoutError:
+            return
+
+    def _is_finding_out(self) -> bool:
+        """Whether agents of an earlier controller may still be about to say hello."""
+        missing = [node for node in self.nodes if node.state == "cut off" and node.host == ""]
+        return bool(missing) and time.monotonic() - self._began_s < LEASE_S
+
+    # what is done
+
+    def _carry_out(self, transition: Transition) -> None:
+        before = self.state
+        self._scribe.note(
+            "transition",
+            transition.reason,
+            **{"from": before, "to": transition.to, "ends_ranks": transition.ends_ranks},
+            exit_code=transition.exit_code,
+        )
+        self.record.state, self.record.reason = transition.to, transition.reason
+        if before != transition.to:
+            self._since_s = time.monotonic()
+        if transition.ends_ranks:
+            self._end_ranks(transition.reason)
+        elif transition.to == "starting":
+            self._begin_attempt(transition.reason)
+        elif transition.to == "stopping":
+            self._tell(Ask(generation=self.generation, what="stop"))
+        elif transition.to in ENDED:
+            self._end_job(transition)
+
+    def _begin_attempt(self, reason: str) -> None:
+        before = self.life.nodes if self.life else ()
+        nodes = choose_nodes(self.nodes.states(), self.config.nodes, before)
+        assert nodes is not None, "the machine starts no attempt without nodes"
+        self.record.generation += 1
+        self._scribe.generation = self.generation
+        self.life = Life(nodes, self.config, newest_step(self.run))
+        self._scribe.note("attempt", reason, nodes=list(nodes), began_at=self.life.began_at)
+        drop_unfinished_line(self.run.telemetry)
+        self.nodes.last_step = 0
+        self._scribe.begin()
+        self.nodes[nodes[0]].send(OpenStore(generation=self.generation))
+
+    def _start_ranks(self, store: Store) -> None:
+        if self.life is None or self.state != "starting":
+            return
+        work = training_work(self.run, self.config)
+        for number, name in enumerate(self.life.nodes):
+            place = self.life.place(number)
+            self.nodes[name].send(Start(generation=self.generation, place=place, store=store, work=work))
+
+    def _end_ranks(self, reason: str) -> None:
+        assert self.life is not None
+        self.life.is_ending = True
+        self._tell(End(generation=self.generation, stacks_because=None if self.record.stop else reason))
+        if self.life.failures or self.life.lost:
+            self._scribe.tell("failed", explain(self.run, self.life, reason), attempt=self.generation)
+        for name in self.life.lost:
+            self._replace(name)
+
+    def _count_attempt(self) -> None:
+        """Add a failed attempt to the history once its ranks are gone: until then it may still save."""
+        life = self.life
+        if life is None or self.state != "recovering" or life.is_counted:
+            return
+        states, gone = self.nodes.states(), life.over | life.lost
+        if any(node not in gone and states[node] == "ready" for node in life.nodes):
+            return
+        progressed = (newest_step(self.run) or 0) > (life.began_at or 0)
+        failed = life.failed(progressed=progressed)
+        self._scribe.note("attempt failed", self.record.reason, **failed.model_dump(mode="json"))
+        self.record.history.append(failed)
+        life.is_counted = True
+        decision = decide(self.view())
+        if decision is not None and decision.to in ("starting", "waiting"):
+            text = going_on(explain(self.run, life, self.record.reason), newest_step(self.run), decision.reason)
+            self._scribe.tell("restarted", text, step=newest_step(self.run) or 0)
+
+    def _end_job(self, transition: Transition) -> None:
+        drop_unfinished_line(self.run.telemetry)
+        error = traceback = None
+        if transition.to == "failed":
+            error, traceback = self._last_words(transition.reason)
+        elif "at once" in transition.reason:
+            error = transition.reason
+        self._scribe.end(transition.to, transition.exit_code, error, traceback)  # type: ignore[arg-type]
+
+    def _last_words(self, reason: str) -> tuple[str, str | None]:
+        if self.life is None or not self.record.history:
+            return reason, None
+        text = explain(self.run, self.life, self.record.reason)
+        if len(self.record.history) > 1 or self.config.restarts:
+            text += f"\nNo other attempt: {reason}."
+        first = root_cause(self.record.history[-1].failures)
+        return text, first.text if first.has_traceback and not first.peer_lost else None
+
+    async def _dismiss(self) -> None:
+        for node in self.nodes:
+            node.send(Leave())
+        until = time.monotonic() + _LEAVE_WAIT_S
+        while any(node.outbox is not None for node in self.nodes) and time.monotonic() < until:
+            await asyncio.sleep(0.02)
+        await asyncio.to_thread(self._placement.end)
+
+    # nodes
+
+    def _find_nodes(self, is_revived: bool) -> None:
+        names = [f"node-{number}" for number in range(self.config.nodes + self.config.spares)]
+        for name in names:
+            self.nodes.expect(name)
+        known = {name: pid for name, pid in self.record.pids.items() if is_revived}
+        self._placement.adopt(known)
+        for name, pid in known.items():
+            node = self.nodes[name]
+            node.state, node.pid = "cut off", pid
+        self._placement.start([name for name in names if name not in known])
+
+    def _judge_nodes(self) -> None:
+        step_s = self.life.step_s if self.life else 0.0
+        for node in self.nodes:
+            state = self.nodes.judge(node, self._placement.is_alive(node.name), step_s)
+            if state == node.state:
+                continue
+            if node.state == "joining":
+                self.refusal = f"{node.name} ended before it joined; its log: {self.run.logs}/agent-{node.name}.log"
+            self._note_node(node, state)
+
+    def _note_node(self, node: Node, state: NodeState) -> None:
+        was, node.state = node.state, state
+        silent_s = time.monotonic() - node.heard_s
+        takes_part = self.life is not None and node.name in self.life.nodes
+        if state == "lost" and was != "joining":
+            self._scribe.tell("node lost", f"{node.name} was lost: not heard for {silent_s:.1f} s", node=node.name)
+            if self.life and takes_part:
+                self.life.lost.add(node.name)
+            if not takes_part or self.state not in ("starting", "training", "stopping"):
+                self._replace(node.name)
+        elif state == "cut off" and node.host:
+            text = f"{node.name} was not heard for {silent_s:.1f} s, but training goes on"
+            self._scribe.tell("node cut off", text, node=node.name)
+
+    def _replace(self, name: str) -> None:
+        if self._placement.replace(name):
+            self.nodes.expect(name)
+
+    def _repeat_orders(self, node: Node, hello: Hello) -> None:
+        """Say again what an agent may have missed while there was no connection."""
+        life = self.life
+        if life is None or node.name not in life.nodes:
+            return
+        has_ranks = hello.outcome is not None and hello.outcome.generation == self.generation
+        if self.state == "starting" and not has_ranks:
+            self.nodes[life.nodes[0]].send(OpenStore(generation=self.generation))
+        elif life.is_ending:
+            node.send(End(generation=self.generation))
+        elif self.state == "stopping":
+            node.send(Ask(generation=self.generation, what="stop"))
+
+    def _take_outcome(self, node: Node, outcome: Outcome) -> None:
+        life = self.life
+        if life is None or outcome.generation != self.generation or node.name not in life.nodes:
+            return
+        life.take(node.name, outcome)
+
+    def _take_beat(self, node: Node, beat: Beat) -> None:
+        node.memory_free_bytes = beat.memory_free_bytes
+        if node.state == "cut off":
+            node.state = "ready"
+            self._scribe.tell("node back", f"{node.name} is heard again", node=node.name)
+        if self.life is None or beat.generation != self.generation:
+            return
+        for rank in beat.ranks:
+            self.life.beats[rank.rank] = rank
+            self.nodes.note_step(rank.step)
+        if self.state == "starting" and self.life.has_stepped:
+            self._changed.set()
+
+    def _tell(self, message: ToAgent) -> None:
+        for name in self.life.nodes if self.life else ():
+            self.nodes[name].send(message)

@@ -1,0 +1,214 @@
+"""The states of a job, and what leads from one to the next: pure functions of what the controller sees.
+
+The picture is in the README of the launcher. ``decide`` is asked again after everything that happens, until it answers
+None; the controller writes each answer into its journal before it carries it out.
+"""
+
+import signal
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from evermesh.launcher.controller.status import JobState
+from evermesh.launcher.policy import REQUEUE, FailedAttempt, Failure, Finish, after_failure, root_cause
+
+SETTLE_S = 0.05
+"""After a failure: how long another rank may still tell an earlier one."""
+ROOT_CAUSE_WAIT_S = 2.0
+"""After a rank lost its peer: how long the peer has to say, or show, why."""
+NodeState = Literal["joining", "ready", "cut off", "lost"]
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """Somebody wants the job to end."""
+
+    signal: int
+    at_once: bool
+    """Without a checkpoint."""
+    deadline_s: float | None
+    """Monotonic clock: from then on at once; None for no limit."""
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """The current life of the workers, as far as it is known."""
+
+    nodes: tuple[str, ...]
+    world_size: int
+    done: Mapping[int, Mapping[str, Any]]
+    """By rank: what it returned."""
+    failures: tuple[Failure, ...]
+    failed_s: float | None
+    """Monotonic clock of the controller at the first failure."""
+    over: frozenset[str]
+    """Nodes on which no process of it is left."""
+    has_stepped: bool
+    is_ending: bool
+    """Its ranks have been told to end at once."""
+    is_counted: bool
+    """It is in the history."""
+    lost: frozenset[str] = frozenset()
+    """Nodes that were lost during it, even if another agent is there by now."""
+
+    @property
+    def is_done(self) -> bool:
+        return len(self.done) == self.world_size
+
+
+@dataclass(frozen=True, slots=True)
+class JobView:
+    """All that a decision depends on."""
+
+    state: JobState
+    since_s: float
+    """Monotonic clock: when it came into this state."""
+    now_s: float
+    nodes: Mapping[str, NodeState]
+    nodes_needed: int
+    join_timeout_s: float
+    max_restarts: int
+    history: tuple[FailedAttempt, ...]
+    """Failed attempts, oldest first."""
+    attempt: Attempt | None
+    stop: Stop | None
+    requeue_on_term: bool = False
+    refusal: str | None = None
+    """Why no attempt can be started at all."""
+
+
+@dataclass(frozen=True, slots=True)
+class Transition:
+    """From the state of the view to another, or, with ``ends_ranks``, to the end of the ranks in the same one."""
+
+    to: JobState
+    reason: str
+    exit_code: int | None = None
+    """Of the final states."""
+    ends_ranks: bool = False
+
+
+def decide(view: JobView) -> Transition | None:
+    """What follows from what is seen; None: wait."""
+    if view.state in ("placing", "waiting"):
+        return _place(view)
+    if view.state in ("starting", "training"):
+        return _train(view)
+    if view.state == "stopping":
+        return _stop(view)
+    return _recover(view) if view.state == "recovering" else None
+
+
+def exit_code(view: JobView) -> int:
+    """What a job that somebody stopped ends with."""
+    assert view.stop is not None
+    return REQUEUE if view.stop.signal == signal.SIGTERM and view.requeue_on_term else 128 + view.stop.signal
+
+
+def choose_nodes(nodes: Mapping[str, NodeState], needed: int, before: tuple[str, ...]) -> tuple[str, ...] | None:
+    """The nodes of the next attempt in the order of their ranks; None if there are too few.
+
+    A node that took part keeps its place, so that its ranks find what they left there; others take the free places.
+    """
+    ready = [node for node, state in nodes.items() if state == "ready"]
+    fresh = iter([node for node in ready if node not in before])
+    places = [node if node in ready else next(fresh, None) for node in before[:needed]]
+    places += [next(fresh, None) for _ in range(needed - len(places))]
+    found = tuple(node for node in places if node is not None)
+    return found if len(found) == needed else None
+
+
+def _place(view: JobView) -> Transition | None:
+    if view.stop is not None:
+        return Transition("stopped", "stopped before it could start", exit_code(view))
+    if view.refusal is not None:
+        return Transition("failed", view.refusal, 1)
+    ready = sum(state == "ready" for state in view.nodes.values())
+    if ready >= view.nodes_needed:
+        return Transition("starting", f"{ready} of {view.nodes_needed} nodes are ready")
+    if view.now_s - view.since_s > view.join_timeout_s:
+        reason = (
+            f"{ready} of {view.nodes_needed} nodes were there after {view.join_timeout_s:g} s (join_timeout_s). Wait for "
+            "nodes and resume the run, or resume it with fewer --nodes and --workers."
+        )
+        return Transition("failed", reason, REQUEUE)
+    return None
+
+
+def _train(view: JobView) -> Transition | None:
+    attempt = view.attempt
+    assert attempt is not None
+    if attempt.is_done:
+        return _finish(view, attempt)
+    if reason := _failure(view, attempt):
+        return Transition("recovering", reason, ends_ranks=True)
+    if view.stop is not None:
+        return Transition("stopping", f"asked to stop by {signal.Signals(view.stop.signal).name}")
+    if view.state == "starting" and attempt.has_stepped:
+        return Transition("training", "the first step is finished")
+    return None
+
+
+def _failure(view: JobView, attempt: Attempt) -> str | None:
+    """Why the attempt has failed; None while it goes on, or while a better reason may still come."""
+    if attempt.lost:
+        return f"lost {', '.join(sorted(attempt.lost))}"
+    if view.refusal is not None:
+        return view.refusal
+    if not attempt.failures or attempt.failed_s is None:
+        return None
+    first, waited_s = root_cause(attempt.failures), view.now_s - attempt.failed_s
+    everybody_spoke = len({failure.rank for failure in attempt.failures}) + len(attempt.done) >= attempt.world_size
+    patience_s = ROOT_CAUSE_WAIT_S if first.peer_lost else 0.0 if first.cause == "died" else SETTLE_S
+    return f"rank {first.rank} {first.how.splitlines()[0]}" if everybody_spoke or waited_s >= patience_s else None
+
+
+def _stop(view: JobView) -> Transition | None:
+    attempt, stop = view.attempt, view.stop
+    assert attempt is not None
+    assert stop is not None
+    if attempt.is_done:
+        return _finish(view, attempt)
+    if attempt.is_ending:
+        if not _is_over(view, attempt):
+            return None
+        return Transition("stopped", "stopped at once; steps after the last checkpoint are lost", exit_code(view))
+    if reason := _failure(view, attempt):
+        return Transition("recovering", reason, ends_ranks=True)
+    if stop.at_once:
+        return Transition("stopping", "asked to stop at once", ends_ranks=True)
+    if stop.deadline_s is not None and view.now_s >= stop.deadline_s:
+        return Transition("stopping", "the time to save is over (grace_s)", ends_ranks=True)
+    return None
+
+
+def _recover(view: JobView) -> Transition | None:
+    attempt = view.attempt
+    assert attempt is not None
+    if not _is_over(view, attempt) or not attempt.is_counted:
+        return None
+    if view.refusal is not None:
+        return Transition("failed", view.refusal, 1)
+    answer = after_failure(view.history, view.max_restarts)
+    if isinstance(answer, Finish):
+        return Transition("failed", answer.reason, answer.exit_code)
+    if view.stop is not None:
+        return Transition("failed", "it failed while it was being stopped", 1)
+    if choose_nodes(view.nodes, view.nodes_needed, attempt.nodes) is None:
+        return Transition("waiting", f"{answer.reason}; too few nodes")
+    return Transition("starting", answer.reason)
+
+
+def _is_over(view: JobView, attempt: Attempt) -> bool:
+    """Whether no process of the attempt is left, as far as anybody can know: a node that is not heard is not asked."""
+    gone = attempt.over | attempt.lost
+    return all(node in gone or view.nodes.get(node) != "ready" for node in attempt.nodes)
+
+
+def _finish(view: JobView, attempt: Attempt) -> Transition:
+    reason = attempt.done[0].get("reason", "finished")
+    if reason == "finished":
+        return Transition("finished", "every rank is done", 0)
+    if reason == "asked" and view.stop is not None:
+        return Transition("stopped", "saved and stopped, as asked", exit_code(view))
+    return Transition("stopped", "reached stop_at", 0)

@@ -1,0 +1,125 @@
+"""What the controller knows of its nodes, and how it talks to their agents."""
+
+import asyncio
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from pydantic import BaseModel
+
+from evermesh.launcher.controller.leases import LEASE_S, NodeSigns, node_state
+from evermesh.launcher.controller.machine import NodeState
+from evermesh.launcher.controller.status import NodeStatus
+from evermesh.launcher.messages import Hello
+
+_PROVING_STEPS = 2
+"""The first step after a node fell silent may have been nearly over by then."""
+
+
+class Wire(Protocol):
+    """A WebSocket to an agent, as far as it is needed here."""
+
+    async def send_text(self, data: str) -> None:
+        """Send one message."""
+
+
+@dataclass(slots=True)
+class Node:
+    """One node and what was last heard of it."""
+
+    name: str
+    state: NodeState = "joining"
+    host: str = ""
+    address: str = ""
+    pid: int | None = None
+    heard_s: float = field(default_factory=time.monotonic)
+    proof_s: float = field(default_factory=time.monotonic)
+    """Monotonic clock: when there was proof last that its ranks live."""
+    steps_since_heard: int = 0
+    outbox: "asyncio.Queue[str] | None" = None
+    """What is to be sent to it; None while it is not connected."""
+    memory_free_bytes: int | None = None
+    shared_memory_bytes: int | None = None
+
+    def send(self, message: BaseModel) -> None:
+        """Send ``message`` soon. Without a connection it is dropped: who connects is told all again."""
+        if self.outbox is not None:
+            self.outbox.put_nowait(message.model_dump_json())
+
+    def hear(self) -> None:
+        """Note that something came from it."""
+        self.heard_s = self.proof_s = time.monotonic()
+        self.steps_since_heard = 0
+
+
+class Nodes:
+    """All nodes of a job, by name."""
+
+    def __init__(self) -> None:
+        self._nodes: dict[str, Node] = {}
+        self.last_step = 0
+        """The highest step that any rank of the attempt was seen to have finished."""
+
+    def __iter__(self) -> Iterator[Node]:
+        return iter(self._nodes.values())
+
+    def __getitem__(self, name: str) -> Node:
+        return self._nodes.setdefault(name, Node(name))
+
+    def expect(self, name: str) -> None:
+        """Count ``name`` as joining: an agent was started for it."""
+        self._nodes[name] = Node(name)
+
+    def states(self) -> dict[str, NodeState]:
+        """State of every node, in the order in which they were named."""
+        return {name: self._nodes[name].state for name in sorted(self._nodes, key=_natural)}
+
+    def greet(self, hello: Hello) -> bool:
+        """Take a node's word for who it is; whether its agent is another one than before."""
+        node = self[hello.node]
+        is_new = node.pid is not None and node.pid != hello.pid
+        node.host, node.address, node.pid = hello.host, hello.address, hello.pid
+        node.shared_memory_bytes = hello.shared_memory_bytes
+        node.state = "ready"
+        node.hear()
+        return is_new
+
+    def note_step(self, step: int) -> None:
+        """All ranks have finished ``step``, for they do it together."""
+        if step <= self.last_step:
+            return
+        for node in self:
+            node.steps_since_heard += 1
+            if node.steps_since_heard >= _PROVING_STEPS:
+                node.proof_s = time.monotonic()
+        self.last_step = step
+
+    def judge(self, node: Node, process_lives: bool | None, step_s: float) -> NodeState:
+        """What the signs say of ``node`` now; a joining or lost one stays that until its agent says hello."""
+        if node.state == "lost" or (node.state == "joining" and process_lives is not False):
+            return node.state
+        now_s = time.monotonic()
+        return node_state(NodeSigns(now_s - node.heard_s, now_s - node.proof_s, process_lives, step_s))
+
+
+def node_status(node: Node, ranks: tuple[int, ...], is_spare: bool) -> NodeStatus:
+    """What is told about ``node``."""
+    left_s = None if node.state == "joining" else max(0.0, node.heard_s + LEASE_S - time.monotonic())
+    return NodeStatus(
+        node=node.name,
+        host=node.host,
+        address=node.address,
+        pid=node.pid,
+        state=node.state,
+        is_spare=is_spare,
+        lease_left_s=left_s,
+        ranks=ranks,
+        memory_free_bytes=node.memory_free_bytes,
+        shared_memory_bytes=node.shared_memory_bytes,
+    )
+
+
+def _natural(name: str) -> tuple[str, int]:
+    digits = "".join(filter(str.isdigit, name))
+    return name.rstrip("0123456789"), int(digits or 0)

@@ -1,0 +1,71 @@
+"""What a controller that was killed finds out about its job from the journal."""
+
+import signal
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from evermesh.launcher.controller.journal import Entry
+from evermesh.launcher.controller.machine import Stop
+from evermesh.launcher.controller.status import JobState
+from evermesh.launcher.policy import FailedAttempt
+
+
+@dataclass(slots=True)
+class Record:
+    """The job as the journal tells it, since the last launch."""
+
+    state: JobState = "placing"
+    reason: str = "launched"
+    generation: int = 0
+    history: list[FailedAttempt] = field(default_factory=list)
+    attempt_nodes: tuple[str, ...] = ()
+    """Of the last attempt; empty before the first one of this launch."""
+    began_at: int | None = None
+    """Step of the newest checkpoint when it began."""
+    is_counted: bool = False
+    """The last attempt is in the history."""
+    is_ending: bool = False
+    """Its ranks have been told to end."""
+    stop: Stop | None = None
+    pids: dict[str, int] = field(default_factory=dict)
+    """Agents by node."""
+    started_s: float = field(default_factory=time.time)
+
+
+def replay(entries: Sequence[Entry]) -> Record:
+    """The job after ``entries``, which end anywhere."""
+    record = Record()
+    for entry in entries:
+        if entry.kind == "launch":
+            record = Record(started_s=entry.time_s)
+        record.generation = entry.generation
+        _apply(record, entry)
+    return record
+
+
+def _apply(record: Record, entry: Entry) -> None:
+    fields: Mapping[str, Any] = entry.fields
+    match entry.kind:
+        case "transition":
+            record.state, record.reason = fields["to"], entry.reason
+            record.is_ending = bool(fields["ends_ranks"])
+        case "attempt":
+            record.attempt_nodes = tuple(fields["nodes"])
+            record.began_at = fields["began_at"]
+            record.is_counted = record.is_ending = False
+        case "attempt failed":
+            record.history.append(FailedAttempt.model_validate(fields))
+            record.is_counted = True
+        case "stop":
+            record.stop = _read_stop(fields)
+        case "node":
+            record.pids[fields["node"]] = fields["pid"]
+
+
+def _read_stop(fields: Mapping[str, Any]) -> Stop:
+    """The request that the journal tells; the time to save starts again with this controller."""
+    grace_s = fields["grace_s"]
+    deadline_s = None if grace_s is None else time.monotonic() + grace_s
+    return Stop(signal.Signals(fields["signal"]), fields["at_once"], deadline_s)

@@ -1,0 +1,63 @@
+"""The status of a job, from what its controller knows."""
+
+import os
+from typing import TYPE_CHECKING, Literal
+
+from evermesh.launcher.controller.nodes import node_status
+from evermesh.launcher.controller.status import JobStatus, RankStatus
+
+if TYPE_CHECKING:
+    from evermesh.launcher.controller.controller import Controller
+    from evermesh.launcher.controller.life import Life
+
+
+def job_status(controller: "Controller") -> JobStatus:
+    """What is told about the job now."""
+    config, record, report = controller.config, controller.record, controller.last_report
+    life = controller.life
+    members = life.nodes if life else ()
+    return JobStatus(
+        name=controller.run.name,
+        directory=str(controller.run.directory.absolute()),
+        state=record.state,
+        reason=record.reason,
+        generation=record.generation,
+        restarts=len(record.history)
+        if record.state not in ("recovering", "failed")
+        else max(0, len(record.history) - 1),
+        max_restarts=config.restarts,
+        workers=config.workers,
+        nodes=tuple(
+            node_status(node, life.ranks_of(node.name) if life else (), bool(members) and node.name not in members)
+            for node in controller.nodes
+        ),
+        ranks=tuple(_rank_status(life, rank, node) for node in members for rank in life.ranks_of(node)) if life else (),
+        step=report.step if report else None,
+        steps=config.train.steps,
+        loss=report.loss if report else None,
+        tokens_per_s=report.tokens_per_s if report else None,
+        time_left_s=report.time_left_s if report else None,
+        started_s=record.started_s,
+        pid=os.getpid(),
+    )
+
+
+def _rank_status(life: "Life", rank: int, node: str) -> RankStatus:
+    beat = life.beats.get(rank)
+    has_stepped = beat is not None and beat.step > 0
+    state: Literal["starting", "training", "done", "failed", "ended"] = "training" if has_stepped else "starting"
+    if rank in life.done:
+        state = "done"
+    elif rank in life.failures:
+        state = "failed"
+    elif node in life.over or node in life.lost:
+        state = "ended"
+    return RankStatus(
+        rank=rank,
+        node=node,
+        pid=life.pids.get(rank),
+        state=state,
+        step=beat.step if beat and has_stepped else None,
+        step_s=beat.step_s if beat and has_stepped else None,
+        compute_s=beat.compute_s if beat and has_stepped else None,
+    )

@@ -1,0 +1,41 @@
+"""What the controller tells people about failures and what follows from them."""
+
+import signal
+from typing import TYPE_CHECKING
+
+from evermesh.launcher.policy import root_cause
+from evermesh.launcher.run_directory import Run
+
+if TYPE_CHECKING:
+    from evermesh.launcher.controller.life import Life
+
+
+def explain(run: Run, life: "Life", reason: str) -> str:
+    """Which rank failed and how, what it said last, and where to look."""
+    if life.lost or not life.failures:
+        return f"{reason}.\nLogs: {run.logs}"
+    failures = tuple(life.failures.values())
+    first = root_cause(failures)
+    lines = [f"worker {first.rank} {first.how}."]
+    if first.code == -signal.SIGKILL:
+        lines.append("If memory ran out (dmesg tells), lower train.layout.capacity or the number of workers.")
+    if first.text and not first.has_traceback:
+        lines += [f"  | {line}" for line in first.text.splitlines()]
+    silent = [] if not first.peer_lost else [rank for rank in life.pids if rank not in life.failures | life.done]
+    if silent:
+        lines.append(f"Not a word came from rank {', '.join(map(str, silent))}: stopped, or hanging.")
+    others = f" What the others were doing: {run.logs}/rank-*.stacks" if len(life.pids) > 1 else ""
+    lines.append(f"Its log: {run.logs / f'rank-{first.rank}.log'}{others}")
+    return "\n".join(lines)
+
+
+def going_on(text: str, step: int | None, reason: str) -> str:
+    """The first line of ``text``, and from where the next attempt goes on."""
+    place = f"step {step}" if step is not None else "the beginning, there is no checkpoint yet"
+    return f"{text.splitlines()[0]} Going on from {place} ({reason})."
+
+
+def told_stop(number: int, at_once: bool) -> str:
+    """A request to stop, in words."""
+    how = "at once" if at_once else "after a checkpoint"
+    return f"asked to stop {how} ({signal.Signals(number).name})"

@@ -1,0 +1,59 @@
+"""What the ranks of a training run are to do, and what its directory tells of their progress."""
+
+import json
+import os
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+from evermesh import checkpoint
+from evermesh.launcher.config import JobConfig
+from evermesh.launcher.messages import TrainingWork
+from evermesh.launcher.run_directory import Run
+from evermesh.runtime.telemetry import StepReport
+
+ENTRY = "evermesh.launcher.agent.training:train"
+
+
+def training_work(run: Run, config: JobConfig) -> TrainingWork:
+    """Train on from the newest checkpoint, or from the beginning where there is none."""
+    arguments = {
+        "config": config.train.model_dump(mode="json"),
+        "directory": str(run.directory.absolute()),
+        "resume": newest_step(run) is not None,
+    }
+    return TrainingWork(entry=ENTRY, arguments=arguments, logs=str(run.logs.absolute()))
+
+
+def newest_step(run: Run) -> int | None:
+    """Step of the newest complete checkpoint."""
+    newest = checkpoint.latest(run.checkpoints)
+    return next((found.step for found in checkpoint.checkpoints(run.checkpoints) if found.path == newest), None)
+
+
+def last_step(run: Run) -> int:
+    """The step that was trained last."""
+    report = last_report(run)
+    return report.step if report else 0
+
+
+def last_report(run: Run) -> StepReport | None:
+    """The report of the step that was trained last."""
+    if not run.telemetry.is_file():
+        return None
+    with run.telemetry.open("rb") as lines:
+        whole = deque((line for line in lines if line.endswith(b"\n")), maxlen=1)
+    return StepReport.from_json(whole[0]) if whole else None
+
+
+def drop_unfinished_line(path: Path) -> None:
+    """Cut off what a killed writer left, so that the next line does not continue it."""
+    content = path.read_bytes() if path.is_file() else b""
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):
+        os.truncate(path, whole)
+
+
+def report_of(values: dict[str, Any]) -> StepReport:
+    """The report that rank 0 sent."""
+    return StepReport.from_json(json.dumps(values))

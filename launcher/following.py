@@ -1,0 +1,170 @@
+"""Watching a job from outside until it ends: what a run's directory tells, and what signals ask for.
+
+Whoever follows may come and go; the job does not depend on it.
+"""
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from rich.console import Console
+
+from evermesh import checkpoint
+from evermesh.fault.events import Event
+from evermesh.launcher.client import Client
+from evermesh.launcher.errors import ControllerLost, StoppedAtOnce, WorkersFailed
+from evermesh.launcher.interrupts import Interrupts
+from evermesh.launcher.progress import Progress
+from evermesh.launcher.run_directory import Run, RunState
+from evermesh.runtime.telemetry import StepReport
+
+_LOOK_S = 0.05
+_DEAD_AFTER_S = 6.0
+"""How long a run may be without a controller; an agent starts a dead one again in a fraction of that."""
+_TOLD = ("restarted", "node cut off", "node back", "node lost", "fresh interpreters")
+"""Events that are shown among the steps."""
+_LOG_LINES = 8
+
+Watch = Callable[[StepReport, Mapping[int, int]], None]
+"""(report of a step, process of every worker by rank) -> None."""
+
+
+@dataclass(frozen=True, slots=True)
+class JobResult:
+    """How a job ended that did not fail."""
+
+    step: int
+    """Steps finished by the run."""
+    reason: Literal["finished", "stop_at", "asked", "left"]
+    """``left``: it goes on, but nobody watches any more."""
+    checkpoint: Path | None
+    """The newest checkpoint."""
+    exit_code: int
+    """0, or 128 + the signal that asked for the end."""
+
+
+class Lines:
+    """The lines that a growing file gets from now on; unfinished ones wait."""
+
+    def __init__(self, path: Path, *, from_start: bool = False) -> None:
+        self._path = path
+        self._offset = path.stat().st_size if path.is_file() and not from_start else 0
+
+    def new(self) -> Iterator[bytes]:
+        """The lines since the last call."""
+        try:
+            size = self._path.stat().st_size
+        except FileNotFoundError:
+            return
+        if size < self._offset:  # an unfinished line was cut off
+            self._offset = size
+        if size == self._offset:
+            return
+        with self._path.open("rb") as file:
+            file.seek(self._offset)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    return
+                self._offset += len(line)
+                yield line
+
+
+class Follower:
+    """Shows a run from the moment it is made; make it before the controller starts, so that nothing is missed."""
+
+    def __init__(self, run: Run, console: Console, watch: Watch | None = None) -> None:
+        self._run, self._console, self._watch = run, console, watch
+        self._steps, self._events = Lines(run.telemetry), Lines(run.events)
+        self._client = Client(run)
+        self._stopped_by: signal.Signals | None = None
+        self._last_alive_s = time.monotonic()
+
+    def follow(self, controller: subprocess.Popen[bytes] | None = None) -> JobResult:
+        """Show steps and events until the job ends; pass on what signals ask for. Call it from the main thread.
+
+        ``controller`` is reaped when it ends, if it is a child of this process.
+
+        Raises:
+            WorkersFailed: the job failed; says why.
+            StoppedAtOnce: it was ended without a checkpoint.
+            ControllerLost: nobody controls it any more.
+        """
+        with Interrupts() as interrupts, Progress(self._console) as progress:
+            while True:
+                state = self._run.state()
+                self._show(progress)
+                if state.state not in ("created", "running"):
+                    break
+                if self._answer(interrupts, progress):
+                    return self._left()
+                self._check_alive(controller)
+                time.sleep(_LOOK_S)
+        if controller is not None:
+            controller.wait()
+        return _result(self._run, state)
+
+    def _show(self, progress: Progress) -> None:
+        for line in self._steps.new():
+            report = StepReport.from_json(line)
+            progress.show(report)
+            if self._watch is not None:
+                ranks = self._client.status().ranks
+                self._watch(report, {rank.rank: rank.pid for rank in ranks if rank.pid is not None})
+        for line in self._events.new():
+            event = Event.model_validate_json(line)
+            if event.kind in _TOLD:
+                progress.say(event.text)
+
+    def _answer(self, interrupts: Interrupts, progress: Progress) -> bool:
+        """Do what the next signal asks for; whether it is to leave."""
+        number = interrupts.next()
+        if number is None:
+            return False
+        if number is signal.SIGHUP:
+            return True
+        if number is signal.SIGUSR1:
+            progress.say("saving after this step")
+            self._client.save()
+        elif self._stopped_by is None:
+            self._stopped_by = number
+            progress.say("stopping after this step; again to stop at once")
+            grace_s = self._run.config().grace_s if number is signal.SIGTERM else None
+            self._client.stop(number, grace_s=grace_s)
+        else:
+            self._client.stop(number, at_once=True)
+        return False
+
+    def _left(self) -> JobResult:
+        text = f"nobody watches any more; the job goes on. evermesh status {self._run.directory} finds it again."
+        self._console.print(text, style="yellow", highlight=False, soft_wrap=True)
+        return JobResult(0, "left", None, 128 + signal.SIGHUP)
+
+    def _check_alive(self, controller: subprocess.Popen[bytes] | None) -> None:
+        is_starting = controller is not None and controller.poll() is None
+        if is_starting or self._run.is_alive():
+            self._last_alive_s = time.monotonic()
+        elif time.monotonic() - self._last_alive_s > _DEAD_AFTER_S:
+            log = self._run.logs / "controller.log"
+            last = "".join(f"\n  | {line}" for line in _tail(log))
+            raise ControllerLost(f"the controller of run {self._run.name} is gone. Its log, {log}, ends with:{last}")
+
+
+def _result(run: Run, state: RunState) -> JobResult:
+    code = state.exit_code or 0
+    if state.state == "failed":
+        raise WorkersFailed(state.error or "no reason was written down", traceback=state.traceback, exit_code=code)
+    if state.state == "stopped" and state.error:
+        raise StoppedAtOnce(f"at once, without a save ({state.error})", code)
+    newest = checkpoint.latest(run.checkpoints)
+    steps = next((found.step for found in checkpoint.checkpoints(run.checkpoints) if found.path == newest), 0)
+    reason: Literal["finished", "stop_at", "asked"] = "asked" if code else "stop_at"
+    return JobResult(steps, "finished" if state.state == "finished" else reason, newest, code)
+
+
+def _tail(log: Path) -> list[str]:
+    return log.read_text(errors="replace").splitlines()[-_LOG_LINES:] if os.path.isfile(log) else []

@@ -1,0 +1,85 @@
+"""Nodes that are processes of this machine, each an agent in a session of its own."""
+
+import os
+import signal
+import subprocess
+from collections.abc import Sequence
+from contextlib import suppress
+
+from evermesh.launcher.agent.spec import AgentSpec
+from evermesh.launcher.config import JobConfig
+from evermesh.launcher.processes import start_agent
+from evermesh.launcher.run_directory import Run
+from evermesh.runtime.config import CpuDevice
+
+WARM_MODULE = "evermesh.launcher.agent.training"
+_END_WAIT_S = 5.0
+
+
+class LocalPlacement:
+    """Agents as processes; the nodes are called node-0, node-1, ..."""
+
+    address = "127.0.0.1"
+
+    def __init__(self, run: Run, config: JobConfig, token: str) -> None:
+        self._run, self._config, self._token = run, config, token
+        self._pids: dict[str, int] = {}
+        self._children: dict[str, subprocess.Popen[bytes]] = {}
+
+    def start(self, nodes: Sequence[str]) -> None:
+        """Start an agent for each node."""
+        for node in nodes:
+            self._children[node] = start_agent(self._spec(node), self._token)
+            self._pids[node] = self._children[node].pid
+
+    def adopt(self, pids: dict[str, int]) -> None:
+        """Take over agents of an earlier controller."""
+        self._pids |= pids
+
+    def is_alive(self, node: str) -> bool | None:
+        """Whether the agent of ``node`` runs."""
+        child = self._children.get(node)
+        if child is not None:
+            return child.poll() is None
+        return _runs(self._pids[node]) if node in self._pids else None
+
+    def replace(self, node: str) -> bool:
+        """Start another agent for ``node``: the machine is still there."""
+        self._kill(node)
+        self.start([node])
+        return True
+
+    def end(self) -> None:
+        """End every agent that is left."""
+        for node, child in self._children.items():
+            with suppress(subprocess.TimeoutExpired):
+                child.wait(_END_WAIT_S)
+            self._kill(node)
+
+    def _kill(self, node: str) -> None:
+        if self.is_alive(node) and node in self._pids:
+            with suppress(ProcessLookupError):
+                os.kill(self._pids[node], signal.SIGKILL)
+        if node in self._children:
+            self._children[node].wait()
+
+    def _spec(self, node: str) -> AgentSpec:
+        device = self._config.train.device
+        return AgentSpec(
+            run=self._run.directory.absolute(),
+            node=node,
+            address=self.address,
+            slots=self._config.workers // self._config.nodes,
+            warm_module=WARM_MODULE,
+            threads=device.threads if isinstance(device, CpuDevice) else 1,
+            revives=True,
+        )
+
+
+def _runs(pid: int) -> bool:
+    """Whether an agent runs as this process, which is not our child; its number may be somebody else's by now."""
+    try:
+        with open(f"/proc/{pid}/cmdline", "rb") as command:
+            return b"evermesh.launcher.agent" in command.read()  # empty for a zombie
+    except OSError:
+        return False

@@ -1,0 +1,42 @@
+"""Starting the two long-lived processes of a job, each in a session of its own: no terminal takes them with it."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from evermesh.launcher.agent.spec import AgentSpec
+    from evermesh.launcher.run_directory import Run
+
+TOKEN_VARIABLE = "EVERMESH_TOKEN"
+"""The token goes through the environment: a command line can be read by everybody on the machine."""
+
+
+def start_controller(run: "Run") -> subprocess.Popen[bytes]:
+    """Start the controller of ``run``, which goes on where its journal ends."""
+    return _start(
+        [sys.executable, "-m", "evermesh.launcher.controller", str(run.directory.absolute())],
+        run.logs / "controller.log",
+    )
+
+
+def start_agent(spec: "AgentSpec", token: str) -> subprocess.Popen[bytes]:
+    """Start an agent on this machine."""
+    command = [sys.executable, "-m", "evermesh.launcher.agent", spec.model_dump_json()]
+    return _start(command, spec.run / "logs" / f"agent-{spec.node}.log", {TOKEN_VARIABLE: token})
+
+
+def _start(command: Sequence[str], log: Path, variables: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as output:
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            env={**os.environ, **(variables or {})},
+            start_new_session=True,
+        )
