@@ -4,6 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 ROOMS := parallelism checkpoint fault runtime launcher
+BROWSER := $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)
 export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -25,7 +26,8 @@ install: $(INSTALLED)  ## make the environment
 demo: $(INSTALLED)  ## the main job: train, save, stop, resume on another number of workers
 	$(BIN)/evermesh demo
 
-test: $(INSTALLED)  ## all tests
+test: $(INSTALLED)  ## all tests; those of the dashboard need Chromium (Debian: apt-get install chromium)
+	@test -n "$(BROWSER)" || echo "no Chromium: the tests of the dashboard are skipped. To run them: apt-get install chromium"
 	$(BIN)/python -m pytest
 
 $(addprefix test-,$(ROOMS)): test-%: $(INSTALLED)  ## tests of one room: test-parallelism, test-checkpoint, ...
