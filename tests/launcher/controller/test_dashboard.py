@@ -199,6 +199,22 @@ def test_a_controller_that_is_gone_is_said_and_its_return_is_noticed(told: Recor
         assert points(page, "loss-chart", "restart") == 2
 
 
+def test_a_job_that_has_not_begun_says_so(told: Recorded, page: Page) -> None:
+    told.steps, told.events, told.plan = [], [], None
+    unknown = dict.fromkeys(("step", "steps", "loss", "tokens_per_s", "time_left_s"))
+    placing = {"state": "placing", "reason": "waiting for 2 nodes", "nodes": (), "ranks": ()}
+    told.status = told.status.model_copy(update=placing | unknown)
+    with serve(told) as port:
+        page.open(f"http://127.0.0.1:{port}/#token={TOKEN}")
+        page.wait("!document.querySelector('#events-note')?.hidden")
+        assert page.text(".state") == "placing waiting for 2 nodes"
+        assert [page.text(f"#{name}-note") for name in ("loss", "speed", "plan")] == [
+            *2 * ["No step yet."],
+            "No plan yet.",
+        ]
+        assert page.errors == []
+
+
 def test_numbers_that_are_not_finite_are_left_out(told: Recorded, page: Page) -> None:
     told.status = told.status.model_copy(update={"loss": float("nan")})
     told.steps[-1]["loss"] = None
@@ -230,6 +246,9 @@ def test_a_job_of_1000_ranks_and_20000_steps_stays_quick(told: Recorded, page: P
         assert page.run("document.getElementById('loss-chart').data[0].y.includes(99)")
         assert page.count("#plan-ranks option") == 16
         page.screenshot(SHOTS / "large.png")
+        page.run("Plotly.relayout('loss-chart', {'xaxis.range[0]': 12300, 'xaxis.range[1]': 12400}) && null")
+        seen = "document.getElementById('loss-chart').data[0].x.filter(x => x >= 12300 && x <= 12400).length"
+        page.wait(f"{seen} === 101")
         told.steps.append({**told.steps[-1], "step": 20_001, "seq": 20_001})
         assert page.run(LONGEST_TASK_MS) < 1000
         assert page.errors == []

@@ -46,7 +46,7 @@ function newBar() {
 
 export function showRanks(ranks) {
   const known = ranks.map(({ compute_s }) => compute_s).filter((value) => value != null);
-  const median = [...known].sort((a, b) => a - b)[Math.floor(known.length / 2)];
+  const median = [...known].sort((a, b) => a - b)[Math.floor((known.length - 1) / 2)]; // the lower: of two ranks, one can be slow
   const longest = Math.max(0, ...known);
   const shown = ranks.length <= MOST_RANKS ? ranks : slowest(ranks);
   const cells = shown.map((rank) => rankCells(rank, median, longest));
