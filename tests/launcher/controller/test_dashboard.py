@@ -168,7 +168,7 @@ def test_text_of_an_event_is_never_read_as_html(told: Recorded, page: Page) -> N
 def test_without_a_token_or_with_a_wrong_one_the_page_says_where_to_get_it(told: Recorded, page: Page) -> None:
     with serve(told) as port:
         page.open(f"http://127.0.0.1:{port}/")
-        page.wait("!document.querySelector('#notice')?.hidden")
+        page.wait("document.querySelector('#notice')?.hidden === false")
         assert "evermesh status" in page.text("#notice")
         assert told.asked == []
         page.screenshot(SHOTS / "no-token.png")
@@ -206,7 +206,7 @@ def test_a_job_that_has_not_begun_says_so(told: Recorded, page: Page) -> None:
     told.status = told.status.model_copy(update=placing | unknown)
     with serve(told) as port:
         page.open(f"http://127.0.0.1:{port}/#token={TOKEN}")
-        page.wait("!document.querySelector('#events-note')?.hidden")
+        page.wait("document.querySelector('#events-note')?.hidden === false")
         assert page.text(".state") == "placing waiting for 2 nodes"
         assert [page.text(f"#{name}-note") for name in ("loss", "speed", "plan")] == [
             *2 * ["No step yet."],
