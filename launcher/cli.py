@@ -1,7 +1,7 @@
 """The command line, ``evermesh``: what it can do, and how it ends.
 
-Exit codes: 0 done (or stopped at ``stop_at``), 1 failed, 2 a wrong request, 128 + signal after Ctrl-C or SIGTERM; of
-scripts also 75 (requeue) and 93 (do not).
+Exit codes: 0 done (or stopped at ``stop_at``), 1 failed, 2 a wrong request, 75 run it again later, 93 do not, 128 +
+signal after Ctrl-C or SIGTERM.
 """
 
 import sys
@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from evermesh.launcher.commands import checkpoint, data, demo, jobs, plan
+from evermesh.launcher.commands import checkpoint, data, demo, jobs, plan, watching
 from evermesh.launcher.errors import StoppedAtOnce
 from evermesh.parallelism.errors import EvermeshError
 
@@ -28,6 +28,12 @@ app = typer.Typer(
 app.command("launch", epilog=jobs.LAUNCH_EXAMPLES)(jobs.launch)
 app.command("resume", epilog=jobs.RESUME_EXAMPLES)(jobs.resume)
 app.command("runs", epilog=jobs.RUNS_EXAMPLES)(jobs.list_runs)
+app.command("status", epilog=watching.STATUS_EXAMPLES)(watching.status)
+app.command("top")(watching.top)
+app.command("logs", epilog=watching.LOGS_EXAMPLES)(watching.logs)
+app.command("nodes")(watching.nodes)
+app.command("dashboard")(watching.dashboard)
+app.command("stop", epilog=watching.STOP_EXAMPLES)(watching.stop)
 app.command("plan", epilog=plan.EXAMPLES)(plan.plan)
 app.add_typer(checkpoint.app)
 app.add_typer(data.app)
@@ -81,10 +87,10 @@ def _launch(arguments: list[str]) -> None:
 
 
 def _show(error: EvermeshError | OSError) -> None:
-    """Print an expected error without our traceback; that of a worker comes first, it is where a bug shows."""
+    """Print an expected error without our traceback. That of a worker comes last: it is where a bug shows."""
     console = Console(stderr=True)
-    if traceback := getattr(error, "traceback", None):
-        console.print(traceback, style="dim", markup=False, highlight=False, soft_wrap=True)
     word = "[yellow]stopped:[/]" if isinstance(error, StoppedAtOnce) else "[bold red]error:[/]"
     for text in (f"{word} {escape(str(error))}", *map(escape, getattr(error, "__notes__", ()))):
         console.print(text, highlight=False, soft_wrap=True)
+    if traceback := getattr(error, "traceback", None):
+        console.print(traceback.rstrip(), markup=False, highlight=False, soft_wrap=True)

@@ -1,6 +1,8 @@
 """Asking the controller of a run, over its HTTP API; imports no torch."""
 
+import os
 import time
+from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -40,9 +42,21 @@ class Client:
         """Have every rank write down what it is doing, in ``logs/rank-N.stacks``."""
         self._ask("POST", "stacks")
 
-    def link(self) -> str:
-        """The address of the dashboard, with the token where no server and no log sees it."""
-        return f"{read_contact(self._run.directory)}/#token={read_token(self._run.directory)}"
+    def write_entry_page(self) -> Path:
+        """Make a file that leads a browser to the dashboard, and return its path. Only its owner can read it.
+
+        It holds the token, which would otherwise stand on the screen, or in the arguments of a browser, for all to read.
+        """
+        directory = self._run.directory.absolute()
+        link = f"{read_contact(directory)}/#token={read_token(directory)}"
+        page = directory / "dashboard.html"
+        page.unlink(missing_ok=True)
+        descriptor = os.open(page, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "w") as file:
+            file.write(
+                f'<!doctype html><meta http-equiv="refresh" content="0;url={link}"><a href="{link}">dashboard</a>\n'
+            )
+        return page
 
     def _ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> httpx2.Response:
         until = time.monotonic() + self._patience_s

@@ -5,11 +5,14 @@
         ├── JobFileInvalid   (ValueError)       a job file or an override breaks a rule; names key and line
         ├── LengthsInvalid   (ValueError)       a file of sequence lengths cannot be read
         ├── RunNotFound      (LookupError)      there is no such run, or none at all
+        ├── JobAmbiguous     (LookupError)      several jobs could be meant
         ├── RunAlive         (RuntimeError)     another launcher holds the run
         ├── ResumeRefused    (ValueError)       a run cannot go on the way it was asked to
         ├── RunUnusable      (OSError)          the directory of a run cannot be made
         ├── DevicesMissing   (RuntimeError)     the machine has fewer devices than the job has workers
         ├── StoppedAtOnce    (RuntimeError)     a second signal came before the first was answered
+        ├── ClusterMissing   (ConnectionError)  there is no Ray cluster to place the nodes in
+        ├── RunNotSeen       (LookupError)      a node does not see the directory of the run
         ├── WorkersFailed    (RuntimeError)     a worker raised, or died
         ├── WarmProcessLost  (RuntimeError)     the process that forks workers ended
         ├── SharedMemoryMissing (OSError)       a node has no room for its shared-memory area
@@ -63,6 +66,10 @@ class RunNotFound(LauncherError, LookupError):
     """There is no such run."""
 
 
+class JobAmbiguous(LauncherError, LookupError):
+    """Several jobs could be meant."""
+
+
 class RunAlive(LauncherError, RuntimeError):
     """Another launcher holds the lock of the run."""
 
@@ -71,7 +78,7 @@ class RunAlive(LauncherError, RuntimeError):
         holder = f"process {pid}" if pid else "another process"
         super().__init__(
             f"run {directory.name} is being trained by {holder}. Wait for it, stop it with "
-            f"{f'kill -INT {pid}' if pid else 'Ctrl-C'} (it saves a checkpoint first), or give another --name."
+            f"`evermesh stop {directory}` (it saves a checkpoint first), or give another --name."
         )
 
 
@@ -85,6 +92,14 @@ class RunUnusable(LauncherError, OSError):
 
 class DevicesMissing(LauncherError, RuntimeError):
     """The machine has fewer devices than the job has workers."""
+
+
+class ClusterMissing(LauncherError, ConnectionError):
+    """There is no Ray cluster, or Ray itself is not installed."""
+
+
+class RunNotSeen(LauncherError, LookupError):
+    """A node does not see the directory of the run: it is not on storage that all nodes share."""
 
 
 class StoppedAtOnce(LauncherError, RuntimeError):

@@ -106,8 +106,8 @@ class Trainer:
         self.flat = FlatParameters(self.model, self.communicator.size)
         self.optimizer = ShardedAdamW(self.flat, config.optimizer, self.communicator)
         self.runner = MicroBatchRunner(self.model, self.communicator)
-        cost = config.cost or nominal_cost(config, config.model.shape(vocabulary))
-        self.planner = planner or HybridPlanner(config.layout, cost)
+        self.cost = config.cost or nominal_cost(config, config.model.shape(vocabulary))
+        self.planner = planner or HybridPlanner(config.layout, self.cost)
 
         self.ledger = ByteLedger()
         self.events = EventLog(directory / "events.jsonl") if directory and self.communicator.rank == 0 else None

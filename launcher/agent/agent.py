@@ -199,7 +199,9 @@ class Agent:
         print("the controller is not there any more; the workers go on", flush=True)
 
     def _preempt(self, number: int, frame: FrameType | None) -> None:
-        """A signal says that this node goes away: let the whole job save and stop."""
+        """A signal says that this node goes away: let the whole job save and stop; a second one ends this agent."""
+        if self._preempted is not None:
+            self._has_left = True
         self._preempted = number
         self._loop.post(lambda: self._link.send(Preempted(signal=number)))
 

@@ -1,40 +1,39 @@
-"""A controller that died is started again by an agent on its machine, while the workers train on."""
+"""A controller that died is started again by an agent on its machine, or by whoever shows the job there."""
 
-import subprocess
 import time
 from pathlib import Path
 
 from evermesh.launcher.errors import RunNotFound
-from evermesh.launcher.processes import start_controller
+from evermesh.launcher.processes import start_controller_apart
 from evermesh.launcher.run_directory import Run
 
 _PATIENCE_S = 0.2
 """Seconds without a controller before the agent of the first node looks whether it lives."""
 _START_S = 2.0
 """How much longer each later node waits: one new controller is enough."""
+_WATCHER_S = 1.0
+"""How long who shows the job waits: where the controller has a machine for itself, no agent will do it."""
 _AGAIN_S = 5.0
 
 
 class Revival:
     """Decides when to start the controller of ``run`` again, and does it. Its lock lets only one of several live."""
 
-    def __init__(self, run: Path, node: str) -> None:
+    def __init__(self, run: Path, node: str | None) -> None:
+        """``node`` is None for who shows the job."""
         self._run = Run(run)
-        self._patience_s = _PATIENCE_S + _START_S * _number(node)
+        self._patience_s = _WATCHER_S if node is None else _PATIENCE_S + _START_S * _number(node)
         self._tried_s = float("-inf")
-        self._started: subprocess.Popen[bytes] | None = None
 
     def consider(self, missing_s: float) -> None:
         """Start it if it has been missing for ``missing_s`` long enough, is dead, and should live."""
-        if self._started is not None and self._started.poll() is not None:
-            self._started = None  # reaped
         if missing_s < self._patience_s or time.monotonic() - self._tried_s < _AGAIN_S:
             return
         if not self._is_wanted():
             return
         self._tried_s = time.monotonic()
         print(f"starting the controller again after {missing_s:.2f} s without it", flush=True)
-        self._started = start_controller(self._run)
+        start_controller_apart(self._run)
 
     def _is_wanted(self) -> bool:
         try:

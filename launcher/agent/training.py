@@ -1,12 +1,16 @@
 """What a training worker runs. The warm process loads this module, and with it torch and the trainer, before it forks."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from evermesh.launcher.agent.worker import Worker
+from evermesh.parallelism.batch_plan import BatchPlan
+from evermesh.parallelism.cost import CostModel
+from evermesh.parallelism.simulator import simulate
 from evermesh.runtime import process_group
 from evermesh.runtime.config import TrainConfig
 from evermesh.runtime.telemetry import StepReport
@@ -40,4 +44,10 @@ def _report(worker: Worker, trainer: Trainer, report: StepReport) -> None:
     worker.report(json.loads(report.to_json()))
     plan = trainer.plan
     if plan is not None:
-        worker.show_plan(lambda: {"step": report.step, "plan": json.loads(plan.to_json())})
+        worker.show_plan(lambda: _plan_values(plan, report.step, trainer.cost))
+
+
+def _plan_values(plan: BatchPlan, step: int, cost: CostModel) -> dict[str, Any]:
+    """The plan, and when each rank is predicted to run which micro-batch."""
+    spans = [asdict(span) for span in simulate(plan, cost).spans]
+    return {"step": step, "plan": json.loads(plan.to_json()), "spans": spans}

@@ -81,8 +81,11 @@ def thread_limits(threads: int) -> Iterator[None]:
 
 @contextmanager
 def blocked_signals() -> Iterator[None]:
-    """What starts inside inherits the mask: signals reach the whole process group, but only the agent answers them."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    """What starts inside inherits the mask: signals reach the whole process group, but only the agent answers them.
+
+    SIGUSR1, which asks a worker what it is doing, waits until the worker can answer.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (*SIGNALS, signal.SIGUSR1))
     try:
         yield
     finally:

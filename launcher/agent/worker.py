@@ -193,6 +193,7 @@ def _redirect(log: str) -> None:
     # never closed: the handler may be called at any time
     stacks = os.open(Path(log).with_suffix(".stacks"), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     faulthandler.register(signal.SIGUSR1, stacks)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
 
 
 def _fail(worker: Worker, error: BaseException) -> None:

@@ -18,8 +18,9 @@ from evermesh.launcher.agent.worker import WorkerSpec, main
 from evermesh.launcher.messages import Outcome, Place, Store, TrainingWork
 from evermesh.launcher.policy import Failure
 
-_STACKS_S = 0.05
-"""How long workers get to write down what they are doing before they are ended."""
+_STACKS_WAIT_S = 1.0
+"""How long workers get at most to write down what they are doing before they are ended; it takes milliseconds."""
+_STACKS_LOOK_S = 0.005
 _END_WAIT_S = 10.0
 """How long a killed process may take to disappear."""
 _LOG_LINES = 8
@@ -85,7 +86,7 @@ class WorkerGroup:
                 generation=self.generation,
                 store=(store.host, store.port),
                 interface=interface,
-                log=str(self._logs / f"rank-{rank}.log"),
+                log=str(self._log(rank)),
                 board=str(board) if board else None,
                 entry=work.entry,
                 arguments=work.arguments,
@@ -106,24 +107,40 @@ class WorkerGroup:
         if stacks_because is None:
             self.kill()
         else:
-            self.write_stacks(stacks_because)
-            self._loop.after(_STACKS_S, self.kill)
+            self._kill_after_stacks(self.write_stacks(stacks_because), time.monotonic() + _STACKS_WAIT_S)
 
-    def write_stacks(self, because: str) -> None:
-        """Have every living worker append what it is doing to ``rank-N.stacks``."""
+    def write_stacks(self, because: str) -> dict[int, int]:
+        """Have every living worker append what it is doing to ``rank-N.stacks``; by rank the size of the file before."""
+        sizes = {}
         for member in self._members:
-            if member.is_gone or member.process.pid is None:
+            if member.is_gone or member.process.pid is None or _is_stopped(member.process.pid):
                 continue
             head = f"\n{datetime.now():%Y-%m-%d %H:%M:%S} generation {self.generation}, rank {member.rank}: {because}\n"
             with member.log.with_suffix(".stacks").open("a") as stacks:
                 stacks.write(head)
+                stacks.flush()
+                sizes[member.rank] = stacks.tell()
             os.kill(member.process.pid, signal.SIGUSR1)
+        return sizes
 
     def kill(self) -> None:
         """End every worker at once, stopped ones too."""
         for member in self._members:
             if not member.is_gone:
                 member.process.kill()
+
+    def _kill_after_stacks(self, before: dict[int, int], deadline_s: float, last: dict[int, int] | None = None) -> None:
+        """Kill once the file of every living rank has grown and grows no more, or at the deadline."""
+        living = self.pids.keys() & before.keys()
+        now = {rank: self._log(rank).with_suffix(".stacks").stat().st_size for rank in living}
+        is_written = now == last and all(now[rank] > before[rank] for rank in living)
+        if is_written or not living or time.monotonic() >= deadline_s:
+            self.kill()
+        else:
+            self._loop.after(_STACKS_LOOK_S, lambda: self._kill_after_stacks(before, deadline_s, now))
+
+    def _log(self, rank: int) -> Path:
+        return self._logs / f"rank-{rank}.log"
 
     def wait_gone(self) -> None:
         """Return when every process has disappeared."""
@@ -181,6 +198,14 @@ class WorkerGroup:
         if not self._is_ending:
             self._failures.append(failure)
         self._hooks.changed()
+
+
+def _is_stopped(pid: int) -> bool:
+    """Whether a process is stopped, and so cannot answer a signal."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0] in (b"T", b"t")
+    except OSError:
+        return True
 
 
 def _send(pipe: connection.Connection, message: dict[str, Any]) -> None:

@@ -9,12 +9,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from evermesh.launcher import registry
 from evermesh.launcher.contact import last_port, make_token, write_contact
 from evermesh.launcher.controller.controller import Controller
 from evermesh.launcher.controller.journal import Journal
-from evermesh.launcher.errors import RunAlive
+from evermesh.launcher.errors import LauncherError, RunAlive
 from evermesh.launcher.placement import placement_for
-from evermesh.launcher.run_directory import Run
+from evermesh.launcher.run_directory import Run, now
 
 if TYPE_CHECKING:
     import uvicorn
@@ -28,7 +29,11 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGHUP):  # they belong to whoever shows the job
         signal.signal(number, signal.SIG_IGN)
     try:
-        with run.locked(), Journal(run.journal) as journal:
+        with (
+            run.locked(),
+            registry.register("run", run.name, run.directory.absolute()),
+            Journal(run.journal) as journal,
+        ):
             sys.exit(asyncio.run(_control(run, journal)))
     except RunAlive as error:
         print(error, flush=True)
@@ -36,7 +41,10 @@ def main() -> None:
 
 async def _control(run: Run, journal: Journal) -> int:
     config, token = run.config(), make_token(run.directory)
-    placement = placement_for(run, config, token)
+    try:
+        placement = placement_for(run, config, token)
+    except LauncherError as error:
+        return _refuse(run, error)
     listener = _listen(placement.address, last_port(run.directory))
     host, port = listener.getsockname()[:2]
     write_contact(run.directory, f"http://{host}:{port}")
@@ -54,6 +62,19 @@ async def _control(run: Run, journal: Journal) -> int:
     finally:
         server.should_exit = True
         await serving
+
+
+def _refuse(run: Run, error: LauncherError) -> int:
+    """The job cannot begin; one that is running already goes on, and whoever started this controller tries again."""
+    print(error, flush=True)
+    state = run.state()
+    if state.state != "running":
+        run.write_state(
+            state.model_copy(
+                update={"state": "failed", "error": str(error), "exit_code": error.exit_code, "ended": now()}
+            )
+        )
+    return error.exit_code
 
 
 def _listen(host: str, wanted: int | None) -> socket.socket:

@@ -52,9 +52,9 @@ def _people(controller: Controller, journal: Journal, token: str) -> APIRouter:
     router = APIRouter(prefix="/api", dependencies=[Depends(authorized)])
     run = controller.run
 
-    @router.get("/status")
-    async def status() -> JobStatus:
-        return job_status(controller)
+    @router.get("/status", response_model=JobStatus)
+    async def status() -> Response:
+        return _json(job_status(controller).model_dump(mode="python"))
 
     @router.get("/steps")
     async def steps(after: int = 0) -> Response:

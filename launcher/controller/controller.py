@@ -18,7 +18,7 @@ from evermesh.launcher.controller.nodes import Node, Nodes
 from evermesh.launcher.controller.record import replay
 from evermesh.launcher.controller.scribe import Scribe
 from evermesh.launcher.controller.status import ENDED, JobState
-from evermesh.launcher.controller.telling import explain, going_on, told_stop
+from evermesh.launcher.controller.telling import explain, going_on, told_early_end, told_stop
 from evermesh.launcher.controller.work import drop_unfinished_line, newest_step, report_of, training_work
 from evermesh.launcher.messages import (
     Ask,
@@ -157,6 +157,8 @@ class Controller:
         """Run the job to its end; returns the exit code. Agents and workers are gone then."""
         self._scribe.begin()
         while self.state not in ENDED:
+            if not self.run.directory.is_dir():
+                return await self._give_up()
             self._changed.clear()
             self._judge_nodes()
             if not self._is_finding_out():
@@ -183,6 +185,7 @@ class Controller:
             stop=self.record.stop,
             requeue_on_term=self.config.requeue_on_term,
             refusal=self.refusal,
+            shortage=self._placement.shortage(),
         )
 
     async def _sleep(self) -> None:
@@ -284,6 +287,12 @@ class Controller:
         first = root_cause(self.record.history[-1].failures)
         return text, first.text if first.has_traceback and not first.peer_lost else None
 
+    async def _give_up(self) -> int:
+        """Somebody has removed the run: nothing of it can be kept any more."""
+        print(f"{self.run.directory} is gone: ending the job", flush=True)
+        await self._dismiss()
+        return 1
+
     async def _dismiss(self) -> None:
         for node in self.nodes:
             node.send(Leave())
@@ -312,7 +321,7 @@ class Controller:
             if state == node.state:
                 continue
             if node.state == "joining":
-                self.refusal = f"{node.name} ended before it joined; its log: {self.run.logs}/agent-{node.name}.log"
+                self.refusal = told_early_end(self.run, node.name)
             self._note_node(node, state)
 
     def _note_node(self, node: Node, state: NodeState) -> None:

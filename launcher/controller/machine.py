@@ -75,6 +75,8 @@ class JobView:
     requeue_on_term: bool = False
     refusal: str | None = None
     """Why no attempt can be started at all."""
+    shortage: str = ""
+    """Why nodes are missing, as their place tells it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,8 +130,9 @@ def _place(view: JobView) -> Transition | None:
         return Transition("starting", f"{ready} of {view.nodes_needed} nodes are ready")
     if view.now_s - view.since_s > view.join_timeout_s:
         reason = (
-            f"{ready} of {view.nodes_needed} nodes were there after {view.join_timeout_s:g} s (join_timeout_s). Wait for "
-            "nodes and resume the run, or resume it with fewer --nodes and --workers."
+            f"{ready} of {view.nodes_needed} nodes were there after {view.join_timeout_s:g} s (join_timeout_s)."
+            f"{view.shortage and ' '}{view.shortage} Wait for nodes and resume the run, or resume it with fewer --nodes and "
+            "--workers."
         )
         return Transition("failed", reason, REQUEUE)
     return None

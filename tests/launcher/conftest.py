@@ -26,9 +26,20 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def job_file(corpus: Path, tmp_path: Path) -> Path:
     """A job of 6 steps on 2 workers."""
+    return write_job(corpus, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def job_file_of_module(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same job in a folder of its own, for runs that several tests look at."""
+    return write_job(corpus, tmp_path_factory.mktemp("job"))
+
+
+def write_job(corpus: Path, folder: Path) -> Path:
+    """A job of 6 steps on 2 workers, its runs in ``folder``."""
     values = {
         "name": "small",
-        "runs": str(tmp_path / "runs"),
+        "runs": str(folder / "runs"),
         "workers": 2,
         "train": {
             "steps": 6,
@@ -39,6 +50,6 @@ def job_file(corpus: Path, tmp_path: Path) -> Path:
             "timeout_s": 60,
         },
     }
-    path = tmp_path / "job.yaml"
+    path = folder / "job.yaml"
     path.write_text(yaml.safe_dump(values, sort_keys=False))
     return path

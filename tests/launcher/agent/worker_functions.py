@@ -6,7 +6,7 @@ import signal
 import time
 from typing import Any
 
-from evermesh.launcher.worker import Worker
+from evermesh.launcher.agent.worker import Worker
 from evermesh.parallelism.errors import EvermeshError
 
 
@@ -19,11 +19,11 @@ def succeed(worker: Worker, *, steps: int = 3) -> dict[str, Any]:
 
 
 def wait_for_stop(worker: Worker, *, look: bool = False) -> dict[str, Any]:
-    """Run until the launcher asks to stop; with ``look``, write first what this process is doing."""
+    """Run until asked to stop; with ``look``, write first what this process is doing."""
     if look:
         os.kill(os.getpid(), signal.SIGUSR1)
     worker.report({"pid": os.getpid()})
-    while not worker.stop_asked():
+    while worker.asked() != "stop":
         time.sleep(0.02)
     return {"reason": "asked"}
 
@@ -39,6 +39,7 @@ def first_error_wins(worker: Worker) -> None:
 def programming_error(worker: Worker) -> None:
     """Rank 1 has a bug; rank 0 waits for it forever."""
     if worker.rank == 1:
+        time.sleep(0.5)
         raise KeyError("no such thing")
     time.sleep(3600)
 
@@ -63,3 +64,10 @@ def hold_the_interpreter_lock(worker: Worker) -> None:
     """Wait in native code as the rendezvous of torch does: no other thread of the process can run."""
     worker.report({})
     ctypes.PyDLL(None).sleep(600)
+
+
+def stop_after_7(worker: Worker) -> None:
+    """Finish seven steps, then stop as if wedged."""
+    worker.beat(7, 0.5, 0.25)
+    worker.report({})
+    os.kill(os.getpid(), signal.SIGSTOP)

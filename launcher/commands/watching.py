@@ -1,0 +1,138 @@
+"""``evermesh status``, ``top``, ``logs``, ``nodes``, ``dashboard`` and ``stop``: jobs started anywhere."""
+
+import json
+import signal
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Job = Annotated[
+    str | None,
+    typer.Argument(metavar="RUN", help="Name or directory of a run; default: the one that lives, or the latest."),
+]
+Runs = Annotated[Path, typer.Option("--runs", metavar="DIR", help="Folder that holds the runs.")]
+
+STATUS_EXAMPLES = """[bold]Examples[/]
+
+  evermesh status                  [dim]# the job that runs on this machine, or all of them[/]
+
+  evermesh status quickstart --json
+
+Finds jobs of yours that were started from anywhere: another terminal, a notebook, a connection that is gone."""
+
+LOGS_EXAMPLES = """[bold]Examples[/]
+
+  evermesh logs -f                 [dim]# of all ranks, as they come[/]
+
+  evermesh logs quickstart --rank 2
+
+  evermesh logs --stacks           [dim]# what every rank is doing, or was doing when one failed[/]"""
+
+STOP_EXAMPLES = """[bold]Examples[/]
+
+  evermesh stop                    [dim]# finishes the step, saves a checkpoint, ends[/]
+
+  evermesh stop quickstart --grace 60
+
+  evermesh stop --now              [dim]# without a checkpoint[/]"""
+
+
+def status(
+    job: Job = None,
+    runs: Runs = Path("runs"),
+    as_json: Annotated[bool, typer.Option("--json", help="JSON instead of tables.")] = False,
+) -> None:
+    """Show a job: its state and why, its nodes and ranks; without RUN all jobs of yours on this machine."""
+    from evermesh.launcher.finding import find_job, living_jobs
+    from evermesh.launcher.status_tables import jobs_table, show_status
+    from evermesh.launcher.terminal import print_table
+
+    living = living_jobs()
+    if job is None and len(living) > 1:
+        if as_json:
+            print(json.dumps([entry.as_row() for entry in living], indent=1))
+        else:
+            print_table(jobs_table(living))
+        return
+    show_status(find_job(job, runs, living), as_json=as_json)
+
+
+def top(
+    job: Job = None,
+    runs: Runs = Path("runs"),
+    once: Annotated[bool, typer.Option("--once", help="Show it once and end.")] = False,
+) -> None:
+    """Watch a job live: step time and compute time of every rank, loss, throughput, events. Ctrl-C ends the watching."""
+    from evermesh.launcher.finding import find_run
+    from evermesh.launcher.top import watch
+
+    watch(find_run(job, runs), once=once)
+
+
+def logs(
+    job: Job = None,
+    runs: Runs = Path("runs"),
+    rank: Annotated[list[int] | None, typer.Option("--rank", help="Only this rank. Repeatable.")] = None,
+    follow: Annotated[bool, typer.Option("-f", "--follow", help="Go on with what is printed from now on.")] = False,
+    lines: Annotated[int, typer.Option("-n", "--lines", min=0, help="Last lines of every log.")] = 20,
+    stacks: Annotated[
+        bool, typer.Option("--stacks", help="What the ranks are doing instead of what they print.")
+    ] = False,
+    control: Annotated[bool, typer.Option("--control", help="Logs of the controller and the agents.")] = False,
+) -> None:
+    """Print what the ranks of a job printed."""
+    from evermesh.launcher.finding import find_job
+    from evermesh.launcher.log_files import ask_for_stacks, log_files, print_logs
+
+    found = find_job(job, runs)
+    if stacks:
+        ask_for_stacks(found)
+    print_logs(log_files(found, ranks=rank, stacks=stacks, control=control), lines, follow=follow)
+
+
+def nodes(
+    job: Job = None,
+    runs: Runs = Path("runs"),
+    as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a table.")] = False,
+) -> None:
+    """List the nodes of a job: host, state, lease, ranks, free memory."""
+    from evermesh.launcher.client import Client
+    from evermesh.launcher.finding import find_run
+    from evermesh.launcher.status_tables import nodes_table
+    from evermesh.launcher.terminal import print_table
+
+    found = Client(find_run(job, runs), patience_s=1.0).status().nodes
+    if as_json:
+        print(json.dumps([node.model_dump(mode="json") for node in found], indent=1))
+    else:
+        print_table(nodes_table(found))
+
+
+def dashboard(job: Job = None, runs: Runs = Path("runs")) -> None:
+    """Make a page that opens the dashboard of a job; only you can read it, for it holds the token."""
+    from evermesh.launcher.client import Client
+    from evermesh.launcher.finding import find_run
+
+    run = find_run(job, runs)
+    client = Client(run, patience_s=1.0)
+    client.status()
+    page = client.write_entry_page()
+    print(f"open file://{page} in a browser on this machine")
+
+
+def stop(
+    job: Job = None,
+    runs: Runs = Path("runs"),
+    now: Annotated[bool, typer.Option("--now", help="At once, without a checkpoint.")] = False,
+    grace_s: Annotated[
+        float | None, typer.Option("--grace", min=0, metavar="SECONDS", help="Time to save; then at once.")
+    ] = None,
+    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Return when it has ended.")] = True,
+) -> None:
+    """End a job after its step and a checkpoint."""
+    from evermesh.launcher.finding import find_job
+    from evermesh.launcher.stopping import stop_job
+
+    number = signal.SIGKILL if now else signal.SIGTERM
+    print(stop_job(find_job(job, runs), at_once=number is signal.SIGKILL, grace_s=grace_s, wait=wait))

@@ -1,0 +1,177 @@
+"""What ``evermesh status`` and ``evermesh nodes`` print."""
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from evermesh.launcher.client import Client
+from evermesh.launcher.contact import read_contact
+from evermesh.launcher.controller.status import JobStatus, NodeStatus, RankStatus
+from evermesh.launcher.errors import ControllerLost
+from evermesh.launcher.finding import FoundJob
+from evermesh.launcher.progress import duration
+from evermesh.launcher.run_directory import Run
+from evermesh.launcher.terminal import print_table
+
+COLOURS = {
+    "training": "green",
+    "finished": "green",
+    "ready": "green",
+    "done": "green",
+    "stopped": "yellow",
+    "stopping": "yellow",
+    "cut off": "yellow",
+    "recovering": "red",
+    "waiting": "red",
+    "failed": "red",
+    "lost": "red",
+}
+_MOST_RANKS = 64
+
+
+def show_status(job: FoundJob, *, as_json: bool) -> None:
+    """Print what is known about ``job``."""
+    if job.run is None:
+        _show_script(job, as_json)
+    elif job.run.is_alive():
+        _show_living(job.run, as_json)
+    else:
+        _show_ended(job.run, as_json)
+
+
+def jobs_table(jobs: Sequence[FoundJob]) -> Table:
+    """Living jobs, one per row."""
+    table = _table("name", "kind", "process", "running for", "directory")
+    for job in jobs:
+        running = duration(time.time() - job.started_s) if job.started_s else ""
+        table.add_row(job.name, "run" if job.run else "script", str(job.pid), running, str(job.directory))
+    return table
+
+
+def nodes_table(nodes: Sequence[NodeStatus]) -> Table:
+    """Nodes, one per row."""
+    table = _table("node", "state", "host", "address", "agent", "lease", "ranks", "memory free")
+    for node in nodes:
+        lease = "" if node.lease_left_s is None else f"{node.lease_left_s:.1f} s"
+        memory = "" if node.memory_free_bytes is None else f"{node.memory_free_bytes / 2**30:.1f} GiB"
+        ranks = "spare" if node.is_spare else _ranges(node.ranks)
+        table.add_row(
+            node.node, coloured(node.state), node.host, node.address, str(node.pid or ""), lease, ranks, memory
+        )
+    return table
+
+
+def ranks_table(ranks: Sequence[RankStatus]) -> Table:
+    """Ranks, one per row; of very many the slowest."""
+    table = _table("rank", "node", "process", "state", "step", "step time", "compute")
+    slowest = sorted(ranks, key=lambda rank: -(rank.compute_s or 0.0))[:_MOST_RANKS]
+    longest_s = max((rank.compute_s or 0.0 for rank in slowest), default=0.0)
+    for rank in sorted(slowest, key=lambda rank: rank.rank):
+        table.add_row(
+            str(rank.rank),
+            rank.node,
+            str(rank.pid or ""),
+            coloured(rank.state),
+            "" if rank.step is None else str(rank.step),
+            "" if rank.step_s is None else f"{rank.step_s:.3f} s",
+            "" if rank.compute_s is None else f"{rank.compute_s:.3f} s {_bar(rank.compute_s, longest_s)}",
+        )
+    if len(ranks) > _MOST_RANKS:
+        table.caption = f"the {_MOST_RANKS} of {len(ranks)} ranks that computed longest"
+    return table
+
+
+def headline(status: JobStatus) -> Text:
+    """State, step, loss and speed on two lines."""
+    steps = f"step {status.step or 0}" + (f" of {status.steps}" if status.steps else "")
+    loss = f" | loss {status.loss:.4f}" if status.loss is not None else ""
+    speed = f" | {status.tokens_per_s:,.0f} tokens/s" if status.tokens_per_s is not None else ""
+    left = f" | {duration(status.time_left_s)} left" if status.time_left_s is not None else ""
+    return Text.assemble(
+        (status.name, "bold"),
+        "  ",
+        (status.state, COLOURS.get(status.state, "cyan")),
+        f" ({status.reason})\n{steps}{loss}{speed}{left} | attempt {status.generation}, "
+        f"{status.restarts} of {status.max_restarts} restarts | running for {duration(time.time() - status.started_s)}",
+    )
+
+
+def coloured(state: str) -> str:
+    """A state in its colour."""
+    return f"[{COLOURS.get(state, 'cyan')}]{state}[/]"
+
+
+def _show_living(run: Run, as_json: bool) -> None:
+    try:
+        status = Client(run, patience_s=3.0).status()
+    except ControllerLost:
+        if run.is_alive():
+            raise
+        _show_ended(run, as_json)
+        return
+    if as_json:
+        print(status.model_dump_json(indent=1))
+        return
+    console = Console()
+    console.print(headline(status), highlight=False, soft_wrap=True)
+    print_table(nodes_table(status.nodes))
+    print_table(ranks_table(status.ranks))
+    console.print(
+        f"directory {run.directory}\ndashboard {read_contact(run.directory)}  (evermesh dashboard {run.directory} opens it)",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _show_ended(run: Run, as_json: bool) -> None:
+    state = run.state()
+    if as_json:
+        print(
+            json.dumps({"name": run.name, "directory": str(run.directory), **state.model_dump(mode="json")}, indent=1)
+        )
+        return
+    console = Console()
+    ended = f" at {state.ended:%Y-%m-%d %H:%M:%S} UTC" if state.ended else ""
+    console.print(
+        f"[bold]{run.name}[/]  {coloured(run.status())}{ended}, {state.attempt} attempts, {run.directory}",
+        highlight=False,
+    )
+    for line in (state.error or "").splitlines():
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    if run.status() in ("stopped", "failed", "died"):
+        console.print(f"go on with: evermesh resume {run.directory}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _show_script(job: FoundJob, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(job.as_row(), indent=1))
+        return
+    print_table(jobs_table([job]))
+    print(f"command: {' '.join(job.command)}\nits output: evermesh logs {job.directory}")
+
+
+def _table(*columns: str) -> Table:
+    return Table(*columns, box=None, header_style="bold", pad_edge=False)
+
+
+def _bar(value: float, longest: float, width: int = 10) -> str:
+    return "▮" * round(width * value / longest) if longest > 0 else ""
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """``0-3`` for consecutive numbers."""
+    return ", ".join(_runs(numbers))
+
+
+def _runs(numbers: Sequence[int]) -> Iterator[str]:
+    start = previous = None
+    for number in [*numbers, None]:
+        if previous is not None and number != previous + 1:
+            yield str(start) if start == previous else f"{start}-{previous}"
+            start = number
+        start = number if start is None else start
+        previous = number
