@@ -1,13 +1,14 @@
 """What is refused before anything starts, with nothing lost: devices, sizes, and what a resumed run may not change."""
 
 from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from evermesh import checkpoint
 from evermesh.checkpoint import CheckpointInfo
 from evermesh.launcher.config import JobConfig
-from evermesh.launcher.errors import DevicesMissing, ResumeRefused
+from evermesh.launcher.errors import ClusterMissing, DevicesMissing, ResumeRefused
 from evermesh.launcher.job_file import load_job
 from evermesh.launcher.run_directory import Run
 from evermesh.parallelism.errors import LayoutDoesNotFit
@@ -23,7 +24,7 @@ _PLACES = {"path", "cache"}
 
 def check_devices(config: JobConfig) -> None:
     """Raise ``DevicesMissing`` unless every worker has a device."""
-    if config.train.device.kind == "cpu":
+    if config.train.device.kind == "cpu" or config.on != "local":  # a cluster waits for nodes that have them
         return
     import torch
 
@@ -35,6 +36,12 @@ def check_devices(config: JobConfig) -> None:
             f"{torch.__version__} sees {found} devices here. Train on the CPU with "
             f"--set 'train.device={{kind: cpu}}'{fewer}."
         )
+
+
+def check_place(config: JobConfig) -> None:
+    """Raise ``ClusterMissing`` if the job is to run on Ray, which is not installed."""
+    if config.on != "local" and find_spec("ray") is None:
+        raise ClusterMissing(f"--on {config.on} needs Ray, which is not installed here: pip install 'evermesh[ray]'.")
 
 
 def check_longest(config: JobConfig, corpora: Sequence[Corpus]) -> None:

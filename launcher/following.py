@@ -16,6 +16,7 @@ from rich.console import Console
 
 from evermesh import checkpoint
 from evermesh.fault.events import Event
+from evermesh.launcher.agent.revival import Revival
 from evermesh.launcher.client import Client
 from evermesh.launcher.errors import ControllerLost, StoppedAtOnce, WorkersFailed
 from evermesh.launcher.interrupts import Interrupts
@@ -25,7 +26,7 @@ from evermesh.runtime.telemetry import StepReport
 
 _LOOK_S = 0.05
 _DEAD_AFTER_S = 6.0
-"""How long a run may be without a controller; an agent starts a dead one again in a fraction of that."""
+"""How long a run may be without a controller; an agent, or who shows the job, starts a dead one again before that."""
 _TOLD = ("restarted", "node cut off", "node back", "node lost", "fresh interpreters")
 """Events that are shown among the steps."""
 _LOG_LINES = 8
@@ -83,6 +84,7 @@ class Follower:
         self._client = Client(run)
         self._stopped_by: signal.Signals | None = None
         self._last_alive_s = time.monotonic()
+        self._revival = Revival(run.directory, None)
 
     def follow(self, controller: subprocess.Popen[bytes] | None = None) -> JobResult:
         """Show steps and events until the job ends; pass on what signals ask for. Call it from the main thread.
@@ -152,6 +154,8 @@ class Follower:
             log = self._run.logs / "controller.log"
             last = "".join(f"\n  | {line}" for line in _tail(log))
             raise ControllerLost(f"the controller of run {self._run.name} is gone. Its log, {log}, ends with:{last}")
+        elif controller is not None:  # it was started on this machine
+            self._revival.consider(time.monotonic() - self._last_alive_s)
 
 
 def _result(run: Run, state: RunState) -> JobResult:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from rich.console import Console
 
 from evermesh import checkpoint
-from evermesh.launcher.admission import check_devices, check_longest, resumed_config
+from evermesh.launcher.admission import check_devices, check_longest, check_place, resumed_config
 from evermesh.launcher.config import JobConfig
 from evermesh.launcher.corpora import open_corpora
 from evermesh.launcher.errors import RunAlive, StoppedAtOnce, WorkersFailed
@@ -34,6 +34,7 @@ def launch_job(config: JobConfig, console: Console, watch: Watch | None = None) 
         EvermeshError: of the devices, of the data (nothing was started), or of the workers.
         StoppedAtOnce: by a second signal.
     """
+    check_place(config)
     check_devices(config)
     vocabulary = open_data(config, console)[0].vocabulary
     run = Run.create(config)
@@ -51,6 +52,7 @@ def resume_job(run: Run, console: Console, *, workers: int | None = None, overri
     if run.is_alive():
         raise RunAlive(run.directory, run.state().pid)
     config = resumed_config(run, workers, overrides)
+    check_place(config)
     check_devices(config)
     vocabulary = open_data(config, console)[0].vocabulary
     return _train(run, config, vocabulary, console, resume=True)

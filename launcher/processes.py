@@ -17,16 +17,23 @@ TOKEN_VARIABLE = "EVERMESH_TOKEN"
 
 def start_controller(run: "Run") -> subprocess.Popen[bytes]:
     """Start the controller of ``run``, which goes on where its journal ends."""
-    return _start(
-        [sys.executable, "-m", "evermesh.launcher.controller", str(run.directory.absolute())],
-        run.logs / "controller.log",
-    )
+    return _start(_controller(run), run.logs / "controller.log")
+
+
+def start_controller_apart(run: "Run") -> None:
+    """Start the controller as nobody's child: Ray ends an actor together with its children."""
+    shell = ["/bin/sh", "-c", '"$@" &', "sh"]
+    _start([*shell, *_controller(run)], run.logs / "controller.log").wait()
 
 
 def start_agent(spec: "AgentSpec", token: str) -> subprocess.Popen[bytes]:
     """Start an agent on this machine."""
     command = [sys.executable, "-m", "evermesh.launcher.agent", spec.model_dump_json()]
     return _start(command, spec.run / "logs" / f"agent-{spec.node}.log", {TOKEN_VARIABLE: token})
+
+
+def _controller(run: "Run") -> list[str]:
+    return [sys.executable, "-m", "evermesh.launcher.controller", str(run.directory.absolute())]
 
 
 def _start(command: Sequence[str], log: Path, variables: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:

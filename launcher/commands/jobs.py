@@ -15,6 +15,14 @@ Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override a value of the job, such as train.steps=20. Repeatable."),
 ]
+Nodes = Annotated[int | None, typer.Option("--nodes", min=1, help="Nodes that share the workers equally.")]
+Spares = Annotated[int | None, typer.Option("--spares", min=0, help="Nodes beyond those, to replace a lost one.")]
+On = Annotated[
+    str | None,
+    typer.Option(
+        "--on", metavar="PLACE", help="Where the nodes are: local, ray (RAY_ADDRESS or here), ray://HOST:PORT."
+    ),
+]
 Runs = Annotated[Path, typer.Option("--runs", metavar="DIR", help="Folder that holds the runs.")]
 
 LAUNCH_EXAMPLES = """[bold]Examples[/]
@@ -22,6 +30,8 @@ LAUNCH_EXAMPLES = """[bold]Examples[/]
   evermesh launch deploy/jobs/quickstart.yaml
 
   evermesh launch job.yaml --name wide --set train.model.hidden=256
+
+  evermesh launch job.yaml --on ray --nodes 2 --spares 1
 
   evermesh launch --workers 2 train.py --lr 3e-4    [dim]# any script; see below[/]
 
@@ -48,14 +58,17 @@ def launch(
     job: Annotated[Path, typer.Argument(metavar="JOB.yaml", help="The job file.", show_default=False)],
     overrides: Set = None,
     name: Annotated[str | None, typer.Option("--name", help="Name of the run; default: the job's.")] = None,
+    nodes: Nodes = None,
+    spares: Spares = None,
+    on: On = None,
 ) -> None:
-    """Train a job on workers of this machine until it ends or reaches its [bold]stop_at[/]."""
+    """Train a job, on this machine or on several, until it ends or reaches its [bold]stop_at[/]."""
     from evermesh.launcher.job_file import load_job
     from evermesh.launcher.operations import launch_job
     from evermesh.launcher.terminal import lasting_console
 
-    named = [f"name={json.dumps(name)}"] if name is not None else []
-    trained = launch_job(load_job(job, [*(overrides or ()), *named]), lasting_console())
+    given = _overrides(name=name, nodes=nodes, spares=spares, on=on)
+    trained = launch_job(load_job(job, [*(overrides or ()), *given]), lasting_console())
     raise typer.Exit(trained.result.exit_code)
 
 
@@ -64,6 +77,9 @@ def resume(
     workers: Annotated[
         int | None, typer.Option("--workers", min=1, help="Train on this many workers from now.")
     ] = None,
+    nodes: Nodes = None,
+    spares: Spares = None,
+    on: On = None,
     overrides: Set = None,
     runs: Runs = Path("runs"),
 ) -> None:
@@ -72,7 +88,8 @@ def resume(
     from evermesh.launcher.run_directory import Run
     from evermesh.launcher.terminal import lasting_console
 
-    trained = resume_job(Run.find(run, runs), lasting_console(), workers=workers, overrides=overrides or ())
+    given = [*(overrides or ()), *_overrides(nodes=nodes, spares=spares, on=on)]
+    trained = resume_job(Run.find(run, runs), lasting_console(), workers=workers, overrides=given)
     raise typer.Exit(trained.result.exit_code)
 
 
@@ -92,6 +109,11 @@ def list_runs(
     else:
         print_table(_table(rows))
         _print_errors(rows)
+
+
+def _overrides(**values: str | int | None) -> list[str]:
+    """Options that stand for a key of the job, as overrides."""
+    return [f"{key}={json.dumps(value)}" for key, value in values.items() if value is not None]
 
 
 def _row(run: "Run") -> dict[str, Any]:

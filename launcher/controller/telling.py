@@ -35,6 +35,14 @@ def going_on(text: str, step: int | None, reason: str) -> str:
     return f"{text.splitlines()[0]} Going on from {place} ({reason})."
 
 
+def told_early_end(run: Run, node: str) -> str:
+    """That an agent ended before it joined, with its last words."""
+    log = run.logs / f"agent-{node}.log"
+    lines = log.read_text(errors="replace").split("\n") if log.is_file() else []
+    last = next((line.strip() for line in reversed(lines) if line.strip()), "without a word")
+    return f"{node} ended before it joined: {last} Its log: {log}"
+
+
 def told_stop(number: int, at_once: bool) -> str:
     """A request to stop, in words."""
     how = "at once" if at_once else "after a checkpoint"

@@ -26,6 +26,9 @@ class Placement(Protocol):
     def replace(self, node: str) -> bool:
         """Start another agent for a node whose agent is lost, if the place can have one; whether one was started."""
 
+    def shortage(self) -> str:
+        """Why nodes are missing, in a sentence, as far as it is known; empty if nothing is."""
+
     def end(self) -> None:
         """End every agent that is left, and give the nodes back."""
 

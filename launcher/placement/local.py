@@ -49,6 +49,10 @@ class LocalPlacement:
         self.start([node])
         return True
 
+    def shortage(self) -> str:
+        """Nothing: this machine has as many agents as are wanted."""
+        return ""
+
     def end(self) -> None:
         """End every agent that is left."""
         for node, child in self._children.items():

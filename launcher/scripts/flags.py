@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from evermesh.launcher.scripts.errors import ScriptRefused
 
-JOB_FLAGS = ("--set", "--name")
+JOB_FLAGS = ("--set", "--name", "--on", "--spares")
 """What only a job file takes."""
 _JOB_FILES = (".yaml", ".yml")
 _OFF = ("", "0")

@@ -1,0 +1,136 @@
+"""The Ray cluster of a job: connecting to it, what it can offer, and what a job holds there."""
+
+import hashlib
+import logging
+import os
+import socket
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+
+import ray
+from ray.exceptions import RayError
+from ray.util.placement_group import PlacementGroup, placement_group_table
+
+from evermesh.launcher.config import JobConfig
+from evermesh.launcher.errors import ClusterMissing
+from evermesh.launcher.run_directory import Run
+from evermesh.runtime.config import CpuDevice
+
+GROUP = "nodes"
+"""Name of a job's placement group, in its namespace."""
+_PROBE_S = 3.0
+_CONNECT_S = 15
+"""Ray's own limit, for an address where something answers that is no cluster."""
+_LIMIT_VARIABLE = "RAY_gcs_server_request_timeout_seconds"
+
+
+def namespace_of(run: Run) -> str:
+    """Where the actors of a run have their names: other runs, also of the same name, have others."""
+    path = str(run.directory.resolve())
+    return f"evermesh-{run.name}-{hashlib.sha256(path.encode()).hexdigest()[:8]}"
+
+
+def connect(on: str, namespace: str) -> str:
+    """Join the cluster that ``on`` names; returns the address of this machine in it.
+
+    ``ray`` is the cluster of RAY_ADDRESS, or the one that this machine belongs to. ``ray://HOST:PORT`` is the cluster whose
+    head (its control service) listens there; Ray Client, which some take this spelling for, cannot outlive its caller.
+
+    Raises:
+        ClusterMissing: there is none, or this machine is no node of it.
+    """
+    address = on.removeprefix("ray://") if on.startswith("ray://") else "auto"
+    if address != "auto":
+        _probe(address)
+    before = os.environ.get(_LIMIT_VARIABLE)
+    os.environ.setdefault(_LIMIT_VARIABLE, str(_CONNECT_S))
+    try:
+        ray.init(address=address, namespace=namespace, log_to_driver=False, logging_level=logging.ERROR)
+        return ray.util.get_node_ip_address()
+    except (ConnectionError, RuntimeError, ValueError, RayError, SystemExit) as error:  # Ray leaves with SystemExit
+        raise ClusterMissing(_missing(on, str(error))) from error
+    finally:
+        if before is None:
+            del os.environ[_LIMIT_VARIABLE]
+
+
+def _probe(address: str) -> None:
+    """Find out at once that nobody listens there: Ray itself tries for minutes."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), _PROBE_S).close()
+    except OSError as error:
+        raise ClusterMissing(_missing(f"ray://{address}", str(error))) from error
+
+
+def _missing(on: str, why: str) -> str:
+    lines = [line.strip() for line in why.splitlines() if line.strip()]
+    way_on = (
+        "Give the address that `ray start` printed, usually port 6379 of the head, not the one of Ray Client (10001)"
+        if on.startswith("ray://")
+        else "Start one with `ray start --head`, set RAY_ADDRESS, or give --on ray://HOST:PORT"
+    )
+    return (
+        f"no Ray cluster was reached with --on {on}: {lines[0] if lines else 'it does not answer'}. {way_on}; this machine "
+        "must be a node of the cluster, with the same RAY_AUTH_TOKEN if it uses tokens."
+    )
+
+
+def bundle_of(config: JobConfig) -> dict[str, float]:
+    """What one node gives to the job: a CPU per thread of its workers, and a GPU per worker on CUDA."""
+    slots, device = config.workers // config.nodes, config.train.device
+    if isinstance(device, CpuDevice):
+        return {"CPU": float(slots * device.threads)}
+    return {"CPU": float(slots), "GPU": float(slots)}
+
+
+@dataclass(frozen=True, slots=True)
+class GroupView:
+    """A placement group as the cluster describes it now."""
+
+    state: str
+    bundles: int
+    ray_nodes: Mapping[int, str]
+    """By bundle."""
+
+
+def look_at(group: PlacementGroup) -> GroupView:
+    """Ask for the state of ``group``."""
+    table = placement_group_table(group)
+    return GroupView(table["state"], len(table["bundles"]), table["bundles_to_node_id"])
+
+
+def living_nodes() -> dict[str, Mapping[str, float]]:
+    """What the nodes have that Ray counts as alive, in use or not, by Ray's name for them."""
+    return {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
+
+
+def shortage(wanted: int, bundle: Mapping[str, float]) -> str:
+    """Why the cluster cannot give what is wanted."""
+    nodes = living_nodes().values()
+    fitting = sum(all(node.get(kind, 0.0) >= number for kind, number in bundle.items()) for node in nodes)
+    each = " and ".join(f"{number:g} {kind}" for kind, number in bundle.items())
+    busy = ", some of it in use" if fitting >= wanted else ""
+    return (
+        f"The job asks the Ray cluster for {each} on each of {wanted} nodes; {fitting} of its {len(nodes)} nodes have that "
+        f"much{busy}."
+    )
+
+
+def find_group() -> PlacementGroup | None:
+    """The placement group of the job, if it has one."""
+    try:
+        return ray.util.get_placement_group(GROUP)
+    except ValueError:
+        return None
+
+
+def give_back() -> None:
+    """Kill every agent of the job and remove its placement group."""
+    for name in ray.util.list_named_actors():
+        with suppress(ValueError):  # gone meanwhile
+            ray.kill(ray.get_actor(name))
+    group = find_group()
+    if group is not None:
+        ray.util.remove_placement_group(group)
