@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from evermesh.launcher.scripts.nodes import Node, Place
 from evermesh.launcher.scripts.options import ScriptJob
 
 
@@ -15,45 +16,55 @@ class Start:
     """0 for the first; counted over the whole job."""
     reason: str
     """Why there was a restart; empty for the first generation."""
+    nodes: tuple[Node, ...]
+    """Those of this machine."""
     master_port: int
-    folder: Path
-    """Its logs: ``RANK/stdout.log``, ``stderr.log`` and ``error.json``."""
-    progress: Path
-    """The file in which a script may report progress; one for the whole job."""
+    logs: Path
+    """``attempt_GENERATION/LOCAL_RANK``, as torchrun names them, in a folder per node where there are several here."""
 
-    def error_file(self, local_rank: int) -> Path:
+    @property
+    def progress(self) -> Path:
+        """The file in which a script may report progress; one for the whole job."""
+        return self.logs / "progress"
+
+    def folder(self, place: Place) -> Path:
+        """Logs of a rank: ``stdout.log``, ``stderr.log`` and ``error.json``."""
+        node = self.logs / f"node_{place.node.number}" if len(self.nodes) > 1 else self.logs
+        return node / f"attempt_{self.generation}" / str(place.local_rank)
+
+    def error_file(self, place: Place) -> Path:
         """Where ``torch.distributed.elastic``'s ``@record`` writes an exception."""
-        return self.folder / str(local_rank) / "error.json"
+        return self.folder(place) / "error.json"
 
 
-def rank_environment(job: ScriptJob, start: Start, local_rank: int, inherited: Mapping[str, str]) -> dict[str, str]:
+def rank_environment(job: ScriptJob, start: Start, place: Place, inherited: Mapping[str, str]) -> dict[str, str]:
     """The whole environment of one rank.
 
     ``TORCHELASTIC_USE_AGENT_STORE`` is False: rank 0 hosts the store. It dies with its generation, so that no restart
     meets the keys of the one before.
     """
-    world = str(job.workers)
+    rank, node = str(place.rank), place.node
     environment = dict(inherited)
-    if job.workers > 1:  # as torchrun: several ranks, each with a thread per core, would overload the machine
+    if sum(here.workers for here in start.nodes) > 1:  # as torchrun: a thread per core each would overload the machine
         environment.setdefault("OMP_NUM_THREADS", "1")
     environment.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")
     environment |= {
-        "RANK": str(local_rank),
-        "LOCAL_RANK": str(local_rank),
-        "WORLD_SIZE": world,
-        "LOCAL_WORLD_SIZE": world,
-        "GROUP_RANK": "0",
-        "GROUP_WORLD_SIZE": "1",
+        "RANK": rank,
+        "LOCAL_RANK": str(place.local_rank),
+        "WORLD_SIZE": str(node.world_size),
+        "LOCAL_WORLD_SIZE": str(node.workers),
+        "GROUP_RANK": str(node.number),
+        "GROUP_WORLD_SIZE": str(node.count),
         "ROLE_NAME": job.role,
-        "ROLE_RANK": str(local_rank),
-        "ROLE_WORLD_SIZE": world,
-        "MASTER_ADDR": job.master_addr,
+        "ROLE_RANK": rank,
+        "ROLE_WORLD_SIZE": str(node.world_size),
+        "MASTER_ADDR": job.where.master_addr,
         "MASTER_PORT": str(start.master_port),
         "TORCHELASTIC_RESTART_COUNT": str(start.generation),
         "TORCHELASTIC_MAX_RESTARTS": str(job.max_restarts),
         "TORCHELASTIC_RUN_ID": job.run_id,
         "TORCHELASTIC_USE_AGENT_STORE": "False",
-        "TORCHELASTIC_ERROR_FILE": str(start.error_file(local_rank)),
+        "TORCHELASTIC_ERROR_FILE": str(start.error_file(place)),
         "TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGQUIT",
         "EVERMESH_GENERATION": str(start.generation),
         "EVERMESH_RESTART_REASON": start.reason,

@@ -43,8 +43,9 @@ def _idle(name: str, metavar: str | None, why: str) -> Flag:
 
 
 FLAGS = (
-    Flag(("--nnodes", "--nodes"), "N|MIN:MAX", "nodes; 1, or a range with 1 in it"),
-    Flag(("--nproc-per-node", "--workers"), "N|auto|gpu|cpu", "ranks on this machine; default 1"),
+    Flag(("--nnodes", "--nodes"), "N", "nodes; default 1. All on this machine unless --master-addr says otherwise"),
+    Flag(("--nproc-per-node", "--workers"), "N|auto|gpu|cpu", "ranks of a node; default 1"),
+    Flag(("--node-rank",), "N", "number of this machine; default: as Slurm or Kubernetes say, else as they come"),
     Flag(("--max-restarts",), "N", "how often all ranks are started again after a failure; default 0"),
     Flag(("--module", "-m"), None, "the script is the name of a module, as for python -m"),
     Flag(("--no-python",), None, "the script is a program, not a Python file"),
@@ -52,31 +53,53 @@ FLAGS = (
     Flag(("--log-dir",), "DIR", "folder of the logs; default: a new one in the folder of temporary files"),
     Flag(("--redirects", "-r"), "STD", "streams kept off the terminal: 0 to 3, or RANK:STD,..."),
     Flag(("--tee", "-t"), "STD", "streams shown on the terminal: 0 to 3 (1 output, 2 errors), or RANK:STD,..."),
-    Flag(("--local-ranks-filter",), "RANK,...", "show these ranks on the terminal; default: rank 0"),
+    Flag(("--local-ranks-filter",), "RANK,...", "show these ranks of a node on the terminal; default: its first"),
     Flag(("--shutdown-timeout", "--grace"), "SECONDS", "from SIGTERM or Ctrl-C to SIGKILL; default 25"),
     Flag(("--role",), "NAME", "ROLE_NAME of the ranks"),
     Flag(("--rdzv-id",), "ID", "TORCHELASTIC_RUN_ID; default: a new one"),
-    Flag(("--rdzv-backend",), "NAME", "with static (the default), --rdzv-endpoint is the store of rank 0"),
-    Flag(("--rdzv-endpoint",), "HOST:PORT", "see --rdzv-backend"),
-    Flag(("--master-addr",), "HOST", "where rank 0 opens its store; default localhost"),
-    Flag(("--master-port",), "PORT", "its port; default: a new free one for every start"),
+    Flag(("--master-addr",), "HOST", "node 0: the machines meet there, and rank 0 opens its store; default localhost"),
+    Flag(("--master-port",), "PORT", "its port; default: 29500, and on one machine a new free one for every start"),
+    Flag(("--rdzv-backend",), "NAME", "static (default) or c10d; one machine needs none"),
+    Flag(("--rdzv-endpoint",), "HOST:PORT", "another way to give --master-addr and --master-port"),
+    Flag(("--rdzv-conf",), "KEY=VALUE,...", "join_timeout: seconds in which all machines must come; default 600"),
     Flag(("--standalone",), None, "ignore --rdzv-* and --master-*"),
-    _idle("--node-rank", "N", "there is one node, number 0"),
-    _idle("--rdzv-conf", "KEY=VALUE,...", "there is nothing to wait for on one node"),
-    _idle("--local-addr", "HOST", "the ranks of one node meet at --master-addr"),
+    _idle("--local-addr", "HOST", "all ranks meet at --master-addr"),
     _idle("--monitor-interval", "SECONDS", "a death is noticed at once"),
     _idle("--start-method", "NAME", "every rank is a fresh process"),
     _idle("--event-log-handler", "NAME", "events are in events.jsonl of the logs"),
     _idle("--signals-to-handle", "NAME,...", "all of them are"),
 )
 
+_EVERYWHERE = "Run the same command on every machine (srun, pdsh, Kubernetes), with --nnodes and --master-addr."
+FOREIGN = {
+    "--num-gpus": "Use --workers.",
+    "--num-nodes": "Use --nnodes.",
+    "--hostfile": _EVERYWHERE,
+    "--launcher": _EVERYWHERE,
+    "--include": "Set CUDA_VISIBLE_DEVICES, and --workers.",
+    "--exclude": "Set CUDA_VISIBLE_DEVICES, and --workers.",
+    "--no-local-rank": "Leave it out: LOCAL_RANK is in the environment, and ${local_rank} in arguments stands for it.",
+    "--use-env": "Leave it out: LOCAL_RANK is in the environment.",
+    "--num-processes": "Use --workers: ranks of one machine, not of all.",
+    "--num-machines": "Use --nnodes.",
+    "--machine-rank": "Use --node-rank.",
+    "--main-process-ip": "Use --master-addr.",
+    "--main-process-port": "Use --master-port.",
+}
+"""Flags of the launchers of DeepSpeed and Accelerate, and older ones of torch's: what to say here."""
+
 HELP = """Any script: evermesh launch [FLAGS] SCRIPT ARGS...
 
-Runs a script that knows nothing of Evermesh, with the environment torchrun would give it, on this machine.
+Runs a script that knows nothing of Evermesh, with the environment torchrun would give it.
 
   evermesh launch --workers 2 train.py --lr 3e-4
   evermesh launch --nproc-per-node gpu --max-restarts 3 -m package.train
   evermesh launch --workers 2 --no-python ./run.sh
+  evermesh launch --workers 2 train.py --deepspeed --deepspeed_config ds.json
+
+On several machines, the same on each of them; under srun both are known:
+
+  evermesh launch --nnodes 2 --node-rank 1 --master-addr node0 --workers 8 --max-restarts 3 train.py
 
 Each flag may be spelled with underscores and given as a variable, such as PET_NPROC_PER_NODE=2 or PET_MAX_RESTARTS=3;
 a flag wins over its variable.
@@ -84,7 +107,7 @@ a flag wins over its variable.
 {flags}
 
 Exit codes: 0 done; 1 failed; 2 a wrong request; 75 (requeue me) and 93 (do not) as the script says; 93 also when three
-starts in a row made no progress; 128 + signal after Ctrl-C or SIGTERM."""
+starts in a row made no progress, 75 when a machine was lost; 128 + signal after Ctrl-C or SIGTERM."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +197,8 @@ def _value(word: str, flag: Flag | None, arguments: Sequence[str], place: int) -
     """The name of a flag as it was typed, and its value."""
     name, equals, value = word.partition("=")
     if flag is None:
+        if _dashed(name) in FOREIGN:
+            raise ScriptRefused(f"there is no flag {name}, which is another launcher's. {FOREIGN[_dashed(name)]}")
         close = difflib.get_close_matches(_dashed(name), _KNOWN, n=1, cutoff=0.5)
         guess = f" Did you mean {close[0]}?" if close else ""
         raise ScriptRefused(f"there is no flag {name}.{guess} What belongs to the script comes after it.")

@@ -8,9 +8,12 @@ from collections.abc import Callable, Mapping
 from typing import Literal
 
 from evermesh.launcher.scripts.environment import Start, rank_environment
+from evermesh.launcher.scripts.nodes import Node, Place, places
 from evermesh.launcher.scripts.options import ScriptJob
 from evermesh.launcher.scripts.output import Stream, Terminal
 from evermesh.launcher.scripts.processes import Guardian, RankProcess
+from evermesh.launcher.scripts.report import Ends
+from evermesh.launcher.scripts.wakeups import Wakeups
 
 _REAP_TIMEOUT_S = 10.0
 """How long a killed process may take to disappear."""
@@ -19,26 +22,40 @@ _LOOK_S = 3600.0
 
 
 class Ranks:
-    """The processes of one generation and what they print.
+    """The processes of one generation on this machine, and what they print.
 
-    ``wakeup`` is a descriptor that becomes readable when the launcher gets a signal.
+    ``guardians``: of every node here. ``wakeups`` are taken while the ranks are watched.
     """
 
-    def __init__(self, job: ScriptJob, start: Start, terminal: Terminal, guardian: Guardian, wakeup: int) -> None:
-        self._job, self._start, self._terminal, self._guardian = job, start, terminal, guardian
+    def __init__(
+        self,
+        job: ScriptJob,
+        start: Start,
+        terminal: Terminal,
+        guardians: Mapping[Node, Guardian],
+        wakeups: Wakeups,
+    ) -> None:
+        self._job, self._start, self._terminal, self._guardians = job, start, terminal, guardians
+        self._wakeups = wakeups
         self._selector = selectors.DefaultSelector()
-        self._selector.register(wakeup, selectors.EVENT_READ, None)
+        self._selector.register(wakeups, selectors.EVENT_READ, None)
         self._processes: list[RankProcess] = []
         self._streams: list[Stream] = []
-        self._prefixed = sum(job.shows(rank, 1) or job.shows(rank, 2) for rank in range(job.workers)) > 1
-        self.codes: dict[int, int] = {}
-        """By rank, in the order of their ends: exit code, or minus the signal."""
-        self.ended_s: dict[int, float] = {}
-        """By rank: monotonic clock."""
+        self._places = places(start.nodes)
+        self._prefixed = sum(self._shows(place, 1) or self._shows(place, 2) for place in self._places) > 1
+        self.codes: dict[Place, int] = {}
+        """In the order of their ends: exit code, or minus the signal."""
+        self.ended_s: dict[Place, float] = {}
+        """Monotonic clock."""
 
     @property
     def pids(self) -> list[int]:
         return [process.pid for process in self._processes]
+
+    @property
+    def ends(self) -> Ends:
+        """Every end so far."""
+        return tuple((place, self.codes[place], time_s) for place, time_s in self.ended_s.items())
 
     @property
     def is_over(self) -> bool:
@@ -47,11 +64,11 @@ class Ranks:
 
     def start_all(self, inherited: Mapping[str, str], is_wanted: Callable[[], bool]) -> None:
         """Start every rank, unless ``is_wanted`` says meanwhile that none is wanted any more."""
-        for rank in range(self._job.workers):
+        for place in self._places:
             if not is_wanted():
                 return
-            (self._start.folder / str(rank)).mkdir(parents=True, exist_ok=True)
-            self._start_one(rank, inherited)
+            self._start.folder(place).mkdir(parents=True, exist_ok=True)
+            self._start_one(place, inherited)
 
     def watch(self, until: Callable[[], bool], deadline_s: float | None = None) -> None:
         """Copy output and note ends until ``until`` holds, every rank has ended, or the monotonic clock strikes."""
@@ -64,7 +81,7 @@ class Ranks:
                 if isinstance(key.data, Stream) and not key.data.pump():
                     self._selector.unregister(key.fd)
                 elif key.data is None:
-                    os.read(key.fd, 4096)
+                    self._wakeups.take()
             for key in ready:
                 if isinstance(key.data, RankProcess):
                     self._note_end(key.data)
@@ -73,7 +90,7 @@ class Ranks:
     def send(self, number: int) -> None:
         """Send a signal to every rank that still runs."""
         for process in list(self._processes):
-            if process.rank not in self.codes:
+            if process.place not in self.codes:
                 process.send(number)
                 process.send(signal.SIGCONT)  # a stopped process would not hear it
 
@@ -94,30 +111,33 @@ class Ranks:
         gone, self._processes = self._processes, []  # no signal may reach their numbers once they are reaped
         for process in gone:
             process.reap(_REAP_TIMEOUT_S)
-            self._guardian.forget(process)
+            self._guardians[process.place.node].forget(process)
         for stream in self._streams:
             stream.pump()
             stream.close()
         self._selector.close()
 
-    def _start_one(self, rank: int, inherited: Mapping[str, str]) -> None:
-        environment = rank_environment(self._job, self._start, rank, inherited)
-        stdout, stderr = self._sink(rank, 1), self._sink(rank, 2)
+    def _start_one(self, place: Place, inherited: Mapping[str, str]) -> None:
+        environment = rank_environment(self._job, self._start, place, inherited)
+        stdout, stderr = self._sink(place, 1), self._sink(place, 2)
         try:
-            process = RankProcess(rank, self._job.command(rank), environment, stdout=stdout, stderr=stderr)
+            process = RankProcess(place, self._job.command(place.local_rank), environment, stdout=stdout, stderr=stderr)
         finally:
             os.close(stdout)
             os.close(stderr)
-        self._guardian.watch(process)
+        self._guardians[place.node].watch(process)
         self._processes.append(process)
         self._selector.register(process.pidfd, selectors.EVENT_READ, process)
 
-    def _sink(self, rank: int, number: Literal[1, 2]) -> int:
+    def _shows(self, place: Place, number: Literal[1, 2]) -> bool:
+        return self._job.shows(place.local_rank, number, on_first_node=place.node == self._start.nodes[0])
+
+    def _sink(self, place: Place, number: Literal[1, 2]) -> int:
         """A descriptor that takes a stream of a rank: its log, or a pipe to us where the terminal shows it."""
-        log = self._start.folder / str(rank) / ("stdout.log" if number == 1 else "stderr.log")
-        if not self._job.shows(rank, number):
+        log = self._start.folder(place) / ("stdout.log" if number == 1 else "stderr.log")
+        if not self._shows(place, number):
             return os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o666)
-        stream = Stream(self._terminal, rank, number, log, f"[{rank}] " if self._prefixed else "")
+        stream = Stream(self._terminal, place.rank, number, log, f"[{place.rank}] " if self._prefixed else "")
         self._streams.append(stream)
         self._selector.register(stream.reader, selectors.EVENT_READ, stream)
         return stream.writer
@@ -137,7 +157,7 @@ class Ranks:
         if code is None:
             return
         self._selector.unregister(process.pidfd)
-        self.codes[process.rank], self.ended_s[process.rank] = code, time.monotonic()
+        self.codes[process.place], self.ended_s[process.place] = code, time.monotonic()
         for stream in self._streams:  # its last words are in the pipe by now
-            if stream.rank == process.rank:
+            if stream.rank == process.place.rank:
                 stream.pump()

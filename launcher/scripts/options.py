@@ -10,63 +10,59 @@ from pathlib import Path
 from string import Template
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from evermesh.launcher.scripts.errors import ScriptRefused
 from evermesh.launcher.scripts.flags import FLAGS, CommandLine, read
+from evermesh.launcher.scripts.values import Frozen, seconds, whole_number
+from evermesh.launcher.scripts.where import Machines, ThisMachine, find_place
 
 Std = Literal[0, 1, 2, 3]
 """A set of streams: 1 is standard output, 2 standard error, as torchrun counts them."""
 _DEFAULT_GRACE_S = 25.0
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class PythonFile(_Frozen):
+class PythonFile(Frozen):
     """A Python file."""
 
     kind: Literal["file"] = "file"
     path: str
 
 
-class PythonModule(_Frozen):
+class PythonModule(Frozen):
     """A module, run as ``python -m`` does."""
 
     kind: Literal["module"] = "module"
     name: str
 
 
-class Program(_Frozen):
+class Program(Frozen):
     """Any program."""
 
     kind: Literal["program"] = "program"
     path: str
 
 
-class ScriptJob(_Frozen):
+class ScriptJob(Frozen):
     """A script, its ranks, and what becomes of their output and their failures."""
 
     script: Annotated[PythonFile | PythonModule | Program, Field(discriminator="kind")]
     arguments: tuple[str, ...] = ()
     """``${local_rank}`` in them stands for the local rank."""
     workers: int = Field(default=1, ge=1)
-    """Number of ranks."""
+    """Number of ranks of a node."""
+    where: Annotated[ThisMachine | Machines, Field(discriminator="kind")] = ThisMachine()
     max_restarts: int = Field(default=0, ge=0)
     run_id: str
     role: str = "default"
-    master_addr: str = "localhost"
-    master_port: int | None = Field(default=None, ge=1, le=65535)
-    """Where rank 0 opens its store; None for a new free port in every generation."""
     log_dir: Path | None = None
     """None for a new folder among the temporary files."""
     redirects: tuple[Std, ...]
-    """Per rank: streams kept off the terminal."""
+    """Per local rank: streams kept off the terminal."""
     tee: tuple[Std, ...]
-    """Per rank: streams shown on the terminal, whatever ``redirects`` says."""
+    """Per local rank: streams shown on the terminal, whatever ``redirects`` says."""
     local_ranks_filter: tuple[int, ...] | None = None
-    """Ranks that may show anything; None for rank 0 and what ``tee`` names."""
+    """Local ranks that may show anything; None for the first rank of this machine and what ``tee`` names."""
     grace_s: float = Field(default=_DEFAULT_GRACE_S, ge=0)
     """Seconds from a signal that ends the job to SIGKILL."""
     idle_flags: tuple[str, ...] = ()
@@ -87,13 +83,14 @@ class ScriptJob(_Frozen):
             return [*python, self.script.path, *arguments]
         return [self.script.path, *arguments]
 
-    def shows(self, local_rank: int, stream: Literal[1, 2]) -> bool:
-        """Whether a stream of a rank is copied to the terminal."""
+    def shows(self, local_rank: int, stream: Literal[1, 2], *, on_first_node: bool = True) -> bool:
+        """Whether a stream of a rank is copied to the terminal; ``on_first_node``: of those on this machine."""
         if self.local_ranks_filter is not None and local_rank not in self.local_ranks_filter:
             return False
         if self.tee[local_rank] & stream:
             return True
-        return not self.redirects[local_rank] & stream and (local_rank == 0 or self.local_ranks_filter is not None)
+        is_first = local_rank == 0 and on_first_node
+        return not self.redirects[local_rank] & stream and (is_first or self.local_ranks_filter is not None)
 
 
 def script_job(arguments: Sequence[str], environ: Mapping[str, str]) -> ScriptJob:
@@ -103,24 +100,21 @@ def script_job(arguments: Sequence[str], environ: Mapping[str, str]) -> ScriptJo
         ScriptRefused: something in them is wrong; says what and what is allowed.
     """
     line = read(arguments, environ)
-    _check_nodes(line)
     workers = _count_ranks(line)
-    master_addr, master_port = _master(line)
     log_dir = line.values.get("log_dir")
     return ScriptJob(
         script=_script(line),
         arguments=line.arguments,
         workers=workers,
-        max_restarts=_number(line, "max_restarts", 0),
+        where=find_place(line, environ),
+        max_restarts=whole_number(line, "max_restarts", 0),
         run_id=_run_id(line),
         role=line.values.get("role", "default"),
-        master_addr=master_addr,
-        master_port=master_port,
         log_dir=Path(log_dir) if log_dir else None,
         redirects=_streams(line, "redirects", workers),
         tee=_streams(line, "tee", workers),
         local_ranks_filter=_filter(line),
-        grace_s=_seconds(line, "shutdown_timeout", _DEFAULT_GRACE_S),
+        grace_s=seconds(line, "shutdown_timeout", _DEFAULT_GRACE_S),
         idle_flags=tuple(line.spellings[f.field] for f in FLAGS if not f.has_effect and f.field in line.values),
     )
 
@@ -140,20 +134,6 @@ def _script(line: CommandLine) -> PythonFile | PythonModule | Program:
     if not Path(line.script).exists():
         raise ScriptRefused(f"there is no file {line.script}. A module needs -m, another program --no-python.")
     return PythonFile(path=line.script)
-
-
-def _check_nodes(line: CommandLine) -> None:
-    text = line.values.get("nnodes", "1")
-    found = re.fullmatch(r"(\d+)(?::(\d+))?", text)
-    if not found or not 1 <= int(found[1]) <= int(found[2] or found[1]):
-        raise ScriptRefused(
-            f"{line.spellings['nnodes']} is {text!r}, which is neither N nor MIN:MAX with 1 <= MIN <= MAX."
-        )
-    if int(found[1]) > 1:
-        raise ScriptRefused(
-            f"{line.spellings['nnodes']} asks for {found[1]} nodes, but scripts run on one machine for now. "
-            f"Use 1 (or a range with 1 in it), and --workers for more ranks here."
-        )
 
 
 def _count_ranks(line: CommandLine) -> int:
@@ -177,22 +157,6 @@ def _count_gpus() -> int:
         return devices
     wanted = [name for name in visible.split(",") if name]
     return wanted.index("-1") if "-1" in wanted else len(wanted)
-
-
-def _master(line: CommandLine) -> tuple[str, int | None]:
-    """Where rank 0 opens its store."""
-    if "standalone" in line.values:
-        return "localhost", None
-    endpoint = line.values.get("rdzv_endpoint", "")
-    if endpoint and line.values.get("rdzv_backend", "static") == "static":
-        host, colon, port = endpoint.rpartition(":")
-        if not colon or not port.isdecimal() or not 0 < int(port) < 65536:
-            raise ScriptRefused(f"{line.spellings['rdzv_endpoint']} is {endpoint!r}, which is not HOST:PORT.")
-        return host, int(port)
-    port_number = _number(line, "master_port", 0)
-    if port_number > 65535:
-        raise ScriptRefused(f"{line.spellings['master_port']} is {port_number}. Ports end at 65535.")
-    return line.values.get("master_addr", "localhost"), port_number or None
 
 
 def _run_id(line: CommandLine) -> str:
@@ -226,21 +190,3 @@ def _streams(line: CommandLine, field: str, workers: int) -> tuple[Std, ...]:
 def _std(text: str) -> Std:
     streams: dict[str, Std] = {"0": 0, "1": 1, "2": 2, "3": 3}
     return streams[text]
-
-
-def _number(line: CommandLine, field: str, default: int) -> int:
-    text = line.values.get(field)
-    if text is None:
-        return default
-    if not text.isdecimal():
-        raise ScriptRefused(f"{line.spellings[field]} is {text!r}. Give a whole number from 0.")
-    return int(text)
-
-
-def _seconds(line: CommandLine, field: str, default: float) -> float:
-    text = line.values.get(field)
-    if text is None:
-        return default
-    if not re.fullmatch(r"\d+(\.\d*)?", text):
-        raise ScriptRefused(f"{line.spellings[field]} is {text!r}. Give seconds, such as 30.")
-    return float(text)

@@ -11,6 +11,8 @@ from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Self
 
+from evermesh.launcher.scripts.nodes import Place
+
 _LIBC = ctypes.CDLL(None)
 _PR_SET_PDEATHSIG = 1
 
@@ -22,10 +24,10 @@ class RankProcess:
     """
 
     def __init__(
-        self, rank: int, command: Sequence[str], environment: Mapping[str, str], *, stdout: int, stderr: int
+        self, place: Place, command: Sequence[str], environment: Mapping[str, str], *, stdout: int, stderr: int
     ) -> None:
         launcher = os.getpid()
-        self.rank = rank
+        self.place = place
         self._process = subprocess.Popen(
             command,
             env=environment,

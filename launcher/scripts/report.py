@@ -4,10 +4,17 @@ import json
 import os
 import re
 import signal
+import time
+from collections.abc import Iterable
 from pathlib import Path
 
+from evermesh.launcher.policy import Failure, is_lost_peer, root_cause
 from evermesh.launcher.scripts.environment import Start
-from evermesh.launcher.scripts.policy import Failure
+from evermesh.launcher.scripts.nodes import Place
+from evermesh.launcher.scripts.peers import Report
+
+Ends = tuple[tuple[Place, int, float], ...]
+"""Of ranks: exit code, or minus the signal; monotonic clock."""
 
 _MARK = "Traceback (most recent call last):"
 _CHAINS = ("During handling of the above exception", "The above exception was the direct cause")
@@ -20,24 +27,74 @@ _LINES_WITHOUT = 20
 """and so many where there is none."""
 
 
-def read_failure(start: Start, rank: int, code: int, time_s: float) -> Failure:
-    """What is known about the end of a rank: its error file as ``@record`` writes it, else the end of its stderr."""
-    recorded = _recorded(start.error_file(rank))
-    if recorded:
-        return Failure(rank, code, time_s, recorded, has_traceback=True)
-    text = _NOISE.sub("", _tail(start.folder / str(rank) / "stderr.log"))
-    traceback = _last_traceback(text)
-    if traceback and (code > 0 or code == -signal.SIGABRT):  # torch may abort while an exception ends the interpreter
-        return Failure(rank, code, time_s, _cut(traceback, _LINES), has_traceback=True)
-    return Failure(rank, code, time_s, _cut(text, _LINES_WITHOUT))
+def report_of(start: Start, ends: Ends, ran_s: float, *, has_progressed: bool, forwarded: Iterable[int]) -> Report:
+    """How the ranks of this machine ended, for all launchers of the job."""
+    failures = failures_of(start, ends)
+    told = ""
+    if failures:
+        first = root_cause(failures)
+        told = _told(first, start, next(place for place, _, _ in ends if place.rank == first.rank))
+    return Report(
+        failures=failures,
+        told=told,
+        has_progressed=has_progressed,
+        ran_s=ran_s,
+        forwarded=frozenset(forwarded),
+        sent_s=time.monotonic(),
+    )
 
 
-def told(failure: Failure, start: Start) -> str:
+def failures_of(start: Start, ends: Ends) -> tuple[Failure, ...]:
+    """What is known about the ranks that did not end with 0."""
+    return tuple(_failure(start, place, code, time_s) for place, code, time_s in ends if code)
+
+
+def _failure(start: Start, place: Place, code: int, time_s: float) -> Failure:
+    """From its error file as ``@record`` writes it, else from the end of its stderr."""
+    text, has_traceback = _last_words(start, place, code)
+    return Failure(
+        rank=place.rank,
+        time_s=time_s,
+        how=_how(code, text.splitlines()[-1].strip() if has_traceback else ""),
+        cause="died" if code < 0 else "raised",
+        code=code,
+        peer_lost=is_lost_peer(code, text),
+        text=text,
+        has_traceback=has_traceback,
+    )
+
+
+def _told(failure: Failure, start: Start, place: Place) -> str:
     """The last thing a user reads: rank, how it ended, log, and its own words."""
     memory = " (if memory ran out, dmesg tells)" if failure.code == -9 else ""
-    where = start.folder / str(failure.rank)
-    head = f"evermesh: rank {failure.rank} {failure.how}{memory} in generation {start.generation}. Its logs: {where}"
+    node = place.node
+    where = f" on node {node.number} ({os.uname().nodename})" if node.count > 1 else ""
+    head = f"evermesh: rank {failure.rank} {failure.how}{memory} in generation {start.generation}{where}."
+    head += f" Its logs: {start.folder(place)}"
     return f"{head}\n{failure.text}" if failure.text else head
+
+
+def _last_words(start: Start, place: Place, code: int) -> tuple[str, bool]:
+    """And whether they are a traceback."""
+    recorded = _recorded(start.error_file(place))
+    if recorded:
+        return recorded, True
+    text = _NOISE.sub("", _tail(start.folder(place) / "stderr.log"))
+    traceback = _last_traceback(text)
+    if traceback and (code > 0 or code == -signal.SIGABRT):  # torch may abort while an exception ends the interpreter
+        return _cut(traceback, _LINES), True
+    return _cut(text, _LINES_WITHOUT), False
+
+
+def _how(code: int, error: str) -> str:
+    """In words, on one line."""
+    reason = f" ({error})" if error else ""
+    if code >= 0:
+        return f"failed with exit code {code}{reason}"
+    try:
+        return f"was killed by {signal.Signals(-code).name}{reason}"
+    except ValueError:  # a real-time signal
+        return f"was killed by signal {-code}"
 
 
 def _recorded(file: Path) -> str:

@@ -21,6 +21,8 @@ class Launcher:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.started: list[subprocess.Popen[str]] = []
+        self.variables = {"XDG_STATE_HOME": str(folder / "state")}
+        """Jobs of tests are not listed among those of the user."""
 
     def script(self, text: str, name: str = "script.py") -> str:
         """Write a script into the folder."""
@@ -32,18 +34,19 @@ class Launcher:
         return subprocess.run(
             [*EVERMESH, "--log-dir", str(self.folder / "logs"), *map(str, arguments)],
             cwd=self.folder,
-            env=os.environ | variables,
+            env=os.environ | self.variables | variables,
             capture_output=True,
             text=True,
             timeout=timeout_s,
             check=False,
         )
 
-    def start(self, *arguments: str) -> subprocess.Popen[str]:
+    def start(self, *arguments: str, **variables: str) -> subprocess.Popen[str]:
         """Start and return at once; killed when the test ends."""
         process = subprocess.Popen(
             [*EVERMESH, "--log-dir", str(self.folder / "logs"), *arguments],
             cwd=self.folder,
+            env=os.environ | self.variables | variables,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -9,6 +9,7 @@ from evermesh.launcher.scripts import is_script
 from evermesh.launcher.scripts.errors import ScriptRefused
 from evermesh.launcher.scripts.flags import FLAGS
 from evermesh.launcher.scripts.options import PythonModule, ScriptJob, script_job
+from evermesh.launcher.scripts.where import Machines, ThisMachine
 
 OURS_ALONE = {"--nodes", "--workers", "--grace"}
 NOT_TAKEN = {"--logs-specs", "--numa-binding", "--virtual-local-rank", "--help", "-h"} | {
@@ -78,9 +79,18 @@ def test_rank_0_is_shown_unless_flags_say_otherwise() -> None:
     ("arguments", "message"),
     [
         (["--nproc-per-nod", "2"], "there is no flag --nproc-per-nod. Did you mean --nproc-per-node?"),
+        (["--num_gpus", "2"], "there is no flag --num_gpus, which is another launcher's. Use --workers."),
+        (["--hostfile=hosts"], "Run the same command on every machine"),
         (["--max_restart=2"], "there is no flag --max_restart. Did you mean --max-restarts?"),
-        (["--nodes", "2"], "asks for 2 nodes, but scripts run on one machine for now"),
-        (["--nnodes", "2:4"], "asks for 2 nodes"),
+        (["--nnodes", "2:4"], "asks for 2 to 4 nodes, but the number of nodes of a script is fixed"),
+        (["--nnodes", "2", "--node-rank", "1"], "node 1 of 2 (--node-rank) does not know where node 0 is"),
+        (
+            ["--nnodes", "2", "--node-rank", "2", "--master-addr", "a"],
+            "--node-rank is 2, but 2 nodes have the numbers 0",
+        ),
+        (["--node-rank", "1"], "--node-rank is 1, but there is 1 node. Give --nnodes as well."),
+        (["--nnodes", "2", "--rdzv-backend", "etcd", "--rdzv-endpoint", "a:1"], "nodes meet without a server here"),
+        (["--nnodes=2", "--master-addr=a", "--rdzv-conf", "join_timeout=long"], "join_timeout is 'long'"),
         (["--nnodes", "3:1"], "neither N nor MIN:MAX"),
         (["--workers", "0"], "Give a number from 1, auto, gpu or cpu"),
         (["--workers", "2", "--nproc-per-node", "3"], "--workers is 2 and --nproc-per-node is 3. Give one."),
@@ -98,8 +108,56 @@ def test_what_cannot_be_done_is_refused_with_the_way_out(arguments: list[str], m
 
 
 def test_a_variable_that_is_wrong_is_named() -> None:
-    with pytest.raises(ScriptRefused, match="PET_NNODES asks for 8 nodes"):
-        job(PET_NNODES="8")
+    with pytest.raises(ScriptRefused, match="PET_NNODES is 'many'"):
+        job(PET_NNODES="many")
+
+
+def test_nodes_without_an_address_are_all_on_this_machine() -> None:
+    assert job("--nodes", "3").where == ThisMachine(nodes=3)
+    assert job("--nodes", "3", "--standalone", PET_NODE_RANK="1").where == ThisMachine(nodes=3)
+
+
+STATIC = ("--nnodes", "2", "--master-addr", "node0", "--master-port", "2000")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variables", "rank", "source"),
+    [
+        ((*STATIC, "--node-rank", "1"), {}, 1, "--node-rank"),
+        (("--nnodes=2", "--node-rank=1", "--rdzv-endpoint", "node0:2000"), {}, 1, "--node-rank"),
+        (STATIC, {"PET_NODE_RANK": "1"}, 1, "PET_NODE_RANK"),
+        ((), {"PET_NNODES": "2", "PET_NODE_RANK": "1", "PET_MASTER_ADDR": "node0", "PET_MASTER_PORT": "2000"}, 1,
+         "PET_NODE_RANK"),
+        (STATIC, {"JOB_COMPLETION_INDEX": "1"}, 1, "JOB_COMPLETION_INDEX"),
+        (STATIC, {"SLURM_NNODES": "2", "SLURM_NODEID": "1"}, 1, "SLURM_NODEID"),
+        (STATIC, {"SLURM_NNODES": "1", "SLURM_NODEID": "0"}, None, ""),
+        (("--nnodes", "2", "--rdzv-backend=c10d", "--rdzv-endpoint", "node0:2000"), {}, None, ""),
+        (("--nnodes", "2", "--master-port", "2000"),
+         {"SLURM_NNODES": "2", "SLURM_NODEID": "0", "SLURM_JOB_NODELIST": "node[0-1]"}, 0, "SLURM_NODEID"),
+    ],
+)  # fmt: skip
+def test_the_rank_of_a_node_and_its_master_are_found(
+    arguments: tuple[str, ...], variables: dict[str, str], rank: int | None, source: str
+) -> None:
+    assert job(*arguments, **variables).where == Machines(
+        nodes=2, node_rank=rank, node_rank_from=source, master_addr="node0", master_port=2000
+    )
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [("gpu[003-006,9],login1", "gpu003"), ("a,b", "a"), ("rack1-[7,9]-x,b", "rack1-7-x"), ("gpu12", "gpu12")],
+)
+def test_the_first_node_of_a_slurm_job_is_the_master(nodes: str, first: str) -> None:
+    found = job("--nodes=2", SLURM_NNODES="2", SLURM_NODEID="1", SLURM_JOB_NODELIST=nodes).where
+    assert (found.master_addr, found.master_port) == (first, 29500)
+
+
+def test_how_long_nodes_wait_for_each_other_can_be_said() -> None:
+    for name in ("timeout", "join_timeout"):
+        found = job(*STATIC, "--rdzv-conf", f"{name}=30").where
+        assert isinstance(found, Machines)
+        assert found.join_timeout_s == 30
 
 
 def test_a_script_that_is_not_there_is_refused() -> None:

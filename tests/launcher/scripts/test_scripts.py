@@ -116,7 +116,7 @@ def test_two_ranks_train_with_ddp_over_gloo(launcher: Launcher) -> None:
 def test_after_kill_9_of_one_rank_all_meet_in_a_new_store_and_finish(launcher: Launcher) -> None:
     done = launcher.run("--workers", "2", "--max-restarts", "2", launcher.script(TRAIN), "die")
     assert done.returncode == 0, done.stderr
-    reason = "rank 1 was killed by SIGKILL; 1 of 3 starts in a row without progress"
+    reason = "rank 1 was killed by SIGKILL; restart 1 of 2"
     assert done.stdout == f"trained, restart 1 1 {reason}\n"
     events = list(read_events(launcher.logs / "events.jsonl"))
     assert [event.kind for event in events] == ["started", "died", "restarted", "started", "finished"]
@@ -172,7 +172,7 @@ def test_the_same_exception_again_and_again_stops_after_3_generations_with_93(la
     done = launcher.run("--workers", "2", "--max-restarts", "50", launcher.script(RAISE))
     assert done.returncode == 93
     assert sorted(path.name for path in launcher.logs.glob("attempt_*")) == ["attempt_0", "attempt_1", "attempt_2"]
-    assert "3 starts in a row made no progress and failed with the same traceback" in done.stderr
+    assert "3 attempts in a row made no progress and failed with the same traceback" in done.stderr
     assert done.stderr.endswith("\nValueError: no data at all\n")
     assert done.stderr.count("Traceback") == 1
 
