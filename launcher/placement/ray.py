@@ -36,6 +36,7 @@ from evermesh.launcher.run_directory import Run
 from evermesh.runtime.config import CpuDevice
 
 _LOOK_S = 0.1
+_AGAIN_S = 1.0
 _SPARE_WAIT_S = 5.0
 """How long the cluster may look for a node for a spare before the job begins with one spare less."""
 _LEAVE_WAIT_S = 5.0
@@ -137,8 +138,9 @@ class RayPlacement:
         while not self._is_ending.wait(_LOOK_S):
             try:
                 self._look()
-            except _CLUSTER_AWAY as error:  # agents and workers need it only when something is to be placed
-                print(f"the Ray cluster does not answer, asking again: {type(error).__name__} {error}", flush=True)
+            except Exception as error:  # noqa: BLE001  agents and workers need Ray only when something is to be placed
+                print(f"the Ray cluster is asked again after {type(error).__name__}: {error}", flush=True)
+                self._is_ending.wait(_AGAIN_S)
 
     def _look(self) -> None:
         if self._group is None:

@@ -47,6 +47,7 @@ def connect(on: str, namespace: str) -> str:
     os.environ.setdefault(_LIMIT_VARIABLE, str(_CONNECT_S))
     try:
         ray.init(address=address, namespace=namespace, log_to_driver=False, logging_level=logging.ERROR)
+        ray.put(None)  # what that imports at first must not meet imports of another thread
         return ray.util.get_node_ip_address()
     except (ConnectionError, RuntimeError, ValueError, RayError, SystemExit) as error:  # Ray leaves with SystemExit
         raise ClusterMissing(_missing(on, str(error))) from error
