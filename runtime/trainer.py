@@ -237,9 +237,11 @@ class Trainer:
             raise CheckpointNotFound(
                 (self.directory or Path()) / "checkpoints", "no complete checkpoint to resume from; launch the run anew"
             )
+        started_s = time.monotonic()
         loaded = self.state.restore(path)
         self.sampler.load_state_dict(self.progress.sampler)
-        self._log("resumed", f"from {path.name}, saved by {loaded.world_size}, on {self.communicator.size} workers")
+        text = f"from {path.name}, saved by {loaded.world_size}, on {self.communicator.size} workers"
+        self._log("resumed", text, load_s=time.monotonic() - started_s)
 
     def _newest_checkpoint(self) -> Path | None:
         return checkpoint.latest(self.directory / "checkpoints") if self.directory else None

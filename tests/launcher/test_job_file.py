@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from evermesh.launcher import load_job, write_job
+from evermesh.launcher import JobConfig, load_job, write_job
 from evermesh.launcher.demo import quickstart
 from evermesh.launcher.errors import JobFileInvalid
 
+KEYS = ", ".join(JobConfig.model_fields)
 GOOD = """\
 workers: 4
 train:
@@ -68,7 +69,7 @@ def test_a_key_on_the_wrong_level_suggests_the_right_one(tmp_path: Path) -> None
 
 def test_an_unknown_key_without_a_close_one_lists_the_known_ones(tmp_path: Path) -> None:
     path = write(tmp_path, GOOD + "zzz: 4\n")
-    assert errors(path) == [f"{path}:10: zzz is not a key. Keys of a job: name, runs, workers, restarts, train."]
+    assert errors(path) == [f"{path}:10: zzz is not a key. Keys of a job: {KEYS}."]
 
 
 def test_every_problem_is_reported_in_the_order_of_the_file(tmp_path: Path) -> None:
@@ -232,7 +233,7 @@ def test_overrides_are_yaml_values_and_later_ones_win(tmp_path: Path) -> None:
         ("train.layout=3", "train.layout is 3; it should be a mapping of keys."),
         ("train.data.sources=[]", "train.data.sources is a list of 0; it should have at least 1 item."),
         ("train.optimizer.betas=[0.9]", "train.optimizer.betas.1 is missing; add it."),
-        ("1=2", "1 is not a key. Keys of a job: name, runs, workers, restarts, train."),
+        ("1=2", f"1 is not a key. Keys of a job: {KEYS}."),
         ("train.steps.x=1", "train.steps is 30, which has no keys below it."),
         ("train.data.sources.4.kind=stdlib", "train.data.sources is a list; its indices are 0 to 0."),
         ("train.model={hiden: 4}", "train.model.hiden is not a key. Did you mean train.model.hidden?"),

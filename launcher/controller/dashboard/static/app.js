@@ -12,7 +12,7 @@ const LONGEST_MS = 8000; // between two tries while the controller is gone
 const HIDDEN_MS = 15000; // nobody looks
 const ENDED = ["finished", "stopped", "failed"];
 const NO_TOKEN =
-  "This page needs the link with its token. Run “evermesh status” where the job was launched: it prints the link.";
+  "This page needs the link with its token. Run “evermesh dashboard” where the job was launched: it makes that link.";
 
 const byId = (id) => document.getElementById(id);
 const steps = new History();
