@@ -4,6 +4,7 @@ Node 0 listens on the master's port until all nodes have come, and then no more:
 free for the store of rank 0. One port is all that must be open between the machines.
 """
 
+import os
 import socket
 import time
 from contextlib import suppress
@@ -48,7 +49,7 @@ def join(job: ScriptJob, where: Machines) -> Joined:
         except OSError as error:
             if where.node_rank == 0:
                 raise ScriptRefused(
-                    f"port {where.master_port} cannot be opened here ({error.strerror}). Give another --master-port on "
+                    f"port {where.master_port} cannot be opened here ({os.strerror(error.errno or 0)}). Give another --master-port on "
                     "all machines."
                 ) from error
         else:  # whoever opens it first is node 0
