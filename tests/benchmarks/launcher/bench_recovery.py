@@ -7,6 +7,7 @@ again. torchrun runs with ``TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1``, without whic
 import json
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -48,8 +49,8 @@ Trainer(config, directory=folder, resume=checkpoint.latest(folder / "checkpoints
 
 
 def run() -> list[Row]:
-    """Recovery of 2 and of 4 ranks."""
-    return [row for workers in GOALS for row in _rows(workers)]
+    """Recovery of 2 and of 4 ranks, and of the controller."""
+    return [*(row for workers in GOALS for row in _rows(workers)), _controller_row()]
 
 
 def _rows(workers: int) -> list[Row]:
@@ -70,6 +71,26 @@ def _rows(workers: int) -> list[Row]:
         for index, what in enumerate(("to the next step, without loading", "loading", "to the end of the next step"))
     ]
     return [replace(rows[0], goal=GOALS[workers]), *rows[1:]]
+
+
+def _controller_row() -> Row:
+    """SIGKILL of the controller until another one answers; torchrun's job ends when its rendezvous host dies."""
+    with tempfile.TemporaryDirectory() as name, _ours(_config(Path(name), 2)) as (directory, _):
+        taken_over = [_replace_controller(Run(directory)) for _ in range(ROUNDS)]
+    first, median, third = statistics.quantiles(taken_over, n=4)
+    return Row("SIGKILL of the controller to the answer of another", median, "s", third - first, goal=2.0)
+
+
+def _replace_controller(run: Run) -> float:
+    _wait_steps(run.directory, 3)
+    first = Client(run).status().pid
+    os.kill(first, signal.SIGKILL)
+    killed_s = time.monotonic()
+    while Client(run).status().pid == first:
+        time.sleep(0.01)
+    seconds = time.monotonic() - killed_s
+    assert run.state().attempt == 1, "training was interrupted"
+    return seconds
 
 
 def _config(folder: Path, workers: int) -> JobConfig:
