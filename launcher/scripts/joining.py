@@ -48,9 +48,9 @@ def join(job: ScriptJob, where: Machines) -> Joined:
             listener = _listen(where.master_port)
         except OSError as error:
             if where.node_rank == 0:
+                why = os.strerror(error.errno or 0)
                 raise ScriptRefused(
-                    f"port {where.master_port} cannot be opened here ({os.strerror(error.errno or 0)}). Give another --master-port on "
-                    "all machines."
+                    f"port {where.master_port} cannot be opened here ({why}). Give another --master-port on all machines."
                 ) from error
         else:  # whoever opens it first is node 0
             return _Gathering(job, where, listener).run(deadline_s)

@@ -119,8 +119,9 @@ def test_generations_of_two_machines_never_overlap(launcher: Launcher, port: int
         from pathlib import Path
         rank, generation = int(os.environ["RANK"]), int(os.environ["EVERMESH_GENERATION"])
         for earlier in Path().glob(f"pid-{generation - 1}-*"):
-            if Path("/proc", earlier.read_text()).exists():
-                Path("overlap").touch()
+            pid = earlier.read_text()
+            if pid and Path("/proc", pid).exists():  # a rank may be ended before it has written
+                Path("overlap").write_text(f"{earlier} {pid}")
         Path(f"pid-{generation}-{rank}").write_text(str(os.getpid()))
         Path(os.environ["EVERMESH_PROGRESS_FILE"]).write_text(str(generation))
         address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])

@@ -196,6 +196,23 @@ def test_sigterm_is_forwarded_at_once_and_ends_with_143(launcher: Launcher) -> N
     assert alive(family, 1) == []
 
 
+def test_a_script_that_saves_on_a_signal_and_asks_for_a_requeue_gets_it(launcher: Launcher) -> None:
+    script = """
+        import os, signal, sys, time
+        from pathlib import Path
+        signal.signal(signal.SIGUSR1, lambda *_: Path("warned-" + os.environ["RANK"]).touch())
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+        Path("ready-" + os.environ["RANK"]).touch()
+        time.sleep(60)
+    """
+    process = launcher.start("--workers", "2", "--max-restarts", "5", launcher.script(script))
+    launcher.wait_for("ready-0", "ready-1")
+    process.send_signal(signal.SIGUSR1)  # as Slurm does some time before the end
+    launcher.wait_for("warned-0", "warned-1")
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(10) == 75
+
+
 def test_who_does_not_end_in_time_is_killed_even_when_it_is_stopped(launcher: Launcher) -> None:
     process = launcher.start("--workers", "2", "--grace", "0.5", launcher.script(WAIT), "deaf")
     launcher.wait_for("ready-0", "ready-1")
