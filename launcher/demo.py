@@ -65,7 +65,7 @@ def run_demo(console: Console, *, runs: Path, resume_workers: int) -> int:
     prepared_s = time.monotonic()
     stop_at = config.train.stop_at or config.train.steps
     console.rule(f"2. train on {config.workers} workers up to step {stop_at}; one of them is killed", align="left")
-    first = launch_job(config, console, _Killer(rank=config.workers // 2, step=stop_at - 3))
+    first = launch_job(config, console, watch=_Killer(rank=config.workers // 2, step=stop_at - 3))
     if first.result.exit_code:
         return first.result.exit_code
     console.rule(f"3. resume on {resume_workers} workers", align="left")

@@ -79,31 +79,34 @@ class Follower:
     """Shows a run from the moment it is made; make it before the controller starts, so that nothing is missed."""
 
     def __init__(self, run: Run, console: Console, watch: Watch | None = None) -> None:
-        self._run, self._console, self._watch = run, console, watch
+        self._run, self.console, self._watch = run, console, watch
         self._steps, self._events = Lines(run.telemetry), Lines(run.events)
         self._client = Client(run)
         self._stopped_by: signal.Signals | None = None
         self._last_alive_s = time.monotonic()
         self._revival = Revival(run.directory, None)
 
-    def follow(self, controller: subprocess.Popen[bytes] | None = None) -> JobResult:
+    def follow(self, controller: subprocess.Popen[bytes] | None = None, *, until_controlled: bool = False) -> JobResult:
         """Show steps and events until the job ends; pass on what signals ask for. Call it from the main thread.
 
-        ``controller`` is reaped when it ends, if it is a child of this process.
+        ``controller`` is reaped when it ends, if it is a child of this process. With ``until_controlled`` it returns as
+        soon as there is one.
 
         Raises:
             WorkersFailed: the job failed; says why.
             StoppedAtOnce: it was ended without a checkpoint.
             ControllerLost: nobody controls it any more.
         """
-        with Interrupts() as interrupts, Progress(self._console) as progress:
+        with Interrupts() as interrupts, Progress(self.console) as progress:
             while True:
                 state = self._run.state()
                 self._show(progress)
                 if state.state not in ("created", "running"):
                     break
                 if self._answer(interrupts, progress):
-                    return self._left()
+                    return self._left(128 + signal.SIGHUP)
+                if until_controlled and state.state == "running":
+                    return self._left(0)
                 self._check_alive(controller)
                 time.sleep(_LOOK_S)
         if controller is not None:
@@ -141,10 +144,10 @@ class Follower:
             self._client.stop(number, at_once=True)
         return False
 
-    def _left(self) -> JobResult:
-        text = f"nobody watches any more; the job goes on. evermesh status {self._run.directory} finds it again."
-        self._console.print(text, style="yellow", highlight=False, soft_wrap=True)
-        return JobResult(0, "left", None, 128 + signal.SIGHUP)
+    def _left(self, exit_code: int) -> JobResult:
+        text = f"the job goes on by itself; it is found again with: evermesh status {self._run.directory}"
+        self.console.print(text, style="yellow", highlight=False, soft_wrap=True)
+        return JobResult(0, "left", None, exit_code)
 
     def _check_alive(self, controller: subprocess.Popen[bytes] | None) -> None:
         is_starting = controller is not None and controller.poll() is None

@@ -27,8 +27,11 @@ class Trained:
     result: JobResult
 
 
-def launch_job(config: JobConfig, console: Console, watch: Watch | None = None) -> Trained:
+def launch_job(config: JobConfig, console: Console, *, detach: bool = False, watch: Watch | None = None) -> Trained:
     """Make a run for ``config`` and train it; ``watch`` sees every step and the workers' processes.
+
+    Returns when it has ended, or with ``detach`` as soon as it has a controller: ``evermesh status`` and ``Client`` find
+    it then.
 
     Raises:
         EvermeshError: of the devices, of the data (nothing was started), or of the workers.
@@ -38,11 +41,13 @@ def launch_job(config: JobConfig, console: Console, watch: Watch | None = None) 
     check_devices(config)
     vocabulary = open_data(config, console)[0].vocabulary
     run = Run.create(config)
-    return _train(run, run.config(), vocabulary, console, resume=False, watch=watch)
+    return _train(run, run.config(), vocabulary, Follower(run, console, watch), resume=False, detach=detach)
 
 
-def resume_job(run: Run, console: Console, *, workers: int | None = None, overrides: Sequence[str] = ()) -> Trained:
-    """Train ``run`` on from its newest checkpoint, on as many workers as asked for.
+def resume_job(
+    run: Run, console: Console, *, workers: int | None = None, overrides: Sequence[str] = (), detach: bool = False
+) -> Trained:
+    """Train ``run`` on from its newest checkpoint, on as many workers as asked for; returns as ``launch_job`` does.
 
     Raises:
         RunAlive: another launcher trains it.
@@ -55,7 +60,7 @@ def resume_job(run: Run, console: Console, *, workers: int | None = None, overri
     check_place(config)
     check_devices(config)
     vocabulary = open_data(config, console)[0].vocabulary
-    return _train(run, config, vocabulary, console, resume=True)
+    return _train(run, config, vocabulary, Follower(run, console), resume=True, detach=detach)
 
 
 def open_data(config: JobConfig, console: Console) -> list[Corpus]:
@@ -70,9 +75,8 @@ def open_data(config: JobConfig, console: Console) -> list[Corpus]:
     return corpora
 
 
-def _train(
-    run: Run, config: JobConfig, vocabulary: int, console: Console, *, resume: bool, watch: Watch | None = None
-) -> Trained:
+def _train(run: Run, config: JobConfig, vocabulary: int, follower: Follower, *, resume: bool, detach: bool) -> Trained:
+    console = follower.console
     verb = "resuming" if resume else "training"
     nodes = f" of {config.nodes} nodes" if config.nodes > 1 else ""
     console.print(
@@ -83,9 +87,9 @@ def _train(
     with run.locked():  # nobody controls it now
         run.write_config(config)
         run.write_state(RunState(state="created", workers=config.workers, attempt=run.state().attempt))
-    follower = Follower(run, console, watch)
+    controller = start_controller(run)
     try:
-        result = follower.follow(start_controller(run))
+        result = follower.follow(controller, until_controlled=detach)
     except WorkersFailed as error:
         error.add_note(_way_on(run, str(error)))
         draw_loss(run, vocabulary, console)

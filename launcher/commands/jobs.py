@@ -23,6 +23,7 @@ On = Annotated[
         "--on", metavar="PLACE", help="Where the nodes are: local, ray (RAY_ADDRESS or here), ray://HOST:PORT."
     ),
 ]
+Detach = Annotated[bool, typer.Option("--detach", "-d", help="Return at once; `evermesh status` finds the job.")]
 Runs = Annotated[Path, typer.Option("--runs", metavar="DIR", help="Folder that holds the runs.")]
 
 LAUNCH_EXAMPLES = """[bold]Examples[/]
@@ -37,7 +38,7 @@ LAUNCH_EXAMPLES = """[bold]Examples[/]
 
 Ctrl-C finishes the step, saves a checkpoint and ends; twice ends at once.
 
-A lost terminal counts as one Ctrl-C, unless nohup is used."""
+A lost terminal ends nothing: `evermesh status` finds the job again, from anywhere."""
 
 RESUME_EXAMPLES = """[bold]Examples[/]
 
@@ -61,6 +62,7 @@ def launch(
     nodes: Nodes = None,
     spares: Spares = None,
     on: On = None,
+    detach: Detach = False,
 ) -> None:
     """Train a job, on this machine or on several, until it ends or reaches its [bold]stop_at[/]."""
     from evermesh.launcher.job_file import load_job
@@ -68,7 +70,7 @@ def launch(
     from evermesh.launcher.terminal import lasting_console
 
     given = _overrides(name=name, nodes=nodes, spares=spares, on=on)
-    trained = launch_job(load_job(job, [*(overrides or ()), *given]), lasting_console())
+    trained = launch_job(load_job(job, [*(overrides or ()), *given]), lasting_console(), detach=detach)
     raise typer.Exit(trained.result.exit_code)
 
 
@@ -80,6 +82,7 @@ def resume(
     nodes: Nodes = None,
     spares: Spares = None,
     on: On = None,
+    detach: Detach = False,
     overrides: Set = None,
     runs: Runs = Path("runs"),
 ) -> None:
@@ -89,7 +92,7 @@ def resume(
     from evermesh.launcher.terminal import lasting_console
 
     given = [*(overrides or ()), *_overrides(nodes=nodes, spares=spares, on=on)]
-    trained = resume_job(Run.find(run, runs), lasting_console(), workers=workers, overrides=given)
+    trained = resume_job(Run.find(run, runs), lasting_console(), workers=workers, overrides=given, detach=detach)
     raise typer.Exit(trained.result.exit_code)
 
 

@@ -120,3 +120,21 @@ def test_a_killed_worker_is_named_and_the_run_has_failed(job_file: Path) -> None
         assert "Traceback" not in stderr
         assert still_alive(members, 3) == []
         assert job.run.status() == "failed"
+
+
+def test_a_detached_job_trains_on_after_its_command_has_ended_until_it_is_stopped(job_file: Path) -> None:
+    done = evermesh("launch", "--detach", job_file, "--set", "train.steps=100000")
+    assert done.returncode == 0, done.stderr
+    assert "it is found again with: evermesh status" in done.stdout
+    run = Run.open(job_file.parent / "runs" / "small")
+    try:
+        until = time.monotonic() + 30
+        while not run.telemetry.is_file():
+            assert time.monotonic() < until
+            time.sleep(0.02)
+        assert evermesh("status", run.directory).stdout.startswith("small  training")
+    finally:
+        stopped = evermesh("stop", run.directory)
+    assert stopped.returncode == 0, stopped.stderr
+    assert run.status() == "stopped"
+    assert checkpoint.checkpoints(run.checkpoints)[-1].step == read_telemetry(run.telemetry)[-1].step
