@@ -4,11 +4,13 @@ The file is the truth: an entry counts when its line is on disk, and a controlle
 ends. The index serves questions; where it is missing or behind it is made again from the file.
 """
 
+import errno
 import json
 import os
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
@@ -34,9 +36,9 @@ class Journal:
     """The journal of one run, for its only writer. Entries are on disk when ``append`` returns. A context manager."""
 
     def __init__(self, path: Path) -> None:
-        self.entries = list(read_journal(path))
+        self.entries, size = _read(path)
         self._descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        self._cut_torn_line()
+        os.ftruncate(self._descriptor, size)  # without the line that a killed writer left unfinished
         self._index = JournalIndex(path.with_suffix(".sqlite"))
         self._index.catch_up(self.entries)
 
@@ -51,7 +53,7 @@ class Journal:
         """Write down what is about to be done.
 
         Raises:
-            OSError: it could not be written; nothing may be done then.
+            OSError: it could not be written; nothing of it is in the file, and nothing may be done then.
         """
         entry = Entry(
             seq=len(self.entries) + 1,
@@ -61,54 +63,45 @@ class Journal:
             reason=reason,
             fields=fields,
         )
-        line = entry.model_dump_json().encode() + b"\n"
-        written = os.write(self._descriptor, line)
-        if written != len(line):
-            self._cut_torn_line()
-            raise OSError(f"only {written} of {len(line)} bytes of the journal were taken")
-        os.fdatasync(self._descriptor)
+        self._write(entry.model_dump_json().encode() + b"\n")
         self.entries.append(entry)
-        self._index.add(entry)
+        self._index.catch_up(self.entries)
         return entry
 
-    def _cut_torn_line(self) -> None:
-        """Remove the line that a killed writer, or a full disk, left unfinished."""
+    def _write(self, line: bytes) -> None:
         size = os.fstat(self._descriptor).st_size
-        content = os.pread(self._descriptor, size, 0)
-        os.ftruncate(self._descriptor, content.rfind(b"\n") + 1)
+        try:
+            written = os.write(self._descriptor, line)
+            if written != len(line):
+                raise OSError(errno.ENOSPC, f"only {written} of {len(line)} bytes of the journal were taken")
+            os.fdatasync(self._descriptor)
+        except OSError:
+            os.ftruncate(self._descriptor, size)
+            raise
 
 
 class JournalIndex:
-    """Answers questions about a journal. It may be deleted at any time."""
+    """Answers questions about a journal. It may be deleted at any time; without room for it, it falls behind."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        try:
-            self._database = self._open()
-        except sqlite3.DatabaseError:  # torn by a crash: made anew
-            path.unlink(missing_ok=True)
-            self._database = self._open()
+        self._database: sqlite3.Connection | None = None
 
-    def add(self, entry: Entry) -> None:
-        """Index one entry."""
-        self._database.execute(
-            "INSERT OR REPLACE INTO entries VALUES (?, ?, ?, ?, ?, ?)",
-            (entry.seq, entry.time_s, entry.generation, entry.kind, entry.reason, json.dumps(entry.fields)),
-        )
-        self._database.commit()
-
-    def catch_up(self, entries: list[Entry]) -> None:
-        """Index what is missing; throw away what the journal does not have."""
-        (last,) = self._database.execute("SELECT coalesce(max(seq), 0) FROM entries").fetchone()
-        if last > len(entries):
-            self._database.execute("DELETE FROM entries")
-            last = 0
-        for entry in entries[last:]:
-            self.add(entry)
+    def catch_up(self, entries: Sequence[Entry]) -> None:
+        """Index what is missing, and throw away what the journal does not have."""
+        for _ in range(2):
+            try:
+                self._fill(self._opened(), entries)
+            except (sqlite3.Error, OSError):  # torn by a crash, deleted, or no room: made anew once
+                self.close()
+                with suppress(OSError):
+                    self._path.unlink(missing_ok=True)
+            else:
+                return
 
     def find(self, *, after: int = 0, kind: str | None = None, limit: int = 1000) -> list[Entry]:
         """Entries with a higher number than ``after``, oldest first."""
-        rows = self._database.execute(
+        rows = self._opened().execute(
             "SELECT * FROM entries WHERE seq > ? AND (? IS NULL OR kind = ?) ORDER BY seq LIMIT ?",
             (after, kind, kind, limit),
         )
@@ -119,26 +112,55 @@ class JournalIndex:
 
     def close(self) -> None:
         """Close the file."""
-        self._database.close()
+        if self._database is not None:
+            self._database.close()
+            self._database = None
 
-    def _open(self) -> sqlite3.Connection:
-        database = sqlite3.connect(self._path)
-        database.execute("PRAGMA synchronous = OFF")  # the journal is the truth
-        database.execute(
-            "CREATE TABLE IF NOT EXISTS entries "
-            "(seq INTEGER PRIMARY KEY, time_s REAL, generation INTEGER, kind TEXT, reason TEXT, fields TEXT)"
-        )
-        database.execute("CREATE INDEX IF NOT EXISTS by_kind ON entries (kind, seq)")
-        return database
+    def _opened(self) -> sqlite3.Connection:
+        if self._database is None:
+            self._database = sqlite3.connect(self._path)
+            self._database.execute("PRAGMA synchronous = OFF")  # the journal is the truth
+            self._database.execute(
+                "CREATE TABLE IF NOT EXISTS entries "
+                "(seq INTEGER PRIMARY KEY, time_s REAL, generation INTEGER, kind TEXT, reason TEXT, fields TEXT)"
+            )
+            self._database.execute("CREATE INDEX IF NOT EXISTS by_kind ON entries (kind, seq)")
+        return self._database
+
+    @staticmethod
+    def _fill(database: sqlite3.Connection, entries: Sequence[Entry]) -> None:
+        newest = database.execute("SELECT seq, time_s FROM entries ORDER BY seq DESC LIMIT 1").fetchone()
+        known = newest[0] if newest else 0
+        if known > len(entries) or (known and entries[known - 1].time_s != newest[1]):  # of another journal
+            database.execute("DELETE FROM entries")
+            known = 0
+        rows = [
+            (entry.seq, entry.time_s, entry.generation, entry.kind, entry.reason, json.dumps(entry.fields))
+            for entry in entries[known:]
+        ]
+        database.executemany("INSERT INTO entries VALUES (?, ?, ?, ?, ?, ?)", rows)
+        database.commit()
 
 
-def read_journal(path: Path) -> Iterator[Entry]:
+def read_journal(path: Path) -> Sequence[Entry]:
     """The entries of a journal, oldest first, up to the first line that is none: a killed writer left it."""
+    return _read(path)[0]
+
+
+def _read(path: Path) -> tuple[list[Entry], int]:
+    """The entries, and the bytes that they take."""
+    entries: list[Entry] = []
+    size = 0
     if not path.is_file():
-        return
+        return entries, size
     with path.open("rb") as lines:
         for line in lines:
             try:
-                yield Entry.model_validate_json(line)
+                entry = Entry.model_validate_json(line)
             except ValidationError:
-                return
+                break
+            if not line.endswith(b"\n") or entry.seq != len(entries) + 1:
+                break
+            entries.append(entry)
+            size += len(line)
+    return entries, size
