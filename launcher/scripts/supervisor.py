@@ -44,7 +44,7 @@ class Supervisor:
         """Run generation after generation until it is decided to finish; return the exit code. No process is left."""
         self._terminal.say(f"evermesh: {_in_words(self._job)}; logs in {self._logs.path}")
         if self._job.idle_flags:
-            self._terminal.say(f"evermesh: accepted, without effect on one machine: {', '.join(self._job.idle_flags)}")
+            self._terminal.say(f"evermesh: accepted, without effect here: {', '.join(self._job.idle_flags)}")
         with (
             register("script", self._job.name, self._logs.path, sys.argv, say=self._terminal.say),
             self._meet() as self._peers,

@@ -308,7 +308,7 @@ def test_a_module_is_run_with_its_arguments(launcher: Launcher) -> None:
 def test_variables_stand_for_flags(launcher: Launcher) -> None:
     done = launcher.run("sh", "-c", "echo $WORLD_SIZE", PET_NO_PYTHON="1", PET_NPROC_PER_NODE="3", PET_LOCAL_ADDR="me")
     assert done.stdout == "3\n"
-    assert "evermesh: accepted, without effect on one machine: PET_LOCAL_ADDR\n" in done.stderr
+    assert "evermesh: accepted, without effect here: PET_LOCAL_ADDR\n" in done.stderr
 
 
 def test_an_unknown_flag_is_an_error_with_the_closest_one(launcher: Launcher) -> None:
