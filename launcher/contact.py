@@ -15,13 +15,13 @@ _TOKEN = "token"
 
 def make_token(run: Path) -> str:
     """The token of a run, made at the first call; nobody else can read the file."""
-    path = run / _TOKEN
-    try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError:
-        return read_token(run)
-    with os.fdopen(descriptor, "w") as file:
-        file.write(secrets.token_urlsafe(32))
+    path, new = run / _TOKEN, run / f"{_TOKEN}.new"
+    if not path.is_file():
+        new.unlink(missing_ok=True)
+        descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "w") as file:
+            file.write(secrets.token_urlsafe(32))
+        os.replace(new, path)  # on a full disk, or killed in between, there is none rather than an empty one
     return read_token(run)
 
 

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from evermesh.launcher.agent.spec import AgentSpec
     from evermesh.launcher.run_directory import Run
 
+AGENT_MODULE = "evermesh.launcher.agent"
 TOKEN_VARIABLE = "EVERMESH_TOKEN"
 """The token goes through the environment: a command line can be read by everybody on the machine."""
 
@@ -28,7 +29,7 @@ def start_controller_apart(run: "Run") -> None:
 
 def start_agent(spec: "AgentSpec", token: str) -> subprocess.Popen[bytes]:
     """Start an agent on this machine."""
-    command = [sys.executable, "-m", "evermesh.launcher.agent", spec.model_dump_json()]
+    command = [sys.executable, "-m", AGENT_MODULE, spec.model_dump_json()]
     return _start(command, spec.run / "logs" / f"agent-{spec.node}.log", {TOKEN_VARIABLE: token})
 
 

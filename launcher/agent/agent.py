@@ -15,6 +15,7 @@ from types import FrameType
 from typing import Any
 
 import psutil
+from pydantic import ValidationError
 
 from evermesh.launcher.agent import warm
 from evermesh.launcher.agent.link import Link, LinkHooks
@@ -97,7 +98,11 @@ class Agent:
             self._link.send(Preempted(signal=self._preempted))
 
     def _receive(self, text: str | bytes) -> None:
-        message = ToAgentAdapter.validate_json(text)
+        try:
+            message = ToAgentAdapter.validate_json(text)
+        except ValidationError as error:  # a controller of another version: the workers go on
+            print(f"not understood: {error}", flush=True)
+            return
         if self._is_stale(message):
             return
         match message:
@@ -135,6 +140,10 @@ class Agent:
                 return  # said twice, by a controller that was restarted in between
             self._group.kill()  # there are never two trainers of one rank
             self._group.wait_gone()
+        if not self._area.board.is_file():
+            self._area.make()
+            self._board.close()
+            self._board = Board(self._area.board)
         hooks = Hooks(self._tell_progress, self._pass_report, self._pass_plan)
         group = self._group = WorkerGroup(self._loop, message.generation, message.place, Path(message.work.logs), hooks)
         group.start(message.store, message.work, self._area.board, self._interface)
@@ -144,6 +153,8 @@ class Agent:
         if self._group and self._group.generation == message.generation:
             self._group.end(message.stacks_because)
         else:  # it never started here
+            if self._group:
+                self._group.end()
             self._link.send(Progress(outcome=Outcome(generation=message.generation, is_over=True)))
 
     def _tell_started(self, group: WorkerGroup) -> None:

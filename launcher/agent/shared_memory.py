@@ -5,20 +5,27 @@ AREA/board    one slot of 64 bytes per local rank, written by the worker, read b
 The space is reserved when the file is made: writing into a full file system would end a worker with SIGBUS later.
 """
 
+import fcntl
 import mmap
 import os
 import shutil
 import struct
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self
 
 from evermesh.launcher.errors import SharedMemoryMissing
 
+_PREFIX = "evermesh"
 _SLOT_BYTES = 64
 _SLOT = struct.Struct("<QQQQddQ")
-"""Sequence number, generation, pid, step, step_s, compute_s, sequence number: a torn read shows two different ones."""
+"""Sequence number, generation, pid, step, step_s, compute_s, sequence number: a torn read shows two different ones.
+
+Writers go from the first to the last, readers from the last to the first.
+"""
+_LAST = _SLOT.size - 8
 _TRIES = 5
 
 
@@ -35,29 +42,41 @@ class Slot(NamedTuple):
 class SharedArea:
     """A folder in shared memory that belongs to one agent, and goes with it. A context manager.
 
+    Its board is locked (flock) while the agent lives: the next agent removes what killed ones have left.
+
     Raises:
         SharedMemoryMissing: there is no room for it; nothing is left.
     """
 
     def __init__(self, name: str, slots: int) -> None:
-        root = Path("/dev/shm") if Path("/dev/shm").is_dir() else Path(tempfile.gettempdir())
-        self.directory = root / f"evermesh-{os.getuid()}-{name}"
-        shutil.rmtree(self.directory, ignore_errors=True)  # of an agent that was killed
+        self._root = Path("/dev/shm") if Path("/dev/shm").is_dir() else Path(tempfile.gettempdir())
+        self.directory = self._root / f"{_PREFIX}-{os.getuid()}-{name}"
         self.num_bytes = max(slots, 1) * _SLOT_BYTES
-        try:
-            self.directory.mkdir(mode=0o700)
-            _reserve(self.board, self.num_bytes)
-        except OSError as error:
-            self.close()
-            raise SharedMemoryMissing(
-                f"{self.num_bytes} bytes of shared memory cannot be had in {root} "
-                f"({shutil.disk_usage(root).free:,} free): {error.strerror}. Make it larger (docker: --shm-size)."
-            ) from error
+        self._descriptor: int | None = None
+        _sweep(self._root)
+        self.make()
 
     @property
     def board(self) -> Path:
         """The file with the slots."""
         return self.directory / "board"
+
+    def make(self) -> None:
+        """Make it, once more if it is gone: some systems remove what users who log out have in shared memory.
+
+        Raises:
+            SharedMemoryMissing: there is no room for it; nothing is left.
+        """
+        self.close()
+        try:
+            self.directory.mkdir(mode=0o700)
+            self._descriptor = _reserve(self.board, self.num_bytes)
+        except OSError as error:
+            self.close()
+            raise SharedMemoryMissing(
+                f"{self.num_bytes} bytes of shared memory cannot be had in {self._root} "
+                f"({shutil.disk_usage(self._root).free:,} free): {error.strerror}. Make it larger (docker: --shm-size)."
+            ) from error
 
     def __enter__(self) -> Self:
         return self
@@ -70,6 +89,9 @@ class SharedArea:
     def close(self) -> None:
         """Remove the folder."""
         shutil.rmtree(self.directory, ignore_errors=True)
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
 
 
 class Board:
@@ -84,14 +106,16 @@ class Board:
         offset = place * _SLOT_BYTES
         sequence = int.from_bytes(self._memory[offset : offset + 8], "little") + 1
         packed = _SLOT.pack(sequence, *slot, sequence)
-        self._memory[offset : offset + 8] = packed[:8]
-        self._memory[offset + 8 : offset + len(packed)] = packed[8:]
+        for start, end in ((0, 8), (8, _LAST), (_LAST, len(packed))):
+            self._memory[offset + start : offset + end] = packed[start:end]
 
     def read(self, place: int) -> Slot | None:
         """The slot of local rank ``place``; None when it is being written all the time."""
+        offset = place * _SLOT_BYTES
         for _ in range(_TRIES):
-            first, *values, last = _SLOT.unpack_from(self._memory, place * _SLOT_BYTES)
-            if first == last:
+            last = self._memory[offset + _LAST : offset + _LAST + 8]
+            _, *values, _ = _SLOT.unpack_from(self._memory, offset)
+            if self._memory[offset : offset + 8] == last:
                 return Slot(*values)
         return None
 
@@ -100,9 +124,23 @@ class Board:
         self._memory.close()
 
 
-def _reserve(path: Path, num_bytes: int) -> None:
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+def _reserve(path: Path, num_bytes: int) -> int:
+    """Make a locked file of this size; it appears when all that is done. Returns its descriptor."""
+    new = path.with_suffix(".new")
+    descriptor = os.open(new, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
         os.posix_fallocate(descriptor, 0, num_bytes)
-    finally:
+        new.rename(path)
+    except OSError:
         os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _sweep(root: Path) -> None:
+    """Remove the areas of this user whose agents are gone."""
+    for board in root.glob(f"{_PREFIX}-{os.getuid()}-*/board"):
+        with suppress(OSError), board.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # refused while the agent lives
+            shutil.rmtree(board.parent, ignore_errors=True)

@@ -48,6 +48,7 @@ from evermesh.runtime.telemetry import StepReport
 
 _TICK_S = 0.1
 _LEAVE_WAIT_S = 3.0
+_WRITE_AGAIN_S = 0.5
 
 
 class Controller:
@@ -75,17 +76,19 @@ class Controller:
 
     def greet(self, node_name: str, hello: Hello, outbox: "asyncio.Queue[str]") -> Node:
         """An agent has connected."""
-        before = self.nodes[node_name].state
-        is_new = self.nodes.greet(hello)
+        if self.record.pids.get(node_name) != hello.pid:
+            self._scribe.note("node", f"agent {hello.pid} on {hello.host}", node=node_name, pid=hello.pid)
+            self.record.pids[node_name] = hello.pid
         node = self.nodes[node_name]
+        was_cut_off, before = node.state == "cut off" and node.host != "", node.outbox
+        is_new = self.nodes.greet(hello)
+        if is_new and before is not None:
+            node.send(Leave())  # to the agent that is still there: one of a node is enough
         node.outbox = outbox
         if self.life and is_new and node_name in self.life.nodes:
             self.life.lost.add(node_name)  # what ran under the agent before died with it
-        if self.record.pids.get(node_name) != hello.pid:
-            self.record.pids[node_name] = hello.pid
-            self._scribe.note("node", f"agent {hello.pid} on {hello.host}", node=node_name, pid=hello.pid)
-        elif before == "cut off":
-            self._scribe.tell("node back", f"{node_name} is heard again")
+        elif was_cut_off:
+            self._scribe.tell("node back", f"{node_name} is heard again", node=node_name)
         if hello.outcome is not None:
             self._take_outcome(node, hello.outcome)
         self._repeat_orders(node, hello)
@@ -127,11 +130,13 @@ class Controller:
 
     def stop(self, number: int, *, at_once: bool, grace_s: float | None) -> None:
         """Somebody wants the job to end; the second time it is at once."""
-        at_once = at_once or (self.record.stop is not None and self.record.stop.at_once)
-        deadline_s = None if grace_s is None else time.monotonic() + grace_s
-        number = self.record.stop.signal if self.record.stop else number
+        before, now_s = self.record.stop, time.monotonic()
+        if before is not None:  # the first one decides the exit code, and no later one gives more time
+            number, at_once = before.signal, at_once or before.at_once
+            left_s = None if before.deadline_s is None else max(0.0, before.deadline_s - now_s)
+            grace_s = min((limit_s for limit_s in (left_s, grace_s) if limit_s is not None), default=None)
         self._scribe.note("stop", told_stop(number, at_once), signal=number, at_once=at_once, grace_s=grace_s)
-        self.record.stop = Stop(signal.Signals(number), at_once, deadline_s)
+        self.record.stop = Stop(signal.Signals(number), at_once, None if grace_s is None else now_s + grace_s)
         self._changed.set()
 
     def save(self) -> None:
@@ -155,20 +160,24 @@ class Controller:
 
     async def serve(self) -> int:
         """Run the job to its end; returns the exit code. Agents and workers are gone then."""
-        self._scribe.begin()
+        if self.state in ENDED:  # the controller before this one was killed before it could tell
+            self._end_job(Transition(self.state, self.record.reason, self.record.exit_code))
+        else:
+            self._scribe.begin()
         while self.state not in ENDED:
             if not self.run.directory.is_dir():
                 return await self._give_up()
             self._changed.clear()
-            self._judge_nodes()
-            if not self._is_finding_out():
-                self._count_attempt()
-                while (transition := decide(self.view())) is not None:
-                    self._carry_out(transition)
+            try:
+                self._advance()
+            except OSError as error:  # the journal or the state cannot be written: what was not done is tried again
+                print(f"nothing can be written down, waiting: {error}", flush=True)
+                self._scribe.make_room()
+                await asyncio.sleep(_WRITE_AGAIN_S)
             if self.state not in ENDED:
                 await self._sleep()
         await self._dismiss()
-        return self.run.state().exit_code or 0
+        return self.record.exit_code or 0
 
     def view(self) -> JobView:
         """What the machine decides upon."""
@@ -187,6 +196,15 @@ class Controller:
             refusal=self.refusal,
             shortage=self._placement.shortage(),
         )
+
+    def _advance(self) -> None:
+        """Do what follows from all that is known by now."""
+        self._judge_nodes()
+        if self._is_finding_out():
+            return
+        self._count_attempt()
+        while (transition := decide(self.view())) is not None:
+            self._carry_out(transition)
 
     async def _sleep(self) -> None:
         try:
@@ -209,9 +227,6 @@ class Controller:
             **{"from": before, "to": transition.to, "ends_ranks": transition.ends_ranks},
             exit_code=transition.exit_code,
         )
-        self.record.state, self.record.reason = transition.to, transition.reason
-        if before != transition.to:
-            self._since_s = time.monotonic()
         if transition.ends_ranks:
             self._end_ranks(transition.reason)
         elif transition.to == "starting":
@@ -220,6 +235,9 @@ class Controller:
             self._tell(Ask(generation=self.generation, what="stop"))
         elif transition.to in ENDED:
             self._end_job(transition)
+        self.record.state, self.record.reason = transition.to, transition.reason
+        if before != transition.to:
+            self._since_s = time.monotonic()
 
     def _begin_attempt(self, reason: str) -> None:
         before = self.life.nodes if self.life else ()
@@ -237,6 +255,7 @@ class Controller:
     def _start_ranks(self, store: Store) -> None:
         if self.life is None or self.state != "starting":
             return
+        self.life.is_started = True
         work = training_work(self.run, self.config)
         for number, name in enumerate(self.life.nodes):
             place = self.life.place(number)
@@ -246,10 +265,10 @@ class Controller:
         assert self.life is not None
         self.life.is_ending = True
         self._tell(End(generation=self.generation, stacks_because=None if self.record.stop else reason))
-        if self.life.failures or self.life.lost:
-            self._scribe.tell("failed", explain(self.run, self.life, reason), attempt=self.generation)
         for name in self.life.lost:
             self._replace(name)
+        if self.life.failures or self.life.lost:
+            self._scribe.tell("failed", explain(self.run, self.life, reason), attempt=self.generation)
 
     def _count_attempt(self) -> None:
         """Add a failed attempt to the history once its ranks are gone: until then it may still save."""
@@ -260,7 +279,7 @@ class Controller:
         if any(node not in gone and states[node] == "ready" for node in life.nodes):
             return
         progressed = (newest_step(self.run) or 0) > (life.began_at or 0)
-        failed = life.failed(progressed=progressed)
+        failed = life.failed(self.record.reason, progressed=progressed)
         self._scribe.note("attempt failed", self.record.reason, **failed.model_dump(mode="json"))
         self.record.history.append(failed)
         life.is_counted = True
@@ -277,6 +296,7 @@ class Controller:
         elif "at once" in transition.reason:
             error = transition.reason
         self._scribe.end(transition.to, transition.exit_code, error, traceback)  # type: ignore[arg-type]
+        self.record.exit_code = transition.exit_code
 
     def _last_words(self, reason: str) -> tuple[str, str | None]:
         if self.life is None or not self.record.history:
@@ -321,8 +341,16 @@ class Controller:
             if state == node.state:
                 continue
             if node.state == "joining":
-                self.refusal = told_early_end(self.run, node.name)
+                self._note_early_end(node.name)
             self._note_node(node, state)
+
+    def _note_early_end(self, name: str) -> None:
+        """An agent ended before it joined: nothing can be done without it, or it is one that would replace another."""
+        text = told_early_end(self.run, name)
+        if self.state in ("placing", "waiting"):
+            self.refusal = text
+        else:
+            self._scribe.tell("node lost", text, node=name)
 
     def _note_node(self, node: Node, state: NodeState) -> None:
         was, node.state = node.state, state
@@ -344,7 +372,11 @@ class Controller:
 
     def _repeat_orders(self, node: Node, hello: Hello) -> None:
         """Say again what an agent may have missed while there was no connection."""
-        life = self.life
+        life, told = self.life, hello.outcome
+        if self.state in ENDED:
+            node.send(Leave())
+        if told is not None and not told.is_over and told.generation != self.generation:
+            node.send(End(generation=told.generation))  # it was cut off while the others went on without it
         if life is None or node.name not in life.nodes:
             return
         has_ranks = hello.outcome is not None and hello.outcome.generation == self.generation

@@ -16,6 +16,8 @@ from typing import Self
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
+_RESERVE_BYTES = 1 << 16
+
 
 class Entry(BaseModel):
     """One line of the journal."""
@@ -41,11 +43,15 @@ class Journal:
         os.ftruncate(self._descriptor, size)  # without the line that a killed writer left unfinished
         self._index = JournalIndex(path.with_suffix(".sqlite"))
         self._index.catch_up(self.entries)
+        self._reserve = path.with_suffix(".reserve")
+        with suppress(OSError):
+            _reserve(self._reserve)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.make_room()
         self._index.close()
         os.close(self._descriptor)
 
@@ -63,10 +69,20 @@ class Journal:
             reason=reason,
             fields=fields,
         )
-        self._write(entry.model_dump_json().encode() + b"\n")
+        line = entry.model_dump_json().encode() + b"\n"
+        try:
+            self._write(line)
+        except OSError:
+            self.make_room()
+            self._write(line)
         self.entries.append(entry)
         self._index.catch_up(self.entries)
         return entry
+
+    def make_room(self) -> None:
+        """Give up the space that is kept so that the end of a job can be told on a full disk."""
+        with suppress(OSError):
+            self._reserve.unlink(missing_ok=True)
 
     def _write(self, line: bytes) -> None:
         size = os.fstat(self._descriptor).st_size
@@ -140,6 +156,14 @@ class JournalIndex:
         ]
         database.executemany("INSERT INTO entries VALUES (?, ?, ?, ?, ?, ?)", rows)
         database.commit()
+
+
+def _reserve(path: Path) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)
+    try:
+        os.posix_fallocate(descriptor, 0, _RESERVE_BYTES)
+    finally:
+        os.close(descriptor)
 
 
 def read_journal(path: Path) -> Sequence[Entry]:

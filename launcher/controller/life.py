@@ -19,6 +19,8 @@ class Life:
         self.world_size = config.workers
         self.ranks_per_node = config.workers // config.nodes
         self.is_counted = self.is_ending = False
+        self.is_started = False
+        """Its ranks have been told to start, or an agent tells of them."""
         self.done: dict[int, dict[str, Any]] = {}
         self.failures: dict[int, Failure] = {}
         self.failed_s: float | None = None
@@ -65,6 +67,7 @@ class Life:
 
     def take(self, node: str, outcome: Outcome) -> None:
         """Add what an agent tells; it may tell it again."""
+        self.is_started = True
         self.done |= outcome.done
         for failure in outcome.failures:
             self.failures.setdefault(failure.rank, failure)
@@ -85,11 +88,18 @@ class Life:
             is_ending=self.is_ending,
             is_counted=self.is_counted,
             lost=frozenset(self.lost),
+            is_started=self.is_started,
         )
 
-    def failed(self, *, progressed: bool) -> FailedAttempt:
-        """The attempt for the history. What ranks said after a node was lost was only a consequence."""
-        failures = tuple(self._lost_failure(node) for node in sorted(self.lost)) or tuple(self.failures.values())
+    def failed(self, reason: str, *, progressed: bool) -> FailedAttempt:
+        """The attempt for the history. What ranks said after a node was lost was only a consequence.
+
+        ``reason`` stands in where no rank has failed: a node could not start its ranks, or an earlier controller alone
+        knew which one had.
+        """
+        lost = tuple(self._lost_failure(node) for node in sorted(self.lost))
+        unknown = Failure(rank=0, time_s=time.monotonic(), how=reason, cause="died")
+        failures = lost or tuple(self.failures.values()) or (unknown,)
         return FailedAttempt(failures=failures, progressed=progressed, has_stepped=self.has_stepped)
 
     def _lost_failure(self, node: str) -> Failure:

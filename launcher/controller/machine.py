@@ -50,6 +50,8 @@ class Attempt:
     """It is in the history."""
     lost: frozenset[str] = frozenset()
     """Nodes that were lost during it, even if another agent is there by now."""
+    is_started: bool = True
+    """Its ranks have been told to start."""
 
     @property
     def is_done(self) -> bool:
@@ -126,7 +128,7 @@ def _place(view: JobView) -> Transition | None:
     if view.refusal is not None:
         return Transition("failed", view.refusal, 1)
     ready = sum(state == "ready" for state in view.nodes.values())
-    if ready >= view.nodes_needed:
+    if ready >= view.nodes_needed and (view.attempt is None or _is_over(view, view.attempt)):
         return Transition("starting", f"{ready} of {view.nodes_needed} nodes are ready")
     if view.now_s - view.since_s > view.join_timeout_s:
         reason = (
@@ -175,9 +177,12 @@ def _stop(view: JobView) -> Transition | None:
     if attempt.is_ending:
         if not _is_over(view, attempt):
             return None
-        return Transition("stopped", "stopped at once; steps after the last checkpoint are lost", exit_code(view))
+        how = "at once; steps after the last checkpoint are lost" if attempt.is_started else "before its ranks started"
+        return Transition("stopped", f"stopped {how}", exit_code(view))
     if reason := _failure(view, attempt):
         return Transition("recovering", reason, ends_ranks=True)
+    if not attempt.is_started:  # nobody is there who could save
+        return Transition("stopping", "no rank has started yet", ends_ranks=True)
     if stop.at_once:
         return Transition("stopping", "asked to stop at once", ends_ranks=True)
     if stop.deadline_s is not None and view.now_s >= stop.deadline_s:
@@ -196,7 +201,8 @@ def _recover(view: JobView) -> Transition | None:
     if isinstance(answer, Finish):
         return Transition("failed", answer.reason, answer.exit_code)
     if view.stop is not None:
-        return Transition("failed", "it failed while it was being stopped", 1)
+        reason = "stopped at once, for it failed; steps after the last checkpoint are lost"
+        return Transition("stopped", reason, exit_code(view))
     if choose_nodes(view.nodes, view.nodes_needed, attempt.nodes) is None:
         return Transition("waiting", f"{answer.reason}; too few nodes")
     return Transition("starting", answer.reason)

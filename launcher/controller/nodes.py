@@ -96,11 +96,12 @@ class Nodes:
         self.last_step = step
 
     def judge(self, node: Node, process_lives: bool | None, step_s: float) -> NodeState:
-        """What the signs say of ``node`` now; a joining or lost one stays that until its agent says hello."""
+        """What the signs say of ``node`` now; none but its agent can make it ready."""
         if node.state == "lost" or (node.state == "joining" and process_lives is not False):
             return node.state
         now_s = time.monotonic()
-        return node_state(NodeSigns(now_s - node.heard_s, now_s - node.proof_s, process_lives, step_s))
+        found = node_state(NodeSigns(now_s - node.heard_s, now_s - node.proof_s, process_lives, step_s))
+        return "cut off" if found == "ready" and node.state == "cut off" else found
 
 
 def node_status(node: Node, ranks: tuple[int, ...], is_spare: bool) -> NodeStatus:

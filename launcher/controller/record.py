@@ -28,6 +28,8 @@ class Record:
     """The last attempt is in the history."""
     is_ending: bool = False
     """Its ranks have been told to end."""
+    exit_code: int | None = None
+    """Of the final states."""
     stop: Stop | None = None
     pids: dict[str, int] = field(default_factory=dict)
     """Agents by node."""
@@ -48,10 +50,12 @@ def replay(entries: Sequence[Entry]) -> Record:
 def _apply(record: Record, entry: Entry) -> None:
     fields: Mapping[str, Any] = entry.fields
     match entry.kind:
-        case "transition":
+        case "transition" if fields["to"] != "starting":
             record.state, record.reason = fields["to"], entry.reason
-            record.is_ending = bool(fields["ends_ranks"])
-        case "attempt":
+            record.exit_code = fields["exit_code"]
+            record.is_ending = record.is_ending or bool(fields["ends_ranks"])
+        case "attempt":  # only now is it starting: who was killed before this entry starts nothing
+            record.state, record.reason = "starting", entry.reason
             record.attempt_nodes = tuple(fields["nodes"])
             record.began_at = fields["began_at"]
             record.is_counted = record.is_ending = False

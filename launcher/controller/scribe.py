@@ -38,6 +38,10 @@ class Scribe:
         except OSError as error:
             print(f"the event log takes nothing: {error}", flush=True)
 
+    def make_room(self) -> None:
+        """On a full disk, use the space that was kept for it."""
+        self._journal.make_room()
+
     def begin(self) -> None:
         """An attempt begins, or this controller takes over from one that died."""
         started = self._run.state().started or now()

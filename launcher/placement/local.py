@@ -3,17 +3,22 @@
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 
+import psutil
+from pydantic import ValidationError
+
 from evermesh.launcher.agent.spec import AgentSpec
 from evermesh.launcher.config import JobConfig
-from evermesh.launcher.processes import start_agent
+from evermesh.launcher.processes import AGENT_MODULE, start_agent
 from evermesh.launcher.run_directory import Run
 from evermesh.runtime.config import CpuDevice
 
 WARM_MODULE = "evermesh.launcher.agent.training"
 _END_WAIT_S = 5.0
+_LOOK_S = 0.02
 
 
 class LocalPlacement:
@@ -27,10 +32,14 @@ class LocalPlacement:
         self._children: dict[str, subprocess.Popen[bytes]] = {}
 
     def start(self, nodes: Sequence[str]) -> None:
-        """Start an agent for each node."""
+        """Start an agent for each node, unless one runs: the controller that started it was killed before it joined."""
+        running = self._running()
         for node in nodes:
-            self._children[node] = start_agent(self._spec(node), self._token)
-            self._pids[node] = self._children[node].pid
+            if node in running:
+                self._pids[node] = running[node]
+            else:
+                self._children[node] = start_agent(self._spec(node), self._token)
+                self._pids[node] = self._children[node].pid
 
     def adopt(self, pids: dict[str, int]) -> None:
         """Take over agents of an earlier controller."""
@@ -55,9 +64,10 @@ class LocalPlacement:
 
     def end(self) -> None:
         """End every agent that is left."""
-        for node, child in self._children.items():
-            with suppress(subprocess.TimeoutExpired):
-                child.wait(_END_WAIT_S)
+        until = time.monotonic() + _END_WAIT_S
+        while any(map(self.is_alive, self._pids)) and time.monotonic() < until:
+            time.sleep(_LOOK_S)
+        for node in self._pids:
             self._kill(node)
 
     def _kill(self, node: str) -> None:
@@ -65,7 +75,20 @@ class LocalPlacement:
             with suppress(ProcessLookupError):
                 os.kill(self._pids[node], signal.SIGKILL)
         if node in self._children:
-            self._children[node].wait()
+            self._children.pop(node).wait()
+
+    def _running(self) -> dict[str, int]:
+        """Agents of this run on this machine by node, whoever started them; those of another launch are ended."""
+        found = {}
+        for process in psutil.process_iter(["cmdline"]):
+            spec = _spec_in(process.info["cmdline"] or [])
+            if spec is None or spec.run != self._run.directory.absolute():
+                continue
+            if spec == self._spec(spec.node):
+                found[spec.node] = process.pid
+            else:
+                process.kill()
+        return found
 
     def _spec(self, node: str) -> AgentSpec:
         device = self._config.train.device
@@ -80,10 +103,19 @@ class LocalPlacement:
         )
 
 
+def _spec_in(command: Sequence[str]) -> AgentSpec | None:
+    """What the agent with this command line was told; None if it is none."""
+    if list(command[1:3]) != ["-m", AGENT_MODULE]:
+        return None
+    with suppress(ValidationError, IndexError):  # of another version
+        return AgentSpec.model_validate_json(command[3])
+    return None
+
+
 def _runs(pid: int) -> bool:
     """Whether an agent runs as this process, which is not our child; its number may be somebody else's by now."""
     try:
         with open(f"/proc/{pid}/cmdline", "rb") as command:
-            return b"evermesh.launcher.agent" in command.read()  # empty for a zombie
+            return AGENT_MODULE.encode() in command.read()  # empty for a zombie
     except OSError:
         return False
