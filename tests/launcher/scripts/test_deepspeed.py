@@ -59,7 +59,7 @@ def losses(folder: Path, rank: int) -> list[tuple[int, int, float]]:
 def test_a_deepspeed_script_goes_on_from_its_checkpoint_after_kill_9_with_the_losses_of_torchrun(
     launcher: Launcher,
 ) -> None:
-    variables = {"TORCH_EXTENSIONS_DIR": str(launcher.folder / "extensions"), "DS_ACCELERATOR": "cpu"}
+    launcher.variables |= {"TORCH_EXTENSIONS_DIR": str(launcher.folder / "extensions"), "DS_ACCELERATOR": "cpu"}
     script, other = launcher.script(TRAIN), launcher.folder / "torchrun"
     other.mkdir()
     for folder in (launcher.folder, other):
@@ -67,13 +67,13 @@ def test_a_deepspeed_script_goes_on_from_its_checkpoint_after_kill_9_with_the_lo
     theirs = subprocess.Popen(
         [*TORCHRUN, "--standalone", "--nproc-per-node", "2", str(launcher.folder / script), *FLAGS],
         cwd=other,
-        env=os.environ | variables,
+        env=os.environ | launcher.variables,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
     )
     launcher.started.append(theirs)
-    done = launcher.run("--workers", "2", "--max-restarts", "1", script, *FLAGS, "--die", **variables)
+    done = launcher.run("--workers", "2", "--max-restarts", "1", script, *FLAGS, "--die")
     assert done.returncode == 0, done.stderr
     assert "rank 1 was killed by SIGKILL; restart 1 of 1" in done.stderr
     _, errors = theirs.communicate(timeout=60)

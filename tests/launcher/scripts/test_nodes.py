@@ -78,6 +78,21 @@ def test_the_output_of_nodes_here_is_in_a_folder_each_and_carries_its_rank(launc
     assert logs == {f"node_{node}/attempt_0/{local_rank}" for node in range(2) for local_rank in range(2)}
 
 
+def test_a_failure_on_one_node_here_starts_all_nodes_again(launcher: Launcher) -> None:
+    script = launcher.script("""
+        import os, signal, time
+        if os.environ["EVERMESH_GENERATION"] == "0":
+            if os.environ["RANK"] == "3":
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(60)
+        print(os.environ["GROUP_RANK"], os.environ["EVERMESH_RESTART_REASON"])
+    """)
+    done = launcher.run("--nodes", "2", "--workers", "2", "--max-restarts", "1", "--tee", "1", script)
+    assert done.returncode == 0, done.stderr
+    reason = "rank 3 was killed by SIGKILL; restart 1 of 1"
+    assert sorted(done.stdout.splitlines()) == [f"[{rank}] {rank // 2} {reason}" for rank in range(4)]
+
+
 def test_a_launcher_of_two_nodes_that_is_killed_leaves_no_process(launcher: Launcher) -> None:
     process = launcher.start("--nodes", "2", launcher.script(WAIT))
     launcher.wait_for("ready-0", "ready-1")
