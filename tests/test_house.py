@@ -33,8 +33,13 @@ def test_no_import_runs_upwards(room: str) -> None:
     "module",
     [
         *(f"evermesh.{room}" for room in ROOMS),
+        "evermesh.launcher.agent.agent",
+        "evermesh.launcher.agent.worker",
         "evermesh.launcher.cli",
         "evermesh.launcher.config",
+        "evermesh.launcher.controller.api",
+        "evermesh.launcher.operations",
+        "evermesh.launcher.placement.ray",
         "evermesh.runtime.config",
         "evermesh.runtime.data",
     ],
