@@ -38,7 +38,7 @@ LAUNCH_EXAMPLES = """[bold]Examples[/]
 
 Ctrl-C finishes the step, saves a checkpoint and ends; twice ends at once.
 
-A lost terminal ends nothing: `evermesh status` finds the job again, from anywhere."""
+A lost terminal ends nothing: `evermesh status` finds the job again."""
 
 RESUME_EXAMPLES = """[bold]Examples[/]
 

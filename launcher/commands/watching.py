@@ -19,7 +19,23 @@ STATUS_EXAMPLES = """[bold]Examples[/]
 
   evermesh status quickstart --json
 
-Finds jobs of yours that were started from anywhere: another terminal, a notebook, a connection that is gone."""
+Finds jobs of yours that were started from a terminal or a notebook, closed or not."""
+
+TOP_EXAMPLES = """[bold]Examples[/]
+
+  evermesh top
+
+  evermesh top quickstart --once > now.txt"""
+
+NODES_EXAMPLES = """[bold]Examples[/]
+
+  evermesh nodes quickstart --json"""
+
+DASHBOARD_EXAMPLES = """[bold]Examples[/]
+
+  evermesh dashboard quickstart
+
+From another machine, forward the port first: ssh -L 4321:localhost:4321 HOST."""
 
 LOGS_EXAMPLES = """[bold]Examples[/]
 

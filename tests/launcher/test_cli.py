@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from evermesh.launcher import Run, load_job
-from evermesh.launcher.cli import app
+from evermesh.launcher.commands.app import app
 
 EVERMESH = [sys.executable, "-c", "from evermesh.launcher.cli import main; main()"]
 
@@ -54,13 +54,22 @@ def test_the_command_line_starts_without_torch_and_other_slow_imports() -> None:
         (["data", "prepare"], "evermesh data prepare texts/ --output corpora/mine --vocabulary 8192"),
         (["data", "stats"], "evermesh data stats corpora/mine --context 4096"),
         (["demo"], "evermesh demo"),
+        (["status"], "evermesh status quickstart --json"),
+        (["top"], "evermesh top quickstart --once"),
+        (["logs"], "evermesh logs quickstart --rank 2"),
+        (["nodes"], "evermesh nodes quickstart --json"),
+        (["dashboard"], "evermesh dashboard quickstart"),
+        (["stop"], "evermesh stop quickstart --grace 60"),
     ],
 )
 def test_help_shows_an_example(command: list[str], example: str) -> None:
     assert example in help_of(command)
 
 
-@pytest.mark.parametrize("command", ["launch", "resume", "plan", "checkpoint show", "data prepare"])
+@pytest.mark.parametrize(
+    "command",
+    ["launch", "resume", "plan", "checkpoint show", "data prepare", "status", "top", "logs", "dashboard", "stop"],
+)
 def test_examples_are_not_folded_on_a_terminal_of_80_columns(command: str) -> None:
     narrow, wide = (help_of(command.split(), width).partition("Example")[2].splitlines() for width in (80, 200))
     assert [line.strip() for line in narrow] == [line.strip() for line in wide]
