@@ -15,7 +15,7 @@ Runs = Annotated[Path, typer.Option("--runs", metavar="DIR", help="Folder that h
 
 STATUS_EXAMPLES = """[bold]Examples[/]
 
-  evermesh status                  [dim]# the job that runs on this machine, or all of them[/]
+  evermesh status                  [dim]# the job that runs here, or all of them[/]
 
   evermesh status quickstart --json
 
@@ -43,7 +43,7 @@ LOGS_EXAMPLES = """[bold]Examples[/]
 
   evermesh logs quickstart --rank 2
 
-  evermesh logs --stacks           [dim]# what every rank is doing, or was doing when one failed[/]"""
+  evermesh logs --stacks           [dim]# what every rank is, or was, doing[/]"""
 
 STOP_EXAMPLES = """[bold]Examples[/]
 
