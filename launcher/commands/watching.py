@@ -19,7 +19,7 @@ STATUS_EXAMPLES = """[bold]Examples[/]
 
   evermesh status quickstart --json
 
-Finds jobs of yours that were started from a terminal or a notebook, closed or not."""
+Finds your jobs whatever started them: a terminal that is gone, a notebook."""
 
 TOP_EXAMPLES = """[bold]Examples[/]
 
