@@ -54,10 +54,10 @@ class _Actor:
     handle: Any
     over: Any
     """Becomes ready when the agent has ended."""
-    started: Any = None
+    started: Any
     """Becomes ready when the actor runs; None for one that an earlier controller started."""
     ray_node: str | None = None
-    """Where it runs, once it does."""
+    """Ray's name of the node where it runs, once it does."""
 
 
 class RayPlacement:
@@ -85,10 +85,11 @@ class RayPlacement:
             give_back()
             return
         self._group, self._was_placed = find_group(), True
+        ray_nodes = look_at(self._group).ray_nodes if self._group else {}
         for name in ray.util.list_named_actors():
             node, _, life = name.partition(".")
             handle = ray.get_actor(name)
-            self._actors[node] = _Actor(int(life), handle, handle.ended.remote())
+            self._actors[node] = _Actor(int(life), handle, handle.ended.remote(), None, ray_nodes.get(_number(node)))
         self._lives = {node: actor.life for node, actor in self._actors.items()}
         for node in pids:
             self._lives.setdefault(node, 1)
@@ -128,7 +129,7 @@ class RayPlacement:
 
     def _wait_left(self) -> None:
         """Let agents that run tidy up: they have been told to leave."""
-        running = [actor.over for actor in self._actors.values() if actor.ray_node or actor.started is None]
+        running = [actor.over for actor in self._actors.values() if actor.ray_node]
         if running:
             ray.wait(running, num_returns=len(running), timeout=_LEAVE_WAIT_S)
 

@@ -2,11 +2,12 @@
 
 import hashlib
 import logging
-import os
 import socket
+import threading
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from queue import Empty, SimpleQueue
 
 import ray
 from ray.exceptions import RayError
@@ -20,9 +21,7 @@ from evermesh.runtime.config import CpuDevice
 GROUP = "nodes"
 """Name of a job's placement group, in its namespace."""
 _PROBE_S = 3.0
-_CONNECT_S = 15
-"""Ray's own limit, for an address where something answers that is no cluster."""
-_LIMIT_VARIABLE = "RAY_gcs_server_request_timeout_seconds"
+_CONNECT_S = 20.0
 
 
 def namespace_of(run: Run) -> str:
@@ -43,21 +42,29 @@ def connect(on: str, namespace: str) -> str:
     address = on.removeprefix("ray://") if on.startswith("ray://") else "auto"
     if address != "auto":
         _probe(address)
-    before = os.environ.get(_LIMIT_VARIABLE)
-    os.environ.setdefault(_LIMIT_VARIABLE, str(_CONNECT_S))
+    answers: SimpleQueue[str | BaseException] = SimpleQueue()
+    threading.Thread(target=lambda: answers.put(_join(address, namespace)), name="connect", daemon=True).start()
+    try:
+        answer = answers.get(timeout=_CONNECT_S)
+    except Empty:
+        raise ClusterMissing(_missing(on, f"what listens there gave no answer in {_CONNECT_S:g} s")) from None
+    if isinstance(answer, BaseException):
+        raise ClusterMissing(_missing(on, str(answer))) from answer
+    return answer
+
+
+def _join(address: str, namespace: str) -> str | BaseException:
+    """Connect this process; in a thread that can be left alone, for where no cluster is Ray goes on trying for minutes."""
     try:
         ray.init(address=address, namespace=namespace, log_to_driver=False, logging_level=logging.ERROR)
         ray.put(None)  # what that imports at first must not meet imports of another thread
         return ray.util.get_node_ip_address()
     except (ConnectionError, RuntimeError, ValueError, RayError, SystemExit) as error:  # Ray leaves with SystemExit
-        raise ClusterMissing(_missing(on, str(error))) from error
-    finally:
-        if before is None:
-            del os.environ[_LIMIT_VARIABLE]
+        return error
 
 
 def _probe(address: str) -> None:
-    """Find out at once that nobody listens there: Ray itself tries for minutes."""
+    """Find out at once that nobody listens there."""
     host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host.strip("[]"), int(port)), _PROBE_S).close()
