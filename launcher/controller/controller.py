@@ -160,10 +160,7 @@ class Controller:
 
     async def serve(self) -> int:
         """Run the job to its end; returns the exit code. Agents and workers are gone then."""
-        if self.state in ENDED:  # the controller before this one was killed before it could tell
-            self._end_job(Transition(self.state, self.record.reason, self.record.exit_code))
-        else:
-            self._scribe.begin()
+        self._take_over()
         while self.state not in ENDED:
             if not self.run.directory.is_dir():
                 return await self._give_up()
@@ -196,6 +193,13 @@ class Controller:
             refusal=self.refusal,
             shortage=self._placement.shortage(),
         )
+
+    def _take_over(self) -> None:
+        """Say that this process controls the job; end it where an earlier one decided that, and was killed."""
+        if self.state in ENDED:
+            self._end_job(Transition(self.state, self.record.reason, self.record.exit_code))
+        else:
+            self._scribe.begin()
 
     def _advance(self) -> None:
         """Do what follows from all that is known by now."""

@@ -33,8 +33,8 @@ class Node:
     host: str = ""
     address: str = ""
     pid: int | None = None
-    heard_s: float = field(default_factory=time.monotonic)
-    proof_s: float = field(default_factory=time.monotonic)
+    heard_s: float = field(default_factory=lambda: time.monotonic())
+    proof_s: float = field(default_factory=lambda: time.monotonic())
     """Monotonic clock: when there was proof last that its ranks live."""
     steps_since_heard: int = 0
     outbox: "asyncio.Queue[str] | None" = None
