@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 
-def _can_mount(mountpoint: Path) -> bool:
+def can_mount(mountpoint: Path) -> bool:
+    """Whether a tmpfs may be mounted in a user namespace here."""
     command = ["unshare", "-Urm", "mount", "-t", "tmpfs", "none", str(mountpoint)]
     try:
         return subprocess.run(command, capture_output=True, check=False).returncode == 0
@@ -21,7 +22,7 @@ def test_a_run_on_a_full_disk_fails_with_the_numbers_keeps_what_it_had_and_goes_
 ) -> None:
     mountpoint = tmp_path / "small-disk"
     mountpoint.mkdir()
-    if not _can_mount(mountpoint):
+    if not can_mount(mountpoint):
         pytest.skip("mounting a tmpfs in a user namespace is not permitted here (unshare -Urm)")
     command = ["unshare", "-Urm", sys.executable, "-m", "tests.launcher.filling", str(job_file), str(mountpoint)]
     told = json.loads(subprocess.run(command, capture_output=True, check=True, text=True).stdout)
