@@ -29,7 +29,7 @@ def test_a_process_with_threads_is_not_forked(program: str, reason: str | None) 
 
 
 def test_a_process_that_opened_cuda_is_not_forked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(warm.os, "readlink", lambda link: "/dev/nvidia0")
+    monkeypatch.setattr("evermesh.launcher.agent.warm.os.readlink", lambda link: "/dev/nvidia0")
     with subprocess.Popen([sys.executable, "-c", QUIET], stdout=subprocess.PIPE) as process:
         assert process.stdout
         process.stdout.readline()

@@ -22,20 +22,31 @@ from evermesh.launcher.policy import Failure, root_cause
 
 FUNCTIONS = "tests.launcher.agent.worker_functions"
 WAIT_S = 30.0
+NO_STORE = Store(host="127.0.0.1", port=1)
 
 
 class Running:
     """A group in a loop of its own."""
 
-    def __init__(self, function: str, size: int, logs: Path, board: Path | None = None, **arguments: Any) -> None:
+    def __init__(
+        self,
+        function: str,
+        size: int,
+        logs: Path,
+        *,
+        board: Path | None = None,
+        generation: int = 1,
+        store: Store = NO_STORE,
+        **arguments: Any,
+    ) -> None:
         self.loop, self.reports = Loop(), list[dict[str, Any]]()
         warm.warm_up(FUNCTIONS, threads=1)
         place = Place(first_rank=0, ranks=size, world_size=size, node_rank=0, nodes=1)
         hooks = Hooks(lambda: None, self._report, lambda plan: None)
         self.on_report: Callable[[], None] = lambda: None
-        self.group = WorkerGroup(self.loop, 1, place, logs, hooks)
+        self.group = WorkerGroup(self.loop, generation, place, logs, hooks)
         work = TrainingWork(entry=f"{FUNCTIONS}:{function}", arguments=arguments, logs=str(logs))
-        self.group.start(Store(host="127.0.0.1", port=1), work, board, None)
+        self.group.start(store, work, board, None)
 
     def until(self, holds: Callable[[Outcome], bool]) -> Outcome:
         """Serve until the outcome is so."""

@@ -66,6 +66,11 @@ def hold_the_interpreter_lock(worker: Worker) -> None:
     ctypes.PyDLL(None).sleep(600)
 
 
+def meet(worker: Worker) -> dict[str, Any]:
+    """Say in the store that this rank is there."""
+    return {"arrived": worker.store(30.0).add("arrived", 1)}
+
+
 def stop_after_7(worker: Worker) -> None:
     """Finish seven steps, then stop as if wedged."""
     worker.beat(7, 0.5, 0.25)
