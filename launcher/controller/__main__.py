@@ -51,7 +51,7 @@ async def _control(run: Run, journal: Journal) -> int:
     controller = Controller(run, config, journal, placement)  # starts agents, which load torch meanwhile
     from evermesh.launcher.controller.api import make_app
 
-    server = _server(make_app(controller, journal, token))
+    server = _server(make_app(controller, token))
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(
         signal.SIGTERM, lambda: controller.stop(signal.SIGTERM, at_once=False, grace_s=config.grace_s)

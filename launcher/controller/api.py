@@ -3,24 +3,28 @@
 import asyncio
 import json
 import math
-import secrets
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
+from signal import Signals
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request, Response, WebSocket, WebSocketDisconnect
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, ValidationError
+from fastapi import APIRouter, FastAPI, Request, Response, WebSocket, WebSocketDisconnect
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from evermesh.fault.events import read_events
 from evermesh.launcher.controller.controller import Controller
 from evermesh.launcher.controller.dashboard import dashboard_router
-from evermesh.launcher.controller.journal import Journal, JournalIndex
+from evermesh.launcher.controller.guard import Guard
+from evermesh.launcher.controller.journal import JournalIndex
 from evermesh.launcher.controller.reporting import job_status
 from evermesh.launcher.controller.status import JobStatus
 from evermesh.launcher.messages import FromAgentAdapter, Hello
 
 _MOST = 20_000
 """Lines in one answer."""
+_LONGEST_ERROR = 300
 
 
 class StopRequest(BaseModel):
@@ -28,28 +32,26 @@ class StopRequest(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    signal: int = Field(default=15, ge=1, le=64)
+    signal: Signals = Signals.SIGTERM
     """Number of the signal that asks, which decides the exit code."""
     at_once: bool = False
-    grace_s: NonNegativeFloat | None = None
+    grace_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     """Then at once, seconds; None for no limit."""
 
 
-def make_app(controller: Controller, journal: Journal, token: str) -> FastAPI:
-    """The API of ``controller``."""
+def make_app(controller: Controller, token: str) -> Guard:
+    """The API of ``controller``; all that begins with ``/api`` asks for the token."""
     app = FastAPI(title="Evermesh controller", docs_url=None, redoc_url=None, openapi_url="/api/openapi.json")
-    app.include_router(_people(controller, journal, token))
-    app.include_router(_agents(controller, token))
+    app.include_router(_people(controller))
+    app.include_router(_agents(controller))
     app.include_router(dashboard_router())
-    return app
+    app.add_exception_handler(RequestValidationError, _refuse)
+    return Guard(app, token)
 
 
-def _people(controller: Controller, journal: Journal, token: str) -> APIRouter:
-    def authorized(request: Request) -> None:
-        if not _shows(request.headers.get("authorization"), token):
-            raise HTTPException(401, "the token of the run is missing or wrong: Authorization: Bearer TOKEN")
-
-    router = APIRouter(prefix="/api", dependencies=[Depends(authorized)])
+def _people(controller: Controller) -> APIRouter:
+    """What is answered from files is answered in another thread: the loop has leases to renew."""
+    router = APIRouter(prefix="/api")
     run = controller.run
 
     @router.get("/status", response_model=JobStatus)
@@ -57,16 +59,17 @@ def _people(controller: Controller, journal: Journal, token: str) -> APIRouter:
         return _json(job_status(controller).model_dump(mode="python"))
 
     @router.get("/steps")
-    async def steps(after: int = 0) -> Response:
+    def steps(after: int = 0) -> Response:
         return _json(_lines_after(run.telemetry, after))
 
     @router.get("/events")
-    async def events(after: int = 0) -> Response:
+    def events(after: int = 0) -> Response:
         found = enumerate(read_events(run.events), 1) if run.events.is_file() else []
-        return _json([{**event.model_dump(mode="json"), "seq": seq} for seq, event in found if seq > after][:_MOST])
+        wanted = islice(((seq, event) for seq, event in found if seq > after), _MOST)
+        return _json([{**event.model_dump(mode="json"), "seq": seq} for seq, event in wanted])
 
     @router.get("/journal")
-    async def entries(after: int = 0, kind: Annotated[str | None, "such as transition"] = None) -> Response:
+    def entries(after: int = 0, kind: Annotated[str | None, "such as transition"] = None) -> Response:
         index = JournalIndex(run.journal.with_suffix(".sqlite"))
         try:
             return _json([entry.model_dump(mode="json") for entry in index.find(after=after, kind=kind)])
@@ -92,21 +95,19 @@ def _people(controller: Controller, journal: Journal, token: str) -> APIRouter:
     return router
 
 
-def _agents(controller: Controller, token: str) -> APIRouter:
+def _agents(controller: Controller) -> APIRouter:
     router = APIRouter(prefix="/api")
 
     @router.websocket("/agents/{node}")
     async def agent(socket: WebSocket, node: str) -> None:
-        if not _shows(socket.headers.get("authorization"), token):
-            await socket.close(1008)
-            return
         await socket.accept()
         try:
             hello = FromAgentAdapter.validate_json(await socket.receive_text())
             if isinstance(hello, Hello) and hello.node == node:
                 await _talk(controller, socket, hello)
-        except (WebSocketDisconnect, ValidationError, RuntimeError) as error:
-            print(f"the connection of {node} ended: {type(error).__name__} {error}", flush=True)
+        except (WebSocketDisconnect, ValueError, TypeError, KeyError, RuntimeError, OSError) as error:
+            told = str(error)[:_LONGEST_ERROR]
+            print(f"the connection of {node!r} ended: {type(error).__name__} {told}", flush=True)
 
     return router
 
@@ -128,8 +129,11 @@ async def _send_all(socket: WebSocket, outbox: "asyncio.Queue[str]") -> None:
         await socket.send_text(await outbox.get())
 
 
-def _shows(header: str | None, token: str) -> bool:
-    return header is not None and secrets.compare_digest(header.encode(), f"Bearer {token}".encode())
+def _refuse(_: Request, error: Exception) -> Response:
+    """What is wrong with a request, without what it said: that may hold numbers that are no JSON."""
+    assert isinstance(error, RequestValidationError)
+    problems = [{"where": list(found["loc"]), "what": found["msg"]} for found in error.errors()]
+    return Response(json.dumps({"detail": problems}), 422, media_type="application/json")
 
 
 def _lines_after(path: Path, after: int) -> Sequence[dict[str, Any]]:
@@ -138,7 +142,7 @@ def _lines_after(path: Path, after: int) -> Sequence[dict[str, Any]]:
         return []
     with path.open("rb") as lines:
         numbered = ((seq, line) for seq, line in enumerate(lines, 1) if seq > after and line.endswith(b"\n"))
-        return [{**json.loads(line), "seq": seq} for seq, line in numbered][:_MOST]
+        return [{**json.loads(line), "seq": seq} for seq, line in islice(numbered, _MOST)]
 
 
 def _json(values: Any) -> Response:

@@ -134,7 +134,7 @@ class JournalIndex:
 
     def _opened(self) -> sqlite3.Connection:
         if self._database is None:
-            self._database = sqlite3.connect(self._path)
+            self._database = sqlite3.connect(self._path, check_same_thread=False)
             self._database.execute("PRAGMA synchronous = OFF")  # the journal is the truth
             self._database.execute(
                 "CREATE TABLE IF NOT EXISTS entries "

@@ -88,7 +88,7 @@ def test_a_lost_node_stays_lost_until_an_agent_says_hello(nodes: Nodes, clock: C
     nodes["node-1"].hear()
     assert nodes.judge(nodes["node-1"], True, 0.0) == "lost"
     assert nodes.greet(hello("node-1", pid=8))
-    assert nodes["node-1"].state == "ready"
+    assert nodes.states()["node-1"] == "ready"
 
 
 @pytest.mark.parametrize(("pid", "is_new"), [(7, False), (8, True)])
