@@ -19,19 +19,9 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from evermesh.launcher.agent.spec import AgentSpec
 from evermesh.launcher.config import JobConfig
+from evermesh.launcher.placement import ray_cluster as cluster
 from evermesh.launcher.placement.local import WARM_MODULE
 from evermesh.launcher.placement.ray_agent import RayAgent, Surroundings, machine
-from evermesh.launcher.placement.ray_cluster import (
-    GROUP,
-    bundle_of,
-    connect,
-    find_group,
-    give_back,
-    living_nodes,
-    look_at,
-    namespace_of,
-    shortage,
-)
 from evermesh.launcher.run_directory import Run
 from evermesh.runtime.config import CpuDevice
 
@@ -65,8 +55,8 @@ class RayPlacement:
 
     def __init__(self, run: Run, config: JobConfig, token: str) -> None:
         self._run, self._config, self._token = run, config, token
-        self.address = connect(config.on, namespace_of(run))
-        self._bundle = bundle_of(config)
+        self.address = cluster.connect(config.on, cluster.namespace_of(run))
+        self._bundle = cluster.bundle_of(config)
         self._lives: dict[str, int] = {}
         """Which agent each node is to have: its first, its second, ..."""
         self._ended: dict[str, int] = {}
@@ -82,10 +72,10 @@ class RayPlacement:
     def adopt(self, pids: dict[str, int]) -> None:
         """Find what an earlier controller left in the cluster: agents of this attempt, or remains of another."""
         if not pids:
-            give_back()
+            cluster.give_back()
             return
-        self._group, self._was_placed = find_group(), True
-        ray_nodes = look_at(self._group).ray_nodes if self._group else {}
+        self._group, self._was_placed = cluster.find_group(), True
+        ray_nodes = cluster.look_at(self._group).ray_nodes if self._group else {}
         for name in ray.util.list_named_actors():
             node, _, life = name.partition(".")
             handle = ray.get_actor(name)
@@ -119,7 +109,7 @@ class RayPlacement:
         self._thread.join(_LEAVE_WAIT_S)
         try:
             self._wait_left()
-            give_back()
+            cluster.give_back()
             until = time.monotonic() + _GONE_WAIT_S
             while ray.util.list_named_actors() and time.monotonic() < until:
                 time.sleep(0.05)
@@ -147,8 +137,8 @@ class RayPlacement:
         if self._group is None:
             self._ask_for(self._config.nodes + self._config.spares)
         assert self._group is not None
-        view = look_at(self._group)
-        self._shortage = "" if view.state == "CREATED" else shortage(view.bundles, self._bundle)
+        view = cluster.look_at(self._group)
+        self._shortage = "" if view.state == "CREATED" else cluster.shortage(view.bundles, self._bundle)
         self._was_placed = self._was_placed or view.state == "CREATED"
         if not self._was_placed:
             self._do_without_spare(view.bundles)
@@ -165,7 +155,7 @@ class RayPlacement:
 
     def _ask_for(self, bundles: int) -> None:
         self._group = ray.util.placement_group(
-            [self._bundle] * bundles, strategy="STRICT_SPREAD", name=GROUP, lifetime="detached"
+            [self._bundle] * bundles, strategy="STRICT_SPREAD", name=cluster.GROUP, lifetime="detached"
         )
         self._asked_s = time.monotonic()
 
@@ -194,14 +184,17 @@ class RayPlacement:
         )
         started = handle.ray_node.remote()
         # not given to the constructor: the cluster keeps the arguments of that one
-        over = handle.run.remote(self._spec(node).model_dump_json(), self._token, _surroundings().model_dump_json())
+        over = handle.run.remote(self._spec(node).model_dump_json(), self._token, _surroundings())
         return _Actor(life, handle, over, started)
 
     def _watch(self, node: str, actor: _Actor) -> None:
         if actor.ray_node is None and actor.started is not None and _is_ready(actor.started):
             actor.ray_node = _result(actor.started)
-        if not _is_ready(actor.over):
-            return
+        if _is_ready(actor.over):
+            self._take_end(node, actor)
+
+    def _take_end(self, node: str, actor: _Actor) -> None:
+        """Tell an agent that ended by itself from one that was lost with its node, or is only out of reach."""
         try:
             ray.get(actor.over)
             self._note_end(node, actor, "")
@@ -210,7 +203,7 @@ class RayPlacement:
         except RayTaskError as error:
             self._note_end(node, actor, str(error.cause or error))
         except RayActorError as error:
-            if error.actor_init_failed or actor.ray_node in living_nodes():
+            if error.actor_init_failed or actor.ray_node in cluster.living_nodes():
                 self._note_end(node, actor, str(error))
             else:
                 del self._actors[node]  # its node is gone: placed again as soon as there is another
@@ -234,9 +227,9 @@ class RayPlacement:
         )
 
 
-def _surroundings() -> Surroundings:
+def _surroundings() -> str:
     passed_on = {name: value for name, value in os.environ.items() if name.startswith(_PASSED_ON)}
-    return Surroundings(host=machine(), folder=Path.cwd(), variables=passed_on)
+    return Surroundings(host=machine(), folder=Path.cwd(), variables=passed_on).model_dump_json()
 
 
 def _is_ready(reference: Any) -> bool:
