@@ -63,7 +63,7 @@ class Client:
         while True:
             try:
                 return self._ask_once(method, path, body)
-            except (httpx2.TransportError, OSError) as error:
+            except (httpx2.HTTPError, OSError) as error:
                 if time.monotonic() > until:
                     raise ControllerLost(
                         f"the controller of run {self._run.name} does not answer: {error}. Its log: "

@@ -8,10 +8,12 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from pydantic import ValidationError
 from rich.console import Console
 
 from evermesh import checkpoint
@@ -25,7 +27,7 @@ from evermesh.launcher.run_directory import Run, RunState
 from evermesh.runtime.telemetry import StepReport
 
 _LOOK_S = 0.05
-_DEAD_AFTER_S = 6.0
+DEAD_AFTER_S = 6.0
 """How long a run may be without a controller; an agent, or who shows the job, starts a dead one again before that."""
 _TOLD = ("restarted", "node cut off", "node back", "node lost", "fresh interpreters")
 """Events that are shown among the steps."""
@@ -99,7 +101,7 @@ class Follower:
         """
         with Interrupts() as interrupts, Progress(self.console) as progress:
             while True:
-                state = self._run.state()
+                state = self._state()
                 self._show(progress)
                 if state.state not in ("created", "running"):
                     break
@@ -113,6 +115,12 @@ class Follower:
             controller.wait()
         return _result(self._run, state)
 
+    def _state(self) -> RunState:
+        try:
+            return self._run.state()
+        except FileNotFoundError as error:
+            raise ControllerLost(f"somebody has removed {self._run.directory}: its job ends without a save") from error
+
     def _show(self, progress: Progress) -> None:
         for line in self._steps.new():
             report = StepReport.from_json(line)
@@ -121,9 +129,10 @@ class Follower:
                 ranks = self._client.status().ranks
                 self._watch(report, {rank.rank: rank.pid for rank in ranks if rank.pid is not None})
         for line in self._events.new():
-            event = Event.model_validate_json(line)
-            if event.kind in _TOLD:
-                progress.say(event.text)
+            with suppress(ValidationError):  # torn, by a full disk
+                event = Event.model_validate_json(line)
+                if event.kind in _TOLD:
+                    progress.say(event.text)
 
     def _answer(self, interrupts: Interrupts, progress: Progress) -> bool:
         """Do what the next signal asks for; whether it is to leave."""
@@ -153,7 +162,7 @@ class Follower:
         is_starting = controller is not None and controller.poll() is None
         if is_starting or self._run.is_alive():
             self._last_alive_s = time.monotonic()
-        elif time.monotonic() - self._last_alive_s > _DEAD_AFTER_S:
+        elif time.monotonic() - self._last_alive_s > DEAD_AFTER_S:
             log = self._run.logs / "controller.log"
             last = "".join(f"\n  | {line}" for line in _tail(log))
             raise ControllerLost(f"the controller of run {self._run.name} is gone. Its log, {log}, ends with:{last}")

@@ -57,9 +57,8 @@ def print_logs(logs: Sequence[LogFile], lines: int, *, follow: bool) -> None:
     width = max(len(log.label) for log in logs)
     offsets = {}
     for log in logs:
-        content = _tail(log.path)
+        content, offsets[log] = _tail(log.path)
         _print(log, content.splitlines()[-lines:] if lines else [], width, len(logs) > 1)
-        offsets[log] = log.path.stat().st_size
     while follow:
         time.sleep(_LOOK_S)
         for log in logs:
@@ -70,9 +69,8 @@ def print_logs(logs: Sequence[LogFile], lines: int, *, follow: bool) -> None:
 def _run_logs(directory: Path, stacks: bool, control: bool) -> Iterator[LogFile]:
     folder = directory / "logs"
     if control:
-        yield from (
-            LogFile(path.stem, path) for path in [folder / "controller.log", *sorted(folder.glob("agent-*.log"))]
-        )
+        for path in [*folder.glob("controller.log"), *sorted(folder.glob("agent-*.log"))]:
+            yield LogFile(path.stem, path)
         return
     paths = folder.glob(f"rank-*.{'stacks' if stacks else 'log'}")
     yield from (LogFile(path.stem, path) for path in sorted(paths, key=lambda path: _rank(path.stem)))
@@ -92,10 +90,12 @@ def _rank(label: str) -> int:
     return int(found[1]) if found else -1
 
 
-def _tail(path: Path) -> str:
+def _tail(path: Path) -> tuple[str, int]:
+    """The end of a file, and where that is."""
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
-        return file.read().decode(errors="replace")
+        content = file.read()
+        return content.decode(errors="replace"), file.tell()
 
 
 def _whole_lines(path: Path, offset: int) -> tuple[str, int]:

@@ -5,9 +5,11 @@ import signal
 import time
 from contextlib import suppress
 
+from evermesh.launcher import registry
 from evermesh.launcher.client import Client
-from evermesh.launcher.errors import RunNotFound
+from evermesh.launcher.errors import ControllerLost, RunNotFound
 from evermesh.launcher.finding import FoundJob
+from evermesh.launcher.following import DEAD_AFTER_S
 from evermesh.launcher.run_directory import Run
 from evermesh.launcher.summary import last_report
 
@@ -28,20 +30,33 @@ def stop_job(job: FoundJob, *, at_once: bool, grace_s: float | None, wait: bool)
     Client(job.run).stop(signal.SIGTERM, at_once=at_once, grace_s=grace_s)
     if not wait:
         return f"asked {job.name} to stop; evermesh status {job.directory} tells when it has"
-    while job.run.state().state == "running":
-        time.sleep(_LOOK_S)
+    _wait_ended(job.run)
     return _told(job.run)
+
+
+def _wait_ended(run: Run) -> None:
+    """Return when the job has ended and its controller is gone: the run can be resumed then."""
+    alive_s = time.monotonic()
+    while run.is_alive() or run.state().state == "running":
+        if run.is_alive():
+            alive_s = time.monotonic()
+        elif time.monotonic() - alive_s > DEAD_AFTER_S:
+            raise ControllerLost(
+                f"the controller of run {run.name} is gone, and nobody starts it again. Its log: "
+                f"{run.logs / 'controller.log'}. Go on with: evermesh resume {run.directory}"
+            )
+        time.sleep(_LOOK_S)
 
 
 def _stop_script(job: FoundJob, *, at_once: bool, wait: bool) -> str:
     """A script's supervisor gives its ranks their grace after the first signal, and none after the second."""
     assert job.pid is not None
+    started = registry.start_ticks(job.pid)
     for _ in range(2 if at_once else 1):
-        os.kill(job.pid, signal.SIGTERM)
-    with suppress(ProcessLookupError):
-        while wait:
-            os.kill(job.pid, 0)
-            time.sleep(_LOOK_S)
+        with suppress(ProcessLookupError):
+            os.kill(job.pid, signal.SIGTERM)
+    while wait and started is not None and registry.start_ticks(job.pid) == started:
+        time.sleep(_LOOK_S)
     return f"{job.name} has been stopped" if wait else f"asked {job.name} to stop"
 
 

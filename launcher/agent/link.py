@@ -82,8 +82,8 @@ class Link:
                 self._loop.post(self._hooks.connected)
                 for message in connection:
                     self._loop.post(lambda message=message: self._hooks.received(message))  # type: ignore[misc]
-        except (WebSocketException, OSError):
-            pass  # not there, or gone: tried again
+        except (WebSocketException, OSError, ValueError):
+            pass  # not there, gone, or no address at all: tried again
         if self._connection is not None:
             self._connection, self.lost_since_s = None, time.monotonic()
             self._loop.post(self._hooks.lost)
