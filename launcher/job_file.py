@@ -26,7 +26,7 @@ _SENTENCES = (
 """Pydantic's sentences in the words of a job file."""
 
 
-def load_job(path: Path, overrides: Sequence[str] = ()) -> JobConfig:
+def load_job(path: Path | str, overrides: Sequence[str] = ()) -> JobConfig:
     """The job that the YAML file ``path`` describes, after ``overrides`` such as ``train.steps=20``.
 
     An override is a dotted key (indices for lists) and a YAML value; later ones win.
@@ -34,7 +34,7 @@ def load_job(path: Path, overrides: Sequence[str] = ()) -> JobConfig:
     Raises:
         JobFileInvalid: names every problem, each with the line of the file or the override that it comes from.
     """
-    values, lines = job_yaml.read(path)
+    values, lines = job_yaml.read(Path(path))
     origins = {key: f"{path}:{line}" for key, line in lines.items()}
     for override in overrides:
         _apply(override, values, origins)

@@ -55,11 +55,13 @@ class Job:
         stdout, stderr = self.process.communicate(timeout=timeout_s)
         return self.process.returncode, stdout, stderr
 
-    def kill_rank(self, rank: int) -> None:
-        """SIGKILL one worker."""
+    def kill_rank(self, rank: int) -> float:
+        """SIGKILL one worker; returns when, by the wall clock."""
         pid = next(found.pid for found in self.client.status().ranks if found.rank == rank)
         assert pid is not None
+        killed_s = time.time()
         os.kill(pid, signal.SIGKILL)
+        return killed_s
 
     @property
     def journal(self) -> list[Entry]:

@@ -30,8 +30,7 @@ def test_f1_a_killed_worker_is_noticed_within_100_ms_and_the_losses_are_those_of
     with launched(job_file, f"train.steps={STEPS}", "nodes=2", "train.checkpoint.every=10") as job:
         job.wait_training()
         job.wait_checkpoint()
-        killed_s = time.time()
-        job.kill_rank(1)
+        killed_s = job.kill_rank(1)
         code, stdout, stderr = job.end()
         assert code == 0, stderr
         decided = next(entry for entry in job.journal if entry.fields.get("to") == "recovering")
@@ -159,9 +158,3 @@ def test_f25_sigusr1_saves_and_training_goes_on(job_file: Path) -> None:
         steps = len(job.losses)
         job.wait(lambda: len(job.losses) > steps + 5)
         assert job.client.status().state == "training"
-
-
-def test_f28_a_clock_that_jumps_an_hour_changes_nothing(job_file: Path, expected: list[float]) -> None:
-    """Time namespaces shift only monotonic clocks; what can jump is the wall clock, so that is what every process is lied
-    about: libfaketime is not there, the environment variable is ours."""
-    del job_file, expected
