@@ -11,14 +11,14 @@ from typing import Any
 
 from evermesh.launcher.config import JobConfig
 from evermesh.launcher.controller.journal import Journal
-from evermesh.launcher.controller.leases import LEASE_S
 from evermesh.launcher.controller.life import Life
-from evermesh.launcher.controller.machine import JobView, NodeState, Stop, Transition, choose_nodes, decide
-from evermesh.launcher.controller.nodes import Node, Nodes
+from evermesh.launcher.controller.machine import JobView, Stop, Transition, choose_nodes, decide
+from evermesh.launcher.controller.nodes import Node
 from evermesh.launcher.controller.record import replay
+from evermesh.launcher.controller.roster import Roster
 from evermesh.launcher.controller.scribe import Scribe
 from evermesh.launcher.controller.status import ENDED, JobState
-from evermesh.launcher.controller.telling import explain, going_on, told_early_end, told_stop
+from evermesh.launcher.controller.telling import explain, going_on, told_stop
 from evermesh.launcher.controller.work import drop_unfinished_line, newest_step, report_of, training_work
 from evermesh.launcher.messages import (
     Ask,
@@ -47,7 +47,6 @@ from evermesh.launcher.run_directory import Run
 from evermesh.runtime.telemetry import StepReport
 
 _TICK_S = 0.1
-_LEAVE_WAIT_S = 3.0
 _WRITE_AGAIN_S = 0.5
 
 
@@ -56,12 +55,13 @@ class Controller:
 
     def __init__(self, run: Run, config: JobConfig, journal: Journal, placement: Placement) -> None:
         self.run, self.config = run, config
-        self._scribe, self._placement = Scribe(run, journal, config.workers), placement
+        self._scribe = Scribe(run, journal, config.workers)
+        names = [f"node-{number}" for number in range(config.nodes + config.spares)]
+        self._roster = Roster(run, names, placement, self._scribe)
+        self.nodes = self._roster.nodes
         self._changed = asyncio.Event()
-        self.nodes = Nodes()
         self.last_report: StepReport | None = None
         self.plan: dict[str, Any] | None = None
-        self.refusal: str | None = None
         is_revived = run.state().state == "running"
         if not is_revived:
             generation = journal.entries[-1].generation if journal.entries else run.state().attempt
@@ -69,8 +69,8 @@ class Controller:
         self.record = replay(journal.entries)
         self._scribe.generation = self.record.generation
         self.life = Life.from_record(self.record, config)
-        self._began_s = self._since_s = time.monotonic()
-        self._find_nodes(is_revived)
+        self._since_s = time.monotonic()
+        self._roster.find(self.record.pids if is_revived else {})
 
     # what happens
 
@@ -119,7 +119,7 @@ class Controller:
             case Preempted():
                 self.stop(message.signal, at_once=False, grace_s=self.config.grace_s)
             case CannotStart() if message.generation == self.generation:
-                self.refusal = message.text
+                self._roster.refusal = message.text
         self._changed.set()
 
     def part(self, node: Node, outbox: "asyncio.Queue[str]") -> None:
@@ -173,7 +173,7 @@ class Controller:
                 await asyncio.sleep(_WRITE_AGAIN_S)
             if self.state not in ENDED:
                 await self._sleep()
-        await self._dismiss()
+        await self._roster.dismiss()
         return self.record.exit_code or 0
 
     def view(self) -> JobView:
@@ -190,8 +190,8 @@ class Controller:
             attempt=self.life.view() if self.life else None,
             stop=self.record.stop,
             requeue_on_term=self.config.requeue_on_term,
-            refusal=self.refusal,
-            shortage=self._placement.shortage(),
+            refusal=self._roster.refusal,
+            shortage=self._roster.shortage(),
         )
 
     def _take_over(self) -> None:
@@ -203,8 +203,8 @@ class Controller:
 
     def _advance(self) -> None:
         """Do what follows from all that is known by now."""
-        self._judge_nodes()
-        if self._is_finding_out():
+        self._roster.judge(self.life, self.state)
+        if self._roster.is_finding_out():
             return
         self._count_attempt()
         while (transition := decide(self.view())) is not None:
@@ -215,11 +215,6 @@ class Controller:
             await asyncio.wait_for(self._changed.wait(), _TICK_S)
         except TimeoutError:
             return
-
-    def _is_finding_out(self) -> bool:
-        """Whether agents of an earlier controller may still be about to say hello."""
-        missing = [node for node in self.nodes if node.state == "cut off" and node.host == ""]
-        return bool(missing) and time.monotonic() - self._began_s < LEASE_S
 
     # what is done
 
@@ -270,7 +265,7 @@ class Controller:
         self.life.is_ending = True
         self._tell(End(generation=self.generation, stacks_because=None if self.record.stop else reason))
         for name in self.life.lost:
-            self._replace(name)
+            self._roster.replace(name)
         if self.life.failures or self.life.lost:
             self._scribe.tell("failed", explain(self.run, self.life, reason), attempt=self.generation)
 
@@ -314,65 +309,8 @@ class Controller:
     async def _give_up(self) -> int:
         """Somebody has removed the run: nothing of it can be kept any more."""
         print(f"{self.run.directory} is gone: ending the job", flush=True)
-        await self._dismiss()
+        await self._roster.dismiss()
         return 1
-
-    async def _dismiss(self) -> None:
-        for node in self.nodes:
-            node.send(Leave())
-        until = time.monotonic() + _LEAVE_WAIT_S
-        while any(node.outbox is not None for node in self.nodes) and time.monotonic() < until:
-            await asyncio.sleep(0.02)
-        await asyncio.to_thread(self._placement.end)
-
-    # nodes
-
-    def _find_nodes(self, is_revived: bool) -> None:
-        names = [f"node-{number}" for number in range(self.config.nodes + self.config.spares)]
-        for name in names:
-            self.nodes.expect(name)
-        known = {name: pid for name, pid in self.record.pids.items() if is_revived}
-        self._placement.adopt(known)
-        for name, pid in known.items():
-            node = self.nodes[name]
-            node.state, node.pid = "cut off", pid
-        self._placement.start([name for name in names if name not in known])
-
-    def _judge_nodes(self) -> None:
-        step_s = self.life.step_s if self.life else 0.0
-        for node in self.nodes:
-            state = self.nodes.judge(node, self._placement.is_alive(node.name), step_s)
-            if state == node.state:
-                continue
-            if node.state == "joining":
-                self._note_early_end(node.name)
-            self._note_node(node, state)
-
-    def _note_early_end(self, name: str) -> None:
-        """An agent ended before it joined: nothing can be done without it, or it is one that would replace another."""
-        text = told_early_end(self.run, name)
-        if self.state in ("placing", "waiting"):
-            self.refusal = text
-        else:
-            self._scribe.tell("node lost", text, node=name)
-
-    def _note_node(self, node: Node, state: NodeState) -> None:
-        was, node.state = node.state, state
-        silent_s = time.monotonic() - node.heard_s
-        takes_part = self.life is not None and node.name in self.life.nodes
-        if state == "lost" and was != "joining":
-            self._scribe.tell("node lost", f"{node.name} was lost: not heard for {silent_s:.1f} s", node=node.name)
-            if self.life and takes_part:
-                self.life.lost.add(node.name)
-            if not takes_part or self.state not in ("starting", "training", "stopping"):
-                self._replace(node.name)
-        elif state == "cut off" and node.host:
-            text = f"{node.name} was not heard for {silent_s:.1f} s, but training goes on"
-            self._scribe.tell("node cut off", text, node=node.name)
-
-    def _replace(self, name: str) -> None:
-        if self._placement.replace(name):
-            self.nodes.expect(name)
 
     def _repeat_orders(self, node: Node, hello: Hello) -> None:
         """Say again what an agent may have missed while there was no connection."""
