@@ -5,6 +5,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from multiprocessing import connection
@@ -120,7 +121,8 @@ class WorkerGroup:
                 stacks.write(head)
                 stacks.flush()
                 sizes[member.rank] = stacks.tell()
-            os.kill(member.process.pid, signal.SIGUSR1)
+            with suppress(ProcessLookupError):  # the warm process reaps it: its end may not have been noted yet
+                os.kill(member.process.pid, signal.SIGUSR1)
         return sizes
 
     def kill(self) -> None:

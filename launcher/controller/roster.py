@@ -72,7 +72,8 @@ class Roster:
         until = time.monotonic() + _LEAVE_WAIT_S
         while any(node.outbox is not None for node in self.nodes) and time.monotonic() < until:
             await asyncio.sleep(0.02)
-        await asyncio.to_thread(self._placement.end)
+        joining = [node.name for node in self.nodes if node.state == "joining"]
+        await asyncio.to_thread(self._placement.end, joining)
 
     def _note_early_end(self, name: str, state: JobState) -> None:
         """An agent ended before it joined: nothing can be done without it, or it is one that would replace another."""
@@ -87,7 +88,9 @@ class Roster:
         silent_s = time.monotonic() - node.heard_s
         takes_part = life is not None and node.name in life.nodes
         if found == "lost":
-            self._scribe.tell("node lost", f"{node.name} was lost: not heard for {silent_s:.1f} s", node=node.name)
+            has_ended = self._placement.is_alive(node.name) is False
+            why = "its agent ended" if has_ended else f"not heard for {silent_s:.1f} s"
+            self._scribe.tell("node lost", f"{node.name} was lost: {why}", node=node.name)
             if life and takes_part:
                 life.lost.add(node.name)
             if not takes_part or state not in ("starting", "training", "stopping"):

@@ -29,8 +29,8 @@ class Placement(Protocol):
     def shortage(self) -> str:
         """Why nodes are missing, in a sentence, as far as it is known; empty if nothing is."""
 
-    def end(self) -> None:
-        """End every agent that is left, and give the nodes back."""
+    def end(self, joining: Sequence[str] = ()) -> None:
+        """End every agent that is left, and give the nodes back; those of ``joining`` nodes cannot be told to leave."""
 
 
 def placement_for(run: Run, config: JobConfig, token: str) -> Placement:

@@ -62,8 +62,10 @@ class LocalPlacement:
         """Nothing: this machine has as many agents as are wanted."""
         return ""
 
-    def end(self) -> None:
-        """End every agent that is left."""
+    def end(self, joining: Sequence[str] = ()) -> None:
+        """End every agent that is left, those that are only about to join at once."""
+        for node in joining:
+            self._kill(node)
         until = time.monotonic() + _END_WAIT_S
         while any(map(self.is_alive, self._pids)) and time.monotonic() < until:
             time.sleep(_LOOK_S)

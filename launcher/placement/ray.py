@@ -103,7 +103,7 @@ class RayPlacement:
         """What the cluster lacks; empty when every node is placed."""
         return self._shortage
 
-    def end(self) -> None:
+    def end(self, joining: Sequence[str] = ()) -> None:
         """Wait for the agents to leave, and take everything of the job out of the cluster."""
         self._is_ending.set()
         self._thread.join(_LEAVE_WAIT_S)

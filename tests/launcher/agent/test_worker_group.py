@@ -130,6 +130,16 @@ def test_a_stopped_worker_is_ended_with_the_others(tmp_path: Path) -> None:
         job.until(lambda seen: seen.is_over)
 
 
+def test_a_worker_whose_end_nobody_has_noted_yet_is_not_asked_what_it_is_doing(tmp_path: Path) -> None:
+    with running("wait_for_stop", 2, tmp_path) as job:
+        job.loop.run_until(lambda: len(job.reports) == 2, WAIT_S)
+        killed = psutil.Process(job.group.pids[1])
+        killed.kill()
+        psutil.wait_procs([killed], WAIT_S)  # reaped by the warm process; the loop does not run meanwhile
+        job.group.end("rank 1 failed")
+        job.until(lambda seen: seen.is_over)
+
+
 def test_what_ends_because_it_was_ended_is_no_failure(tmp_path: Path) -> None:
     with running("wait_for_stop", 2, tmp_path) as job:
         job.group.end()

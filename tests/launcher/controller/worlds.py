@@ -215,7 +215,7 @@ class World:
     def shortage(self) -> str:
         return ""
 
-    def end(self) -> None:
+    def end(self, joining: Sequence[str] = ()) -> None:
         for agent in self.agents.values():
             agent.die()
 
