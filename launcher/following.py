@@ -26,7 +26,7 @@ from evermesh.launcher.progress import Progress
 from evermesh.launcher.run_directory import Run, RunState
 from evermesh.runtime.telemetry import StepReport
 
-_LOOK_S = 0.05
+_LOOK_S = 0.02
 DEAD_AFTER_S = 6.0
 """How long a run may be without a controller; an agent, or who shows the job, starts a dead one again before that."""
 _TOLD = ("restarted", "node cut off", "node back", "node lost", "fresh interpreters")

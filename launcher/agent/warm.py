@@ -18,6 +18,7 @@ from evermesh.launcher.interrupts import SIGNALS
 
 _FORK = get_context("forkserver")
 _FRESH = get_context("spawn")
+_FIRST = "evermesh.launcher.agent.warm_process"
 _PROBE_WAIT_S = 10.0
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
@@ -30,7 +31,7 @@ def warm_up(module: str, threads: int) -> None:
     Raises:
         WarmProcessLost: it ended while it loaded the module.
     """
-    _FORK.set_forkserver_preload([module])
+    _FORK.set_forkserver_preload([_FIRST, module])
     # started on its own first: starting it unblocks SIGINT and SIGTERM, which it ignores itself
     with blocked_signals():
         resource_tracker.ensure_running()

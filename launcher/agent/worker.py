@@ -5,7 +5,6 @@ Messages are JSON objects with a ``kind``. Worker to agent: ``report``, ``plan``
 is another: it ends with the agent, and the kernel kills its children then.
 """
 
-import ctypes
 import faulthandler
 import importlib
 import json
@@ -25,6 +24,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from evermesh.launcher.agent.death import end_with_parent
 from evermesh.launcher.agent.shared_memory import Board, Slot
 from evermesh.launcher.interrupts import SIGNALS
 from evermesh.parallelism.errors import EvermeshError
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from torch.distributed import Store
 
 EXIT_AGENT_GONE = 97
-_PR_SET_PDEATHSIG = 1
 _PLAN_EVERY_S = 1.0
 
 _PEER_LOST = (
@@ -173,8 +172,7 @@ def die_with_parent() -> None:
     of torch does, nor while this process is stopped.
     """
     parent = os.getppid()
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    end_with_parent()
     # the warm process lives as long as any process holds this descriptor: only the agent shall
     alive = getattr(forkserver._forkserver, "_forkserver_alive_fd", None)
     if alive is not None:
