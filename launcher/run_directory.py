@@ -9,6 +9,7 @@ runs/NAME/  job.yaml         the resolved configuration
             telemetry.jsonl, events.jsonl, checkpoints/, loss.png
 """
 
+import errno
 import fcntl
 import os
 import shutil
@@ -209,10 +210,19 @@ class Run:
             ) from error
 
     def write_state(self, state: RunState) -> None:
-        """Replace the state; a reader sees the old one or the new one."""
-        new = self.directory / "state.json.new"
-        new.write_text(state.model_dump_json(indent=1) + "\n")
-        os.replace(new, self.directory / "state.json")
+        """Replace the state; a reader sees the old one or the new one. A full disk has room for it all the same."""
+        path, new = self.directory / "state.json", self.directory / "state.json.new"
+        content = state.model_dump_json(indent=1).encode() + b"\n"
+        try:
+            new.write_bytes(content)
+            os.replace(new, path)
+        except OSError as error:
+            new.unlink(missing_ok=True)
+            if error.errno != errno.ENOSPC or not path.is_file():
+                raise
+            with path.open("r+b") as file:  # into the block that the old one has
+                file.write(content)
+                file.truncate()
 
     def status(self) -> str:
         """The state, or "died" where it says running but no controller lives."""

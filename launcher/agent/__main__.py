@@ -12,8 +12,10 @@ def main() -> None:
     from evermesh.launcher.agent.agent import Agent
     from evermesh.launcher.agent.spec import AgentSpec
     from evermesh.launcher.errors import LauncherError
+    from evermesh.launcher.patient_output import outlive_a_full_disk
     from evermesh.launcher.processes import TOKEN_VARIABLE
 
+    outlive_a_full_disk()
     try:
         Agent(AgentSpec.model_validate_json(sys.argv[1]), os.environ.pop(TOKEN_VARIABLE)).run()
     except LauncherError as error:  # its last words are what the controller tells

@@ -14,6 +14,7 @@ from evermesh.launcher.contact import last_port, make_token, write_contact
 from evermesh.launcher.controller.controller import Controller
 from evermesh.launcher.controller.journal import Journal
 from evermesh.launcher.errors import LauncherError, RunAlive
+from evermesh.launcher.patient_output import outlive_a_full_disk
 from evermesh.launcher.placement import placement_for
 from evermesh.launcher.run_directory import Run, now
 
@@ -25,6 +26,7 @@ _PING_S = 1.0
 
 def main() -> None:
     """Control the run; a second controller ends at once."""
+    outlive_a_full_disk()
     run = Run(Path(sys.argv[1]))
     for number in (signal.SIGINT, signal.SIGHUP):  # they belong to whoever shows the job
         signal.signal(number, signal.SIG_IGN)

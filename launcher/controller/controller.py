@@ -48,6 +48,8 @@ from evermesh.runtime.telemetry import StepReport
 
 _TICK_S = 0.1
 _WRITE_AGAIN_S = 0.5
+_WRITE_WAIT_S = 10.0
+"""How long nobody may make room on a full disk before the job is ended."""
 
 
 class Controller:
@@ -161,15 +163,18 @@ class Controller:
     async def serve(self) -> int:
         """Run the job to its end; returns the exit code. Agents and workers are gone then."""
         self._take_over()
+        written_s = time.monotonic()
         while self.state not in ENDED:
-            if not self.run.directory.is_dir():
+            if not (self.run.directory / "state.json").is_file():  # who writes events makes the directory again
                 return await self._give_up()
             self._changed.clear()
             try:
                 self._advance()
+                written_s = time.monotonic()
             except OSError as error:  # the journal or the state cannot be written: what was not done is tried again
-                print(f"nothing can be written down, waiting: {error}", flush=True)
                 self._scribe.make_room()
+                if time.monotonic() - written_s > _WRITE_WAIT_S:
+                    self._end_unwritten(error)
                 await asyncio.sleep(_WRITE_AGAIN_S)
             if self.state not in ENDED:
                 await self._sleep()
@@ -193,6 +198,15 @@ class Controller:
             refusal=self._roster.refusal,
             shortage=self._roster.shortage(),
         )
+
+    def _end_unwritten(self, error: OSError) -> None:
+        """End the job without an entry in the journal."""
+        text = (
+            f"what the controller does can no longer be written down in {self.run.directory}: {error}. Make room there."
+        )
+        print(text, flush=True)
+        self._scribe.end("failed", 1, text, None)
+        self.record.state, self.record.exit_code = "failed", 1
 
     def _take_over(self) -> None:
         """Say that this process controls the job; end it where an earlier one decided that, and was killed."""
@@ -242,13 +256,13 @@ class Controller:
         before = self.life.nodes if self.life else ()
         nodes = choose_nodes(self.nodes.states(), self.config.nodes, before)
         assert nodes is not None, "the machine starts no attempt without nodes"
-        self.record.generation += 1
-        self._scribe.generation = self.generation
-        self.life = Life(nodes, self.config, newest_step(self.run))
-        self._scribe.note("attempt", reason, nodes=list(nodes), began_at=self.life.began_at)
+        life = Life(nodes, self.config, newest_step(self.run))
+        self._scribe.generation = self.generation + 1
+        self._scribe.note("attempt", reason, nodes=list(nodes), began_at=life.began_at)
+        self._scribe.begin()
+        self.record.generation, self.life = self.generation + 1, life  # from here on nothing can be refused
         drop_unfinished_line(self.run.telemetry)
         self.nodes.last_step = 0
-        self._scribe.begin()
         self.nodes[nodes[0]].send(OpenStore(generation=self.generation))
 
     def _start_ranks(self, store: Store) -> None:

@@ -90,11 +90,11 @@ class Roster:
         if found == "lost":
             has_ended = self._placement.is_alive(node.name) is False
             why = "its agent ended" if has_ended else f"not heard for {silent_s:.1f} s"
-            self._scribe.tell("node lost", f"{node.name} was lost: {why}", node=node.name)
             if life and takes_part:
                 life.lost.add(node.name)
             if not takes_part or state not in ("starting", "training", "stopping"):
                 self.replace(node.name)
+            self._scribe.tell("node lost", f"{node.name} was lost: {why}", node=node.name)  # last: it may fail
         elif found == "cut off" and node.host:
             text = f"{node.name} was not heard for {silent_s:.1f} s, but training goes on"
             self._scribe.tell("node cut off", text, node=node.name)

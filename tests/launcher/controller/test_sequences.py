@@ -173,3 +173,32 @@ def test_a_controller_killed_after_any_entry_is_followed_by_one_that_goes_on(are
             job.settle(1.0)
             assert (job.controller.state, job.run.state().state) == ("stopped", "stopped"), killed_after
             assert job.run.state().exit_code == 143
+
+
+def refuse_at(job: World, number: int) -> None:
+    """Have the disk be full when the entry with this number is to be written, once."""
+    append, refused = job.journal.append, list[int]()
+
+    def append_if_there_is_room(*what: Any, **fields: Any) -> Entry:
+        if len(job.journal.entries) + 1 == number and not refused:
+            refused.append(number)
+            raise OSError(28, "No space left on device")
+        return append(*what, **fields)
+
+    job.journal.append = append_if_there_is_room  # type: ignore[method-assign]
+
+
+def test_an_entry_that_cannot_be_written_at_first_is_no_reason_to_end_the_job() -> None:
+    with world() as recorded:
+        eventful(recorded)
+        entries = read_journal(recorded.run.journal)
+    for refused in entries[1:]:
+        with world() as job:
+            refuse_at(job, refused.seq)
+            try:
+                eventful(job)
+            except OSError:
+                assert refused.kind == "stop"  # who asks is told, and asks again
+                continue
+            job.settle(1.0)
+            assert (job.controller.state, job.run.state().exit_code) == ("stopped", 143), refused

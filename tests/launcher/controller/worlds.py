@@ -9,7 +9,7 @@ import itertools
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -87,7 +87,8 @@ class Agent:
         hello = Hello(
             node=self.name, host="here", address="127.0.0.1", pid=self.pid, outcome=self.ranks and self.ranks.outcome
         )
-        self.node = self.world.controller.greet(self.name, hello, self.inbox)
+        with suppress(OSError):  # the connection ends, and the agent tries again
+            self.node = self.world.controller.greet(self.name, hello, self.inbox)
 
     def cut(self) -> None:
         """Lose the connection, and with it what was on its way."""
@@ -97,7 +98,10 @@ class Agent:
 
     def say(self, message: FromAgent) -> None:
         if self.node is not None:
-            self.world.controller.receive(self.node, message)
+            try:
+                self.world.controller.receive(self.node, message)
+            except OSError:
+                self.cut()
 
     def beat(self) -> None:
         """Tell how far the ranks are."""
@@ -182,7 +186,8 @@ class World:
         self.now_s += seconds
         if self.controller.state in ENDED:
             return
-        self.controller._advance()
+        with suppress(OSError):  # as the controller does: what was not done is tried again
+            self.controller._advance()
 
     def settle(self, seconds: float) -> None:
         """Everybody is connected and answers for a while."""
