@@ -57,11 +57,16 @@ class Job:
 
     def kill_rank(self, rank: int) -> float:
         """SIGKILL one worker; returns when, by the wall clock."""
-        pid = next(found.pid for found in self.client.status().ranks if found.rank == rank)
-        assert pid is not None
+        self.wait(lambda: rank in self.pids)  # a new controller has to be told by the agents
+        pid = self.pids[rank]
         killed_s = time.time()
         os.kill(pid, signal.SIGKILL)
         return killed_s
+
+    @property
+    def pids(self) -> dict[int, int]:
+        """Processes of the living ranks."""
+        return {found.rank: found.pid for found in self.client.status().ranks if found.pid is not None}
 
     @property
     def journal(self) -> list[Entry]:
