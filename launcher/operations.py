@@ -120,6 +120,8 @@ def _way_on(run: Run, error: str = "") -> str:
 def _closing_line(run: Run, result: JobResult) -> str:
     if result.reason == "finished":
         return f"[green]finished[/]: {result.step} steps; loss over steps: {run.loss_png}"
+    if not result.checkpoint:
+        return f"[yellow]stopped[/] before the first step. {_way_on(run)}"
     why = "stop_at" if result.reason == "stop_at" else "as asked"
     return f"[yellow]stopped[/] after step {result.step} ({why}); go on with: evermesh resume {run.directory}"
 
