@@ -4,6 +4,7 @@ The picture is in the README of the launcher. ``decide`` is asked again after ev
 None; the controller writes each answer into its journal before it carries it out.
 """
 
+import math
 import signal
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,8 +15,9 @@ from evermesh.launcher.policy import REQUEUE, FailedAttempt, Failure, Finish, af
 
 SETTLE_S = 0.05
 """After a failure: how long another rank may still tell an earlier one."""
-ROOT_CAUSE_WAIT_S = 2.0
-"""After a rank lost its peer: how long the peer has to say, or show, why."""
+ROOT_CAUSE_WAIT_S = 2.5
+"""After a rank lost its peer: how long the peer has to say, or show, why; longer than a lease, so that a lost node is
+named."""
 NodeState = Literal["joining", "ready", "cut off", "lost"]
 
 
@@ -165,6 +167,8 @@ def _failure(view: JobView, attempt: Attempt) -> str | None:
     first, waited_s = root_cause(attempt.failures), view.now_s - attempt.failed_s
     everybody_spoke = len({failure.rank for failure in attempt.failures}) + len(attempt.done) >= attempt.world_size
     patience_s = ROOT_CAUSE_WAIT_S if first.peer_lost else 0.0 if first.cause == "died" else SETTLE_S
+    if first.peer_lost and any(view.nodes.get(node) == "cut off" for node in attempt.nodes):
+        patience_s = math.inf  # the node is about to be found lost, or to say why
     return f"rank {first.rank} {first.how.splitlines()[0]}" if everybody_spoke or waited_s >= patience_s else None
 
 

@@ -49,7 +49,7 @@ class Roster:
 
     def judge(self, life: Life | None, state: JobState) -> None:
         """Note which nodes were lost or cut off by now; ``state`` is that of the job."""
-        step_s = life.step_s if life else 0.0
+        step_s = life.step_s if life and not life.failures else 0.0  # after a failure no steps are to be expected
         for node in self.nodes:
             found = self.nodes.judge(node, self._placement.is_alive(node.name), step_s)
             if found == node.state:

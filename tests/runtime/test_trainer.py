@@ -1,7 +1,7 @@
 """Training on real ranks: the same run on any number of workers, stopped anywhere."""
 
-from pathlib import Path
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest

@@ -3,6 +3,7 @@
 import pytest
 
 from evermesh.launcher.controller.leases import LEASE_S, NodeSigns, node_state
+from evermesh.launcher.controller.machine import ROOT_CAUSE_WAIT_S
 
 
 @pytest.mark.parametrize(
@@ -24,3 +25,7 @@ from evermesh.launcher.controller.leases import LEASE_S, NodeSigns, node_state
 )
 def test_a_node_is(silent_s: float, proof_s: float, process_lives: bool | None, step_s: float, expected: str) -> None:
     assert node_state(NodeSigns(silent_s, proof_s, process_lives, step_s)) == expected
+
+
+def test_a_lost_node_is_known_before_the_patience_with_those_who_lost_their_peer_ends() -> None:
+    assert LEASE_S < ROOT_CAUSE_WAIT_S

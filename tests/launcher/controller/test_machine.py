@@ -89,6 +89,7 @@ WAITS = [
     ("one rank is done, the other not yet", view("training", attempt(done={0: {"reason": "finished"}}))),
     ("a node is cut off, but training goes on", view("training", attempt(), nodes=ONE_CUT_OFF)),
     ("the peer may say why", view("training", failing(PEER_LOST, ago_s=ROOT_CAUSE_WAIT_S - 0.01))),
+    ("or show that it is lost", view("training", failing(PEER_LOST, ago_s=ROOT_CAUSE_WAIT_S), nodes=ONE_CUT_OFF)),
     ("another rank may tell an earlier failure", view("training", failing(RAISED, ago_s=SETTLE_S - 0.01))),
     ("the checkpoint is being written", view("stopping", attempt(), stop=TERM)),
     ("there is time left", view("stopping", attempt(), stop=Stop(signal.SIGTERM, False, NOW_S + 0.01))),
