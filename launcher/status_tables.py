@@ -136,8 +136,9 @@ def _show_ended(run: Run, as_json: bool) -> None:
         return
     console = Console()
     ended = f" at {state.ended:%Y-%m-%d %H:%M:%S} UTC" if state.ended else ""
+    attempts = "1 attempt" if state.attempt == 1 else f"{state.attempt} attempts"
     console.print(
-        f"[bold]{run.name}[/]  {coloured(run.status())}{ended}, {state.attempt} attempts, {run.directory}",
+        f"[bold]{run.name}[/]  {coloured(run.status())}{ended}, {attempts}, {run.directory}",
         highlight=False,
     )
     for line in (state.error or "").splitlines():
