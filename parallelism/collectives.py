@@ -134,6 +134,17 @@ class Communicator:
         gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
         gather(output, tensor, group=self.group)
 
+    def reduce_scatter(self, output: "torch.Tensor", tensor: "torch.Tensor", call_site: str) -> None:
+        """Sum ``tensor`` over the group and keep this rank's part, along dim 0, in ``output``. Collective; equal shapes."""
+        if self.group is None:
+            output.copy_(tensor.view_as(output))
+            return
+        import torch.distributed as dist
+
+        self._emit("reduce_scatter", tensor, call_site)
+        reduce = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+        reduce(output, tensor, group=self.group)
+
     def broadcast(self, tensor: "torch.Tensor", source: int, call_site: str) -> None:
         """Copy ``tensor`` of rank ``source`` of the group to all its ranks, in place. Collective."""
         if self.group is None:

@@ -12,6 +12,7 @@ is sent), ``node`` between two ranks of one node, ``network`` between two nodes.
 
   - ``all_reduce`` 2 (n-1) S, cut into n parts that differ by at most one byte, so that integers add up exactly;
   - ``all_gather`` n (n-1) S, every rank (n-1) S;
+  - ``reduce_scatter`` (n-1) S, S being the buffer that is reduced, cut into parts like an ``all_reduce``;
   - ``broadcast`` (n-1) S, every rank S but the one before the source;
   - ``barrier`` nothing.
 
@@ -22,7 +23,7 @@ send small tensors along trees, which takes more bytes and fewer hops.
 from collections.abc import Sequence
 from typing import Literal
 
-Operation = Literal["all_reduce", "all_gather", "broadcast", "barrier", "send", "receive"]
+Operation = Literal["all_reduce", "all_gather", "reduce_scatter", "broadcast", "barrier", "send", "receive"]
 Tier = Literal["local", "node", "network"]
 TIERS: tuple[Tier, ...] = ("local", "node", "network")
 
@@ -38,8 +39,8 @@ def wire_bytes(operation: Operation, payload_bytes: int, ranks: int, position: i
     """Bytes that one rank sends; ``position`` counts from the source of a broadcast, otherwise from rank 0."""
     if operation == "send":
         return payload_bytes
-    if operation == "all_reduce":
-        total = 2 * (ranks - 1) * payload_bytes
+    if operation in ("all_reduce", "reduce_scatter"):
+        total = (2 if operation == "all_reduce" else 1) * (ranks - 1) * payload_bytes
         return (position + 1) * total // ranks - position * total // ranks
     if operation == "all_gather":
         return (ranks - 1) * payload_bytes

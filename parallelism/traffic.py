@@ -1,20 +1,21 @@
 """What a batch plan sends, by formula: the ledger of a run must show exactly this.
 
 Nothing here looks at the code that communicates. Shape of a block: keys and values of some tokens in one layer, so
-2 x tokens x KV heads x head size elements.
+2 x tokens x KV heads of a rank x head size elements.
 """
 
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from evermesh.parallelism.batch_plan import BatchPlan
+from evermesh.parallelism.batch_plan import BatchPlan, MicroBatch
 from evermesh.parallelism.cost import ModelShape
 from evermesh.parallelism.ledger import Traffic
 from evermesh.parallelism.links import Operation, Tier, tiers_from, wire_bytes
+from evermesh.parallelism.mesh import Mesh
 from evermesh.parallelism.pieces import share_of
 
-AXIS = "hdp"
+AXIS, TENSOR_AXIS = "hdp", "tp"
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,32 +24,87 @@ class TrainedModel:
 
     shape: ModelShape
     num_parameters: int
+    """Elements that one rank trains: all, or with ``tp`` > 1 its largest part of each parameter."""
     bytes_per_element: int
-    """Of parameters, gradients and activations; the gradients of a block take at least four bytes."""
+    """Of parameters, gradients and activations; the gradients of a block, and the loss, take at least four bytes."""
+    tp: int = 1
+    """Ranks that share a model."""
+    num_replicated: int = 0
+    """Elements that all of them train."""
 
     @property
     def block_token_elements(self) -> int:
-        """Elements of one token in a block."""
-        return 2 * self.shape.kv_heads * self.shape.head_dim
+        """Elements of one token in a block, of the key and value heads of one rank."""
+        return 2 * self.shape.kv_heads // self.tp * self.shape.head_dim
 
 
 def plan_traffic(
     plan: BatchPlan, model: TrainedModel, nodes: Sequence[int], *, committed: bool = True
 ) -> list[Traffic]:
-    """What all ranks send for the rings, the gradients and the parameters of one step, not yet added up.
+    """What all ranks send for one step, not yet added up: rings, activations, gradients and parameters.
 
     Args:
-        plan: the batch plan; one HDP rank per process.
+        plan: the batch plan; ``model.tp`` consecutive processes per HDP rank.
         model: what is trained.
         nodes: index of the node of every rank.
         committed: whether the step ended in an update; without one the parameters are not gathered.
     """
-    shard_bytes = -(-model.num_parameters // len(nodes)) * model.bytes_per_element
-    parts = [*_rings(plan, model, nodes)]
-    parts += collective_traffic("gradients", "all_reduce", AXIS, shard_bytes * len(nodes), nodes)
-    if committed:
-        parts += collective_traffic("parameters", "all_gather", AXIS, shard_bytes, nodes)
+    mesh = Mesh(len(nodes) // model.tp, model.tp)
+    parts: list[Traffic] = []
+    for tp_rank in range(mesh.tp):
+        parts += _hdp_traffic(plan, model, [nodes[rank] for rank in mesh.column(tp_rank)], committed=committed)
+    for hdp_rank in range(mesh.hdp if mesh.tp > 1 else 0):
+        parts += _tp_traffic(plan.ranks[hdp_rank], model, [nodes[rank] for rank in mesh.row(hdp_rank)])
     return parts
+
+
+def _hdp_traffic(
+    plan: BatchPlan, model: TrainedModel, nodes: Sequence[int], *, committed: bool
+) -> Iterator[Traffic]:
+    """What the HDP ranks that hold the same part of the model send."""
+    shard_bytes = -(-model.num_parameters // len(nodes)) * model.bytes_per_element
+    yield from _rings(plan, model, nodes)
+    yield from collective_traffic("gradients", "all_reduce", AXIS, shard_bytes * len(nodes), nodes)
+    if committed:
+        yield from collective_traffic("parameters", "all_gather", AXIS, shard_bytes, nodes)
+
+
+def _tp_traffic(micro_batches: Sequence[MicroBatch], model: TrainedModel, nodes: Sequence[int]) -> Iterator[Traffic]:
+    """What the ranks that share one model send."""
+    replicated_bytes = model.num_replicated * model.bytes_per_element
+    yield from collective_traffic("gradients", "all_reduce", TENSOR_AXIS, replicated_bytes, nodes)
+    for micro_batch in micro_batches:
+        recomputed = micro_batch.recompute == "block"
+        yield from tensor_traffic(micro_batch.num_tokens, model, nodes, recomputed=recomputed)
+
+
+def tensor_traffic(
+    num_tokens: int, model: TrainedModel, nodes: Sequence[int], *, recomputed: bool = False
+) -> Iterator[Traffic]:
+    """What the ranks that share one model send for one micro-batch, whose tokens are padded to a multiple of them.
+
+    Attention and feed-forward of every layer gather their input and scatter their output, the embedding scatters its
+    output and the head gathers its input; backward, each is the other. A block that is computed again leaves out its
+    last scatter, which nothing in its backward pass needs.
+    """
+    if num_tokens == 0:
+        return
+    layers, own_tokens = model.shape.layers, -(-num_tokens // model.tp)
+    counts = {
+        ("tensor forward", "all_gather"): 2 * layers * (1 + recomputed) + 1,
+        ("tensor forward", "reduce_scatter"): (2 + recomputed) * layers + 1,
+        ("tensor backward", "all_gather"): 2 * layers + 1,
+        ("tensor backward", "reduce_scatter"): 2 * layers + 1,
+    }
+    own_bytes = own_tokens * model.shape.hidden * model.bytes_per_element
+    operations: tuple[Operation, ...] = ("all_gather", "reduce_scatter")
+    for call_site, operation in itertools.product(("tensor forward", "tensor backward"), operations):
+        payload_bytes = own_bytes if operation == "all_gather" else own_bytes * model.tp
+        for _ in range(counts[call_site, operation]):
+            yield from collective_traffic(call_site, operation, TENSOR_AXIS, payload_bytes, nodes)
+    for values in (1, 2):  # the largest logit of a token; the sum of its exponentials and the logit of its target
+        payload_bytes = values * num_tokens * max(4, model.bytes_per_element)
+        yield from collective_traffic("loss", "all_reduce", TENSOR_AXIS, payload_bytes, nodes)
 
 
 def collective_traffic(

@@ -7,18 +7,26 @@ _BYTES = {"float64": 8, "float32": 4, "bfloat16": 2}
 
 
 def nominal_cost(config: TrainConfig, shape: ModelShape) -> CostModel:
-    """Coefficients from the sizes of the model and nominal rates of the device; set ``train.cost`` to measured ones."""
-    recompute = config.layout.recompute == "block"
+    """Coefficients of one HDP rank from the sizes of the model and nominal rates of the device.
+
+    The ``layout.tp`` devices of an HDP rank share its work and its ring traffic; what they send to each other is not
+    counted. Set ``train.cost`` to measured coefficients.
+    """
+    recompute, devices = config.layout.recompute == "block", config.layout.tp
     if config.device.kind == "cuda":
         return CostModel.from_model(
-            shape, flops_per_s=400e12, attention_flops_per_s=300e12, bytes_per_s=25e9, recompute=recompute
+            shape,
+            flops_per_s=400e12 * devices,
+            attention_flops_per_s=300e12 * devices,
+            bytes_per_s=25e9 * devices,
+            recompute=recompute,
         )
-    threads = config.device.threads
+    threads = config.device.threads * devices
     compute = CostModel.from_model(
         shape,
         flops_per_s=55e9 * threads,
         attention_flops_per_s=55e9 * threads,
-        bytes_per_s=1e9,
+        bytes_per_s=1e9 * devices,
         bytes_per_element=_BYTES[config.dtype],
         recompute=recompute,
     )

@@ -13,6 +13,7 @@ from evermesh.parallelism.batch_plan import BatchPlan, MicroBatch
 from evermesh.parallelism.collectives import Communicator
 from evermesh.parallelism.errors import PlanInvalid
 from evermesh.parallelism.layout import Layout
+from evermesh.parallelism.mesh import Mesh
 from evermesh.parallelism.planner import Planner
 from evermesh.parallelism.verifier import verify_plan
 from evermesh.runtime.data import Batch, Corpus, Sampler, read_pieces
@@ -73,9 +74,11 @@ class BatchFeed:
         self.control.moment.begin_step(self.control.moment.step + 1)
         batch = self.sampler.next_batch()
         plan = self._agreed_plan(batch)
-        rank_plan = plan.ranks[self.control.rank]
+        hdp_rank, tp_rank = Mesh(self.layout.hdp, self.layout.tp).coordinates(self.control.rank)
+        rank_plan = plan.ranks[hdp_rank]
         micro_batches = tuple(load_micro_batch(micro_batch, batch, self.corpora) for micro_batch in rank_plan)
-        counted = torch.tensor([sum(int(local.counts_T.sum()) for local in micro_batches)])
+        # tensor-parallel ranks have the same tokens: one of them counts
+        counted = torch.tensor([sum(int(local.counts_T.sum()) for local in micro_batches) if tp_rank == 0 else 0])
         self.control.all_reduce(counted, "loss weights")
         return PlannedBatch(batch, plan, micro_batches, int(counted), self.sampler.state_dict())
 

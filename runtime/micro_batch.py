@@ -5,12 +5,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from evermesh.parallelism.attention.kernels import kernel_for
 from evermesh.parallelism.attention.micro_batch import MicroBatchAttention
 from evermesh.parallelism.batch_plan import MicroBatch
 from evermesh.parallelism.collectives import Communicator
+from evermesh.parallelism.tensor.loss import cross_entropy
+from evermesh.parallelism.tensor.tokens import pad_tokens, without_padding
 from evermesh.runtime.model.decoder import Decoder
 
 
@@ -30,10 +31,16 @@ class LocalMicroBatch:
 
 
 class MicroBatchRunner:
-    """Runs one rank's micro-batches through its model and leaves the gradients in the parameters."""
+    """Runs one rank's micro-batches through its model and leaves the gradients in the parameters.
 
-    def __init__(self, model: Decoder, communicator: Communicator) -> None:
-        self.model, self.communicator = model, communicator
+    Args:
+        model: this rank's model, after ``apply_tensor_parallel`` where ranks share one.
+        communicator: the HDP ranks, over which rings are.
+        tensor: the ranks that share the model and run the same micro-batches together; None: nobody does.
+    """
+
+    def __init__(self, model: Decoder, communicator: Communicator, tensor: Communicator | None = None) -> None:
+        self.model, self.communicator, self.tensor = model, communicator, tensor or Communicator()
         weight = model.embedding.weight
         self.device = weight.device
         self.kernel = kernel_for(weight.device, weight.dtype)
@@ -42,7 +49,8 @@ class MicroBatchRunner:
         """Add this rank's gradients of the mean loss; returns its part of that loss, a float64 scalar.
 
         Every token is weighted by one over ``num_counted``, the counted tokens of the whole batch, so the sum over ranks
-        is the same for every plan. Collective over the members of every ring, in the order of the plan.
+        is the same for every plan; ranks that share a model return the same. Collective over them, and over the members of
+        every ring, in the order of the plan.
 
         Args:
             micro_batches: what the plan gives to this rank, in its order.
@@ -58,11 +66,17 @@ class MicroBatchRunner:
 
     def loss(self, micro_batch: LocalMicroBatch, lengths: Sequence[int]) -> Tensor:
         """Sum of the losses of the counted tokens of one micro-batch, in at least float32."""
+        num_tokens, ranks = micro_batch.tokens_T.shape[0], self.tensor.size
         attend = MicroBatchAttention(micro_batch.plan, lengths, self.kernel, self.communicator)
         tokens, positions, targets, counts = (
             tensor.to(self.device, non_blocking=True)
             for tensor in (micro_batch.tokens_T, micro_batch.positions_T, micro_batch.targets_T, micro_batch.counts_T)
         )
-        logits_TV = self.model(tokens, positions, attend, recompute=micro_batch.plan.recompute == "block")
+        logits_TV = self.model(
+            pad_tokens(tokens, ranks),
+            pad_tokens(positions, ranks),
+            without_padding(attend, num_tokens),
+            recompute=micro_batch.plan.recompute == "block",
+        )[:num_tokens]
         logits_TV = logits_TV.to(torch.promote_types(logits_TV.dtype, torch.float32))
-        return (F.cross_entropy(logits_TV, targets, reduction="none") * counts).sum()
+        return (cross_entropy(logits_TV, targets, self.model.vocabulary, self.tensor) * counts).sum()

@@ -1,71 +1,40 @@
 """AdamW on flat buffers, its state sharded over the HDP ranks (ZeRO-1, Rajbhandari et al., arXiv 1910.02054).
 
-All parameters lie in one flat buffer, matrices first (they decay), vectors behind; every rank owns one equal part of it,
-steps that part, and gathers the rest. AdamW works element by element, so the number of ranks changes nothing.
+All parameters of a rank lie in one flat buffer, matrices first (they decay), vectors behind; every HDP rank owns one equal
+part of it, steps that part, and gathers the rest. AdamW works element by element, so the number of ranks changes nothing.
 """
 
 import math
-from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from evermesh.checkpoint.shard_map import Interval, Shard, ShardMap, TensorShards
+from evermesh.checkpoint.shard_map import Shard, ShardMap, TensorShards
 from evermesh.parallelism.collectives import Communicator
+from evermesh.parallelism.mesh import Mesh
 from evermesh.runtime.config import OptimizerConfig
-
-
-class FlatEntry(NamedTuple):
-    """Where one parameter lies in the flat buffer."""
-
-    name: str
-    shape: tuple[int, ...]
-    start: int
-    stop: int
-
-
-class FlatParameters:
-    """The parameters and gradients of a model as views of two flat buffers, padded to a multiple of the ranks."""
-
-    def __init__(self, model: nn.Module, ranks: int) -> None:
-        named = sorted(model.named_parameters(), key=lambda item: item[1].dim() < 2)  # stable: matrices first
-        self.entries: list[FlatEntry] = []
-        position = 0
-        for name, parameter in named:
-            self.entries.append(FlatEntry(name, tuple(parameter.shape), position, position + parameter.numel()))
-            position += parameter.numel()
-        self.num_elements = position
-        self.num_decayed = sum(parameter.numel() for _, parameter in named if parameter.dim() >= 2)
-        self.shard_size = -(-position // ranks)
-        like = named[0][1]
-        self.values = torch.zeros(self.shard_size * ranks, dtype=like.dtype, device=like.device)
-        self.gradients = torch.zeros_like(self.values)
-        for entry, (_, parameter) in zip(self.entries, named, strict=True):
-            view = self.values[entry.start : entry.stop].view(entry.shape)
-            view.copy_(parameter.detach())
-            parameter.data = view
-            parameter.grad = self.gradients[entry.start : entry.stop].view(entry.shape)
-
-    def owned(self, rank: int) -> slice:
-        """The part of the flat buffers that ``rank`` steps (for the last ranks it may reach into the padding)."""
-        return slice(rank * self.shard_size, (rank + 1) * self.shard_size)
-
-    def owned_intervals(self, rank: int) -> Iterator[tuple[FlatEntry, Interval, slice]]:
-        """For every parameter that ``rank`` owns a part of: the entry, the part, and where it lies in the shard."""
-        owned = self.owned(rank)
-        for entry in self.entries:
-            start, stop = max(entry.start, owned.start), min(entry.stop, owned.stop)
-            if start < stop:
-                local = slice(start - owned.start, stop - owned.start)
-                yield entry, Interval(start=start - entry.start, stop=stop - entry.start), local
+from evermesh.runtime.flat import FlatParameters, OwnedPart
 
 
 class ShardedAdamW:
-    """AdamW of one rank's part of the parameters. Every rank makes one and calls ``step`` together."""
+    """AdamW of one rank's part of the parameters. Every rank makes one and calls ``step`` together.
 
-    def __init__(self, flat: FlatParameters, config: OptimizerConfig, communicator: Communicator) -> None:
+    Args:
+        flat: the parameters and gradients of this rank's model.
+        config: rates and decay.
+        communicator: the HDP ranks that hold the same model as this one.
+        tensor: the ranks that share one model with this one; None: nobody does.
+    """
+
+    def __init__(
+        self,
+        flat: FlatParameters,
+        config: OptimizerConfig,
+        communicator: Communicator,
+        tensor: Communicator | None = None,
+    ) -> None:
         self.flat, self.config, self.communicator = flat, config, communicator
+        self.tensor = tensor or Communicator()
         owned = flat.owned(communicator.rank)
         state_dtype = torch.promote_types(flat.values.dtype, torch.float32)
         self.master = flat.values[owned].to(state_dtype, copy=True)
@@ -110,29 +79,43 @@ class ShardedAdamW:
         part = self.master.to(self.flat.values.dtype)
         self.communicator.all_gather(self.flat.values, part, "parameters")
 
-    def owned_state(self) -> dict[str, Tensor]:
-        """This rank's part of every tensor that must survive, by checkpoint name; views of the live state."""
+    def owned_state(self) -> dict[str, list[Tensor]]:
+        """This rank's part of every tensor that must survive, by checkpoint name: its regions in the order of the map,
+        as views of the live state."""
         states = {"parameter": self.master, "exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
-        return {
-            f"{kind}.{entry.name}": state[local]
-            for entry, _, local in self.flat.owned_intervals(self.communicator.rank)
-            for kind, state in states.items()
-        }
+        held: dict[str, list[Tensor]] = {}
+        for part in self.flat.owned_parts(self.communicator.rank):
+            regions = part.entry.regions(self.tensor.rank, part.start, part.stop)
+            sizes = [region.num_elements for region in regions]
+            for kind, state in states.items():
+                # a slot may be longer than what this rank holds
+                held[f"{kind}.{part.entry.name}"] = list(state[part.local][: sum(sizes)].split(sizes)) if sizes else []
+        return {name: tensors for name, tensors in held.items() if tensors}
 
     def shard_map(self) -> ShardMap:
         """Which rank holds which part of which tensor; the same on every rank, without communication."""
         dtype = str(self.master.dtype).removeprefix("torch.")
-        shards: dict[str, list[Shard]] = {}
-        for rank in range(self.communicator.size):
-            for entry, interval, _ in self.flat.owned_intervals(rank):
-                shards.setdefault(entry.name, []).append(Shard(region=interval, ranks=(rank,)))
+        shards: dict[str, list[Shard]] = {entry.name: [] for entry in self.flat.entries}
+        for hdp_rank in range(self.communicator.size):
+            for part in self.flat.owned_parts(hdp_rank):
+                shards[part.entry.name] += self._shards(part, hdp_rank)
         return ShardMap(
             tensors={
-                f"{kind}.{entry.name}": TensorShards(dtype=dtype, shape=entry.shape, shards=tuple(shards[entry.name]))
+                f"{kind}.{entry.name}": TensorShards(dtype, entry.cut.shape, tuple(shards[entry.name]))
                 for kind in ("parameter", "exp_avg", "exp_avg_sq")
                 for entry in self.flat.entries
             }
         )
+
+    def _shards(self, part: OwnedPart, hdp_rank: int) -> list[Shard]:
+        """Who holds what of a part that an HDP rank owns: every tensor-parallel rank its own, or all of them the same."""
+        row = tuple(Mesh(self.communicator.size, self.tensor.size).row(hdp_rank))
+        holders = [row] if part.entry.cut.dim is None else [(rank,) for rank in row]
+        return [
+            Shard(region, ranks)
+            for tp_rank, ranks in enumerate(holders)
+            for region in part.entry.regions(tp_rank, part.start, part.stop)
+        ]
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:

@@ -1,16 +1,18 @@
 """Joining and leaving the process group of all workers."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch.distributed import Store
 
 from evermesh.parallelism.collectives import Communicator, Moment, Sink
+from evermesh.parallelism.layout import Layout
+from evermesh.parallelism.mesh import Mesh
 from evermesh.runtime.config import CpuDevice, CudaDevice
 
 
@@ -51,41 +53,73 @@ def local_device(device: CpuDevice | CudaDevice) -> torch.device:
 
 
 class Groups(NamedTuple):
-    """The same ranks, three times, so that traffic of different threads and devices never mixes.
+    """The communicators of one rank, apart from each other so that traffic of different threads and devices never mixes.
 
-    Training and host share one ``Moment``, which the trainer moves on; the thread that uses control is ahead of them and
+    All but control share one ``Moment``, which the trainer moves on; the thread that uses control is ahead of them and
     has its own.
     """
 
-    training: Communicator
-    """Gradients, parameters and rings, on the device's own backend."""
+    hdp: Communicator
+    """The ranks that hold the same part of the model: gradients, parameters and rings, on the device's own backend."""
+    tp: Communicator
+    """The ranks that share one model with this one: activations and the gradients of what they all hold."""
     control: Communicator
-    """Batch plans; used by one background thread only."""
+    """All ranks. Batch plans; used by one background thread only."""
     host: Communicator
-    """Tensors in host memory, for checkpoints; used by the training thread."""
+    """All ranks. Tensors in host memory, for checkpoints; used by the training thread."""
 
     @contextmanager
     def listen(self, sink: Sink) -> Iterator[None]:
-        """Send a record of every operation of all three to ``sink``, on the thread that issues it, until the block ends."""
+        """Send a record of every operation of all of them to ``sink``, on the thread that issues it, until the block ends."""
         with ExitStack() as stack:
             for communicator in self:
                 stack.enter_context(communicator.listen(sink))
             yield
 
 
-def communicators(timeout_s: float) -> Groups:
-    """The groups of a training process. Collective when a default group exists; otherwise each is this process alone."""
-    world, control, host = None, None, None
+def communicators(timeout_s: float, layout: Layout) -> Groups:
+    """The groups of a training process. Collective when a default group exists; otherwise each is this process alone.
+
+    Raises:
+        LayoutDoesNotFit: the default group has another number of ranks than the layout.
+    """
+    layout.check_world(dist.get_world_size() if dist.is_initialized() else 1)
+    control, host = None, None
+    timeout = timedelta(seconds=timeout_s)
     if dist.is_initialized():
-        timeout = timedelta(seconds=timeout_s)
         control, host = (dist.new_group(backend="gloo", timeout=timeout) for _ in range(2))
-        world = dist.group.WORLD
     nodes, moment = nodes_of_ranks(), Moment()
     return Groups(
-        Communicator(world, name="hdp", nodes=nodes, moment=moment),
+        *_axes(Mesh(layout.hdp, layout.tp), nodes, moment, timeout),
         Communicator(control, name="control", nodes=nodes),
         Communicator(host, name="host", nodes=nodes, moment=moment),
     )
+
+
+def _axes(
+    mesh: Mesh, nodes: Sequence[int], moment: Moment, timeout: timedelta
+) -> tuple[Communicator, Communicator]:
+    """The communicators of this rank along hdp and tp. Every rank makes every group, in one order, as torch wants it."""
+    if mesh.tp == 1:
+        world = dist.group.WORLD if dist.is_initialized() else None
+        return (
+            Communicator(world, name="hdp", nodes=tuple(nodes), moment=moment),
+            Communicator(name="tp", moment=moment),
+        )
+    columns = {f"hdp of tp {index}": mesh.column(index) for index in range(mesh.tp)}
+    rows = {f"tp of hdp {index}": mesh.row(index) for index in range(mesh.hdp)}
+    groups = {name: dist.new_group(list(ranks), timeout=timeout) for name, ranks in (columns | rows).items()}
+    row, column = mesh.coordinates(dist.get_rank())
+    return (
+        _along("hdp", f"hdp of tp {column}", mesh.column(column), groups, nodes, moment),
+        _along("tp", f"tp of hdp {row}", mesh.row(row), groups, nodes, moment),
+    )
+
+
+def _along(
+    axis: str, name: str, ranks: Sequence[int], groups: Mapping[str, Any], nodes: Sequence[int], moment: Moment
+) -> Communicator:
+    return Communicator(groups[name], name=name, axis=axis, nodes=tuple(nodes[rank] for rank in ranks), moment=moment)
 
 
 def nodes_of_ranks() -> tuple[int, ...]:

@@ -1,6 +1,6 @@
 """The traffic of a training step: counted by the ledgers of all ranks, and by formula.
 
-Everything that a step sends is in both, with one exception: the ``all_reduce`` that adds up the counts themselves
+Everything that a step sends is in both, with one exception: the ``all_reduce`` (one per axis) that adds up the counts themselves
 (call site ``bookkeeping``). Batch plans count for the step that they are made for, although they are sent before it.
 """
 
@@ -12,15 +12,23 @@ from evermesh.parallelism.batch_plan import DIGEST_BYTES, BatchPlan
 from evermesh.parallelism.collectives import Communicator
 from evermesh.parallelism.ledger import Cell, Traffic, add_up
 from evermesh.parallelism.links import TIERS, Operation
+from evermesh.parallelism.mesh import Mesh
 from evermesh.parallelism.traffic import TrainedModel, collective_traffic, plan_traffic
 
 OPERATIONS: tuple[tuple[str, Operation, str], ...] = (
     ("ring forward", "send", "hdp"),
     ("ring backward", "send", "hdp"),
     ("ring gradients", "send", "hdp"),
+    ("tensor forward", "all_gather", "tp"),
+    ("tensor forward", "reduce_scatter", "tp"),
+    ("tensor backward", "all_gather", "tp"),
+    ("tensor backward", "reduce_scatter", "tp"),
+    ("loss", "all_reduce", "tp"),
     ("gradients", "all_reduce", "hdp"),
+    ("gradients", "all_reduce", "tp"),
     ("parameters", "all_gather", "hdp"),
     ("scalars", "all_reduce", "hdp"),
+    ("scalars", "all_reduce", "tp"),
     ("plan", "broadcast", "control"),
     ("loss weights", "all_reduce", "control"),
 )
@@ -29,13 +37,16 @@ _CELLS: tuple[Cell, ...] = tuple((*operation, tier) for operation in OPERATIONS 
 _ROWS = {cell: row for row, cell in enumerate(_CELLS)}
 
 
-def over_all_ranks(own: Sequence[Traffic], communicator: Communicator, device: torch.device) -> tuple[Traffic, ...]:
-    """The traffic of one step, summed over the ranks. Collective: one small ``all_reduce``."""
+def over_all_ranks(
+    own: Sequence[Traffic], hdp: Communicator, tp: Communicator, device: torch.device
+) -> tuple[Traffic, ...]:
+    """The traffic of one step, summed over the ranks. Collective: a small ``all_reduce`` per axis."""
     counts = torch.zeros(len(_CELLS), 3, dtype=torch.int64)
     for traffic in own:
         counts[_ROWS[traffic.cell]] = torch.tensor(traffic.counts)
     counts = counts.to(device)
-    communicator.all_reduce(counts, "bookkeeping")
+    for communicator in (hdp, tp):
+        communicator.all_reduce(counts, "bookkeeping")
     summed = (Traffic(*cell, *count) for cell, count in zip(_CELLS, counts.tolist(), strict=True))
     return tuple(sorted(traffic for traffic in summed if traffic.calls))
 
@@ -50,12 +61,13 @@ def step_traffic(
 ) -> tuple[Traffic, ...]:
     """What a training step with this plan sends over all ranks; arguments as for ``plan_traffic``."""
     plan_bytes = DIGEST_BYTES + len(plan.to_json())
-    return add_up(
-        [
-            *plan_traffic(plan, model, nodes, committed=committed),
-            *collective_traffic("scalars", "all_reduce", "hdp", 3 * 8, nodes),
-            *collective_traffic("plan", "broadcast", "control", 8, nodes),  # how long it is
-            *collective_traffic("plan", "broadcast", "control", plan_bytes, nodes),
-            *collective_traffic("loss weights", "all_reduce", "control", 8, nodes),
-        ]
-    )
+    mesh = Mesh(len(nodes) // model.tp, model.tp)
+    columns = [("hdp", mesh.column(tp_rank)) for tp_rank in range(mesh.tp)]
+    rows = [("tp", mesh.row(hdp_rank)) for hdp_rank in range(mesh.hdp) if mesh.tp > 1]
+    parts = list(plan_traffic(plan, model, nodes, committed=committed))
+    for axis, ranks in (*columns, *rows):
+        parts += collective_traffic("scalars", "all_reduce", axis, 3 * 8, [nodes[rank] for rank in ranks])
+    parts += collective_traffic("plan", "broadcast", "control", 8, nodes)  # how long it is
+    parts += collective_traffic("plan", "broadcast", "control", plan_bytes, nodes)
+    parts += collective_traffic("loss weights", "all_reduce", "control", 8, nodes)
+    return add_up(parts)

@@ -19,17 +19,26 @@ from evermesh.runtime import process_group
 from evermesh.runtime.config import TrainConfig
 from evermesh.runtime.cost import nominal_cost
 from evermesh.runtime.data import Sampler, open_sources
-from evermesh.runtime.errors import UnsupportedLayout
 from evermesh.runtime.feed import BatchFeed, PlannedBatch
 from evermesh.runtime.guard import StepGuard
+from evermesh.runtime.layout import check_layout
 from evermesh.runtime.micro_batch import MicroBatchRunner
-from evermesh.runtime.model.decoder import Decoder
-from evermesh.runtime.optimizer import FlatParameters, ShardedAdamW, learning_rate
+from evermesh.runtime.model.building import build_model
+from evermesh.runtime.optimizer import ShardedAdamW, learning_rate
 from evermesh.runtime.state import Progress, TrainingState
 from evermesh.runtime.telemetry import PlanSummary, StepReport
 from evermesh.runtime.traffic import over_all_ranks, payload_bytes
 
-TRAFFIC = ("ring forward", "ring backward", "ring gradients", "gradients", "parameters")
+TRAFFIC = (
+    "ring forward",
+    "ring backward",
+    "ring gradients",
+    "tensor forward",
+    "tensor backward",
+    "loss",
+    "gradients",
+    "parameters",
+)
 """Call sites whose payload a step reports in ``bytes_by_site``."""
 Reason = Literal["finished", "stop_at", "asked"]
 Asked = Literal["save", "stop"]
@@ -59,8 +68,8 @@ class StepOutcome:
 class Trainer:
     """Trains a decoder on as many workers as the process group has; without a group, in this process alone.
 
-    Every worker makes one with the same configuration and calls ``fit``. The layout's ``hdp`` must equal the number of
-    workers.
+    Every worker makes one with the same configuration and calls ``fit``. The layout's ``hdp`` x ``tp`` must equal the
+    number of workers.
 
     Args:
         config: what to train.
@@ -90,9 +99,9 @@ class Trainer:
         planner: Planner | None = None,
     ) -> None:
         self.config, self.directory, self.report, self.beat, self.asked = config, directory, report, beat, asked
-        self.groups = process_group.communicators(config.timeout_s)
-        self.communicator = self.groups.training
-        _check_layout(config, self.communicator.size)
+        check_layout(config)
+        self.groups = process_group.communicators(config.timeout_s, config.layout)
+        self.rank, self.workers = self.groups.control.rank, self.groups.control.size
         self.device = process_group.local_device(config.device)
         if config.device.kind == "cpu":
             torch.set_num_threads(config.device.threads)
@@ -100,17 +109,14 @@ class Trainer:
         self.corpora = open_sources(config.data)
         self.sampler = Sampler(self.corpora, config.data, config.seed)
         vocabulary = self.corpora[0].vocabulary
-        model = Decoder(config.model, vocabulary)
-        model.initialize(config.seed)
-        self.model = model.to(self.device, getattr(torch, config.dtype))
-        self.flat = FlatParameters(self.model, self.communicator.size)
-        self.optimizer = ShardedAdamW(self.flat, config.optimizer, self.communicator)
-        self.runner = MicroBatchRunner(self.model, self.communicator)
+        self.model, self.flat = build_model(config, vocabulary, self.groups, self.device)
+        self.optimizer = ShardedAdamW(self.flat, config.optimizer, self.groups.hdp, self.groups.tp)
+        self.runner = MicroBatchRunner(self.model, self.groups.hdp, self.groups.tp)
         self.cost = config.cost or nominal_cost(config, config.model.shape(vocabulary))
         self.planner = planner or HybridPlanner(config.layout, self.cost)
 
         self.ledger = ByteLedger()
-        self.events = EventLog(directory / "events.jsonl") if directory and self.communicator.rank == 0 else None
+        self.events = EventLog(directory / "events.jsonl") if directory and self.rank == 0 else None
         self.progress = Progress(sampler=self.sampler.state_dict())
         self.state = TrainingState(self.optimizer, self.progress, self._identity(), self.groups.host)
         if resume:
@@ -124,7 +130,7 @@ class Trainer:
         """Train to ``stop_at``, to the end of the run, or until asked to stop; then save. Collective."""
         last = min(self.config.steps, self.config.stop_at or self.config.steps)
         reason: Reason = "finished" if last == self.config.steps else "stop_at"
-        self._log("started", f"step {self.progress.step} of {self.config.steps}, {self.communicator.size} workers")
+        self._log("started", f"step {self.progress.step} of {self.config.steps}, {self.workers} workers")
         if self.progress.step >= last:
             return self._end(reason, self._newest_checkpoint())
         self.groups.control.moment.step = self.progress.step
@@ -150,7 +156,7 @@ class Trainer:
         """Run one optimizer step. Collective; all ranks agree on the outcome."""
         began_s, self.plan = time.monotonic(), batch.plan
         self.progress.step += 1
-        self.communicator.moment.begin_step(self.progress.step)
+        self.groups.hdp.moment.begin_step(self.progress.step)
         self.flat.gradients.zero_()
         local_loss = self.runner.accumulate(batch.micro_batches, batch.plan.lengths, batch.num_counted)
         self._compute_s = time.monotonic() - began_s
@@ -167,18 +173,24 @@ class Trainer:
         if self.directory is None:
             return None
         started = time.monotonic()
-        self.communicator.moment.phase = "checkpoint"
+        self.groups.hdp.moment.phase = "checkpoint"
         path = self.state.save(self.directory / "checkpoints", self.config.checkpoint.keep)
         self._log("checkpoint", f"{path.name} in {time.monotonic() - started:.2f} s", path=str(path))
         return path
 
     def _synchronize(self, local_loss: Tensor) -> tuple[float, float, Asked | None]:
         """Sum gradients, loss and requests over all ranks: (loss, gradient norm, what was asked). Collective."""
-        self.communicator.all_reduce(self.flat.gradients, "gradients")
-        owned = self.flat.gradients[self.flat.owned(self.communicator.rank)]
-        asked = _ASKED.index(self.asked()) if self.communicator.rank == 0 and self.asked is not None else 0
-        scalars = torch.stack([local_loss, owned.to(torch.float64).square().sum(), local_loss.new_tensor(float(asked))])
-        self.communicator.all_reduce(scalars, "scalars")
+        hdp, tp = self.groups.hdp, self.groups.tp
+        hdp.all_reduce(self.flat.gradients, "gradients")
+        # of its own tokens only; last, so that ranks that share a model keep the same bits of what they all hold
+        tp.all_reduce(self.flat.gradients[self.flat.replicated], "gradients")
+        is_first = tp.rank == 0  # what the ranks of a group have alike counts once
+        square = self.flat.square_of_gradients(hdp.rank, with_replicated=is_first)
+        asked = _ASKED.index(self.asked()) if self.rank == 0 and self.asked is not None else 0
+        loss_once = local_loss if is_first else torch.zeros_like(local_loss)
+        scalars = torch.stack([loss_once, square, local_loss.new_tensor(float(asked))])
+        hdp.all_reduce(scalars, "scalars")
+        tp.all_reduce(scalars, "scalars")
         loss, square, request = scalars.tolist()
         return loss, square**0.5, _ASKED[int(request)]
 
@@ -190,11 +202,12 @@ class Trainer:
         return 1.0 if limit is None or grad_norm <= limit else limit / grad_norm
 
     def _report(self, batch: PlannedBatch, outcome: StepOutcome, clock: "_Clock", last: int) -> None:
-        traffic = over_all_ranks(self.ledger.take_step(self.progress.step), self.communicator, self.device)
+        own = self.ledger.take_step(self.progress.step)
+        traffic = over_all_ranks(own, self.groups.hdp, self.groups.tp, self.device)
         step_s, smoothed_s = clock.tick()
         if self.beat is not None:
             self.beat(self.progress.step, step_s, self._compute_s)
-        if self.communicator.rank != 0:
+        if self.rank != 0:
             return
         report = StepReport(
             step=self.progress.step,
@@ -206,7 +219,7 @@ class Trainer:
             num_tokens=batch.plan.num_tokens,
             num_sequences=len(batch.plan.lengths),
             num_split=sum(sequence.is_split for sequence in batch.batch.sequences),
-            workers=self.communicator.size,
+            workers=self.workers,
             step_s=step_s,
             time_left_s=smoothed_s * (last - self.progress.step),
             plan=PlanSummary.of(batch.plan),
@@ -240,7 +253,7 @@ class Trainer:
         started_s = time.monotonic()
         loaded = self.state.restore(path)
         self.sampler.load_state_dict(self.progress.sampler)
-        text = f"from {path.name}, saved by {loaded.world_size}, on {self.communicator.size} workers"
+        text = f"from {path.name}, saved by {loaded.world_size}, on {self.workers} workers"
         self._log("resumed", text, load_s=time.monotonic() - started_s)
 
     def _newest_checkpoint(self) -> Path | None:
@@ -268,17 +281,3 @@ class _Clock:
         elapsed, self._last = now - self._last, now
         self._smoothed = elapsed if self._smoothed is None else 0.8 * self._smoothed + 0.2 * elapsed
         return elapsed, self._smoothed
-
-
-def _check_layout(config: TrainConfig, workers: int) -> None:
-    layout = config.layout
-    degrees = {"pp": layout.pp, "tp": layout.tp, "ep": layout.ep, "etp": layout.etp}
-    unsupported = [f"layout.{axis} {degree}" for axis, degree in degrees.items() if degree > 1]
-    if layout.offload > 0:
-        unsupported.append(f"layout.offload {layout.offload}")
-    if unsupported:
-        raise UnsupportedLayout(
-            f"{', '.join(unsupported)}: this version runs hybrid data and context parallelism only. "
-            f"Leave them out and set layout.hdp to {workers}, the number of workers."
-        )
-    layout.check_world(workers)

@@ -70,7 +70,7 @@ class Decoder(nn.Module):
 
     def __init__(self, config: ModelConfig, vocabulary: int) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.vocabulary = config, vocabulary
         self.embedding = nn.Embedding(vocabulary, config.hidden)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = nn.RMSNorm(config.hidden, eps=config.norm_eps)

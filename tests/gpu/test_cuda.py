@@ -16,7 +16,8 @@ from evermesh.parallelism.errors import UnsupportedKernel
 from evermesh.runtime import process_group
 from evermesh.runtime.config import CudaDevice, ModelConfig, OptimizerConfig
 from evermesh.runtime.model.decoder import Decoder
-from evermesh.runtime.optimizer import FlatParameters, ShardedAdamW
+from evermesh.runtime.flat import FlatParameters
+from evermesh.runtime.optimizer import ShardedAdamW
 from tests.oracle import gradient, plain_attention, relative_error
 
 pytestmark = [

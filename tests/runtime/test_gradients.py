@@ -22,7 +22,7 @@ from evermesh.parallelism.pieces import share_of
 from evermesh.runtime.config import ModelConfig
 from evermesh.runtime.micro_batch import LocalMicroBatch, MicroBatchRunner
 from evermesh.runtime.model.decoder import Decoder
-from evermesh.runtime.optimizer import FlatParameters
+from evermesh.runtime.flat import FlatParameters
 from tests.cluster import run_ranks
 from tests.oracle import plain_attention, relative_error
 

@@ -9,7 +9,8 @@ import torch.distributed as dist
 from evermesh.parallelism import Communicator
 from evermesh.runtime.config import ModelConfig, OptimizerConfig
 from evermesh.runtime.model.decoder import Decoder
-from evermesh.runtime.optimizer import FlatParameters, ShardedAdamW, learning_rate
+from evermesh.runtime.flat import FlatParameters
+from evermesh.runtime.optimizer import ShardedAdamW, learning_rate
 from tests.cluster import run_ranks
 
 MODEL = ModelConfig(hidden=16, layers=1, heads=2, kv_heads=1, ffn=20)

@@ -22,7 +22,8 @@ from evermesh.runtime.data import Batch, Corpus, Sampler, open_sources
 from evermesh.runtime.feed import load_micro_batch
 from evermesh.runtime.micro_batch import LocalMicroBatch, MicroBatchRunner
 from evermesh.runtime.model.decoder import Decoder
-from evermesh.runtime.optimizer import FlatParameters, ShardedAdamW
+from evermesh.runtime.flat import FlatParameters
+from evermesh.runtime.optimizer import ShardedAdamW
 from tests.benchmarks.harness import Row, paired_row
 from tests.cluster import run_ranks
 

@@ -1,0 +1,8 @@
+"""Tensor and sequence parallelism: the matrices of a model, and its residual stream, shared by the ranks of a group.
+
+Names that need torch are in the modules; nothing here imports it.
+"""
+
+from evermesh.parallelism.tensor.sharding import Cut, TensorSharding, padded_length, part_of
+
+__all__ = ["Cut", "TensorSharding", "padded_length", "part_of"]
