@@ -8,7 +8,7 @@ BROWSER := $(shell command -v chromium || command -v chromium-browser || command
 export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help install demo test check format gpu soak bench $(addprefix bench-,$(ROOMS)) $(addprefix test-,$(ROOMS)) clean
+.PHONY: help install demo test check format gpu parity soak bench $(addprefix bench-,$(ROOMS)) $(addprefix test-,$(ROOMS)) clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z%-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 24
@@ -45,6 +45,9 @@ format: $(INSTALLED)  ## rewrite the code in the house format
 
 gpu: $(INSTALLED)  ## the checks that only a GPU can make; skips aloud without one
 	$(BIN)/python -m pytest tests/gpu -m gpu -rs
+
+parity: $(INSTALLED)  ## gradients on every layout against one process; takes minutes
+	$(BIN)/python -m pytest tests/runtime -m parity
 
 soak: $(INSTALLED)  ## 200 restarts of a job in a row, a random worker killed each time; takes minutes
 	$(BIN)/python -m pytest tests/launcher/test_soak.py -m soak -s

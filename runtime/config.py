@@ -16,6 +16,7 @@ from pydantic import (
 from evermesh.parallelism.cost import CostModel, ModelShape
 from evermesh.parallelism.layout import Layout
 from evermesh.runtime.data.config import DataConfig
+from evermesh.runtime.model.sharding import DECODER_SHARDING
 
 
 class _Frozen(BaseModel):
@@ -125,3 +126,8 @@ class TrainConfig(_Frozen):
     """Seconds after which a collective without answer fails."""
     max_skipped_steps: PositiveInt = 10
     """Consecutive steps with a non-finite loss or gradient after which the run ends with an error."""
+
+    @model_validator(mode="after")
+    def _tensor_parallel_ranks_share_the_model(self) -> Self:
+        DECODER_SHARDING.check_degree(self.layout.tp, self.model.model_dump())
+        return self

@@ -11,7 +11,7 @@ from evermesh.parallelism import ByteLedger, CollectiveRecord, Communicator, Lay
 from evermesh.parallelism.cost import CostModel
 from evermesh.parallelism.ledger import Traffic, add_up
 from evermesh.parallelism.links import Operation, Tier, tiers_from, wire_bytes
-from evermesh.parallelism.traffic import TrainedModel, plan_traffic
+from evermesh.parallelism.traffic import TrainedModel, plan_traffic, tensor_traffic
 from tests.cluster import run_ranks
 
 COST = CostModel(token_s=1e-5, pair_s=1e-7, micro_batch_s=1e-4)
@@ -23,12 +23,14 @@ def test_the_shares_of_all_ranks_add_up_exactly_and_differ_by_one_byte(payload: 
     totals: dict[Operation, int] = {
         "all_reduce": 2 * (ranks - 1) * payload,
         "all_gather": ranks * (ranks - 1) * payload,
+        "reduce_scatter": (ranks - 1) * payload,
         "broadcast": (ranks - 1) * payload,
         "barrier": 0,
     }
     shares = {op: [wire_bytes(op, payload, ranks, position) for position in range(ranks)] for op in totals}
     assert {op: sum(share) for op, share in shares.items()} == totals
-    assert max(shares["all_reduce"]) - min(shares["all_reduce"]) <= 1
+    for operation in ("all_reduce", "reduce_scatter"):
+        assert max(shares[operation]) - min(shares[operation]) <= 1
 
 
 def test_a_link_has_the_tier_of_its_ends() -> None:
@@ -73,6 +75,7 @@ def _all_operations(rank: int, world_size: int, nodes: tuple[int, ...]) -> tuple
     with communicator.listen(ledger):
         communicator.all_reduce(torch.zeros(3, dtype=torch.uint8), "s")
         communicator.all_gather(torch.zeros(5 * world_size), torch.zeros(5), "s")
+        communicator.reduce_scatter(torch.zeros(5), torch.zeros(5 * world_size), "s")
         communicator.broadcast(torch.zeros(7), 2, "s")
         communicator.barrier("s")
         to, source = (rank + 2) % world_size, (rank - 2) % world_size
@@ -93,6 +96,8 @@ def test_every_operation_of_real_ranks_is_counted_on_the_link_that_it_takes() ->
         Traffic("s", "barrier", "hdp", "node", 0, 0, 2),
         Traffic("s", "broadcast", "hdp", "network", 2 * 28, 28, 2),
         Traffic("s", "broadcast", "hdp", "node", 2 * 28, 2 * 28, 2),
+        Traffic("s", "reduce_scatter", "hdp", "network", 2 * 80, 2 * 60, 2),
+        Traffic("s", "reduce_scatter", "hdp", "node", 2 * 80, 2 * 60, 2),
         Traffic("s", "send", "hdp", "network", 4 * 36, 4 * 36, 4),
     )
 
@@ -128,3 +133,17 @@ def test_a_ring_sends_three_quarters_of_a_full_one_and_gradients_once(ring: int)
     assert sent["ring forward", "wire"] == sent["ring backward", "wire"] == (ring - 1) * one_round * 3 // 4
     # in float32, twice as wide; the first owner's tail, one of 2d chunks, stays at home
     assert sent["ring gradients", "wire"] * 2 * ring == 2 * (ring - 1) * one_round * (2 * ring - 1)
+
+
+def test_a_layer_shared_by_ranks_gathers_twice_and_scatters_twice_each_way() -> None:
+    """Korthikanti et al. (arXiv 2205.05198, section 4.2.2): 4 all-gathers and 4 reduce-scatters per layer."""
+    model, tokens, tp = TrainedModel(SHAPE, 1, bytes_per_element=2, tp=4), 10, 4
+    sent = _totals([*tensor_traffic(tokens, model, [0] * tp)])
+    one_way = (tp - 1) * 12 * SHAPE.hidden * 2  # 12 tokens after padding; all ranks together
+    for call_site in ("tensor forward", "tensor backward"):
+        assert sent[call_site, "wire"] == (4 * SHAPE.layers + 2) * one_way
+    assert sent["loss", "wire"] == 2 * (tp - 1) * 3 * tokens * 4  # three float32 numbers per token
+    again = _totals([*tensor_traffic(tokens, model, [0] * tp, recomputed=True)])
+    assert again["tensor forward", "wire"] == (7 * SHAPE.layers + 2) * one_way
+    assert again["tensor backward", "wire"] == sent["tensor backward", "wire"]
+    assert _totals([*tensor_traffic(0, model, [0] * tp)]) == {}

@@ -8,7 +8,7 @@ import pytest
 from evermesh.runtime.data import TrainBpe, prepare
 
 
-def make_corpus(folder: Path) -> Path:
+def make_corpus(folder: Path, vocabulary: int = 400) -> Path:
     """A corpus of 120 made-up documents, from one word to some 900 tokens."""
     texts = folder / "texts"
     texts.mkdir()
@@ -17,7 +17,7 @@ def make_corpus(folder: Path) -> Path:
     for number in range(120):
         count = min(900, max(1, int(random.lognormal(4.0, 1.3))))
         (texts / f"{number:03}.txt").write_text(" ".join(random.choice(words, size=count)))
-    prepare([texts], folder / "corpus", TrainBpe(400))
+    prepare([texts], folder / "corpus", TrainBpe(vocabulary))
     return folder / "corpus"
 
 
@@ -25,3 +25,9 @@ def make_corpus(folder: Path) -> Path:
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The small corpus of this room's tests."""
     return make_corpus(tmp_path_factory.mktemp("small"))
+
+
+@pytest.fixture(scope="session")
+def odd_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same texts with a vocabulary that neither two nor four ranks divide."""
+    return make_corpus(tmp_path_factory.mktemp("odd"), 397)

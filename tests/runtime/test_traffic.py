@@ -18,12 +18,15 @@ from tests.cluster import run_ranks
 STEPS = 3
 
 
-def _config(corpus: Path, workers: int, dtype: str = "float32", recompute: str = "none") -> TrainConfig:
+def _config(
+    corpus: Path, workers: int, dtype: str = "float32", recompute: str = "none", tp: int = 1
+) -> TrainConfig:
+    hdp = workers // tp
     return TrainConfig.model_validate(
         {
             "model": {"hidden": 32, "layers": 2, "heads": 4, "kv_heads": 2, "ffn": 48},
             "data": {"sources": [{"kind": "corpus", "path": str(corpus)}], "context": 512, "batch_tokens": 1500},
-            "layout": {"capacity": 520 // workers, "hdp": workers, "recompute": recompute},
+            "layout": {"capacity": 520 // hdp, "hdp": hdp, "tp": tp, "recompute": recompute},
             "checkpoint": {"every": 2},
             "dtype": dtype,
             "steps": STEPS,
@@ -53,7 +56,8 @@ def _traffic(
     trainer.train_step, trainer.runner.accumulate = train_step, accumulate  # type: ignore[method-assign,assignment]
     trainer.fit()
     shape = config.model.shape(trainer.corpora[0].vocabulary)
-    model = TrainedModel(shape, trainer.flat.num_elements, trainer.flat.values.element_size())
+    flat, replicated = trainer.flat, trainer.flat.gradients[trainer.flat.replicated].numel()
+    model = TrainedModel(shape, flat.num_elements, flat.values.element_size(), config.layout.tp, replicated)
     return model, list(zip(plans, reports, strict=False))
 
 
@@ -82,6 +86,32 @@ def test_the_ledger_of_every_step_equals_the_formula(
         assert report.traffic == formula
         assert {part.tier for part in report.traffic} == tiers
         assert StepReport.from_json(report.to_json()) == report
+
+
+@pytest.mark.parametrize(
+    ("workers", "tp", "ranks_per_node", "dtype", "recompute"),
+    [(2, 2, None, "float64", "none"), (4, 2, 2, "float32", "block"), (4, 2, 1, "bfloat16", "none")],
+)
+def test_the_ledger_equals_the_formula_where_ranks_share_a_model(
+    workers: int, tp: int, ranks_per_node: int | None, dtype: str, recompute: str, odd_corpus: Path
+) -> None:
+    config = _config(odd_corpus, workers, dtype, recompute, tp)
+    model, steps = run_ranks(workers, _traffic, config, ranks_per_node, 2)[0]
+    nodes = [rank // (ranks_per_node or workers) for rank in range(workers)]
+    assert len(steps) == STEPS
+    padded = [
+        micro_batch.num_tokens % tp
+        for plan, _ in steps
+        for micro_batches in BatchPlan.from_json(plan).ranks
+        for micro_batch in micro_batches
+    ]
+    assert any(padded), "no micro-batch was padded"
+    for plan, report in steps:
+        formula = step_traffic(BatchPlan.from_json(plan), model, nodes, committed=report.committed)
+        assert report.traffic == formula
+        axes = {(part.axis, part.tier) for part in report.traffic if part.axis in ("hdp", "tp")}
+        across = "network" if ranks_per_node == 1 else "node"
+        assert axes == {("tp", across), ("hdp", "local" if workers == tp else "network")}
 
 
 def _records(rank: int, workers: int, config: TrainConfig, directory: Path) -> list[CollectiveRecord]:

@@ -199,8 +199,8 @@ def test_resuming_without_a_checkpoint_is_refused(corpus: Path, tmp_path: Path) 
 def test_layouts_that_cannot_run_are_refused(corpus: Path) -> None:
     with pytest.raises(LayoutDoesNotFit, match="hdp 3 x tp 1 = 3 ranks, but 1 were started"):
         Trainer(_on(3, small_config(corpus)))
-    with pytest.raises(UnsupportedLayout, match=r"layout\.tp 2"):
-        Trainer(_on(1, small_config(corpus, layout={"tp": 2})))
+    with pytest.raises(UnsupportedLayout, match=r"layout\.pp 2"):
+        Trainer(_on(1, small_config(corpus, layout={"pp": 2})))
 
 
 def test_sequence_that_fits_no_ring_ends_the_run_with_its_numbers(corpus: Path) -> None:
