@@ -14,7 +14,7 @@ from evermesh.launcher.errors import JobFileInvalid, Problem
 from evermesh.launcher.job_yaml import Key, dotted
 from evermesh.parallelism.errors import LayoutDoesNotFit
 
-_UNSUPPORTED = ("pp", "tp", "ep", "etp", "offload")
+_UNSUPPORTED = ("pp", "ep", "etp", "offload")
 """Keys of the layout that the trainer cannot apply yet; it has the last word, but says so only after workers started."""
 _SENTENCES = (
     (r"^.*valid dictionary.*$", "it should be a mapping of keys"),
@@ -58,7 +58,7 @@ def _check_supported(config: JobConfig, origins: dict[Key, str], path: str) -> N
             _origin(("train", "layout", name), origins, path),
             f"train.layout.{name}",
             f"train.layout.{name} is {getattr(layout, name)}; this version runs hybrid data and context parallelism "
-            f"only. Leave it out: then train.layout.hdp uses all workers.",
+            f"(hdp) and tensor parallelism (tp) only. Leave it out: then train.layout.hdp uses all workers.",
         )
         for name in _UNSUPPORTED
         if getattr(layout, name) != type(layout).model_fields[name].default
@@ -122,7 +122,8 @@ def _problem(error: dict[str, Any], values: Any, origins: dict[Key, str], path: 
     kind, cause = error["type"], error.get("ctx", {}).get("error")
     key = _key_in_file(error["loc"], values)
     if isinstance(cause, LayoutDoesNotFit):
-        key = ("train", "layout", "hdp") if _at(values, ("train", "layout", "hdp")) is not None else ("workers",)
+        axis = cause.axis or "hdp"
+        key = ("train", "layout", axis) if _at(values, ("train", "layout", axis)) is not None else ("workers",)
         text = str(cause)
     elif kind == "extra_forbidden":
         text = _unknown(key, values)

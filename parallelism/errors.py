@@ -15,7 +15,14 @@ class EvermeshError(Exception):
 
 
 class LayoutDoesNotFit(EvermeshError, ValueError):
-    """The layout asks for a number of ranks, or a degree, that is not there."""
+    """The layout asks for a number of ranks, or a degree, that is not there.
+
+    ``axis`` is the degree that is wrong; None: their product, the number of ranks, is.
+    """
+
+    def __init__(self, message: str, axis: str | None = None) -> None:
+        self.axis = axis
+        super().__init__(message)
 
 
 class SequenceTooLong(EvermeshError, ValueError):

@@ -58,9 +58,7 @@ def plan_traffic(
     return parts
 
 
-def _hdp_traffic(
-    plan: BatchPlan, model: TrainedModel, nodes: Sequence[int], *, committed: bool
-) -> Iterator[Traffic]:
+def _hdp_traffic(plan: BatchPlan, model: TrainedModel, nodes: Sequence[int], *, committed: bool) -> Iterator[Traffic]:
     """What the HDP ranks that hold the same part of the model send."""
     shard_bytes = -(-model.num_parameters // len(nodes)) * model.bytes_per_element
     yield from _rings(plan, model, nodes)

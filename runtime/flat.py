@@ -84,7 +84,7 @@ class FlatParameters:
                 yield OwnedPart(entry, start - entry.start, stop - entry.start, local)
 
     def square_of_gradients(self, rank: int, *, with_replicated: bool) -> Tensor:
-        """Sum of the squares of the gradients that ``rank`` owns, a float64 scalar; without the replicated ones if so asked."""
+        """Sum of the squares of the gradients that ``rank`` owns, with the replicated ones or without; a float64 scalar."""
         owned, replicated = self.owned(rank), self.replicated
         start, stop = (min(max(edge, owned.start), owned.stop) for edge in (replicated.start, replicated.stop))
         if with_replicated:

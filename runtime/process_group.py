@@ -96,9 +96,7 @@ def communicators(timeout_s: float, layout: Layout) -> Groups:
     )
 
 
-def _axes(
-    mesh: Mesh, nodes: Sequence[int], moment: Moment, timeout: timedelta
-) -> tuple[Communicator, Communicator]:
+def _axes(mesh: Mesh, nodes: Sequence[int], moment: Moment, timeout: timedelta) -> tuple[Communicator, Communicator]:
     """The communicators of this rank along hdp and tp. Every rank makes every group, in one order, as torch wants it."""
     if mesh.tp == 1:
         world = dist.group.WORLD if dist.is_initialized() else None

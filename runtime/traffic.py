@@ -1,7 +1,8 @@
 """The traffic of a training step: counted by the ledgers of all ranks, and by formula.
 
-Everything that a step sends is in both, with one exception: the ``all_reduce`` (one per axis) that adds up the counts themselves
-(call site ``bookkeeping``). Batch plans count for the step that they are made for, although they are sent before it.
+Everything that a step sends is in both, with one exception: the ``all_reduce`` of each axis that adds up the counts
+themselves (call site ``bookkeeping``). Batch plans count for the step that they are made for, although they are sent
+before it.
 """
 
 from collections.abc import Sequence

@@ -97,7 +97,8 @@ class TensorSharding:
             if cut.dim is not None and cut.shape[cut.dim] < ranks:
                 raise LayoutDoesNotFit(
                     f"layout.tp is {ranks}, but {name} has only {cut.shape[cut.dim]} indices to share along dim {cut.dim}. "
-                    f"Set layout.tp to at most {cut.shape[cut.dim]}."
+                    f"Set layout.tp to at most {cut.shape[cut.dim]}.",
+                    axis="tp",
                 )
             cuts[name] = cut
         return cuts
@@ -112,7 +113,8 @@ class TensorSharding:
             given = ", ".join(f"{name} {size}" for name, size in divided.items())
             raise LayoutDoesNotFit(
                 f"layout.tp is {ranks}, which does not divide {' nor '.join(broken)}. "
-                f"A model with {given} can have a layout.tp of {legal}."
+                f"A model with {given} can have a layout.tp of {legal}.",
+                axis="tp",
             )
 
 

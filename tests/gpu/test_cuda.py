@@ -8,15 +8,15 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from evermesh.parallelism import Communicator, MicroBatch, Piece
+from evermesh.parallelism import Communicator, Layout, MicroBatch, Piece
 from evermesh.parallelism.attention.kernels import AttentionKernel, CudaEfficient, CudaFlash, Forward, kernel_for
 from evermesh.parallelism.attention.micro_batch import MicroBatchAttention
 from evermesh.parallelism.attention.ring import Ring, ring_backward, ring_forward
 from evermesh.parallelism.errors import UnsupportedKernel
 from evermesh.runtime import process_group
 from evermesh.runtime.config import CudaDevice, ModelConfig, OptimizerConfig
-from evermesh.runtime.model.decoder import Decoder
 from evermesh.runtime.flat import FlatParameters
+from evermesh.runtime.model.decoder import Decoder
 from evermesh.runtime.optimizer import ShardedAdamW
 from tests.oracle import gradient, plain_attention, relative_error
 
@@ -32,7 +32,7 @@ def nccl() -> Iterator[Communicator]:
     """A group of one rank on NCCL, initialised as the trainer does."""
     with tempfile.TemporaryDirectory() as folder:
         process_group.start(CudaDevice(), 0, 1, dist.FileStore(str(Path(folder) / "rendezvous"), 1), timeout_s=60)
-        yield process_group.communicators(60).training
+        yield process_group.communicators(60, Layout()).hdp
         process_group.stop()
 
 

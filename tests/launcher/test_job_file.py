@@ -194,11 +194,20 @@ def test_the_keys_of_a_section_with_kinds_are_those_of_its_kind(tmp_path: Path) 
     ]
 
 
-@pytest.mark.parametrize(("key", "value"), [("tp", 2), ("pp", 4), ("ep", 2), ("etp", 2), ("offload", 0.5)])
+@pytest.mark.parametrize(("key", "value"), [("pp", 4), ("ep", 2), ("etp", 2), ("offload", 0.5)])
 def test_a_layout_that_this_version_cannot_run_names_its_line(tmp_path: Path, key: str, value: float) -> None:
     path = write(tmp_path, GOOD + f"    {key}: {value}\n")
     [text] = errors(path)
     assert text.startswith(f"{path}:10: train.layout.{key} is {value}; this version runs hybrid data and context")
+
+
+def test_a_tensor_parallel_degree_that_does_not_fit_names_its_line_and_those_that_do(tmp_path: Path) -> None:
+    path = write(tmp_path, GOOD + "    tp: 4\n")
+    [text] = errors(path)
+    assert text.startswith(f"{path}:10: layout.tp is 4, which does not divide kv_heads 2. ")
+    assert text.endswith("can have a layout.tp of 1, 2.")
+    layout = load_job(path, ["train.layout.tp=2"]).train.layout
+    assert (layout.tp, layout.hdp) == (2, 2)
 
 
 @pytest.mark.parametrize("name", ["../elsewhere", "a b", "-x", "x" * 101])

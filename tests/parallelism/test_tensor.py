@@ -45,7 +45,7 @@ def _random(*shape: int, seed: int) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-def _tokens_there_and_back(rank: int, ranks: int) -> list[tuple[Tensor, ...]]:
+def _tokens_there_and_back(rank: int, ranks: int) -> list[tuple[Tensor, Tensor, Tensor]]:
     """Gather, weight by rank, scatter: outputs and gradients."""
     import torch.distributed as dist
 
@@ -202,7 +202,9 @@ def test_a_group_of_one_changes_nothing() -> None:
 
 def test_degrees_that_do_not_divide_are_refused_with_those_that_do() -> None:
     MIXER.check_degree(4, {"width": 8})
-    with pytest.raises(LayoutDoesNotFit, match=r"layout.tp is 3, which does not divide width 8.*a layout.tp of 1, 2, 4, 8"):
+    with pytest.raises(
+        LayoutDoesNotFit, match=r"layout.tp is 3, which does not divide width 8.*a layout.tp of 1, 2, 4, 8"
+    ):
         MIXER.check_degree(3, {"width": 8})
 
 
@@ -212,5 +214,5 @@ def test_a_vocabulary_smaller_than_the_group_is_refused() -> None:
 
 
 def test_a_parameter_without_a_rule_is_a_bug_that_is_named() -> None:
-    with pytest.raises(AssertionError, match="other.weight has the rules"):
+    with pytest.raises(AssertionError, match=r"other\.weight has the rules"):
         MIXER.cuts({"other.weight": (3, 16)}, 2)

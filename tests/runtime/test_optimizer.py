@@ -8,8 +8,8 @@ import torch.distributed as dist
 
 from evermesh.parallelism import Communicator
 from evermesh.runtime.config import ModelConfig, OptimizerConfig
-from evermesh.runtime.model.decoder import Decoder
 from evermesh.runtime.flat import FlatParameters
+from evermesh.runtime.model.decoder import Decoder
 from evermesh.runtime.optimizer import ShardedAdamW, learning_rate
 from tests.cluster import run_ranks
 

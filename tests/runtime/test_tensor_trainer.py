@@ -9,7 +9,6 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from evermesh import checkpoint
-from evermesh.checkpoint.dtypes import DTYPES
 from evermesh.checkpoint.directory import read_manifest
 from evermesh.checkpoint.shard_map import Box
 from evermesh.parallelism.errors import LayoutDoesNotFit

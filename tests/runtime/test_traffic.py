@@ -18,9 +18,7 @@ from tests.cluster import run_ranks
 STEPS = 3
 
 
-def _config(
-    corpus: Path, workers: int, dtype: str = "float32", recompute: str = "none", tp: int = 1
-) -> TrainConfig:
+def _config(corpus: Path, workers: int, dtype: str = "float32", recompute: str = "none", tp: int = 1) -> TrainConfig:
     hdp = workers // tp
     return TrainConfig.model_validate(
         {

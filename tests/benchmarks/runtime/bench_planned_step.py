@@ -20,9 +20,9 @@ from evermesh.parallelism.planner import plan_batch
 from evermesh.runtime.cost import nominal_cost
 from evermesh.runtime.data import Batch, Corpus, Sampler, open_sources
 from evermesh.runtime.feed import load_micro_batch
+from evermesh.runtime.flat import FlatParameters
 from evermesh.runtime.micro_batch import LocalMicroBatch, MicroBatchRunner
 from evermesh.runtime.model.decoder import Decoder
-from evermesh.runtime.flat import FlatParameters
 from evermesh.runtime.optimizer import ShardedAdamW
 from tests.benchmarks.harness import Row, paired_row
 from tests.cluster import run_ranks
