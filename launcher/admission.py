@@ -47,12 +47,14 @@ def check_place(config: JobConfig) -> None:
 def check_longest(config: JobConfig, corpora: Sequence[Corpus]) -> None:
     """Raise ``LayoutDoesNotFit`` unless all workers together can hold the longest sequence."""
     layout, context = config.train.layout, config.train.data.context
+    workers_each = layout.world_size // layout.hdp
     longest = min(context, max(int(corpus.lengths.max()) for corpus in corpora))
     if longest > layout.hdp * layout.capacity:
         raise LayoutDoesNotFit(
             f"the data has sequences of {longest:,} tokens, but {layout.hdp} HDP ranks with a capacity of "
             f"{layout.capacity:,} tokens hold {layout.hdp * layout.capacity:,}. Set train.layout.capacity to at least "
-            f"{-(-longest // layout.hdp):,}, use at least {-(-longest // layout.capacity)} workers, or lower data.context."
+            f"{-(-longest // layout.hdp):,}, use at least "
+            f"{-(-longest // layout.capacity) * workers_each} workers, or lower data.context."
         )
 
 
@@ -63,16 +65,27 @@ def resumed_config(run: Run, workers: int | None, overrides: Sequence[str]) -> J
         ResumeRefused: the change would make it another run, or leaves nothing to do.
     """
     before = run.config()
-    changes = ["train.stop_at=null"]
-    if workers is not None:
-        hdp = before.train.layout.fitted_to(workers).hdp
-        changes += [f"workers={workers}", f"train.layout.hdp={hdp}"]
-    after = load_job(run.directory / "job.yaml", [*changes, *overrides])
+    changes = ["train.stop_at=null", *_fitted(before, workers, overrides), *overrides]
+    after = load_job(run.directory / "job.yaml", changes)
     _check_same_run(before, after)
     newest = _newest(run)
     _check_same_weights(run, after, newest)
     _check_work_left(run, after, newest.step)
     return after
+
+
+def _fitted(before: JobConfig, workers: int | None, overrides: Sequence[str]) -> list[str]:
+    """Overrides that give all workers to HDP ranks, when their number or another degree is to change."""
+    asked = {key.strip(): value.strip() for key, _, value in (override.partition("=") for override in overrides)}
+    values = {axis: asked.get(f"train.layout.{axis}", "") for axis in ("pp", "tp")}
+    degrees = {axis: int(value) for axis, value in values.items() if value.isdecimal() and int(value) > 0}
+    if workers is None and not degrees:
+        return []
+    workers = workers or before.workers
+    if "train.layout.hdp" in asked:
+        return [f"workers={workers}"]
+    hdp = before.train.layout.model_copy(update=degrees).fitted_to(workers).hdp
+    return [f"workers={workers}", f"train.layout.hdp={hdp}"]
 
 
 def incomplete(directory: Path) -> list[Path]:

@@ -47,9 +47,10 @@ class Layout(BaseModel):
         """
         fixed = self.pp * self.tp
         if world_size % fixed:
+            fitting = sorted({max(1, world_size // fixed) * fixed, (world_size // fixed + 1) * fixed})
             raise LayoutDoesNotFit(
                 f"pp {self.pp} x tp {self.tp} = {fixed} ranks per model replica do not divide {world_size} workers. "
-                f"Start {max(1, world_size // fixed) * fixed} or {(world_size // fixed + 1) * fixed} workers."
+                f"Start {' or '.join(map(str, fitting))} workers."
             )
         return self.model_copy(update={"hdp": world_size // fixed})
 

@@ -19,7 +19,7 @@ def trained(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     from evermesh.runtime import Trainer
 
     folder = tmp_path_factory.mktemp("trained")
-    model = {"hidden": 16, "layers": 1, "heads": 2, "kv_heads": 1, "ffn": 32}
+    model = {"hidden": 16, "layers": 1, "heads": 2, "kv_heads": 2, "ffn": 32}
     data = {"sources": [{"kind": "corpus", "path": str(corpus)}], "context": 256, "batch_tokens": 1024}
     train = {"steps": 6, "stop_at": 4, "model": model, "data": data, "checkpoint": {"every": 2}}
     (folder / "job.yaml").write_text(json.dumps({"name": "small", "runs": str(folder / "runs"), "train": train}))
@@ -80,6 +80,21 @@ def test_a_step_that_is_behind_the_checkpoint_is_refused(run: Run) -> None:
         resumed_config(run, None, ["train.steps=3"])
     with pytest.raises(ResumeRefused, match=r"train\.stop_at is 4, but run small is at step 4 already"):
         resumed_config(run, None, ["train.stop_at=4"])
+
+
+@pytest.mark.parametrize(
+    ("workers", "overrides", "tp", "hdp"),
+    [
+        (4, ["train.layout.tp=2"], 2, 2),
+        (2, [], 1, 2),
+        (None, ["train.layout.tp=2", "workers=2", "train.layout.hdp=1"], 2, 1),
+    ],
+)
+def test_a_resume_may_change_the_tensor_parallel_degree(
+    run: Run, workers: int | None, overrides: list[str], tp: int, hdp: int
+) -> None:
+    layout = resumed_config(run, workers, overrides).train.layout
+    assert (layout.tp, layout.hdp) == (tp, hdp)
 
 
 def test_a_flipped_bit_is_found_and_the_file_named(run: Run) -> None:

@@ -4,11 +4,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from evermesh.runtime.config import ModelConfig, OptimizerConfig
+from evermesh.runtime.config import ModelConfig, OptimizerConfig, TrainConfig
+from evermesh.runtime.cost import nominal_cost
 from evermesh.runtime.model.decoder import Decoder
+from evermesh.runtime.model.sharding import DECODER_SHARDING
 from tests.oracle import plain_attention, relative_error
 
 CONFIG = ModelConfig(hidden=32, layers=2, heads=4, kv_heads=2, ffn=40)
+TRAIN = {"data": {"sources": [{"kind": "stdlib"}]}}
 
 
 def _model() -> Decoder:
@@ -96,3 +99,20 @@ def test_sizes_that_do_not_go_together_are_refused(changes: dict[str, int], mess
 def test_optimizer_values_that_cannot_train_are_refused(changes: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=next(iter(changes))):
         OptimizerConfig.model_validate(changes)
+
+
+def test_every_parameter_of_the_decoder_has_one_rule() -> None:
+    shapes = {name: parameter.shape for name, parameter in _model().named_parameters()}
+    cuts = DECODER_SHARDING.cuts(shapes, 2)
+    replicated = {name for name, cut in cuts.items() if cut.dim is None}
+    assert replicated == {name for name, parameter in _model().named_parameters() if parameter.dim() == 1}
+
+
+def test_the_nominal_cost_of_an_hdp_rank_is_shared_by_its_devices() -> None:
+    one, two = (
+        nominal_cost(TrainConfig.model_validate(TRAIN | {"layout": {"tp": tp}}), CONFIG.shape(50)) for tp in (1, 2)
+    )
+    assert one.token_s == 2 * two.token_s
+    assert one.pair_s == 2 * two.pair_s
+    assert one.ring_token_s == 2 * two.ring_token_s
+    assert one.micro_batch_s == two.micro_batch_s

@@ -6,10 +6,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from evermesh.checkpoint.tensors import local_tensors
 from evermesh.parallelism import Communicator
+from evermesh.parallelism.tensor.apply import apply_tensor_parallel
 from evermesh.runtime.config import ModelConfig, OptimizerConfig
 from evermesh.runtime.flat import FlatParameters
 from evermesh.runtime.model.decoder import Decoder
+from evermesh.runtime.model.sharding import DECODER_SHARDING
 from evermesh.runtime.optimizer import ShardedAdamW, learning_rate
 from tests.cluster import run_ranks
 
@@ -75,6 +78,34 @@ def test_map_of_any_number_of_ranks_covers_every_tensor_once(ranks: int) -> None
     assert len(shard_map.tensors) == 3 * len(flat.entries)
     assert shard_map.num_bytes == 3 * flat.num_elements * 8
     assert optimizer.master.numel() == -(-flat.num_elements // ranks)
+
+
+class _Place(Communicator):
+    """One place in a group that does not exist: nothing is sent."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        super().__init__()
+        self.rank, self.size = rank, size
+
+
+@pytest.mark.parametrize(("hdp", "tp"), [(1, 2), (3, 2), (2, 4), (64, 8)])
+def test_map_of_ranks_that_share_a_model_covers_every_tensor_once(hdp: int, tp: int) -> None:
+    maps = []
+    config = ModelConfig(hidden=32, layers=1, heads=8, kv_heads=8, ffn=40)
+    for rank in range(min(hdp * tp, 16)):
+        model = Decoder(config, 37)  # no degree divides it
+        model.initialize(2)
+        tensor = _Place(rank % tp, tp)
+        flat = FlatParameters(model, hdp, apply_tensor_parallel(model, DECODER_SHARDING, tensor))
+        optimizer = ShardedAdamW(flat, CONFIG, _Place(rank // tp, hdp), tensor)
+        maps.append(optimizer.shard_map())
+        assert local_tensors(
+            maps[-1], rank, optimizer.owned_state()
+        )  # refuses what is missing, unknown, or of another size
+    maps[0].check()
+    assert len({shard_map.digest() for shard_map in maps}) == 1
+    norms = [shard for name, t in maps[0].tensors.items() if name.endswith("norm.weight") for shard in t.shards]
+    assert all(len(shard.ranks) == tp for shard in norms), "what all ranks hold is listed once, with all of them"
 
 
 def test_parameters_are_views_of_the_flat_buffer_with_their_values() -> None:
