@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from evermesh.checkpoint.cutting import regions_of_interval
 from evermesh.checkpoint.regions import Box, Region
+from evermesh.parallelism.collectives import Communicator
 from evermesh.parallelism.tensor import Cut
 
 
@@ -91,6 +92,17 @@ class FlatParameters:
             start = stop = owned.stop
         parts = (self.gradients[owned.start : start], self.gradients[stop : owned.stop])
         return torch.stack([part.to(torch.float64).square().sum() for part in parts]).sum()
+
+
+def sum_gradients(flat: FlatParameters, hdp: Communicator, tp: Communicator) -> Tensor:
+    """Sum the gradients of all ranks; returns this rank's part of the square of their norm, a float64 scalar.
+
+    Collective over both axes. What tensor-parallel ranks hold alike counts once, on the first of them.
+    """
+    hdp.all_reduce(flat.gradients, "gradients")
+    # each saw its own tokens only; last, so that these ranks have the same bits of what they hold alike
+    tp.all_reduce(flat.gradients[flat.replicated], "gradients")
+    return flat.square_of_gradients(hdp.rank, with_replicated=tp.rank == 0)
 
 
 def _entries(cuts: Mapping[str, Cut]) -> list[FlatEntry]:

@@ -20,6 +20,7 @@ from evermesh.runtime.config import TrainConfig
 from evermesh.runtime.cost import nominal_cost
 from evermesh.runtime.data import Sampler, open_sources
 from evermesh.runtime.feed import BatchFeed, PlannedBatch
+from evermesh.runtime.flat import sum_gradients
 from evermesh.runtime.guard import StepGuard
 from evermesh.runtime.layout import check_layout
 from evermesh.runtime.micro_batch import MicroBatchRunner
@@ -181,18 +182,14 @@ class Trainer:
     def _synchronize(self, local_loss: Tensor) -> tuple[float, float, Asked | None]:
         """Sum gradients, loss and requests over all ranks: (loss, gradient norm, what was asked). Collective."""
         hdp, tp = self.groups.hdp, self.groups.tp
-        hdp.all_reduce(self.flat.gradients, "gradients")
-        # of its own tokens only; last, so that ranks that share a model keep the same bits of what they all hold
-        tp.all_reduce(self.flat.gradients[self.flat.replicated], "gradients")
-        is_first = tp.rank == 0  # what the ranks of a group have alike counts once
-        square = self.flat.square_of_gradients(hdp.rank, with_replicated=is_first)
+        square = sum_gradients(self.flat, hdp, tp)
         asked = _ASKED.index(self.asked()) if self.rank == 0 and self.asked is not None else 0
-        loss_once = local_loss if is_first else torch.zeros_like(local_loss)
-        scalars = torch.stack([loss_once, square, local_loss.new_tensor(float(asked))])
-        hdp.all_reduce(scalars, "scalars")
-        tp.all_reduce(scalars, "scalars")
-        loss, square, request = scalars.tolist()
-        return loss, square**0.5, _ASKED[int(request)]
+        loss = local_loss if tp.rank == 0 else torch.zeros_like(local_loss)  # ranks that share a model have the same
+        scalars = torch.stack([loss, square, local_loss.new_tensor(float(asked))])
+        for communicator in (hdp, tp):
+            communicator.all_reduce(scalars, "scalars")
+        total, square_of_norm, request = scalars.tolist()
+        return total, square_of_norm**0.5, _ASKED[int(request)]
 
     def _learning_rate(self) -> float:
         return learning_rate(self.config.optimizer, self.progress.updates, self.config.steps)

@@ -88,7 +88,7 @@ def test_the_ledger_of_every_step_equals_the_formula(
 
 @pytest.mark.parametrize(
     ("workers", "tp", "ranks_per_node", "dtype", "recompute"),
-    [(2, 2, None, "float64", "none"), (4, 2, 2, "float32", "block"), (4, 2, 1, "bfloat16", "none")],
+    [(2, 2, 1, "float64", "none"), (4, 2, 2, "bfloat16", "block")],
 )
 def test_the_ledger_equals_the_formula_where_ranks_share_a_model(
     workers: int, tp: int, ranks_per_node: int | None, dtype: str, recompute: str, odd_corpus: Path

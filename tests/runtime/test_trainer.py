@@ -32,7 +32,8 @@ def small_config(corpus: Path, **changes: Any) -> dict[str, Any]:
 
 
 def _on(workers: int, values: dict[str, Any]) -> TrainConfig:
-    return TrainConfig.model_validate(values | {"layout": values["layout"] | {"hdp": workers}})
+    hdp = workers // values["layout"].get("tp", 1)
+    return TrainConfig.model_validate(values | {"layout": values["layout"] | {"hdp": hdp}})
 
 
 def _fit(rank: int, workers: int, values: dict[str, Any], directory: Path, resume: bool) -> dict[str, torch.Tensor]:
@@ -121,8 +122,10 @@ def _groups_over_time(rank: int, workers: int, values: dict[str, Any]) -> set[in
     return seen
 
 
-def test_no_process_group_is_made_per_batch(corpus: Path) -> None:
-    assert run_ranks(3, _groups_over_time, small_config(corpus, layout={"capacity": 300}, steps=4)) == [{3}] * 3
+@pytest.mark.parametrize(("workers", "tp", "groups"), [(3, 1, 3), (4, 2, 5)])
+def test_no_process_group_is_made_per_batch(workers: int, tp: int, groups: int, corpus: Path) -> None:
+    values = small_config(corpus, layout={"capacity": 300, "tp": tp}, steps=4)
+    assert run_ranks(workers, _groups_over_time, values) == [{groups}] * workers
 
 
 def test_events_tell_the_story(uninterrupted: tuple[Path, dict[str, torch.Tensor]]) -> None:
@@ -171,8 +174,9 @@ def _poisoned(rank: int, workers: int, values: dict[str, Any], bad_steps: set[in
     return outcomes
 
 
-def test_gradient_that_is_not_a_number_on_one_rank_is_skipped_by_all(corpus: Path) -> None:
-    outcomes = run_ranks(2, _poisoned, small_config(corpus, layout={"capacity": 300}, steps=4), {2})
+@pytest.mark.parametrize("layout", [{"capacity": 300}, {"capacity": 600, "tp": 2}])
+def test_gradient_that_is_not_a_number_on_one_rank_is_skipped_by_all(layout: dict[str, int], corpus: Path) -> None:
+    outcomes = run_ranks(2, _poisoned, small_config(corpus, layout=layout, steps=4), {2})
     assert outcomes == [[(True, 1), (False, 1), (True, 2), (True, 3)]] * 2
 
 
