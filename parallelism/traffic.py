@@ -51,10 +51,10 @@ def plan_traffic(
     """
     mesh = Mesh(len(nodes) // model.tp, model.tp)
     parts: list[Traffic] = []
-    for tp_rank in range(mesh.tp):
-        parts += _hdp_traffic(plan, model, [nodes[rank] for rank in mesh.column(tp_rank)], committed=committed)
-    for hdp_rank in range(mesh.hdp if mesh.tp > 1 else 0):
-        parts += _tp_traffic(plan.ranks[hdp_rank], model, [nodes[rank] for rank in mesh.row(hdp_rank)])
+    for column in mesh.groups("hdp"):
+        parts += _hdp_traffic(plan, model, [nodes[rank] for rank in column], committed=committed)
+    for hdp_rank, row in enumerate(mesh.groups("tp")):
+        parts += _tp_traffic(plan.ranks[hdp_rank], model, [nodes[rank] for rank in row])
     return parts
 
 
@@ -108,9 +108,12 @@ def tensor_traffic(
 def collective_traffic(
     call_site: str, operation: Operation, axis: str, payload_bytes: int, nodes: Sequence[int]
 ) -> Iterator[Traffic]:
-    """What each rank sends in one collective, from rank 0 where it has a source; ``payload_bytes`` of every rank."""
+    """What each rank sends in one collective, from rank 0 where it has a source; ``payload_bytes`` of every rank.
+
+    One rank alone communicates with nobody.
+    """
     ranks = len(nodes)
-    for rank in range(ranks):
+    for rank in range(ranks if ranks > 1 else 0):
         tier = tiers_from(rank, nodes)[(rank + 1) % ranks]
         sent = wire_bytes(operation, payload_bytes, ranks, rank)
         yield Traffic(call_site, operation, axis, tier, payload_bytes, sent, 1)

@@ -74,11 +74,12 @@ class BatchFeed:
         self.control.moment.begin_step(self.control.moment.step + 1)
         batch = self.sampler.next_batch()
         plan = self._agreed_plan(batch)
-        hdp_rank, tp_rank = Mesh(self.layout.hdp, self.layout.tp).coordinates(self.control.rank)
-        rank_plan = plan.ranks[hdp_rank]
+        own = Mesh.of(self.layout).coordinates(self.control.rank)
+        rank_plan = plan.ranks[own.hdp]
         micro_batches = tuple(load_micro_batch(micro_batch, batch, self.corpora) for micro_batch in rank_plan)
-        # tensor-parallel ranks have the same tokens: one of them counts
-        counted = torch.tensor([sum(int(local.counts_T.sum()) for local in micro_batches) if tp_rank == 0 else 0])
+        # all ranks of one pipeline have the same tokens: one of them counts
+        counts = own.pp == own.tp == 0
+        counted = torch.tensor([sum(int(local.counts_T.sum()) for local in micro_batches) if counts else 0])
         self.control.all_reduce(counted, "loss weights")
         return PlannedBatch(batch, plan, micro_batches, int(counted), self.sampler.state_dict())
 

@@ -49,8 +49,8 @@ class MicroBatchRunner:
         """Add this rank's gradients of the mean loss; returns its part of that loss, a float64 scalar.
 
         Every token is weighted by one over ``num_counted``, the counted tokens of the whole batch, so the sum over ranks
-        is the same for every plan; ranks that share a model return the same. Collective over them, and over the members of
-        every ring, in the order of the plan.
+        is the same for every plan; of ranks that share a model only the first returns its loss, the others 0. Collective
+        over them, and over the members of every ring, in the order of the plan.
 
         Args:
             micro_batches: what the plan gives to this rank, in its order.
@@ -62,7 +62,7 @@ class MicroBatchRunner:
             loss = self.loss(micro_batch, lengths) / max(1, num_counted)
             loss.backward()
             total += loss.detach()
-        return total
+        return total if self.tensor.rank == 0 else torch.zeros_like(total)
 
     def loss(self, micro_batch: LocalMicroBatch, lengths: Sequence[int]) -> Tensor:
         """Sum of the losses of the counted tokens of one micro-batch, in at least float32."""

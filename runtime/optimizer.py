@@ -1,121 +1,136 @@
-"""AdamW on flat buffers, its state sharded over the HDP ranks (ZeRO-1, Rajbhandari et al., arXiv 1910.02054).
+"""AdamW on flat buffers, its state sharded over the ranks that hold the same parameters (ZeRO-1, Rajbhandari et al., arXiv
+1910.02054).
 
-All parameters of a rank lie in one flat buffer, matrices first (they decay), vectors behind; every HDP rank owns one equal
-part of it, steps that part, and gathers the rest. AdamW works element by element, so the number of ranks changes nothing.
+The parameters of a set lie in one flat buffer, matrices first (they decay), vectors behind; every owner steps one equal
+part of it, and gathers the rest. AdamW works element by element, so the number of ranks changes nothing.
 """
 
 import math
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from evermesh.checkpoint.shard_map import Shard, ShardMap, TensorShards
-from evermesh.parallelism.collectives import Communicator
-from evermesh.parallelism.mesh import Mesh
 from evermesh.runtime.config import OptimizerConfig
-from evermesh.runtime.flat import FlatParameters, OwnedPart
+from evermesh.runtime.flat import HeldSet, ParameterSet
+
+KINDS = ("parameter", "exp_avg", "exp_avg_sq")
+"""What there is of every parameter in a checkpoint."""
 
 
 class ShardedAdamW:
     """AdamW of one rank's part of the parameters. Every rank makes one and calls ``step`` together.
 
     Args:
-        flat: the parameters and gradients of this rank's model.
+        sets: the parameters and gradients of this rank's model, and the ranks they are divided among.
         config: rates and decay.
-        communicator: the HDP ranks that hold the same model as this one.
-        tensor: the ranks that share one model with this one; None: nobody does.
     """
 
-    def __init__(
-        self,
-        flat: FlatParameters,
-        config: OptimizerConfig,
-        communicator: Communicator,
-        tensor: Communicator | None = None,
-    ) -> None:
-        self.flat, self.config, self.communicator = flat, config, communicator
-        self.tensor = tensor or Communicator()
-        owned = flat.owned(communicator.rank)
-        state_dtype = torch.promote_types(flat.values.dtype, torch.float32)
-        self.master = flat.values[owned].to(state_dtype, copy=True)
-        self.exp_avg = torch.zeros_like(self.master)
-        self.exp_avg_sq = torch.zeros_like(self.master)
-        decayed = min(max(flat.num_decayed - owned.start, 0), flat.shard_size)
+    def __init__(self, sets: Sequence[ParameterSet], config: OptimizerConfig) -> None:
+        self.shards = [_Shard(parameters) for parameters in sets]
         self._adamw = torch.optim.AdamW(
             [
-                {"params": [nn.Parameter(self.master[:decayed])], "weight_decay": config.weight_decay},
-                {"params": [nn.Parameter(self.master[decayed:])], "weight_decay": 0.0},
+                {"params": [parameter], "weight_decay": config.weight_decay if decayed else 0.0}
+                for shard in self.shards
+                for parameter, decayed in zip(shard.parameters, (True, False), strict=True)
             ],
             lr=config.lr,
             betas=config.betas,
             eps=config.eps,
             fused=True,
         )
-        self._parts = (slice(0, decayed), slice(decayed, flat.shard_size))
         self.restore(steps=0)
 
     def restore(self, steps: int) -> None:
-        """Continue after ``steps`` updates with what ``master``, ``exp_avg`` and ``exp_avg_sq`` hold now."""
-        for group, part in zip(self._adamw.param_groups, self._parts, strict=True):
-            self._adamw.state[group["params"][0]] = {
-                "step": torch.tensor(float(steps), device=self.master.device),
-                "exp_avg": self.exp_avg[part],
-                "exp_avg_sq": self.exp_avg_sq[part],
-            }
+        """Continue after ``steps`` updates with what the shards hold now."""
+        for shard in self.shards:
+            for parameter, part in zip(shard.parameters, shard.parts, strict=True):
+                self._adamw.state[parameter] = {
+                    "step": torch.tensor(float(steps), device=parameter.device),
+                    "exp_avg": shard.exp_avg[part],
+                    "exp_avg_sq": shard.exp_avg_sq[part],
+                }
 
     @torch.no_grad()
     def step(self, lr: float, gradient_scale: float) -> None:
         """Update this rank's part with its gradients times ``gradient_scale``, then gather all parts. Collective."""
-        gradient = self.flat.gradients[self.flat.owned(self.communicator.rank)].to(self.master.dtype) * gradient_scale
-        for group, part in zip(self._adamw.param_groups, self._parts, strict=True):
+        for shard in self.shards:
+            shard.take_gradients(gradient_scale)
+        for group in self._adamw.param_groups:
             group["lr"] = lr
-            group["params"][0].grad = gradient[part]
         self._adamw.step()
         self.gather()
 
     @torch.no_grad()
     def gather(self) -> None:
         """Copy every rank's part into the parameters of all. Collective."""
-        part = self.master.to(self.flat.values.dtype)
-        self.communicator.all_gather(self.flat.values, part, "parameters")
+        for shard in self.shards:
+            flat, owners, _ = shard.set
+            owners.all_gather(flat.values, shard.master.to(flat.values.dtype), "parameters")
 
     def owned_state(self) -> dict[str, list[Tensor]]:
         """This rank's part of every tensor that must survive, by checkpoint name: its regions in the order of the map,
         as views of the live state."""
-        states = {"parameter": self.master, "exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
-        held: dict[str, list[Tensor]] = {}
-        for part in self.flat.owned_parts(self.communicator.rank):
-            regions = part.entry.regions(self.tensor.rank, part.start, part.stop)
+        return {name: tensors for shard in self.shards for name, tensors in shard.owned_state() if tensors}
+
+
+class _Shard:
+    """What one rank owns of a set: master parameters and moments."""
+
+    def __init__(self, parameters: ParameterSet) -> None:
+        self.set = parameters
+        flat, owners, _ = parameters
+        self.owned = flat.owned(owners.rank)
+        self.master = flat.values[self.owned].to(state_dtype(flat.values.dtype), copy=True)
+        self.exp_avg = torch.zeros_like(self.master)
+        self.exp_avg_sq = torch.zeros_like(self.master)
+        decayed = min(max(flat.num_decayed - self.owned.start, 0), flat.shard_size)
+        self.parts = (slice(0, decayed), slice(decayed, flat.shard_size))
+        """What decays, and what does not."""
+        self.parameters = [nn.Parameter(self.master[part]) for part in self.parts]
+
+    def take_gradients(self, scale: float) -> None:
+        """Give the parameters the summed gradients times ``scale``."""
+        gradient = self.set.flat.gradients[self.owned].to(self.master.dtype) * scale
+        for parameter, part in zip(self.parameters, self.parts, strict=True):
+            parameter.grad = gradient[part]
+
+    def owned_state(self) -> Iterator[tuple[str, list[Tensor]]]:
+        """By checkpoint name."""
+        flat, owners, sharers = self.set
+        states = (self.master, self.exp_avg, self.exp_avg_sq)
+        for part in flat.owned_parts(owners.rank):
+            regions = part.entry.regions(sharers.rank, part.start, part.stop)
             sizes = [region.num_elements for region in regions]
-            for kind, state in states.items():
+            for kind, state in zip(KINDS, states, strict=True):
                 # a slot may be longer than what this rank holds
-                held[f"{kind}.{part.entry.name}"] = list(state[part.local][: sum(sizes)].split(sizes)) if sizes else []
-        return {name: tensors for name, tensors in held.items() if tensors}
+                yield f"{kind}.{part.entry.name}", list(state[part.local][: sum(sizes)].split(sizes)) if sizes else []
 
-    def shard_map(self) -> ShardMap:
-        """Which rank holds which part of which tensor; the same on every rank, without communication."""
-        dtype = str(self.master.dtype).removeprefix("torch.")
-        shards: dict[str, list[Shard]] = {entry.name: [] for entry in self.flat.entries}
-        for hdp_rank in range(self.communicator.size):
-            for part in self.flat.owned_parts(hdp_rank):
-                shards[part.entry.name] += self._shards(part, hdp_rank)
-        return ShardMap(
-            tensors={
-                f"{kind}.{entry.name}": TensorShards(dtype, entry.cut.shape, tuple(shards[entry.name]))
-                for kind in ("parameter", "exp_avg", "exp_avg_sq")
-                for entry in self.flat.entries
-            }
-        )
 
-    def _shards(self, part: OwnedPart, hdp_rank: int) -> list[Shard]:
-        """Who holds what of a part that an HDP rank owns: every tensor-parallel rank its own, or all of them the same."""
-        row = tuple(Mesh(self.communicator.size, self.tensor.size).row(hdp_rank))
-        holders = [row] if part.entry.cut.dim is None else [(rank,) for rank in row]
-        return [
-            Shard(region, ranks)
-            for tp_rank, ranks in enumerate(holders)
-            for region in part.entry.regions(tp_rank, part.start, part.stop)
-        ]
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type of master parameters and moments: at least float32."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def shard_map(sets: Sequence[HeldSet], dtype: torch.dtype) -> ShardMap:
+    """Which rank holds which part of which tensor, given the sets of all stages; the same on every rank.
+
+    ``dtype`` is that of the parameters. Makes no tensors.
+    """
+    name = str(state_dtype(dtype)).removeprefix("torch.")
+    shapes = {entry.name: entry.cut.shape for held in sets for entry in held.layout.entries}
+    shards: dict[str, list[Shard]] = {parameter: [] for parameter in shapes}
+    for held in sets:
+        for entry, shard in held.shards():
+            shards[entry.name].append(shard)
+    return ShardMap(
+        tensors={
+            f"{kind}.{parameter}": TensorShards(name, shape, tuple(shards[parameter]))
+            for kind in KINDS
+            for parameter, shape in shapes.items()
+        }
+    )
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:

@@ -1,10 +1,10 @@
 """Joining and leaving the process group of all workers."""
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -12,7 +12,7 @@ from torch.distributed import Store
 
 from evermesh.parallelism.collectives import Communicator, Moment, Sink
 from evermesh.parallelism.layout import Layout
-from evermesh.parallelism.mesh import Mesh
+from evermesh.parallelism.mesh import Axis, Mesh
 from evermesh.runtime.config import CpuDevice, CudaDevice
 
 
@@ -56,17 +56,32 @@ class Groups(NamedTuple):
     """The communicators of one rank, apart from each other so that traffic of different threads and devices never mixes.
 
     All but control share one ``Moment``, which the trainer moves on; the thread that uses control is ahead of them and
-    has its own.
+    has its own. An axis with one rank is that rank alone.
     """
 
+    world: Communicator
+    """All ranks, on the device's own backend: the few numbers that a step agrees on."""
     hdp: Communicator
-    """The ranks that hold the same part of the model: gradients, parameters and rings, on the device's own backend."""
+    """The ranks that hold the same part of the model: gradients, parameters and rings."""
     tp: Communicator
     """The ranks that share one model with this one: activations and the gradients of what they all hold."""
+    pp: Communicator
+    """The stages of this rank's pipeline."""
+    edp: Communicator
+    """The ranks that hold the same part of the same experts; the rank alone where no model has experts."""
+    ep: Communicator
+    """The ranks that share the experts among them: tokens."""
+    etp: Communicator
+    """The ranks that share the matrices of the same experts."""
     control: Communicator
     """All ranks. Batch plans; used by one background thread only."""
     host: Communicator
     """All ranks. Tensors in host memory, for checkpoints; used by the training thread."""
+
+    @property
+    def moment(self) -> Moment:
+        """Where the training thread stands."""
+        return self.world.moment
 
     @contextmanager
     def listen(self, sink: Sink) -> Iterator[None]:
@@ -77,47 +92,50 @@ class Groups(NamedTuple):
             yield
 
 
-def communicators(timeout_s: float, layout: Layout) -> Groups:
+def communicators(timeout_s: float, layout: Layout, *, experts: bool = False) -> Groups:
     """The groups of a training process. Collective when a default group exists; otherwise each is this process alone.
+
+    Args:
+        timeout_s: after which a collective without answer fails.
+        layout: degrees of all axes.
+        experts: whether there are parameters on the expert side.
 
     Raises:
         LayoutDoesNotFit: the default group has another number of ranks than the layout.
     """
     layout.check_world(dist.get_world_size() if dist.is_initialized() else 1)
-    control, host = None, None
+    mesh, nodes, moment = Mesh.of(layout), nodes_of_ranks(), Moment()
     timeout = timedelta(seconds=timeout_s)
-    if dist.is_initialized():
+    world, control, host = None, None, None
+    if dist.is_initialized() and dist.get_world_size() > 1:  # one rank has nobody to talk to
+        world = dist.group.WORLD
         control, host = (dist.new_group(backend="gloo", timeout=timeout) for _ in range(2))
-    nodes, moment = nodes_of_ranks(), Moment()
+    axes = {axis: _along(axis, mesh, nodes, moment, timeout) for axis in (*_DENSE, *(_EXPERTS if experts else ()))}
+    alone = {axis: Communicator(name=axis, moment=moment) for axis in _EXPERTS if not experts}
     return Groups(
-        *_axes(Mesh(layout.hdp, layout.tp), nodes, moment, timeout),
-        Communicator(control, name="control", nodes=nodes),
-        Communicator(host, name="host", nodes=nodes, moment=moment),
+        world=Communicator(world, name="world", nodes=nodes, moment=moment),
+        control=Communicator(control, name="control", nodes=nodes),
+        host=Communicator(host, name="host", nodes=nodes, moment=moment),
+        **axes,
+        **alone,
     )
 
 
-def _axes(mesh: Mesh, nodes: Sequence[int], moment: Moment, timeout: timedelta) -> tuple[Communicator, Communicator]:
-    """The communicators of this rank along hdp and tp. Every rank makes every group, in one order, as torch wants it."""
-    if mesh.tp == 1:
-        world = dist.group.WORLD if dist.is_initialized() else None
-        return (
-            Communicator(world, name="hdp", nodes=tuple(nodes), moment=moment),
-            Communicator(name="tp", moment=moment),
-        )
-    columns = {f"hdp of tp {index}": mesh.column(index) for index in range(mesh.tp)}
-    rows = {f"tp of hdp {index}": mesh.row(index) for index in range(mesh.hdp)}
-    groups = {name: dist.new_group(list(ranks), timeout=timeout) for name, ranks in (columns | rows).items()}
-    row, column = mesh.coordinates(dist.get_rank())
-    return (
-        _along("hdp", f"hdp of tp {column}", mesh.column(column), groups, nodes, moment),
-        _along("tp", f"tp of hdp {row}", mesh.row(row), groups, nodes, moment),
-    )
+_DENSE: tuple[Axis, ...] = ("hdp", "tp", "pp")
+_EXPERTS: tuple[Axis, ...] = ("edp", "ep", "etp")
 
 
-def _along(
-    axis: str, name: str, ranks: Sequence[int], groups: Mapping[str, Any], nodes: Sequence[int], moment: Moment
-) -> Communicator:
-    return Communicator(groups[name], name=name, axis=axis, nodes=tuple(nodes[rank] for rank in ranks), moment=moment)
+def _along(axis: Axis, mesh: Mesh, nodes: Sequence[int], moment: Moment, timeout: timedelta) -> Communicator:
+    """The communicator of this rank along an axis. Every rank makes every group, in one order, as torch wants it."""
+    groups = mesh.groups(axis)
+    if len(groups[0]) == 1:
+        return Communicator(name=axis, moment=moment)
+    if len(groups) == 1:
+        return Communicator(dist.group.WORLD, name=axis, nodes=tuple(nodes), moment=moment)
+    made = [dist.new_group(list(ranks), timeout=timeout) for ranks in groups]
+    own = next(index for index, ranks in enumerate(groups) if dist.get_rank() in ranks)
+    own_nodes = tuple(nodes[rank] for rank in groups[own])
+    return Communicator(made[own], name=f"{axis} {own}", axis=axis, nodes=own_nodes, moment=moment)
 
 
 def nodes_of_ranks() -> tuple[int, ...]:

@@ -7,6 +7,7 @@ from typing import Any
 from evermesh import checkpoint
 from evermesh.checkpoint.directory import read_manifest
 from evermesh.checkpoint.registry import Replicated, StateRegistry
+from evermesh.checkpoint.shard_map import ShardMap
 from evermesh.parallelism.collectives import Communicator
 from evermesh.runtime.errors import OtherRun
 from evermesh.runtime.optimizer import ShardedAdamW
@@ -29,20 +30,26 @@ class TrainingState:
     """The optimizer's shards and the progress of one rank, as a checkpoint sees them.
 
     Args:
-        optimizer: holder of the parameters and moments.
+        optimizer: holder of this rank's parameters and moments.
+        shards: which rank holds which part of them, of all ranks.
         progress: counters and the data cursor; restored in place.
         identity: what a checkpoint must agree with to be continued, such as the model's sizes; JSON values.
         communicator: the training ranks, on a backend that takes host tensors.
     """
 
     def __init__(
-        self, optimizer: ShardedAdamW, progress: Progress, identity: dict[str, Any], communicator: Communicator
+        self,
+        optimizer: ShardedAdamW,
+        shards: ShardMap,
+        progress: Progress,
+        identity: dict[str, Any],
+        communicator: Communicator,
     ) -> None:
         self.optimizer, self.progress, self.identity, self.communicator = optimizer, progress, identity, communicator
         self.registry = StateRegistry()
         held = optimizer.owned_state()
-        for name, shards in optimizer.shard_map().tensors.items():
-            self.registry.register_tensor(name, shards, held.get(name))
+        for name, tensor in shards.tensors.items():
+            self.registry.register_tensor(name, tensor, held.get(name))
         for name in ("step", "updates", "skipped_in_a_row", "sampler"):
             self.registry.register(name, Replicated(), *_attribute(progress, name))
 

@@ -1,8 +1,7 @@
 """The traffic of a training step: counted by the ledgers of all ranks, and by formula.
 
-Everything that a step sends is in both, with one exception: the ``all_reduce`` of each axis that adds up the counts
-themselves (call site ``bookkeeping``). Batch plans count for the step that they are made for, although they are sent
-before it.
+Everything that a step sends is in both, with one exception: the ``all_reduce`` that adds up the counts themselves
+(call site ``bookkeeping``). Batch plans count for the step that they are made for, although they are sent before it.
 """
 
 from collections.abc import Sequence
@@ -13,7 +12,6 @@ from evermesh.parallelism.batch_plan import DIGEST_BYTES, BatchPlan
 from evermesh.parallelism.collectives import Communicator
 from evermesh.parallelism.ledger import Cell, Traffic, add_up
 from evermesh.parallelism.links import TIERS, Operation
-from evermesh.parallelism.mesh import Mesh
 from evermesh.parallelism.traffic import TrainedModel, collective_traffic, plan_traffic
 
 OPERATIONS: tuple[tuple[str, Operation, str], ...] = (
@@ -28,8 +26,7 @@ OPERATIONS: tuple[tuple[str, Operation, str], ...] = (
     ("gradients", "all_reduce", "hdp"),
     ("gradients", "all_reduce", "tp"),
     ("parameters", "all_gather", "hdp"),
-    ("scalars", "all_reduce", "hdp"),
-    ("scalars", "all_reduce", "tp"),
+    ("scalars", "all_reduce", "world"),
     ("plan", "broadcast", "control"),
     ("loss weights", "all_reduce", "control"),
 )
@@ -38,16 +35,13 @@ _CELLS: tuple[Cell, ...] = tuple((*operation, tier) for operation in OPERATIONS 
 _ROWS = {cell: row for row, cell in enumerate(_CELLS)}
 
 
-def over_all_ranks(
-    own: Sequence[Traffic], hdp: Communicator, tp: Communicator, device: torch.device
-) -> tuple[Traffic, ...]:
-    """The traffic of one step, summed over the ranks. Collective: a small ``all_reduce`` per axis."""
+def over_all_ranks(own: Sequence[Traffic], world: Communicator, device: torch.device) -> tuple[Traffic, ...]:
+    """The traffic of one step, summed over the ranks. Collective: one small ``all_reduce``."""
     counts = torch.zeros(len(_CELLS), 3, dtype=torch.int64)
     for traffic in own:
         counts[_ROWS[traffic.cell]] = torch.tensor(traffic.counts)
     counts = counts.to(device)
-    for communicator in (hdp, tp):
-        communicator.all_reduce(counts, "bookkeeping")
+    world.all_reduce(counts, "bookkeeping")
     summed = (Traffic(*cell, *count) for cell, count in zip(_CELLS, counts.tolist(), strict=True))
     return tuple(sorted(traffic for traffic in summed if traffic.calls))
 
@@ -62,12 +56,8 @@ def step_traffic(
 ) -> tuple[Traffic, ...]:
     """What a training step with this plan sends over all ranks; arguments as for ``plan_traffic``."""
     plan_bytes = DIGEST_BYTES + len(plan.to_json())
-    mesh = Mesh(len(nodes) // model.tp, model.tp)
-    columns = [("hdp", mesh.column(tp_rank)) for tp_rank in range(mesh.tp)]
-    rows = [("tp", mesh.row(hdp_rank)) for hdp_rank in range(mesh.hdp) if mesh.tp > 1]
     parts = list(plan_traffic(plan, model, nodes, committed=committed))
-    for axis, ranks in (*columns, *rows):
-        parts += collective_traffic("scalars", "all_reduce", axis, 3 * 8, [nodes[rank] for rank in ranks])
+    parts += collective_traffic("scalars", "all_reduce", "world", 3 * 8, nodes)
     parts += collective_traffic("plan", "broadcast", "control", 8, nodes)  # how long it is
     parts += collective_traffic("plan", "broadcast", "control", plan_bytes, nodes)
     parts += collective_traffic("loss weights", "all_reduce", "control", 8, nodes)

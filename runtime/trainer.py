@@ -25,7 +25,7 @@ from evermesh.runtime.guard import StepGuard
 from evermesh.runtime.layout import check_layout
 from evermesh.runtime.micro_batch import MicroBatchRunner
 from evermesh.runtime.model.building import build_model
-from evermesh.runtime.optimizer import ShardedAdamW, learning_rate
+from evermesh.runtime.optimizer import ShardedAdamW, learning_rate, shard_map
 from evermesh.runtime.state import Progress, TrainingState
 from evermesh.runtime.telemetry import PlanSummary, StepReport
 from evermesh.runtime.traffic import over_all_ranks, payload_bytes
@@ -102,7 +102,7 @@ class Trainer:
         self.config, self.directory, self.report, self.beat, self.asked = config, directory, report, beat, asked
         check_layout(config)
         self.groups = process_group.communicators(config.timeout_s, config.layout)
-        self.rank, self.workers = self.groups.control.rank, self.groups.control.size
+        self.rank, self.workers = self.groups.world.rank, self.groups.world.size
         self.device = process_group.local_device(config.device)
         if config.device.kind == "cpu":
             torch.set_num_threads(config.device.threads)
@@ -110,8 +110,8 @@ class Trainer:
         self.corpora = open_sources(config.data)
         self.sampler = Sampler(self.corpora, config.data, config.seed)
         vocabulary = self.corpora[0].vocabulary
-        self.model, self.flat = build_model(config, vocabulary, self.groups, self.device)
-        self.optimizer = ShardedAdamW(self.flat, config.optimizer, self.groups.hdp, self.groups.tp)
+        self.model, self.parameters, held = build_model(config, vocabulary, self.groups, self.device)
+        self.optimizer = ShardedAdamW(self.parameters, config.optimizer)
         self.runner = MicroBatchRunner(self.model, self.groups.hdp, self.groups.tp)
         self.cost = config.cost or nominal_cost(config, config.model.shape(vocabulary))
         self.planner = planner or HybridPlanner(config.layout, self.cost)
@@ -119,7 +119,8 @@ class Trainer:
         self.ledger = ByteLedger()
         self.events = EventLog(directory / "events.jsonl") if directory and self.rank == 0 else None
         self.progress = Progress(sampler=self.sampler.state_dict())
-        self.state = TrainingState(self.optimizer, self.progress, self._identity(), self.groups.host)
+        shards = shard_map(held, getattr(torch, config.dtype))
+        self.state = TrainingState(self.optimizer, shards, self.progress, self._identity(), self.groups.host)
         if resume:
             self._resume()
         self.guard = StepGuard(config.max_skipped_steps, self.progress)
@@ -157,8 +158,9 @@ class Trainer:
         """Run one optimizer step. Collective; all ranks agree on the outcome."""
         began_s, self.plan = time.monotonic(), batch.plan
         self.progress.step += 1
-        self.groups.hdp.moment.begin_step(self.progress.step)
-        self.flat.gradients.zero_()
+        self.groups.moment.begin_step(self.progress.step)
+        for parameters in self.parameters:
+            parameters.flat.gradients.zero_()
         local_loss = self.runner.accumulate(batch.micro_batches, batch.plan.lengths, batch.num_counted)
         self._compute_s = time.monotonic() - began_s
         loss, grad_norm, asked = self._synchronize(local_loss)
@@ -174,22 +176,19 @@ class Trainer:
         if self.directory is None:
             return None
         started = time.monotonic()
-        self.groups.hdp.moment.phase = "checkpoint"
+        self.groups.moment.phase = "checkpoint"
         path = self.state.save(self.directory / "checkpoints", self.config.checkpoint.keep)
         self._log("checkpoint", f"{path.name} in {time.monotonic() - started:.2f} s", path=str(path))
         return path
 
     def _synchronize(self, local_loss: Tensor) -> tuple[float, float, Asked | None]:
         """Sum gradients, loss and requests over all ranks: (loss, gradient norm, what was asked). Collective."""
-        hdp, tp = self.groups.hdp, self.groups.tp
-        square = sum_gradients(self.flat, hdp, tp)
+        square = sum_gradients(self.parameters)
         asked = _ASKED.index(self.asked()) if self.rank == 0 and self.asked is not None else 0
-        loss = local_loss if tp.rank == 0 else torch.zeros_like(local_loss)  # ranks that share a model have the same
-        scalars = torch.stack([loss, square, local_loss.new_tensor(float(asked))])
-        for communicator in (hdp, tp):
-            communicator.all_reduce(scalars, "scalars")
-        total, square_of_norm, request = scalars.tolist()
-        return total, square_of_norm**0.5, _ASKED[int(request)]
+        scalars = torch.stack([local_loss, square, local_loss.new_tensor(float(asked))])
+        self.groups.world.all_reduce(scalars, "scalars")
+        loss, square_of_norm, request = scalars.tolist()
+        return loss, square_of_norm**0.5, _ASKED[int(request)]
 
     def _learning_rate(self) -> float:
         return learning_rate(self.config.optimizer, self.progress.updates, self.config.steps)
@@ -200,7 +199,7 @@ class Trainer:
 
     def _report(self, batch: PlannedBatch, outcome: StepOutcome, clock: "_Clock", last: int) -> None:
         own = self.ledger.take_step(self.progress.step)
-        traffic = over_all_ranks(own, self.groups.hdp, self.groups.tp, self.device)
+        traffic = over_all_ranks(own, self.groups.world, self.device)
         step_s, smoothed_s = clock.tick()
         if self.beat is not None:
             self.beat(self.progress.step, step_s, self._compute_s)

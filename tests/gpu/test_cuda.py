@@ -15,7 +15,7 @@ from evermesh.parallelism.attention.ring import Ring, ring_backward, ring_forwar
 from evermesh.parallelism.errors import UnsupportedKernel
 from evermesh.runtime import process_group
 from evermesh.runtime.config import CudaDevice, ModelConfig, OptimizerConfig
-from evermesh.runtime.flat import FlatParameters
+from evermesh.runtime.flat import FlatParameters, ParameterSet
 from evermesh.runtime.model.decoder import Decoder
 from evermesh.runtime.optimizer import ShardedAdamW
 from tests.oracle import gradient, plain_attention, relative_error
@@ -172,10 +172,12 @@ def test_memory_of_rank_0_of_a_large_layout_is_what_its_buffers_say() -> None:
         config = ModelConfig(hidden=1024, layers=8, heads=16, kv_heads=4, ffn=2816)
         model = Decoder(config, 32_000).to("cuda", torch.bfloat16)
         flat = FlatParameters(model, ranks)
-        optimizer = ShardedAdamW(flat, OptimizerConfig(), Communicator(dist.group.WORLD))
+        optimizer = ShardedAdamW(
+            [ParameterSet(flat, Communicator(dist.group.WORLD), Communicator())], OptimizerConfig()
+        )
         used = torch.cuda.memory_allocated() - before
     finally:
         dist.destroy_process_group()
-    expected = 2 * flat.values.numel() * 2 + 3 * optimizer.master.numel() * 4
+    expected = 2 * flat.values.numel() * 2 + 3 * optimizer.shards[0].master.numel() * 4
     print(f"{flat.num_elements:,} parameters: {used / 2**20:.0f} MiB, formula {expected / 2**20:.0f} MiB")
     assert used <= 1.02 * expected

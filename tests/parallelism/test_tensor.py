@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from evermesh.parallelism import Communicator, LayoutDoesNotFit
-from evermesh.parallelism.mesh import Mesh
 from evermesh.parallelism.tensor import Cut, TensorSharding, padded_length, part_of
 from evermesh.parallelism.tensor.apply import apply_tensor_parallel
 from evermesh.parallelism.tensor.loss import cross_entropy
@@ -20,16 +19,6 @@ from tests.oracle import gradient, relative_error
 
 TOKENS = (0, 1, 2, 3, 7, 12)
 VOCABULARIES = (5, 12, 61)
-
-
-@given(hdp=st.integers(1, 9), tp=st.integers(1, 9))
-def test_every_rank_stands_in_one_row_and_one_column(hdp: int, tp: int) -> None:
-    mesh = Mesh(hdp, tp)
-    for rank in range(mesh.size):
-        hdp_rank, tp_rank = mesh.coordinates(rank)
-        assert mesh.rank(hdp_rank, tp_rank) == rank
-        assert set(mesh.row(hdp_rank)) & set(mesh.column(tp_rank)) == {rank}
-    assert all(list(row) == list(range(row[0], row[0] + tp)) for row in map(mesh.row, range(hdp)))
 
 
 @given(size=st.integers(1, 200), ranks=st.integers(1, 12))

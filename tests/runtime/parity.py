@@ -12,7 +12,7 @@ from evermesh.parallelism.tensor import Cut
 from evermesh.parallelism.tensor.apply import apply_tensor_parallel
 from evermesh.runtime import process_group
 from evermesh.runtime.config import ModelConfig
-from evermesh.runtime.flat import FlatParameters, sum_gradients
+from evermesh.runtime.flat import FlatParameters, ParameterSet, sum_gradients
 from evermesh.runtime.micro_batch import LocalMicroBatch, MicroBatchRunner
 from evermesh.runtime.model.decoder import Decoder
 from evermesh.runtime.model.sharding import DECODER_SHARDING
@@ -89,8 +89,8 @@ def _rank_gradients(
     num_counted = int(sum(counts.sum() for _, _, counts in documents))
     micro_batches = [local_micro_batch(micro_batch, plan.lengths) for micro_batch in plan.ranks[rank // tp]]
     loss = MicroBatchRunner(model, groups.hdp, groups.tp).accumulate(micro_batches, plan.lengths, num_counted)
-    groups.hdp.all_reduce(loss, "scalars")
-    sum_gradients(flat, groups.hdp, groups.tp)
+    groups.world.all_reduce(loss, "scalars")
+    sum_gradients([ParameterSet(flat, groups.hdp, groups.tp)])
     cuts = {entry.name: entry.cut for entry in flat.entries}
     held = [(name, cuts[name], p.grad.clone()) for name, p in model.named_parameters() if p.grad is not None]
     return loss.item(), groups.tp.rank, held

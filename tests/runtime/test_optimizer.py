@@ -8,12 +8,13 @@ import torch.distributed as dist
 
 from evermesh.checkpoint.tensors import local_tensors
 from evermesh.parallelism import Communicator
+from evermesh.parallelism.mesh import Mesh
 from evermesh.parallelism.tensor.apply import apply_tensor_parallel
 from evermesh.runtime.config import ModelConfig, OptimizerConfig
-from evermesh.runtime.flat import FlatParameters
+from evermesh.runtime.flat import FlatParameters, HeldSet, ParameterSet
 from evermesh.runtime.model.decoder import Decoder
 from evermesh.runtime.model.sharding import DECODER_SHARDING
-from evermesh.runtime.optimizer import ShardedAdamW, learning_rate
+from evermesh.runtime.optimizer import ShardedAdamW, learning_rate, shard_map
 from tests.cluster import run_ranks
 
 MODEL = ModelConfig(hidden=16, layers=1, heads=2, kv_heads=1, ffn=20)
@@ -34,7 +35,7 @@ def _gradients(step: int, model: Decoder) -> dict[str, torch.Tensor]:
 def _stepped(rank: int, world_size: int) -> dict[str, torch.Tensor]:
     model = _model()
     flat = FlatParameters(model, world_size)
-    optimizer = ShardedAdamW(flat, CONFIG, Communicator(dist.group.WORLD))
+    optimizer = ShardedAdamW([ParameterSet(flat, Communicator(dist.group.WORLD), Communicator())], CONFIG)
     for step in range(3):
         for name, gradient in _gradients(step, model).items():
             model.get_parameter(name).grad.copy_(gradient)  # type: ignore[union-attr]
@@ -65,19 +66,13 @@ def test_sharded_updates_equal_torch_adamw_on_the_whole_model(ranks: int) -> Non
 
 @pytest.mark.parametrize("ranks", [1, 2, 7, 1024])
 def test_map_of_any_number_of_ranks_covers_every_tensor_once(ranks: int) -> None:
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
-    try:
-        flat = FlatParameters(_model(), ranks)
-        optimizer = ShardedAdamW(flat, CONFIG, Communicator(dist.group.WORLD))
-        shard_map = optimizer.shard_map()
-    finally:
-        dist.destroy_process_group()
-    shard_map.check()
-    assert len(shard_map.tensors) == 3 * len(flat.entries)
-    assert shard_map.num_bytes == 3 * flat.num_elements * 8
-    assert optimizer.master.numel() == -(-flat.num_elements // ranks)
+    flat = FlatParameters(_model(), ranks)
+    whole = shard_map([HeldSet(flat, Mesh(ranks).holders(0))], torch.float64)
+    whole.check()
+    assert len(whole.tensors) == 3 * len(flat.entries)
+    assert whole.num_bytes == 3 * flat.num_elements * 8
+    optimizer = ShardedAdamW([ParameterSet(flat, _Place(ranks - 1, ranks), _Place(0, 1))], CONFIG)
+    assert optimizer.shards[0].master.numel() == -(-flat.num_elements // ranks)
 
 
 class _Place(Communicator):
@@ -97,13 +92,13 @@ def test_map_of_ranks_that_share_a_model_covers_every_tensor_once(hdp: int, tp: 
         model.initialize(2)
         tensor = _Place(rank % tp, tp)
         flat = FlatParameters(model, hdp, apply_tensor_parallel(model, DECODER_SHARDING, tensor))
-        optimizer = ShardedAdamW(flat, CONFIG, _Place(rank // tp, hdp), tensor)
-        maps.append(optimizer.shard_map())
+        optimizer = ShardedAdamW([ParameterSet(flat, _Place(rank // tp, hdp), tensor)], CONFIG)
+        maps.append(shard_map([HeldSet(flat, Mesh(hdp, tp).holders(0))], torch.float32))
         assert local_tensors(
             maps[-1], rank, optimizer.owned_state()
         )  # refuses what is missing, unknown, or of another size
     maps[0].check()
-    assert len({shard_map.digest() for shard_map in maps}) == 1
+    assert len({each.digest() for each in maps}) == 1
     norms = [shard for name, t in maps[0].tensors.items() if name.endswith("norm.weight") for shard in t.shards]
     assert all(len(shard.ranks) == tp for shard in norms), "what all ranks hold is listed once, with all of them"
 

@@ -158,7 +158,7 @@ def _poisoned(rank: int, workers: int, values: dict[str, Any], bad_steps: set[in
     def accumulate(*arguments: Any) -> torch.Tensor:
         loss = run(*arguments)
         if rank == 1 and trainer.progress.step in bad_steps:
-            trainer.flat.gradients[0] = float("nan")
+            trainer.parameters[0].flat.gradients[0] = float("nan")
         return loss
 
     step = trainer.train_step
@@ -170,7 +170,7 @@ def _poisoned(rank: int, workers: int, values: dict[str, Any], bad_steps: set[in
 
     trainer.runner.accumulate, trainer.train_step = accumulate, train_step  # type: ignore[method-assign,assignment]
     trainer.fit()
-    assert torch.isfinite(trainer.flat.values).all()
+    assert torch.isfinite(trainer.parameters[0].flat.values).all()
     return outcomes
 
 

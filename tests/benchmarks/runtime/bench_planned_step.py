@@ -20,7 +20,7 @@ from evermesh.parallelism.planner import plan_batch
 from evermesh.runtime.cost import nominal_cost
 from evermesh.runtime.data import Batch, Corpus, Sampler, open_sources
 from evermesh.runtime.feed import load_micro_batch
-from evermesh.runtime.flat import FlatParameters
+from evermesh.runtime.flat import FlatParameters, ParameterSet
 from evermesh.runtime.micro_batch import LocalMicroBatch, MicroBatchRunner
 from evermesh.runtime.model.decoder import Decoder
 from evermesh.runtime.optimizer import ShardedAdamW
@@ -65,7 +65,8 @@ def _measure(rank: int, world_size: int, layout: Layout) -> list[dict[str, tuple
     corpora = open_sources(CONFIG.data)
     model = Decoder(CONFIG.model, corpora[0].vocabulary)
     model.initialize(0)
-    optimizer = ShardedAdamW(FlatParameters(model, world_size), CONFIG.optimizer, communicator)
+    flat = FlatParameters(model, world_size)
+    optimizer = ShardedAdamW([ParameterSet(flat, communicator, Communicator())], CONFIG.optimizer)
     runner = MicroBatchRunner(model, communicator)
     sampler = Sampler(corpora, CONFIG.data, seed=1)
     cost = nominal_cost(CONFIG, CONFIG.model.shape(corpora[0].vocabulary))
@@ -83,9 +84,9 @@ def _measure(rank: int, world_size: int, layout: Layout) -> list[dict[str, tuple
                 communicator.barrier("start")
                 ledger.take()
                 started = time.monotonic()
-                optimizer.flat.gradients.zero_()
+                flat.gradients.zero_()
                 loss = runner.accumulate(micro_batches, lengths, sum(batch.lengths))
-                communicator.all_reduce(optimizer.flat.gradients, "gradients")
+                communicator.all_reduce(flat.gradients, "gradients")
                 optimizer.step(lr=0.0, gradient_scale=1.0)  # the full update, with the parameters left where they are
                 communicator.barrier("end")
                 seconds = time.monotonic() - started
