@@ -26,30 +26,120 @@ class _Frozen(BaseModel):
 _Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
+class LinearRope(_Frozen):
+    """Positions divided by ``factor`` (Chen et al., arXiv 2306.15595)."""
+
+    kind: Literal["linear"] = "linear"
+    factor: PositiveFloat
+
+
+class Llama3Rope(_Frozen):
+    """Slow rotations divided by ``factor``, fast ones kept, a ramp between: as in checkpoints of Llama 3.1 and later."""
+
+    kind: Literal["llama3"] = "llama3"
+    factor: PositiveFloat
+    low_freq_factor: PositiveFloat = 1.0
+    """Rotations within ``original_positions`` below which a frequency is divided."""
+    high_freq_factor: PositiveFloat = 4.0
+    """Rotations within ``original_positions`` above which a frequency is kept."""
+    original_positions: PositiveInt = 8192
+    """Context of the training before the extension, tokens."""
+
+    @model_validator(mode="after")
+    def _ramp_ascends(self) -> Self:
+        if self.high_freq_factor <= self.low_freq_factor:
+            raise ValueError(
+                f"high_freq_factor {self.high_freq_factor} is not above low_freq_factor {self.low_freq_factor}"
+            )
+        return self
+
+
+class YarnRope(_Frozen):
+    """Frequencies between interpolated and kept, and warmer attention (Peng et al., YaRN, arXiv 2309.00071)."""
+
+    kind: Literal["yarn"] = "yarn"
+    factor: PositiveFloat
+    original_positions: PositiveInt
+    """Context of the training before the extension, tokens."""
+    beta_fast: PositiveFloat = 32.0
+    """Rotations within ``original_positions`` above which a frequency is kept."""
+    beta_slow: PositiveFloat = 1.0
+    """Rotations within ``original_positions`` below which a frequency is divided."""
+    attention_factor: PositiveFloat | None = None
+    """What rotated queries and keys are multiplied by; null: 0.1 ln(factor) + 1."""
+    truncate: bool = True
+    """Whether the ends of the ramp are rounded outwards to whole dims."""
+
+
+RopeScaling = Annotated[LinearRope | Llama3Rope | YarnRope, Field(discriminator="kind")]
+
+
 class ModelConfig(_Frozen):
-    """Sizes of a LLaMA-style decoder."""
+    """Sizes and options of a decoder; the defaults are those of LLaMA."""
 
     hidden: PositiveInt = 128
     layers: PositiveInt = 4
     heads: PositiveInt = 4
     kv_heads: PositiveInt = 2
     """Key and value heads; every one serves heads / kv_heads query heads (grouped-query attention)."""
+    head_dim: PositiveInt | None = None
+    """Size of a head; null: hidden / heads."""
     ffn: PositiveInt = 352
     """Width of the SwiGLU feed-forward block."""
+    vocabulary: PositiveInt | None = None
+    """Rows of embedding and head, at least the entries of the tokenizer; null: exactly those."""
     rope_theta: PositiveFloat = 10_000.0
+    rope_scaling: RopeScaling | None = None
+    """How rotary positions are stretched for a longer context; null: not."""
+    max_positions: PositiveInt | None = None
+    """Longest context that the weights are said to be good for, tokens: goes into an export, changes no value."""
     norm_eps: PositiveFloat = 1e-5
+    qk_norm: bool = False
+    """RMSNorm of every head's queries and keys before their rotation (Qwen3)."""
+    qkv_bias: bool = False
+    """A bias on the query, key and value projections (Qwen2)."""
+    tied_embeddings: bool = False
+    """One matrix is embedding and head."""
+    sliding_window: PositiveInt | None = None
+    """Tokens that a token attends to, itself included; null: all before it in its document."""
+    window_layers: tuple[NonNegativeInt, ...] | None = None
+    """Layers with the sliding window, ascending from 0; null: all of them."""
+    parallel_block: bool = False
+    """y = x + attention(norm x) + feed_forward(norm x), one norm per layer (Chowdhery et al., PaLM, arXiv 2204.02311,
+    section 2). Another model than the default, not a faster form of it."""
     initial_std: PositiveFloat = 0.02
     """Standard deviation of the initial weights."""
 
     @model_validator(mode="after")
     def _heads_divide(self) -> Self:
-        if self.hidden % self.heads:
+        if self.head_dim is None and self.hidden % self.heads:
             raise ValueError(f"hidden {self.hidden} is not a multiple of heads {self.heads}")
-        if self.hidden // self.heads % 2:
-            raise ValueError(f"hidden / heads = {self.hidden // self.heads} is odd; rotary embedding needs pairs")
+        if self.head_size % 2:
+            size = "hidden / heads" if self.head_dim is None else "head_dim"
+            raise ValueError(f"{size} = {self.head_size} is odd; rotary embedding needs pairs")
         if self.heads % self.kv_heads:
             raise ValueError(f"heads {self.heads} is not a multiple of kv_heads {self.kv_heads}")
         return self
+
+    @model_validator(mode="after")
+    def _window_layers_exist(self) -> Self:
+        layers = self.window_layers
+        if layers is None:
+            return self
+        if self.sliding_window is None:
+            raise ValueError(f"window_layers names {len(layers)} layers, but sliding_window is not set")
+        if list(layers) != sorted(set(layers)) or (layers and layers[-1] >= self.layers):
+            raise ValueError(f"window_layers {list(layers)} is not an ascending list of layers 0 to {self.layers - 1}")
+        return self
+
+    @property
+    def head_size(self) -> int:
+        """Size of a head, whether given or not."""
+        return self.head_dim or self.hidden // self.heads
+
+    def window_of(self, layer: int) -> int | None:
+        """The sliding window of a layer, tokens; None: the layer attends to all."""
+        return self.sliding_window if self.window_layers is None or layer in self.window_layers else None
 
     def shape(self, vocabulary: int) -> ModelShape:
         """The sizes that decide the cost, for a tokenizer of ``vocabulary`` entries."""
@@ -58,9 +148,9 @@ class ModelConfig(_Frozen):
             layers=self.layers,
             heads=self.heads,
             kv_heads=self.kv_heads,
-            head_dim=self.hidden // self.heads,
+            head_dim=self.head_size,
             ffn=self.ffn,
-            vocabulary=vocabulary,
+            vocabulary=self.vocabulary or vocabulary,
         )
 
 

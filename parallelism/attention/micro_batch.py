@@ -1,7 +1,7 @@
 """Attention of one micro-batch: whole documents packed one after the other, and shares of long ones on their rings."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,12 +21,19 @@ class _Segment:
     tokens: slice
     lengths: tuple[int, ...] = ()
     ring: Ring | None = None
+    window: int | None = None
+
+    def with_window(self, window: int | None) -> "_Segment":
+        if window is None:
+            return self
+        return replace(self, ring=self.ring and replace(self.ring, window=window), window=window)
 
 
 class MicroBatchAttention:
     """Attention for the tokens of one micro-batch, in the order of its pieces.
 
-    Call it with q [T, H, D], k and v [T, K, D]; it returns [T, H, D] and is differentiable. Where the micro-batch holds
+    Call it with q [T, H, D], k and v [T, K, D]; it returns [T, H, D] and is differentiable. With a ``window`` every token
+    attends to so many tokens, itself included, else to all before it in its document. Where the micro-batch holds
     shares of rings the call, forward and backward, is collective over the members of each.
 
     Raises:
@@ -39,48 +46,51 @@ class MicroBatchAttention:
         self.kernel, self.communicator = kernel, communicator
         self.segments = _segments(micro_batch, lengths, communicator.rank)
 
-    def __call__(self, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> Tensor:
-        return _Attention.apply(q_THD, k_TKD, v_TKD, self)
+    def __call__(self, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, /, *, window: int | None = None) -> Tensor:
+        return _Attention.apply(q_THD, k_TKD, v_TKD, self, window)
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> tuple[Tensor, Tensor]:
         """Output [T, H, D] and log-sum-exp [H, T]."""
-        parts = [self._segment_forward(part, q[part.tokens], k[part.tokens], v[part.tokens]) for part in self.segments]
+        segments = [part.with_window(window) for part in self.segments]
+        parts = [self._segment_forward(part, q[part.tokens], k[part.tokens], v[part.tokens]) for part in segments]
         if not parts:
             return torch.empty_like(q), q.new_empty(q.shape[1], 0)
         return torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts], dim=1)
 
-    def backward(self, grad: Tensor, done: Forward) -> Gradients:
+    def backward(self, grad: Tensor, done: Forward, window: int | None = None) -> Gradients:
         """Gradients of q, k and v."""
         q, k, v, out, lse = done
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         for part in self.segments:
             at = part.tokens
             own = Forward(q[at], k[at], v[at], out[at], lse[:, at])
-            dq[at], dk[at], dv[at] = self._segment_backward(part, grad[at], own)
+            dq[at], dk[at], dv[at] = self._segment_backward(part.with_window(window), grad[at], own)
         return dq, dk, dv
 
     def _segment_forward(self, part: _Segment, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         if part.ring is None:
-            return self.kernel.forward_packed(q, k, v, part.lengths)
+            return self.kernel.forward_packed(q, k, v, part.lengths, part.window)
         return ring_forward(q, k, v, part.ring, self.kernel, self.communicator)
 
     def _segment_backward(self, part: _Segment, grad: Tensor, done: Forward) -> Gradients:
         if part.ring is None:
-            return self.kernel.backward_packed(grad, done, part.lengths)
+            return self.kernel.backward_packed(grad, done, part.lengths, part.window)
         return ring_backward(grad, done, part.ring, self.kernel, self.communicator)
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, attention: MicroBatchAttention) -> Tensor:
-        out, lse = attention.forward(q, k, v)
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, attention: MicroBatchAttention, window: int | None
+    ) -> Tensor:
+        out, lse = attention.forward(q, k, v, window)
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.attention = attention
+        ctx.attention, ctx.window = attention, window
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return *ctx.attention.backward(grads[0], Forward(*ctx.saved_tensors)), None
+        return *ctx.attention.backward(grads[0], Forward(*ctx.saved_tensors), ctx.window), None, None
 
 
 def _segments(micro_batch: MicroBatch, lengths: Sequence[int], rank: int) -> tuple[_Segment, ...]:

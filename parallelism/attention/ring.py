@@ -7,18 +7,22 @@ whose tails see all of it, and after the wrap-around the members behind it, whic
 tail is left out, a quarter of the forward traffic of a causal ring. In the backward pass the gradients of a block follow
 it around and end at its owner. The next block is on its way while the current one is computed.
 
+With a sliding window a member computes only the parts of a block that its queries can see, which may be none. Blocks
+travel as without one.
+
 Source: Liu et al., Ring Attention with Blockwise Transformers (arXiv 2310.01889); zig-zag order as in
 ``evermesh.parallelism.pieces``.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 from evermesh.parallelism.attention.kernels import AttentionKernel, Forward, Gradients, kernel_for
+from evermesh.parallelism.attention.window import Band, band_blocks
 from evermesh.parallelism.collectives import Communicator
 from evermesh.parallelism.pieces import Share, share_of
 
@@ -36,6 +40,8 @@ class Ring:
     """Tokens of the sequence."""
     index: int
     """Position of this rank in ``members``."""
+    window: int | None = None
+    """Tokens that a token attends to, itself included; None: all before it."""
 
     def share(self, index: int) -> Share:
         """What member ``index`` holds."""
@@ -62,15 +68,24 @@ class Ring:
 
 
 def ring_attention(
-    q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, *, length: int, members: Sequence[int], communicator: Communicator
+    q_THD: Tensor,
+    k_TKD: Tensor,
+    v_TKD: Tensor,
+    *,
+    length: int,
+    members: Sequence[int],
+    communicator: Communicator,
+    window: int | None = None,
 ) -> Tensor:
     """Causal attention of one sequence that ``members`` share, differentiable; returns [T, H, D].
+
+    With a ``window`` every token attends to so many tokens, itself included.
 
     Collective over ``members`` (ranks of ``communicator``), forward and backward: all of them call it, in an order that
     agrees with every other ring they share. Each passes its own tokens, head then tail, as ``pieces.share_of`` cuts
     them; a member may hold none.
     """
-    ring = Ring(tuple(members), length, tuple(members).index(communicator.rank))
+    ring = Ring(tuple(members), length, tuple(members).index(communicator.rank), window)
     kernel = kernel_for(q_THD.device, q_THD.dtype)
     return _RingAttention.apply(q_THD, k_TKD, v_TKD, ring, kernel, communicator)
 
@@ -101,12 +116,8 @@ def ring_forward(
     block = torch.stack([k_TKD, v_TKD])
     for step in range(len(ring.members)):
         arriving, works = _pass_on(block, ring, step, communicator, "ring forward")
-        queries = _queries(ring, step)
-        if step == 0 and own.num_tokens:
-            # local tokens ascend, so the causal mask of the local block is the plain one
-            softmax.join(queries, *kernel.forward(q_THD, k_TKD, v_TKD, causal=True))
-        elif step > 0 and block.shape[1] and q_THD[queries].shape[0]:
-            softmax.join(queries, *kernel.forward(q_THD[queries], block[0], block[1], causal=False))
+        for queries, keys, mask in _visible(ring, step):
+            softmax.join(queries, *_forward(kernel, q_THD[queries], block[0, keys], block[1, keys], mask))
         _wait(works)
         block = arriving
     return softmax.out_THD.to(q_THD.dtype), softmax.lse_HT
@@ -124,14 +135,13 @@ def ring_backward(
     carried = _CarriedGradients(ring, own_gradient, communicator)
     for step in range(len(ring.members)):
         arriving, works = _pass_on(block, ring, step, communicator, "ring backward")
-        queries = _queries(ring, step)
-        if block.shape[1] and q_THD[queries].shape[0]:
-            part = Forward(q_THD[queries], block[0], block[1], out_THD[queries], lse_HT[:, queries])
-            dq, dk, dv = kernel.backward(grad_THD[queries], part, causal=step == 0)
+        gradient = torch.zeros_like(block, dtype=accumulate)
+        for queries, keys, mask in _visible(ring, step):
+            part = Forward(q_THD[queries], block[0, keys], block[1, keys], out_THD[queries], lse_HT[:, queries])
+            dq, dk, dv = _backward(kernel, grad_THD[queries], part, mask)
             dq_THD[queries] += dq
-            gradient = torch.stack([dk, dv]).to(accumulate)
-        else:
-            gradient = torch.zeros_like(block, dtype=accumulate)
+            gradient[0, keys] += dk
+            gradient[1, keys] += dv
         if step == 0:
             own_gradient += gradient
         else:
@@ -217,10 +227,36 @@ def _pass_on(
     return arriving, works
 
 
-def _queries(ring: Ring, step: int) -> slice:
-    """Which local queries see the block of this step: all of them, or only the tail when its owner comes behind."""
-    own = ring.share(ring.index)
-    return slice(own.head_tokens, own.num_tokens) if ring.owner(step) > ring.index else slice(0, own.num_tokens)
+_Mask = Band | Literal["causal", "all"]
+
+
+def _visible(ring: Ring, step: int) -> Iterator[tuple[slice, slice, _Mask]]:
+    """Which local queries see which keys of the block of this step, and how; nothing where they see none."""
+    own, owner = ring.share(ring.index), ring.share(ring.owner(step))
+    is_behind = ring.owner(step) > ring.index
+    if ring.window is not None:
+        yield from band_blocks(own, owner if step == 0 or is_behind else owner[:1], ring.window)
+        return
+    # all queries, or only the tail when the owner comes behind
+    queries = slice(own.head_tokens if is_behind else 0, own.num_tokens)
+    keys = slice(0, own.num_tokens if step == 0 else ring.visible_tokens(ring.owner(step), ring.index))
+    if queries.start < queries.stop and keys.stop:
+        # local tokens ascend, so the causal mask of the local block is the plain one
+        yield queries, keys, "causal" if step == 0 else "all"
+
+
+def _forward(
+    kernel: AttentionKernel, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, mask: _Mask
+) -> tuple[Tensor, Tensor]:
+    if isinstance(mask, Band):
+        return kernel.forward_band(q_THD, k_TKD, v_TKD, mask)
+    return kernel.forward(q_THD, k_TKD, v_TKD, causal=mask == "causal")
+
+
+def _backward(kernel: AttentionKernel, grad_THD: Tensor, done: Forward, mask: _Mask) -> Gradients:
+    if isinstance(mask, Band):
+        return kernel.backward_band(grad_THD, done, mask)
+    return kernel.backward(grad_THD, done, causal=mask == "causal")
 
 
 def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

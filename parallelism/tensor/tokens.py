@@ -18,7 +18,8 @@ from evermesh.parallelism.tensor.sharding import padded_length
 
 FORWARD, BACKWARD = "tensor forward", "tensor backward"
 """Call sites."""
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+Attend = Callable[..., Tensor]
+"""(q [T, H, D], k [T, K, D], v [T, K, D], *, window) -> [T, H, D]."""
 
 
 def gather_tokens(x_tC: Tensor, communicator: Communicator) -> Tensor:
@@ -39,11 +40,11 @@ def pad_tokens(x_T: Tensor, ranks: int) -> Tensor:
 def without_padding(attend: Attend, num_tokens: int) -> Attend:
     """Attention that sees the first ``num_tokens`` tokens only; what it returns for the others is zero."""
 
-    def attend_to_tokens(q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> Tensor:
+    def attend_to_tokens(q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, /, *, window: int | None = None) -> Tensor:
         padding = q_THD.shape[0] - num_tokens
         if padding == 0:
-            return attend(q_THD, k_TKD, v_TKD)
-        out_THD = attend(*(x[:num_tokens] for x in (q_THD, k_TKD, v_TKD)))
+            return attend(q_THD, k_TKD, v_TKD, window=window)
+        out_THD = attend(*(x[:num_tokens] for x in (q_THD, k_TKD, v_TKD)), window=window)
         return F.pad(out_THD, (0, 0, 0, 0, 0, padding))
 
     return attend_to_tokens

@@ -1,11 +1,12 @@
-"""A LLaMA-style decoder: RMSNorm, rotary embedding, grouped-query attention, SwiGLU (Touvron et al., arXiv 2302.13971).
+"""A decoder: RMSNorm, rotary embedding, grouped-query attention, SwiGLU (LLaMA, Touvron et al., arXiv 2302.13971).
 
-The model knows nothing of parallelism: it takes the tokens of a micro-batch, their positions in their documents, and a
-function that attends. Shape legend: T tokens, C hidden size, H query heads, K key/value heads, D head size, V vocabulary.
+Its options, all in ``ModelConfig``, make it the decoder of other families. The model knows nothing of parallelism: it
+takes the tokens of a micro-batch, their positions in their documents, and a function that attends. Shape legend: T
+tokens, C hidden size, H query heads, K key/value heads, D head size, V vocabulary.
 """
 
 import hashlib
-from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,27 +14,37 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from evermesh.runtime.config import ModelConfig
+from evermesh.runtime.model.rotary import Rotation, rotate, rotation
 
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(q [T, H, D], k [T, K, D], v [T, K, D]) -> [T, H, D]; causal within each document."""
+
+class Attend(Protocol):
+    """Attention that keeps the documents of a micro-batch apart."""
+
+    def __call__(self, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, /, *, window: int | None = None) -> Tensor:
+        """[T, H, D]; causal within each document, each token sees the last ``window`` (None: all) up to itself."""
+        ...
 
 
 class Attention(nn.Module):
     """Grouped-query attention with rotary positions."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.head_dim = config.hidden // config.heads
-        self.query = nn.Linear(config.hidden, config.heads * self.head_dim, bias=False)
-        self.key = nn.Linear(config.hidden, config.kv_heads * self.head_dim, bias=False)
-        self.value = nn.Linear(config.hidden, config.kv_heads * self.head_dim, bias=False)
+        self.head_dim, self.window = config.head_size, config.window_of(layer)
+        self.query = nn.Linear(config.hidden, config.heads * self.head_dim, bias=config.qkv_bias)
+        self.key = nn.Linear(config.hidden, config.kv_heads * self.head_dim, bias=config.qkv_bias)
+        self.value = nn.Linear(config.hidden, config.kv_heads * self.head_dim, bias=config.qkv_bias)
+        self.query_norm, self.key_norm = (
+            nn.RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity() for _ in range(2)
+        )
         self.output = nn.Linear(config.heads * self.head_dim, config.hidden, bias=False)
 
-    def forward(self, x_TC: Tensor, rotation_TD: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+    def forward(self, x_TC: Tensor, rotation_TD: Rotation, attend: Attend) -> Tensor:
         q_THD, k_TKD, v_TKD = (
             project(x_TC).unflatten(-1, (-1, self.head_dim)) for project in (self.query, self.key, self.value)
         )
-        out_THD = attend(_rotate(q_THD, rotation_TD), _rotate(k_TKD, rotation_TD), v_TKD)
+        q_THD, k_TKD = self.query_norm(q_THD), self.key_norm(k_TKD)
+        out_THD = attend(rotate(q_THD, rotation_TD), rotate(k_TKD, rotation_TD), v_TKD, window=self.window)
         return self.output(out_THD.flatten(1))
 
 
@@ -53,16 +64,30 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """Attention and feed-forward, each behind a norm and a residual."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.attention_norm = nn.RMSNorm(config.hidden, eps=config.norm_eps)
-        self.attention = Attention(config)
+        self.attention = Attention(config, layer)
         self.feed_forward_norm = nn.RMSNorm(config.hidden, eps=config.norm_eps)
         self.feed_forward = FeedForward(config)
 
-    def forward(self, x_TC: Tensor, rotation_TD: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+    def forward(self, x_TC: Tensor, rotation_TD: Rotation, attend: Attend) -> Tensor:
         x_TC = x_TC + self.attention(self.attention_norm(x_TC), rotation_TD, attend)
         return x_TC + self.feed_forward(self.feed_forward_norm(x_TC))
+
+
+class ParallelBlock(nn.Module):
+    """Attention and feed-forward side by side, behind one norm (Chowdhery et al., PaLM, arXiv 2204.02311, section 2)."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.input_norm = nn.RMSNorm(config.hidden, eps=config.norm_eps)
+        self.attention = Attention(config, layer)
+        self.feed_forward = FeedForward(config)
+
+    def forward(self, x_TC: Tensor, rotation_TD: Rotation, attend: Attend) -> Tensor:
+        normed_TC = self.input_norm(x_TC)
+        return x_TC + self.attention(normed_TC, rotation_TD, attend) + self.feed_forward(normed_TC)
 
 
 class Decoder(nn.Module):
@@ -72,9 +97,12 @@ class Decoder(nn.Module):
         super().__init__()
         self.config, self.vocabulary = config, vocabulary
         self.embedding = nn.Embedding(vocabulary, config.hidden)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        block = ParallelBlock if config.parallel_block else Block
+        self.blocks = nn.ModuleList(block(config, layer) for layer in range(config.layers))
         self.norm = nn.RMSNorm(config.hidden, eps=config.norm_eps)
         self.head = nn.Linear(config.hidden, vocabulary, bias=False)
+        if config.tied_embeddings:
+            self.head.weight = self.embedding.weight  # one parameter, named after the embedding
 
     def forward(self, tokens_T: Tensor, positions_T: Tensor, attend: Attend, *, recompute: bool = False) -> Tensor:
         """Logits [T, V].
@@ -87,7 +115,7 @@ class Decoder(nn.Module):
                 micro-batch the recomputation communicates, so all members choose alike.
         """
         x_TC = self.embedding(tokens_T)
-        rotation_TD = self._rotation(positions_T, x_TC.dtype)
+        rotation_TD = rotation(self.config, positions_T, x_TC.dtype)
         for block in self.blocks:
             if recompute:
                 x_TC = checkpoint(block, x_TC, rotation_TD, attend, use_reentrant=False, preserve_rng_state=False)
@@ -96,14 +124,14 @@ class Decoder(nn.Module):
         return self.head(self.norm(x_TC))
 
     def initialize(self, seed: int) -> None:
-        """Set all weights from ``seed``: normal, residual outputs scaled by 1/sqrt(2 x layers), norms one.
+        """Set all weights from ``seed``: normal, residual outputs scaled by 1/sqrt(2 x layers), norms one, biases zero.
 
         Every parameter has its own random stream, named after it, so the values depend on nothing else.
         """
         std = self.config.initial_std
         for name, parameter in self.named_parameters():
             if parameter.dim() < 2:
-                nn.init.ones_(parameter)
+                nn.init.constant_(parameter, 0.0 if name.endswith(".bias") else 1.0)
                 continue
             residual = name.endswith(("attention.output.weight", "feed_forward.down.weight"))
             scale = std / (2 * self.config.layers) ** 0.5 if residual else std
@@ -112,20 +140,6 @@ class Decoder(nn.Module):
             )
             with torch.no_grad():
                 parameter.copy_(values)
-
-    def _rotation(self, positions_T: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Cosine and sine [T, 1, D/2] of every position's angles, computed in float64: positions may be large."""
-        head_dim = self.config.hidden // self.config.heads
-        exponents = torch.arange(0, head_dim, 2, dtype=torch.float64, device=positions_T.device) / head_dim
-        angles = positions_T.to(torch.float64).unsqueeze(-1) * self.config.rope_theta**-exponents
-        return angles.cos().to(dtype).unsqueeze(1), angles.sin().to(dtype).unsqueeze(1)
-
-
-def _rotate(x_THD: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotary embedding in the half-split convention of LLaMA checkpoints (Su et al., arXiv 2104.09864)."""
-    cosine, sine = rotation
-    first, second = x_THD.chunk(2, dim=-1)
-    return torch.cat([first * cosine - second * sine, second * cosine + first * sine], dim=-1)
 
 
 def _stream(seed: int, name: str) -> torch.Generator:
