@@ -40,7 +40,7 @@ class CollectiveRecord(NamedTuple):
     group: str
     """Name of the process group."""
     sequence: int
-    """Number of the operation in its group on this rank, from 0."""
+    """Number of the operation in its group on this rank, from 0; an ``all_to_all`` has a record for every tier."""
     operation: Operation
     num_bytes: int
     """Payload: bytes of the local buffer."""
@@ -145,6 +145,28 @@ class Communicator:
         reduce = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
         reduce(output, tensor, group=self.group)
 
+    def all_to_all(
+        self,
+        output: "torch.Tensor",
+        tensor: "torch.Tensor",
+        call_site: str,
+        *,
+        sent_rows: Sequence[int],
+        received_rows: Sequence[int],
+    ) -> None:
+        """Send ``sent_rows[r]`` rows of ``tensor`` to each rank r and put what they send, by rank, into ``output``.
+
+        Collective; a row is an index of dim 0, and all ranks have rows of one size. Counts may be zero.
+        """
+        if self.group is None:
+            output.copy_(tensor)
+            return
+        import torch.distributed as dist
+
+        row_bytes = tensor.nbytes // max(1, tensor.shape[0])
+        self._emit_parts("all_to_all", [rows * row_bytes for rows in sent_rows], _dtype_name(tensor.dtype), call_site)
+        dist.all_to_all_single(output, tensor, list(received_rows), list(sent_rows), group=self.group)
+
     def broadcast(self, tensor: "torch.Tensor", source: int, call_site: str) -> None:
         """Copy ``tensor`` of rank ``source`` of the group to all its ranks, in place. Collective."""
         if self.group is None:
@@ -213,6 +235,32 @@ class Communicator:
         if not self._sinks:
             return
         num_bytes, dtype = (tensor.nbytes, _dtype_name(tensor.dtype)) if tensor is not None else (0, "")
+        tier = self._tiers[peers[0] if peers else self._next]
+        sent = wire_bytes(operation, num_bytes, self.size, (self.rank - source) % self.size)
+        self._tell(number, operation, num_bytes, dtype, peers, call_site, tier, sent)
+
+    def _emit_parts(self, operation: Operation, part_bytes: Sequence[int], dtype: str, call_site: str) -> None:
+        """Records of an operation that sends ``part_bytes[r]`` straight to each rank r: one for every tier."""
+        number = next(self._numbers)
+        if not self._sinks:
+            return
+        tiers = sorted(set(self._tiers) - {"local"}) or ["local"]
+        for tier in tiers:
+            sent = sum(num_bytes for num_bytes, other in zip(part_bytes, self._tiers, strict=True) if other == tier)
+            sent = 0 if tier == "local" else sent
+            self._tell(number, operation, sent, dtype, (), call_site, tier, sent)
+
+    def _tell(
+        self,
+        number: int,
+        operation: Operation,
+        num_bytes: int,
+        dtype: str,
+        peers: tuple[int, ...],
+        call_site: str,
+        tier: Tier,
+        sent: int,
+    ) -> None:
         record = CollectiveRecord(  # by position: names would double the time, and this is on the way of every message
             self.name,
             number,
@@ -225,8 +273,8 @@ class Communicator:
             self.moment.phase,
             time.monotonic(),
             self.axis,
-            self._tiers[peers[0] if peers else self._next],
-            wire_bytes(operation, num_bytes, self.size, (self.rank - source) % self.size),
+            tier,
+            sent,
         )
         for sink in self._sinks:
             sink(record)

@@ -11,6 +11,19 @@ from pydantic import BaseModel, ConfigDict, NonNegativeFloat, NonNegativeInt, Po
 FlopConvention = Literal["causal", "full"]
 
 
+class ExpertShape(BaseModel):
+    """The sizes of the layers of a decoder that have a mixture of experts in place of the feed-forward block."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    layers: PositiveInt
+    """How many layers have one."""
+    experts: PositiveInt
+    """Experts that the router of a layer chooses from."""
+    active_ffn: PositiveInt
+    """Width that one token passes through: of its chosen experts together, and of the shared one."""
+
+
 class ModelShape(BaseModel):
     """The sizes of a decoder that decide its cost."""
 
@@ -23,11 +36,20 @@ class ModelShape(BaseModel):
     head_dim: PositiveInt
     ffn: PositiveInt
     vocabulary: PositiveInt
+    experts: ExpertShape | None = None
+    """None: every layer has a dense feed-forward block."""
 
     def linear_flops_per_token(self) -> float:
-        """Forward FLOPs of all matrix products that do not depend on the sequence length, logits included."""
-        attention = self.head_dim * (2 * self.heads + 2 * self.kv_heads)
-        return 2.0 * (self.layers * self.hidden * (attention + 3 * self.ffn) + self.hidden * self.vocabulary)
+        """Forward FLOPs of all matrix products that do not depend on the sequence length, logits included.
+
+        Of a mixture of experts only what a token passes through counts, and its router.
+        """
+        attention = self.layers * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
+        feed_forward = self.layers * 3 * self.ffn
+        if self.experts is not None:
+            of_experts = 3 * self.experts.active_ffn + self.experts.experts
+            feed_forward = (self.layers - self.experts.layers) * 3 * self.ffn + self.experts.layers * of_experts
+        return 2.0 * self.hidden * (attention + feed_forward + self.vocabulary)
 
     def attention_flops_per_pair(self) -> float:
         """Forward FLOPs of one (query, key) pair over all layers: QK^T and PV."""

@@ -6,6 +6,8 @@ is sent), ``node`` between two ranks of one node, ``network`` between two nodes.
 *Payload* is the buffer that a rank hands to an operation. *Wire bytes* are what the rank then sends:
 
 - a message: its payload, over the link from sender to receiver; the receiver sends nothing;
+- ``all_to_all``: what goes to other ranks, each part over the link to its receiver. The operation counts once for every
+  tier that these links have, with the bytes on links of that tier; what a rank keeps is no payload;
 - a collective: what the bandwidth-optimal ring in rank order sends, the count behind the bus bandwidth of NCCL's tests
   (Patarasuk and Yuan, JPDC 2009). On it a rank sends to the next one only, so all its bytes take that one link. With n
   ranks and a payload of S bytes all ranks together send
@@ -23,7 +25,9 @@ send small tensors along trees, which takes more bytes and fewer hops.
 from collections.abc import Sequence
 from typing import Literal
 
-Operation = Literal["all_reduce", "all_gather", "reduce_scatter", "broadcast", "barrier", "send", "receive"]
+Operation = Literal[
+    "all_reduce", "all_gather", "reduce_scatter", "broadcast", "all_to_all", "barrier", "send", "receive"
+]
 Tier = Literal["local", "node", "network"]
 TIERS: tuple[Tier, ...] = ("local", "node", "network")
 
@@ -37,7 +41,7 @@ def tiers_from(rank: int, nodes: Sequence[int]) -> tuple[Tier, ...]:
 
 def wire_bytes(operation: Operation, payload_bytes: int, ranks: int, position: int) -> int:
     """Bytes that one rank sends; ``position`` counts from the source of a broadcast, otherwise from rank 0."""
-    if operation == "send":
+    if operation in ("send", "all_to_all"):
         return payload_bytes
     if operation in ("all_reduce", "reduce_scatter"):
         total = (2 if operation == "all_reduce" else 1) * (ranks - 1) * payload_bytes

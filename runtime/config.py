@@ -13,7 +13,7 @@ from pydantic import (
     model_validator,
 )
 
-from evermesh.parallelism.cost import CostModel, ModelShape
+from evermesh.parallelism.cost import CostModel, ExpertShape, ModelShape
 from evermesh.parallelism.layout import Layout
 from evermesh.runtime.data.config import DataConfig
 from evermesh.runtime.model.sharding import DECODER_SHARDING
@@ -74,6 +74,88 @@ class YarnRope(_Frozen):
 RopeScaling = Annotated[LinearRope | Llama3Rope | YarnRope, Field(discriminator="kind")]
 
 
+class NoBalancing(_Frozen):
+    """The router learns from the loss of the tokens alone."""
+
+    kind: Literal["none"] = "none"
+
+
+class BiasBalancing(_Frozen):
+    """A bias on every expert's score, used for the choice only, moves against its load once per step.
+
+    Source: DeepSeek-V3 (arXiv 2412.19437, section 2.1.2); Wang et al., arXiv 2408.15664.
+    """
+
+    kind: Literal["bias"] = "bias"
+    rate: PositiveFloat = 1e-3
+    """What a step adds to the bias of an expert with less than the mean load, and takes from one with more."""
+
+
+class DocumentLossBalancing(_Frozen):
+    """A loss for every document whose tokens crowd on few experts; a document counts by its tokens.
+
+    Source: DeepSeek-V3 (arXiv 2412.19437, section 2.1.2, equations 17 to 20).
+    """
+
+    kind: Literal["document_loss"] = "document_loss"
+    coefficient: PositiveFloat = 1e-3
+    """Times the loss; that of a document with perfect balance is one."""
+
+
+class MoeConfig(_Frozen):
+    """A mixture of experts in place of the feed-forward block of some layers.
+
+    Which tokens an expert sees depends on their documents alone, never on how documents are packed into micro-batches:
+    without ``capacity_factor`` no token is dropped, with it every document has slots of its own.
+    """
+
+    experts: PositiveInt
+    """Experts of a layer that the router chooses from."""
+    top_k: PositiveInt = 2
+    """Experts that a token passes through."""
+    ffn: PositiveInt
+    """Width of the SwiGLU block of one expert."""
+    shared_ffn: NonNegativeInt = 0
+    """Width of the expert that every token passes through; 0: there is none."""
+    shared_gate: bool = False
+    """Weight the shared expert by a sigmoid of a projection of the token, as Qwen2-MoE does."""
+    router: Literal["softmax", "sigmoid"] = "softmax"
+    """How logits become scores: over all experts together, or each by itself."""
+    groups: PositiveInt = 1
+    """Groups of consecutive experts; a token chooses within the best of them (DeepSeek-V3)."""
+    top_groups: PositiveInt = 1
+    """Groups that a token chooses within; their score is the sum of their two best experts."""
+    normalise_weights: bool = True
+    """Divide the scores of a token's experts by their sum."""
+    scale: PositiveFloat = 1.0
+    """Times the weights."""
+    first_dense_layers: NonNegativeInt = 0
+    """Layers at the bottom that keep a dense block."""
+    period: PositiveInt = 1
+    """Above these, every ``period``-th layer has experts."""
+    balancing: Annotated[NoBalancing | BiasBalancing | DocumentLossBalancing, Field(discriminator="kind")] = (
+        NoBalancing()
+    )
+    capacity_factor: PositiveFloat | None = None
+    """Slots of an expert for each document, over what an even choice of its tokens would fill; null: none is dropped.
+
+    Of the tokens of a document that choose a full expert, a random selection passes it, keyed by seed, step, document,
+    position and layer (random token selection, DeepSpeed-MoE)."""
+
+    @model_validator(mode="after")
+    def _choices_exist(self) -> Self:
+        if self.experts % self.groups:
+            raise ValueError(f"experts {self.experts} is not a multiple of groups {self.groups}")
+        if self.top_groups > self.groups:
+            raise ValueError(f"top_groups {self.top_groups} is more than groups {self.groups}")
+        if self.top_k > self.experts // self.groups * self.top_groups:
+            choice = self.experts // self.groups * self.top_groups
+            raise ValueError(f"top_k {self.top_k} is more than the {choice} experts that a token chooses from")
+        if self.shared_gate and not self.shared_ffn:
+            raise ValueError("shared_gate needs a shared expert; set shared_ffn")
+        return self
+
+
 class ModelConfig(_Frozen):
     """Sizes and options of a decoder; the defaults are those of LLaMA."""
 
@@ -109,6 +191,25 @@ class ModelConfig(_Frozen):
     section 2). Another model than the default, not a faster form of it."""
     initial_std: PositiveFloat = 0.02
     """Standard deviation of the initial weights."""
+    moe: MoeConfig | None = None
+    """Layers with a mixture of experts; null: all layers are dense."""
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether ``layer`` (from 0) has a mixture of experts."""
+        moe = self.moe
+        if moe is None or layer < moe.first_dense_layers:
+            return False
+        return (layer - moe.first_dense_layers + 1) % moe.period == 0
+
+    @model_validator(mode="after")
+    def _some_layer_has_experts(self) -> Self:
+        if self.moe is not None and not any(map(self.has_experts, range(self.layers))):
+            first = self.moe.first_dense_layers + self.moe.period
+            raise ValueError(
+                f"no layer has experts: the first would be layer {first} of {self.layers}. Lower moe.first_dense_layers "
+                f"or moe.period, or leave out moe"
+            )
+        return self
 
     @model_validator(mode="after")
     def _heads_divide(self) -> Self:
@@ -151,7 +252,15 @@ class ModelConfig(_Frozen):
             head_dim=self.head_size,
             ffn=self.ffn,
             vocabulary=self.vocabulary or vocabulary,
+            experts=self._expert_shape(),
         )
+
+    def _expert_shape(self) -> ExpertShape | None:
+        if self.moe is None:
+            return None
+        active_ffn = self.moe.top_k * self.moe.ffn + self.moe.shared_ffn
+        layers = sum(map(self.has_experts, range(self.layers)))
+        return ExpertShape(layers=layers, experts=self.moe.experts, active_ffn=active_ffn)
 
 
 class OptimizerConfig(_Frozen):

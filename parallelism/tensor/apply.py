@@ -31,8 +31,8 @@ def apply_tensor_parallel(model: nn.Module, sharding: TensorSharding, communicat
     """Leave this rank's part of every parameter in ``model``, in place, and communicate tokens around its modules.
 
     Not collective; ``model`` holds the same whole parameters on all ranks of ``communicator``. Returns the cut of every
-    parameter. From then on forward and backward are collective, and take a multiple of ``communicator.size`` tokens. A
-    group of one rank changes nothing.
+    parameter but the experts. From then on forward and backward are collective, and take a multiple of
+    ``communicator.size`` tokens. A group of one rank changes nothing.
 
     Raises:
         LayoutDoesNotFit: a parameter is too small to give every rank a part; nothing was changed.
@@ -40,8 +40,9 @@ def apply_tensor_parallel(model: nn.Module, sharding: TensorSharding, communicat
     cuts = sharding.cuts({name: parameter.shape for name, parameter in model.named_parameters()}, communicator.size)
     if communicator.size == 1:
         return cuts
-    for name, parameter in model.named_parameters():
-        parameter.data = _own_part(parameter.data, cuts[name], communicator.rank)
+    for name, cut in cuts.items():
+        parameter = model.get_parameter(name)
+        parameter.data = _own_part(parameter.data, cut, communicator.rank)
     for name, module, rule in list(_modules(model, sharding)):
         if rule == "look up":
             vocabulary = cuts[f"{name}.weight"].shape[0]

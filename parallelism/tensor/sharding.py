@@ -12,13 +12,14 @@ from typing import Literal
 
 from evermesh.parallelism.errors import LayoutDoesNotFit
 
-ParameterRule = Literal["column", "row", "vocabulary", "replicated"]
+ParameterRule = Literal["column", "row", "vocabulary", "replicated", "experts"]
 """Which part of a parameter a rank holds.
 
 - ``column``: of a layer's outputs, so of dim 0 of its weight [outputs, inputs];
 - ``row``: of its inputs, so of dim 1;
 - ``vocabulary``: of the entries, dim 0; parts may differ by one entry;
-- ``replicated``: all of it. Its gradient is summed over the group, because a rank sees only its tokens.
+- ``replicated``: all of it. Its gradient is summed over the group, because a rank sees only its tokens;
+- ``experts``: none of our business: ``evermesh.parallelism.experts`` shares it among other groups.
 """
 TokenRule = Literal["look up", "gather", "gather and scatter"]
 """What happens to the tokens around a module. Between modules a rank has its part of them: [T/n, C] of [T, C].
@@ -84,7 +85,7 @@ class TensorSharding:
     """Sizes of the model that the degree must divide."""
 
     def cuts(self, shapes: Mapping[str, Sequence[int]], ranks: int) -> dict[str, Cut]:
-        """The cut of every parameter, given the shapes of the whole ones.
+        """The cut of every parameter but the experts, given the shapes of the whole ones.
 
         Raises:
             LayoutDoesNotFit: a parameter is too small to give every rank a part.
@@ -93,7 +94,10 @@ class TensorSharding:
         for name, shape in shapes.items():
             rules = {rule for pattern, rule in self.parameters.items() if fnmatchcase(name, pattern)}
             assert len(rules) == 1, f"{name} has the rules {sorted(rules)}; it needs one"
-            cut = Cut(tuple(shape), _DIMS[rules.pop()] if ranks > 1 else None, ranks)
+            rule = rules.pop()
+            if rule == "experts":
+                continue
+            cut = Cut(tuple(shape), _DIMS[rule] if ranks > 1 else None, ranks)
             if cut.dim is not None and cut.shape[cut.dim] < ranks:
                 raise LayoutDoesNotFit(
                     f"layout.tp is {ranks}, but {name} has only {cut.shape[cut.dim]} indices to share along dim {cut.dim}. "

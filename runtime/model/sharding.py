@@ -1,5 +1,6 @@
 """How the decoder may be shared by tensor-parallel ranks; imports no torch."""
 
+from evermesh.parallelism.experts import ExpertSharding
 from evermesh.parallelism.tensor import TensorSharding
 
 DECODER_SHARDING = TensorSharding(
@@ -15,6 +16,12 @@ DECODER_SHARDING = TensorSharding(
         "blocks.*.feed_forward.gate.weight": "column",
         "blocks.*.feed_forward.up.weight": "column",
         "blocks.*.feed_forward.down.weight": "row",
+        "blocks.*.mixture.router.weight": "replicated",
+        "blocks.*.mixture.experts.*": "experts",
+        "blocks.*.mixture.shared.gate.weight": "column",
+        "blocks.*.mixture.shared.up.weight": "column",
+        "blocks.*.mixture.shared.down.weight": "row",
+        "blocks.*.mixture.shared_gate.weight": "replicated",
         "blocks.*_norm.weight": "replicated",
         "norm.weight": "replicated",
         "head.weight": "vocabulary",
@@ -23,8 +30,18 @@ DECODER_SHARDING = TensorSharding(
         "embedding": "look up",
         "blocks.*.attention": "gather and scatter",
         "blocks.*.feed_forward": "gather and scatter",
+        "blocks.*.mixture.shared": "gather and scatter",
         "head": "gather",
     },
     equal_parts=("heads", "kv_heads", "ffn"),
 )
 """Whole heads, so that attention needs no communication: query and output by ``heads``, key and value by ``kv_heads``."""
+
+DECODER_EXPERTS = ExpertSharding(
+    parameters={
+        "blocks.*.mixture.experts.gate": 1,
+        "blocks.*.mixture.experts.up": 1,
+        "blocks.*.mixture.experts.down": 2,
+    }
+)
+"""The router is a dense parameter: every rank routes its own tokens."""

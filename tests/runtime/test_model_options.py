@@ -69,7 +69,7 @@ def test_a_parallel_block_adds_attention_and_feed_forward_of_one_norm() -> None:
     model.initialize(2)
     tokens = torch.arange(11)
     x = model.embedding(tokens)
-    block = model.blocks[0]
+    block = model.blocks["0"]
     captured: dict[str, tuple[Any, ...]] = {}
     block.register_forward_pre_hook(lambda _, arguments: captured.update(arguments=arguments))
     logits = model(tokens, tokens, plain_attention)

@@ -1,0 +1,140 @@
+"""What a mixture of experts sends, by formula from how tokens chose: the ledger must show exactly this.
+
+Nothing here looks at the code that communicates. Ranks of the group are numbered ``ep_rank * etp + etp_rank``.
+"""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from evermesh.parallelism.experts.placement import Placement
+from evermesh.parallelism.ledger import Traffic
+from evermesh.parallelism.links import Operation, Tier, tiers_from, wire_bytes
+
+EP_AXIS, ETP_AXIS = "ep", "etp"
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertGroup:
+    """The ranks that share the experts of a layer, and how."""
+
+    placement: Placement
+    """Of the experts on the EP ranks."""
+    etp: int
+    nodes: tuple[int, ...]
+    """Index of the node of every rank of the group."""
+    row_bytes: int
+    """Of the activations of one token."""
+
+    def rank(self, ep_rank: int, etp_rank: int) -> int:
+        """The rank of the group at these coordinates."""
+        return ep_rank * self.etp + etp_rank
+
+    def tier(self, sender: int, receiver: int) -> Tier:
+        """Tier of a link of the group."""
+        return tiers_from(sender, self.nodes)[receiver]
+
+
+def expert_traffic(
+    counts: Sequence[Sequence[int]], group: ExpertGroup, *, recomputed: bool = False, backward: bool = True
+) -> Iterator[Traffic]:
+    """What one layer sends for the tokens of one micro-batch of every rank, forward and backward.
+
+    A row goes to the rank that serves its expert and its output comes back; over etp every rank sends the rows that it
+    has to the others, and each of them its part of the outputs. Backward, each is the other.
+
+    Args:
+        counts: by rank of the group, by expert: how many of its tokens were sent to it (dropped ones were not).
+        group: the ranks.
+        recomputed: whether the forward pass is run again.
+        backward: whether there is a backward pass.
+    """
+    passes = [("expert forward", 1 + recomputed), ("expert backward", 1)][: 1 + backward]
+    for _ in range(1 + recomputed):
+        yield from _counts(group)
+    rows = _rows(counts, group)
+    for call_site, times in passes:
+        for _ in range(times):
+            yield from _over_ep(rows, group, call_site)
+            yield from _over_etp(rows, group, call_site)
+
+
+def copy_traffic(group: ExpertGroup, expert_bytes: Sequence[int]) -> Iterator[Traffic]:
+    """What the copies of hot experts cost in a step: weights out, gradients home.
+
+    ``expert_bytes`` of one rank's part of one expert, by parameter.
+    """
+    for expert, holders in group.placement.copies.items():
+        owner = group.placement.owner(expert)
+        for holder, etp_rank, num_bytes in itertools.product(holders, range(group.etp), expert_bytes):
+            home, away = group.rank(owner, etp_rank), group.rank(holder, etp_rank)
+            yield _message("expert copies", EP_AXIS, home, away, num_bytes, group)
+            yield _message("expert copy gradients", EP_AXIS, away, home, num_bytes, group)
+
+
+def _rows(counts: Sequence[Sequence[int]], group: ExpertGroup) -> list[list[int]]:
+    """By rank of the group, by EP rank: the rows that go there."""
+    ep, rows = group.placement.ranks, []
+    for ep_rank, etp_rank in itertools.product(range(ep), range(group.etp)):
+        nodes = [group.nodes[group.rank(other, etp_rank)] for other in range(ep)]
+        targets = group.placement.targets(ep_rank, nodes)
+        own = counts[group.rank(ep_rank, etp_rank)]
+        rows.append([sum(n for n, target in zip(own, targets, strict=True) if target == other) for other in range(ep)])
+    return rows
+
+
+def _counts(group: ExpertGroup) -> Iterator[Traffic]:
+    ep, payload_bytes = group.placement.ranks, 8 * group.placement.most_held
+    for etp_rank in range(group.etp if ep > 1 else 0):
+        members = [group.rank(ep_rank, etp_rank) for ep_rank in range(ep)]
+        payloads = [[payload_bytes] * ep] * ep
+        yield from _all_to_all("expert counts", members, payloads, group)
+    for ep_rank in range(ep if group.etp > 1 else 0):
+        nodes = [group.nodes[group.rank(ep_rank, etp_rank)] for etp_rank in range(group.etp)]
+        for etp_rank in range(group.etp):
+            operation: Operation = "all_gather"
+            sent = wire_bytes(operation, ep * payload_bytes, group.etp, etp_rank)
+            tier = tiers_from(etp_rank, nodes)[(etp_rank + 1) % group.etp]
+            yield Traffic("expert counts", operation, ETP_AXIS, tier, ep * payload_bytes, sent, 1)
+
+
+def _over_ep(rows: Sequence[Sequence[int]], group: ExpertGroup, call_site: str) -> Iterator[Traffic]:
+    ep = group.placement.ranks
+    for etp_rank in range(group.etp if ep > 1 else 0):
+        members = [group.rank(ep_rank, etp_rank) for ep_rank in range(ep)]
+        there = [[rows[member][other] * group.row_bytes for other in range(ep)] for member in members]
+        back = [[there[other][own] for other in range(ep)] for own in range(ep)]
+        yield from _all_to_all(call_site, members, there, group)
+        yield from _all_to_all(call_site, members, back, group)
+
+
+def _over_etp(rows: Sequence[Sequence[int]], group: ExpertGroup, call_site: str) -> Iterator[Traffic]:
+    for ep_rank in range(group.placement.ranks):
+        arrived = [
+            sum(rows[group.rank(source, etp_rank)][ep_rank] for source in range(group.placement.ranks))
+            * group.row_bytes
+            for etp_rank in range(group.etp)
+        ]
+        for sender, receiver in itertools.permutations(range(group.etp), 2):
+            ends = group.rank(ep_rank, sender), group.rank(ep_rank, receiver)
+            for num_bytes in (arrived[sender], arrived[receiver]):  # its own rows, and its part of the other's outputs
+                if num_bytes:
+                    yield _message(call_site, ETP_AXIS, *ends, num_bytes, group)
+
+
+def _all_to_all(
+    call_site: str, members: Sequence[int], payloads: Sequence[Sequence[int]], group: ExpertGroup
+) -> Iterator[Traffic]:
+    """``payloads[i][j]`` bytes from member i to member j; one operation for every tier that a member's links have."""
+    for sender, of_sender in zip(members, payloads, strict=True):
+        sent: dict[Tier, int] = {}
+        for receiver, num_bytes in zip(members, of_sender, strict=True):
+            if receiver != sender:
+                tier = group.tier(sender, receiver)
+                sent[tier] = sent.get(tier, 0) + num_bytes
+        for tier, num_bytes in sent.items():
+            yield Traffic(call_site, "all_to_all", EP_AXIS, tier, num_bytes, num_bytes, 1)
+
+
+def _message(call_site: str, axis: str, sender: int, receiver: int, num_bytes: int, group: ExpertGroup) -> Traffic:
+    return Traffic(call_site, "send", axis, group.tier(sender, receiver), num_bytes, num_bytes, 1)
