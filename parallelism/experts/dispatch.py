@@ -12,6 +12,7 @@ Shape legend: T tokens of this rank, K experts per token, R rows, C channels, H 
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Literal
 
 import torch
@@ -113,12 +114,15 @@ class Dispatcher(nn.Module):
         sent_PH = torch.bincount(bins_TK.flatten(), minlength=ranks * width + 1)[:-1].view(ranks, width)
         received_PH = self._exchanged(sent_PH)
         gathered_QPH = self._gathered(received_PH)
-        slots_R = torch.arange(width, device=device).repeat(self.etp.size * ranks)
-        order_R = slots_R.repeat_interleave(gathered_QPH.flatten()).argsort(stable=True)
+        sums = sent_PH.sum(1), received_PH.sum(1), gathered_QPH.sum((1, 2)), gathered_QPH.sum((0, 1))
+        of_all = torch.cat(sums).tolist()  # at once: on a GPU this waits for the router
+        ends = list(accumulate(len(part) for part in sums))
+        sent, received, gathered, counts = (of_all[end - len(part) : end] for part, end in zip(sums, ends, strict=True))
+        slots_X = torch.arange(width, device=device).repeat(self.etp.size * ranks)
+        slots_R = slots_X.repeat_interleave(gathered_QPH.flatten(), output_size=sum(gathered))
+        order_R = slots_R.argsort(stable=True)
         inverse_R = torch.empty_like(order_R)
-        inverse_R[order_R] = torch.arange(order_R.shape[0], device=device)
-        sent, received = sent_PH.sum(1).tolist(), received_PH.sum(1).tolist()
-        gathered, counts = gathered_QPH.sum((1, 2)).tolist(), gathered_QPH.sum((0, 1)).tolist()
+        inverse_R[order_R] = torch.arange(len(order_R), device=device)
         held = len(self.placement.held[self.ep.rank])
         trip = _Trip(sent, received, gathered, counts[:held], order_R, inverse_R)
         return RowOrder.of(bins_TK, sum(sent)), trip

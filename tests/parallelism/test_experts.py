@@ -1,5 +1,6 @@
 """Tokens that travel to experts, over every folding of 8 ranks, against one process; and every byte they take."""
 
+import hashlib
 import itertools
 import math
 from collections.abc import Mapping, Sequence
@@ -11,9 +12,11 @@ from hypothesis import strategies as st
 
 from evermesh.checkpoint.coverage import check_cover, whole
 from evermesh.checkpoint.cutting import regions_of_interval
-from evermesh.checkpoint.regions import Box, StoredForm
-from evermesh.parallelism import LayoutDoesNotFit
+from evermesh.checkpoint.regions import Box, Region, StoredForm
+from evermesh.parallelism import LayoutDoesNotFit, MicroBatch, Piece
 from evermesh.parallelism.experts import ExpertSharding, GridCut, HotBudget, Placement, choose_hot
+from evermesh.parallelism.experts.balance import within_capacity
+from evermesh.parallelism.experts.documents import TokenContext
 from evermesh.parallelism.experts.sharding import check_folding
 from evermesh.parallelism.experts.traffic import ExpertGroup, copy_traffic, expert_traffic
 from evermesh.parallelism.ledger import Traffic, add_up
@@ -104,7 +107,7 @@ def test_recomputation_sends_the_forward_rows_twice_and_gives_the_same_bits() ->
         assert all(torch.equal(a.parameters[name][1], b.parameters[name][1]) for name in a.parameters)
 
 
-COPIES = {
+COPIES: dict[str, dict[int, tuple[int, ...]]] = {
     "everywhere": {0: (1, 2, 3), 5: (0, 1, 3)},
     "on some ranks": {0: (2,), 1: (1, 3), 6: (0,)},
 }
@@ -130,7 +133,7 @@ def test_copies_even_out_the_ranks_and_save_bytes_when_few_experts_are_hot() -> 
     counts = sum(torch.bincount(tokens_of(rank, sizes, 1.2).chosen.flatten(), minlength=EXPERTS) for rank in range(8))
     budget = HotBudget(expert_bytes=1, memory_bytes=100, hidden_s=4.0, bytes_per_s=1.0)
     assert isinstance(counts, torch.Tensor)
-    hot = choose_hot([counts.tolist()], 8, NODES, budget).placement.copies
+    hot = dict(choose_hot([counts.tolist()], 8, NODES, budget).placement.copies)
     assert 2 <= len(hot) <= 4
     copied = run_ranks(8, run_folded, folding, sizes, hot, 1.2, NODES)
     assert max(_errors(copied, folding, sizes, 1.2)) <= TOLERANCE
@@ -148,6 +151,53 @@ def test_copies_even_out_the_ranks_and_save_bytes_when_few_experts_are_hot() -> 
     assert of_copies["expert copies"] == of_copies["expert copy gradients"] == len(hot) * whole_size // EXPERTS * 7
 
 
+def _scattered(x: int) -> int:
+    """The finaliser of splitmix64, on unsigned integers."""
+    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+    x = (x ^ x >> 27) * 0x94D049BB133111EB % 2**64
+    return x ^ x >> 31
+
+
+@given(
+    lengths=st.lists(st.integers(1, 30), min_size=0, max_size=4),
+    factor=st.floats(0.1, 3),
+    seed=st.integers(0, 5),
+    layer=st.integers(0, 3),
+)
+def test_a_full_expert_keeps_the_tokens_of_the_document_with_the_smallest_keys(
+    lengths: list[int], factor: float, seed: int, layer: int
+) -> None:
+    pieces = tuple(Piece(index, ((0, length),), (0,)) for index, length in enumerate(lengths))
+    context = TokenContext(MicroBatch(pieces), lengths, [f"d{index}" for index in range(len(lengths))], 1, 4, seed)
+    likely = torch.tensor([4.0, 2, 1, 1]).expand(sum(lengths), -1)
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.multinomial(likely, 2, generator=generator) if lengths else torch.empty(0, 2).long()
+    passing = within_capacity(chosen, factor, 4, layer, context)
+    wanted, first = chosen.clone(), 0
+    for index, length in enumerate(lengths):
+        digest = hashlib.blake2b(f"{seed}:4:{layer}:d{index}".encode(), digest_size=8).digest()
+        keys = [_scattered((int.from_bytes(digest, "little") + position) % 2**64) for position in range(length)]
+        keys = [key - 2**64 if key >= 2**63 else key for key in keys]
+        assert len(set(keys)) == length
+        for expert in range(4):
+            tokens = [token for token in range(length) if expert in chosen[first + token]]
+            for token in sorted(tokens, key=lambda token: keys[token])[math.ceil(length * factor * 2 / 4) :]:
+                wanted[first + token][chosen[first + token] == expert] = -1
+        first += length
+    assert torch.equal(passing, wanted)
+
+
+def test_who_is_dropped_does_not_depend_on_the_position() -> None:
+    """Random token selection: by position, the end of a document would always lose."""
+    length, dropped = 400, torch.zeros(400)
+    for step in range(200):
+        context = TokenContext(MicroBatch((Piece(0, ((0, length),), (0,)),)), [length], ["d"], length, step)
+        dropped += within_capacity(torch.zeros(length, 1).long(), 2.0, 4, 0, context)[:, 0] == -1
+    expected_drops = 200 / 2
+    chi_square = ((dropped - expected_drops) ** 2 / (200 * 0.25)).sum().item()
+    assert 280 < chi_square < 540, "400 degrees of freedom, five standard deviations"
+
+
 @given(
     shape=st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(1, 5)),
     ep=st.integers(1, 3),
@@ -161,7 +211,7 @@ def test_a_grid_cut_and_its_intervals_cover_the_tensor_once(
     sizes = [shape[0] * ep, shape[1], shape[2]]
     sizes[dim] *= etp
     cut = GridCut(tuple(sizes), ((0, ep), (dim, etp)))
-    regions = []
+    regions: list[Region] = []
     for rank in range(cut.ranks):
         box = Box(cut.offsets(rank), cut.local_shape(rank))
         assert box.num_elements == cut.num_elements(rank) == math.prod(sizes) // cut.ranks

@@ -69,15 +69,18 @@ def _document(sequence: int) -> tuple[Tensor, Tensor]:
     return tokens[:-1], tokens[1:]
 
 
-def _context(micro_batch: MicroBatch, *groups: Communicator) -> TokenContext:
+def _context(micro_batch: MicroBatch, hdp: Communicator | None = None, tp: Communicator | None = None) -> TokenContext:
     identities = [f"corpus:{sequence}:0" for sequence in range(len(LENGTHS))]
-    return TokenContext(micro_batch, LENGTHS, identities, sum(LENGTHS), STEP, SEED, *groups)
+    return TokenContext(
+        micro_batch, LENGTHS, identities, sum(LENGTHS), STEP, SEED, hdp or Communicator(), tp or Communicator()
+    )
 
 
 class Result(NamedTuple):
     gradients: dict[str, Tensor]
     loss: float
     biases: dict[str, list[float]]
+    loads: dict[int, list[int]]
 
 
 @cache
@@ -94,8 +97,10 @@ def _expected(mode: str) -> Result:
         loss.backward()
         loads.add(context)
         total += loss.item() + sum(part.item() for part in context.losses.values())
-    move_biases(model, loads.take())
-    return Result({name: gradient(p) for name, p in model.named_parameters()}, total, biases(model))
+    taken = loads.take()
+    move_biases(model, taken)
+    gradients = {name: gradient(parameter) for name, parameter in model.named_parameters()}
+    return Result(gradients, total, biases(model), {layer: counts.tolist() for layer, counts in taken.items()})
 
 
 def _micro_batch(wave: Wave, hdp_rank: int) -> MicroBatch:
@@ -132,7 +137,7 @@ def _groups(rank: int, shape: Shape) -> dict[str, Communicator]:
     return found
 
 
-def _run(rank: int, world_size: int, mode: str, shape: Shape, recompute: bool) -> tuple[dict[str, Any], float, Any]:
+def _run(rank: int, world_size: int, mode: str, shape: Shape, recompute: bool) -> tuple[dict[str, Any], Result]:
     groups, model = _groups(rank, shape), _model(mode)
     hdp, tp = groups["hdp"], groups["tp"]
     cuts: dict[str, Any] = dict(apply_tensor_parallel(model, DECODER_SHARDING, tp))
@@ -158,7 +163,8 @@ def _run(rank: int, world_size: int, mode: str, shape: Shape, recompute: bool) -
         loss.backward()
         loads.add(context)
         total += loss.detach() / tp.size + sum(context.losses.values())
-    move_biases(model, loads.take(hdp, tp))
+    taken = loads.take(hdp, tp)
+    move_biases(model, taken)
     for communicator in (hdp, tp):
         communicator.all_reduce(total, "loss")
     place = groups["ep"].rank * shape.etp + groups["etp"].rank
@@ -173,7 +179,7 @@ def _run(rank: int, world_size: int, mode: str, shape: Shape, recompute: bool) -
         if cuts[name].dim is None:
             tp.all_reduce(grad, "gradients")
         held[name] = cuts[name], tp.rank, grad
-    return held, total.item(), biases(model)
+    return held, Result({}, total.item(), biases(model), {layer: counts.tolist() for layer, counts in taken.items()})
 
 
 def _ranges(micro_batch: MicroBatch) -> list[tuple[int, tuple[tuple[int, int], ...]]]:
@@ -183,9 +189,9 @@ def _ranges(micro_batch: MicroBatch) -> list[tuple[int, tuple[tuple[int, int], .
 def _check(mode: str, shape: Shape, *, recompute: bool = False) -> None:
     wanted, results = _expected(mode), run_ranks(shape.hdp * shape.tp, _run, mode, shape, recompute)
     whole: dict[str, Tensor] = {}
-    for held, loss, moved in results:
-        assert abs(loss - wanted.loss) <= 1e-12 * wanted.loss
-        assert moved == wanted.biases
+    for held, result in results:
+        assert abs(result.loss - wanted.loss) <= 1e-12 * wanted.loss
+        assert (result.biases, result.loads) == (wanted.biases, wanted.loads)
         for name, (cut, place, part) in held.items():
             target = whole.setdefault(name, torch.full(cut.shape, float("nan"), dtype=part.dtype))
             offsets, sizes = cut.offsets(place), cut.local_shape(place)

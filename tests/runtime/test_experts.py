@@ -144,6 +144,31 @@ CONFIG = ModelConfig(
 )
 
 
+@pytest.mark.parametrize("router", ["softmax", "sigmoid"])
+def test_the_document_loss_and_its_gradient_equal_the_formula(router: str) -> None:
+    """Sum over experts of f P for every document, weighted by its tokens (DeepSeek-V3, equations 17 to 20)."""
+    balancing = {"kind": "document_loss", "coefficient": 0.3}
+    mixture, lengths, batch_tokens = _mixture(router=router, balancing=balancing), (7, 4), 20
+    pieces = tuple(Piece(index, ((0, length),), (0,)) for index, length in enumerate(lengths))
+    context = TokenContext(MicroBatch(pieces), lengths, ("a", "b"), batch_tokens)
+    x = torch.randn(sum(lengths), HIDDEN, dtype=torch.float64)
+    (0.01 * mixture(x, context)).sum().backward()
+    got = [gradient(parameter) for parameter in mixture.parameters()]
+    mixture.zero_grad()
+    loss = torch.zeros((), dtype=torch.float64)
+    for of_document in x.split(lengths):
+        logits = of_document @ mixture.router.weight.T
+        scores = logits.softmax(-1) if router == "softmax" else logits.sigmoid()
+        chosen = scores.topk(2).indices.flatten()
+        length, shares = len(of_document), scores / scores.sum(-1, keepdim=True)
+        of_experts = [(chosen == e).double().sum() * 4 / (2 * length) * shares[:, e].mean() for e in range(4)]
+        loss = loss + 0.3 * length / batch_tokens * torch.stack(of_experts).sum()
+    ((0.01 * _by_hand(mixture, x)).sum() + loss).backward()
+    wanted = [gradient(parameter) for parameter in mixture.parameters()]
+    assert max(relative_error(a, b) for a, b in zip(got, wanted, strict=True)) <= 1e-12
+    assert abs(context.losses[3].item() - loss.item()) <= 1e-12
+
+
 def test_layers_with_experts_are_those_that_the_configuration_names() -> None:
     assert [CONFIG.has_experts(layer) for layer in range(4)] == [False, False, True, False]
     model = Decoder(CONFIG, 31)
