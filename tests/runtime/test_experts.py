@@ -53,7 +53,7 @@ def _mixture(**changes: Any) -> MixtureOfExperts:
 
     config = MoeConfig.model_validate({"experts": 4, "ffn": 8, **changes})
     torch.manual_seed(0)
-    shared = FeedForward(ModelConfig(hidden=HIDDEN, ffn=config.shared_ffn)) if config.shared_ffn else None
+    shared = FeedForward(HIDDEN, config.shared_ffn) if config.shared_ffn else None
     mixture = MixtureOfExperts(HIDDEN, config, 3, shared).double()
     for parameter in mixture.parameters():
         torch.nn.init.normal_(parameter, std=0.4)
