@@ -1,0 +1,55 @@
+"""Which layers make up which stage of a pipeline."""
+
+import itertools
+from collections.abc import Sequence
+
+from evermesh.parallelism.errors import LayoutDoesNotFit
+
+
+def split_layers(
+    layer_s: Sequence[float], num_stages: int, *, embedding_s: float = 0.0, head_s: float = 0.0
+) -> tuple[range, ...]:
+    """The layers of every stage: consecutive, at least one each, the slowest stage as fast as it can be.
+
+    Exact, by dynamic programming over (stages, layers), in O(stages x layers^2). Of several best splits it returns the
+    one whose first stages have the fewest layers: they keep the most micro-batches.
+
+    Args:
+        layer_s: seconds of every layer.
+        num_stages: stages of the whole pipeline.
+        embedding_s: seconds that the first stage takes besides its layers.
+        head_s: seconds that the last stage takes besides its layers (head and loss).
+
+    Raises:
+        LayoutDoesNotFit: there are fewer layers than stages.
+    """
+    layers = len(layer_s)
+    if num_stages > layers:
+        raise LayoutDoesNotFit(
+            f"{num_stages} pipeline stages, but the model has {layers} layers, and every stage takes at least one. "
+            f"Set layout.pp x layout.virtual_stages to at most {layers}.",
+            "pp",
+        )
+    before = [0.0, *itertools.accumulate(layer_s)]
+
+    def stage_s(stage: int, start: int, stop: int) -> float:
+        extra = (embedding_s if stage == 0 else 0.0) + (head_s if stage == num_stages - 1 else 0.0)
+        return before[stop] - before[start] + extra
+
+    slowest = [stage_s(0, 0, stop) if stop else float("inf") for stop in range(layers + 1)]
+    starts: list[list[int]] = []
+    for stage in range(1, num_stages):
+        previous, slowest = slowest, [float("inf")] * (layers + 1)
+        starts.append([0] * (layers + 1))
+        for stop in range(stage + 1, layers + 1):
+            slowest[stop], starts[-1][stop] = min(
+                (max(previous[start], stage_s(stage, start, stop)), start) for start in range(stage, stop)
+            )
+    edges = [layers]
+    for of_stage in reversed(starts):
+        edges.append(of_stage[edges[-1]])
+    edges.append(0)
+    return tuple(range(start, stop) for start, stop in itertools.pairwise(reversed(edges)))
+
+
+__all__ = ["split_layers"]
