@@ -223,6 +223,25 @@ class Communicator:
             operations.append(dist.P2POp(dist.isend, tensor, group=self.group, group_peer=peer))
         return dist.batch_isend_irecv(operations)
 
+    def send(self, tensor: "torch.Tensor", peer: int, call_site: str) -> "dist.Work":
+        """Start to send ``tensor`` (contiguous) to a rank of the group; it stays untouched until the handle is waited for.
+
+        Messages from one rank to another arrive in the order in which they are sent, whatever they hold.
+        """
+        assert self.group is not None, "a single process has nobody to talk to"
+        import torch.distributed as dist
+
+        self._emit("send", tensor, call_site, (peer,))
+        return _started(dist.isend(tensor, group=self.group, group_dst=peer))
+
+    def receive(self, tensor: "torch.Tensor", peer: int, call_site: str) -> "dist.Work":
+        """Start to receive into ``tensor`` (contiguous) from a rank of the group; wait on the handle before reading it."""
+        assert self.group is not None, "a single process has nobody to talk to"
+        import torch.distributed as dist
+
+        self._emit("receive", tensor, call_site, (peer,))
+        return _started(dist.irecv(tensor, group=self.group, group_src=peer))
+
     def _emit(
         self,
         operation: Operation,
@@ -278,6 +297,11 @@ class Communicator:
         )
         for sink in self._sinks:
             sink(record)
+
+
+def _started(work: "dist.Work | None") -> "dist.Work":
+    assert work is not None, "this process is not in the group"
+    return work
 
 
 @functools.cache

@@ -14,8 +14,9 @@ from evermesh.parallelism.ledger import Traffic
 from evermesh.parallelism.links import Operation, Tier, tiers_from, wire_bytes
 from evermesh.parallelism.mesh import Mesh
 from evermesh.parallelism.pieces import share_of
+from evermesh.parallelism.pipeline.schedule import PipelineSchedule
 
-AXIS, TENSOR_AXIS = "hdp", "tp"
+AXIS, TENSOR_AXIS, PIPELINE_AXIS = "hdp", "tp", "pp"
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +106,25 @@ def tensor_traffic(
         yield from collective_traffic("loss", "all_reduce", TENSOR_AXIS, payload_bytes, nodes)
 
 
+def pipeline_traffic(
+    num_tokens: Sequence[int], token_bytes: int, schedule: PipelineSchedule, nodes: Sequence[int]
+) -> Iterator[Traffic]:
+    """What the ranks of one pipeline send for one step: activations one way and their gradients the other.
+
+    Args:
+        num_tokens: tokens of every micro-batch that one rank hands on; with ``tp`` > 1 its part of the padded ones.
+        token_bytes: bytes of one token between two stages, hidden size times bytes per element.
+        schedule: of the pipeline; says which stage is where.
+        nodes: index of the node of every rank of the pipeline.
+    """
+    for stage in range(schedule.num_stages - 1):
+        earlier, later = schedule.rank_of(stage), schedule.rank_of(stage + 1)
+        tier = tiers_from(earlier, nodes)[later]
+        for tokens in num_tokens if earlier != later else ():
+            for call_site in ("pipeline forward", "pipeline backward"):
+                yield from _messages(call_site, tier, tokens * token_bytes, 1, PIPELINE_AXIS)
+
+
 def collective_traffic(
     call_site: str, operation: Operation, axis: str, payload_bytes: int, nodes: Sequence[int]
 ) -> Iterator[Traffic]:
@@ -156,6 +176,6 @@ def _ring(
             yield from _messages("ring gradients", tier, carried * gradient_bytes, layers)
 
 
-def _messages(call_site: str, tier: Tier, num_bytes: int, calls: int) -> Iterator[Traffic]:
+def _messages(call_site: str, tier: Tier, num_bytes: int, calls: int, axis: str = AXIS) -> Iterator[Traffic]:
     if num_bytes:  # empty messages are not sent
-        yield Traffic(call_site, "send", AXIS, tier, calls * num_bytes, calls * num_bytes, calls)
+        yield Traffic(call_site, "send", axis, tier, calls * num_bytes, calls * num_bytes, calls)
