@@ -2,9 +2,10 @@
 
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
 from evermesh.parallelism.errors import LayoutDoesNotFit
+from evermesh.parallelism.pipeline.schedule import PipelineSchedule, ScheduleName
 
 
 class Layout(BaseModel):
@@ -25,6 +26,10 @@ class Layout(BaseModel):
     """Expert-parallel degree."""
     etp: PositiveInt = 1
     """Tensor-parallel degree inside an expert."""
+    schedule: ScheduleName = "1f1b"
+    """In which order pipeline ranks run micro-batches forward and backward."""
+    virtual_stages: PositiveInt = 1
+    """Pipeline stages of every rank; more make smaller bubbles and more messages."""
     capacity: PositiveInt = 2048
     """Tokens that one HDP rank holds in one micro-batch (bounds the activation memory)."""
     sharding: Literal["optimizer"] = "optimizer"
@@ -33,6 +38,46 @@ class Layout(BaseModel):
     """What the backward pass computes again instead of keeping: nothing, or every transformer block."""
     offload: float = Field(default=0.0, ge=0.0, le=1.0)
     """Fraction of the activations kept in host memory."""
+
+    @model_validator(mode="after")
+    def _schedule_exists(self) -> Self:
+        PipelineSchedule(self.schedule, self.pp, self.virtual_stages)
+        return self
+
+    @property
+    def pipeline(self) -> PipelineSchedule:
+        """The order in which the pipeline ranks work."""
+        return PipelineSchedule(self.schedule, self.pp, self.virtual_stages)
+
+    @property
+    def lock_step_groups(self) -> tuple[tuple[int, ...], ...]:
+        """The sets of HDP ranks that share experts and therefore run every micro-batch together; no set of one.
+
+        Within a pipeline stage ``ep x etp`` consecutive ranks share the experts.
+
+        Raises:
+            LayoutDoesNotFit: they do not divide the ranks of a stage.
+        """
+        size, ranks = self.ep * self.etp, self.hdp * self.tp
+        if ranks % size:
+            raise LayoutDoesNotFit(
+                f"ep {self.ep} x etp {self.etp} = {size} ranks that share experts do not divide the {ranks} ranks "
+                f"(hdp {self.hdp} x tp {self.tp}) of a pipeline stage. Set layout.ep to a divisor of {ranks // self.etp}.",
+                "ep",
+            )
+        groups: list[set[int]] = []
+        for first in range(0, ranks, size):
+            members = {rank // self.tp for rank in range(first, first + size)}
+            if groups and groups[-1] & members:  # an HDP rank with a part in both: all of them keep step
+                groups[-1] |= members
+            else:
+                groups.append(members)
+        return tuple(tuple(sorted(group)) for group in groups if len(group) > 1)
+
+    @property
+    def runs_in_waves(self) -> bool:
+        """Whether a plan has to put what runs together at one index on all HDP ranks."""
+        return self.pp > 1 or bool(self.lock_step_groups)
 
     @property
     def world_size(self) -> int:

@@ -1,4 +1,7 @@
-"""Replays a batch plan against a cost model: when every rank runs which micro-batch, and when the last one is done."""
+"""Replays a batch plan against a cost model: when every rank runs which micro-batch, and when the last one is done.
+
+``simulate`` is for ranks that hold the whole model; plans for pipelines are replayed by ``simulate_pipeline``.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -19,7 +19,9 @@ from evermesh.parallelism.cost import CostModel
 from evermesh.parallelism.errors import LayoutDoesNotFit, SequenceTooLong
 from evermesh.parallelism.layout import Layout
 from evermesh.parallelism.pieces import share_of
+from evermesh.parallelism.pipeline.simulator import critical_share, replay_waves
 from evermesh.parallelism.planner.bound import lower_bound, smallest_ring
+from evermesh.parallelism.planner.waves import Assignment, align
 from evermesh.parallelism.simulator import makespan_s
 
 _TARGETS = (1.0, 1.01, 1.02, 1.04, 1.07, 1.1, 1.15, 1.2, 1.3, 1.5, 1.75, 2.0, 3.0, float("inf"))
@@ -37,7 +39,9 @@ class Planner(Protocol):
 
 
 def plan_batch(lengths: Sequence[int], layout: Layout, cost_model: CostModel, *, speeds_version: int = 0) -> BatchPlan:
-    """Plan one batch on ``layout.hdp`` ranks.
+    """Plan one batch on ``layout.hdp`` ranks, each of them a whole pipeline where ``layout.pp`` > 1.
+
+    Rings and packs are chosen as for ranks that hold the whole model; pipelines and shared experts then get them in waves.
 
     Args:
         lengths: tokens of every sequence, each at least 1.
@@ -59,11 +63,18 @@ def plan_batch(lengths: Sequence[int], layout: Layout, cost_model: CostModel, *,
     for factor in _TARGETS:
         search.look_at(tuple(_ring_size(length, layout, cost_model, factor * bound.seconds) for length in lengths))
     search.refine(bound.seconds)
+    ranks, seconds = search.best, search.makespan_s
+    if layout.runs_in_waves:
+        ranks = align(ranks, lengths, layout, cost_model)
+        seconds = replay_waves(ranks, lengths, layout, cost_model).makespan_s
+        bound = lower_bound(
+            lengths, layout.hdp, layout.capacity, cost_model, pp=layout.pp, chain=critical_share(layout)
+        )
     return BatchPlan(
         lengths=tuple(lengths),
         capacity=layout.capacity,
-        ranks=search.best,
-        certificate=Certificate(search.makespan_s, bound.seconds, bound.binding),
+        ranks=ranks,
+        certificate=Certificate(seconds, bound.seconds, bound.binding),
         planner="hybrid",
         cost_version=cost_model.version,
         speeds_version=speeds_version,
@@ -79,9 +90,6 @@ class HybridPlanner:
     def plan(self, lengths: Sequence[int]) -> BatchPlan:
         """The plan of a batch; see ``plan_batch``."""
         return plan_batch(lengths, self.layout, self.cost_model)
-
-
-Assignment = tuple[tuple[MicroBatch, ...], ...]
 
 
 class _Search:
