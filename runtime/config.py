@@ -201,6 +201,11 @@ class ModelConfig(_Frozen):
             return False
         return (layer - moe.first_dense_layers + 1) % moe.period == 0
 
+    def active_ffn(self, layer: int) -> int:
+        """Width of what a token passes through in ``layer`` behind its attention, over all its experts."""
+        moe = self.moe
+        return self.ffn if moe is None or not self.has_experts(layer) else moe.top_k * moe.ffn + moe.shared_ffn
+
     @model_validator(mode="after")
     def _some_layer_has_experts(self) -> Self:
         if self.moe is not None and not any(map(self.has_experts, range(self.layers))):

@@ -17,18 +17,17 @@ from evermesh.parallelism.mesh import Mesh
 from evermesh.parallelism.planner import Planner
 from evermesh.parallelism.verifier import verify_plan
 from evermesh.runtime.data import Batch, Corpus, Sampler, read_pieces
-from evermesh.runtime.micro_batch import LocalMicroBatch
+from evermesh.runtime.micro_batch import LocalBatch, LocalMicroBatch
 
 
 @dataclass(frozen=True, slots=True)
 class PlannedBatch:
-    """A global batch, its plan, and what this rank processes of it."""
+    """A global batch and its plan."""
 
     batch: Batch
     plan: BatchPlan
-    micro_batches: tuple[LocalMicroBatch, ...]
-    num_counted: int
-    """Tokens of the global batch that count in the loss."""
+    local: LocalBatch
+    """What this rank processes of it."""
     sampler_state: dict[str, Any]
     """Where the sampler stands after this batch."""
 
@@ -71,7 +70,8 @@ class BatchFeed:
         self._thread.shutdown(wait=error is None, cancel_futures=True)
 
     def _prepare(self) -> PlannedBatch:
-        self.control.moment.begin_step(self.control.moment.step + 1)
+        step = self.control.moment.step + 1
+        self.control.moment.begin_step(step)
         batch = self.sampler.next_batch()
         plan = self._agreed_plan(batch)
         own = Mesh.of(self.layout).coordinates(self.control.rank)
@@ -81,7 +81,9 @@ class BatchFeed:
         counts = own.pp == own.tp == 0
         counted = torch.tensor([sum(int(local.counts_T.sum()) for local in micro_batches) if counts else 0])
         self.control.all_reduce(counted, "loss weights")
-        return PlannedBatch(batch, plan, micro_batches, int(counted), self.sampler.state_dict())
+        identities = tuple(sequence.identity for sequence in batch.sequences)
+        local = LocalBatch(micro_batches, batch.lengths, int(counted), identities, step, self.sampler.seed)
+        return PlannedBatch(batch, plan, local, self.sampler.state_dict())
 
     def _agreed_plan(self, batch: Batch) -> BatchPlan:
         payload: bytes | None = None

@@ -14,14 +14,17 @@ from evermesh.checkpoint.cutting import regions_of_interval
 from evermesh.checkpoint.regions import Box, Region
 from evermesh.checkpoint.shard_map import Shard
 from evermesh.parallelism.collectives import Communicator
+from evermesh.parallelism.experts import GridCut
 from evermesh.parallelism.tensor import Cut
+
+AnyCut = Cut | GridCut
 
 
 class FlatEntry(NamedTuple):
     """Where one parameter lies in the flat buffer: in a slot as large as the largest part that any rank holds of it."""
 
     name: str
-    cut: Cut
+    cut: AnyCut
     start: int
     stop: int
 
@@ -52,7 +55,7 @@ class FlatLayout:
         ranks: owners, among whom the buffer is divided evenly.
     """
 
-    def __init__(self, cuts: Mapping[str, Cut], ranks: int) -> None:
+    def __init__(self, cuts: Mapping[str, AnyCut], ranks: int) -> None:
         self.entries = _entries(cuts)
         self.num_elements = self.entries[-1].stop if self.entries else 0
         self.num_decayed = max((entry.stop for entry in self.entries if len(entry.cut.shape) >= 2), default=0)
@@ -87,9 +90,9 @@ class FlatParameters(FlatLayout):
         cuts: of the parameters to take; None: all of them, and nothing is cut.
     """
 
-    def __init__(self, model: nn.Module, ranks: int, cuts: Mapping[str, Cut] | None = None) -> None:
+    def __init__(self, model: nn.Module, ranks: int, cuts: Mapping[str, AnyCut] | None = None) -> None:
         named = dict(model.named_parameters())
-        whole = {name: Cut(tuple(parameter.shape)) for name, parameter in named.items()}
+        whole: dict[str, AnyCut] = {name: Cut(tuple(parameter.shape)) for name, parameter in named.items()}
         super().__init__(whole if cuts is None else cuts, ranks)
         like = next(iter(named.values()))
         self.values = torch.zeros(self.shard_size * ranks, dtype=like.dtype, device=like.device)
@@ -118,7 +121,9 @@ class ParameterSet(NamedTuple):
     owners: Communicator
     """The ranks that hold the same part: they sum its gradients and divide its optimizer state."""
     sharers: Communicator
-    """The ranks that share one model; what they hold alike is summed over them."""
+    """The ranks over which the gradients of what they hold alike are summed."""
+    sharer: int = 0
+    """Which sharer this rank is: it says which part of a parameter it holds."""
 
 
 def sum_gradients(sets: Sequence[ParameterSet]) -> Tensor:
@@ -127,12 +132,12 @@ def sum_gradients(sets: Sequence[ParameterSet]) -> Tensor:
     Collective over the axes of every set. What sharers hold alike counts once, on the first of them.
     """
     squares = []
-    for flat, owners, sharers in sets:
+    for flat, owners, sharers, sharer in sets:
         owners.all_reduce(flat.gradients, "gradients")
         # each saw its own tokens only; last, so that these ranks have the same bits of what they hold alike
         if flat.replicated.stop > flat.replicated.start:
             sharers.all_reduce(flat.gradients[flat.replicated], "gradients")
-        squares.append(flat.square_of_gradients(owners.rank, with_replicated=sharers.rank == 0))
+        squares.append(flat.square_of_gradients(owners.rank, with_replicated=sharer == 0))
     return torch.stack(squares).sum()
 
 
@@ -153,7 +158,7 @@ class HeldSet(NamedTuple):
                         yield part.entry, Shard(region, ranks)
 
 
-def _entries(cuts: Mapping[str, Cut]) -> list[FlatEntry]:
+def _entries(cuts: Mapping[str, AnyCut]) -> list[FlatEntry]:
     entries: list[FlatEntry] = []
     position = 0
     for name, cut in sorted(cuts.items(), key=lambda item: _group(item[1])):  # stable: in the order of the model
@@ -163,6 +168,6 @@ def _entries(cuts: Mapping[str, Cut]) -> list[FlatEntry]:
     return entries
 
 
-def _group(cut: Cut) -> int:
+def _group(cut: AnyCut) -> int:
     is_matrix, is_replicated = len(cut.shape) >= 2, cut.dim is None
     return (1 if is_replicated else 0) if is_matrix else (2 if is_replicated else 3)

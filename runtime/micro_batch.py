@@ -1,6 +1,7 @@
 """Forward and backward of micro-batches: where a model meets the plan."""
 
-from collections.abc import Iterable, Sequence
+import functools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,9 +11,14 @@ from evermesh.parallelism.attention.kernels import kernel_for
 from evermesh.parallelism.attention.micro_batch import MicroBatchAttention
 from evermesh.parallelism.batch_plan import MicroBatch
 from evermesh.parallelism.collectives import Communicator
+from evermesh.parallelism.experts.documents import TokenContext
+from evermesh.parallelism.pipeline.executor import PipelineExecutor
+from evermesh.parallelism.pipeline.links import Activations
 from evermesh.parallelism.tensor.loss import cross_entropy
+from evermesh.parallelism.tensor.sharding import padded_length
 from evermesh.parallelism.tensor.tokens import pad_tokens, without_padding
 from evermesh.runtime.model.decoder import Decoder
+from evermesh.runtime.model.stages import Part
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,53 +36,131 @@ class LocalMicroBatch:
     """1 where the target counts in the loss, else 0; float32."""
 
 
+@dataclass(frozen=True, slots=True)
+class LocalBatch:
+    """What one rank processes of a batch, and what it has to know of the whole of it."""
+
+    micro_batches: tuple[LocalMicroBatch, ...]
+    """In the order of the plan."""
+    lengths: tuple[int, ...]
+    """Tokens of every sequence of the batch."""
+    num_counted: int
+    """Tokens of the batch that count in the loss, over all ranks."""
+    identities: tuple[str, ...] = ()
+    """What every sequence of the batch is; for experts that are balanced by document."""
+    step: int = 0
+    seed: int = 0
+
+
 class MicroBatchRunner:
     """Runs one rank's micro-batches through its model and leaves the gradients in the parameters.
 
     Args:
         model: this rank's model, after ``apply_tensor_parallel`` where ranks share one.
-        communicator: the HDP ranks, over which rings are.
-        tensor: the ranks that share the model and run the same micro-batches together; None: nobody does.
+        hdp: the HDP ranks, over which rings are.
+        tp: the ranks that share the model and run the same micro-batches together; None: nobody does.
+        pipeline: runs the stages of this rank; None: the model is whole.
+        parts: the parts of the model that this rank holds, by stage.
     """
 
-    def __init__(self, model: Decoder, communicator: Communicator, tensor: Communicator | None = None) -> None:
-        self.model, self.communicator, self.tensor = model, communicator, tensor or Communicator()
-        weight = model.embedding.weight
-        self.device = weight.device
+    def __init__(
+        self,
+        model: Decoder,
+        hdp: Communicator,
+        tp: Communicator | None = None,
+        pipeline: PipelineExecutor | None = None,
+        parts: Mapping[int, Part] | None = None,
+    ) -> None:
+        self.model, self.hdp, self.tp = model, hdp, tp or Communicator()
+        self.pipeline, self.parts = pipeline, dict(parts or {0: model.parts[0]})
+        weight = next(model.parameters())
+        self.device, self.dtype = weight.device, weight.dtype
         self.kernel = kernel_for(weight.device, weight.dtype)
 
-    def accumulate(self, micro_batches: Iterable[LocalMicroBatch], lengths: Sequence[int], num_counted: int) -> Tensor:
-        """Add this rank's gradients of the mean loss; returns its part of that loss, a float64 scalar.
+    def accumulate(self, batch: LocalBatch) -> tuple[Tensor, list[TokenContext]]:
+        """Add this rank's gradients of the mean loss; returns its part of that loss, a float64 scalar, and what layers
+        with experts counted in every micro-batch.
 
-        Every token is weighted by one over ``num_counted``, the counted tokens of the whole batch, so the sum over ranks
-        is the same for every plan; of ranks that share a model only the first returns its loss, the others 0. Collective
-        over them, and over the members of every ring, in the order of the plan.
-
-        Args:
-            micro_batches: what the plan gives to this rank, in its order.
-            lengths: tokens of every sequence of the batch.
-            num_counted: tokens of the batch that count in the loss, over all ranks.
+        Every token is weighted by one over ``num_counted``, so the sum over ranks is the same for every plan; of ranks
+        that share a model only the first returns its loss, the others 0. Collective over them, over the members of every
+        ring, over the ranks that share experts, and over the pipeline, in the order of the plan.
         """
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for micro_batch in micro_batches:
-            loss = self.loss(micro_batch, lengths) / max(1, num_counted)
-            loss.backward()
-            total += loss.detach()
-        return total if self.tensor.rank == 0 else torch.zeros_like(total)
+        runs = [_Run(self, batch, micro_batch) for micro_batch in batch.micro_batches]
+        if self.pipeline is None:
+            total = torch.zeros((), dtype=torch.float64, device=self.device)
+            for run in runs:
+                loss = run.forward(self.parts[0], None)
+                loss.backward()
+                total += loss.detach()
+        else:
+            stages = {stage: _Stage(part, runs) for stage, part in self.parts.items()}
+            total = self.pipeline.run(stages, self._activations(batch)).loss
+        contexts = [run.context for run in runs]
+        return (total if self.tp.rank == 0 else torch.zeros_like(total)), contexts
 
-    def loss(self, micro_batch: LocalMicroBatch, lengths: Sequence[int]) -> Tensor:
-        """Sum of the losses of the counted tokens of one micro-batch, in at least float32."""
-        num_tokens, ranks = micro_batch.tokens_T.shape[0], self.tensor.size
-        attend = MicroBatchAttention(micro_batch.plan, lengths, self.kernel, self.communicator)
-        tokens, positions, targets, counts = (
-            tensor.to(self.device, non_blocking=True)
-            for tensor in (micro_batch.tokens_T, micro_batch.positions_T, micro_batch.targets_T, micro_batch.counts_T)
+    def _activations(self, batch: LocalBatch) -> Activations:
+        """What the stages hand on: this rank's part of the tokens of every micro-batch, padded."""
+        sizes = (padded_length(run.plan.num_tokens, self.tp.size) // self.tp.size for run in batch.micro_batches)
+        return Activations(tuple(sizes), self.model.config.hidden, self.dtype, self.device)
+
+
+class _Run:
+    """One micro-batch on its way through the parts of the model that this rank holds."""
+
+    def __init__(self, runner: MicroBatchRunner, batch: LocalBatch, micro_batch: LocalMicroBatch) -> None:
+        self.runner, self.micro_batch, self.num_counted = runner, micro_batch, max(1, batch.num_counted)
+        self.context = TokenContext(
+            micro_batch.plan,
+            batch.lengths,
+            batch.identities,
+            num_tokens=sum(batch.lengths),
+            step=batch.step,
+            seed=batch.seed,
+            hdp=runner.hdp,
+            tp=runner.tp,
         )
-        logits_TV = self.model(
-            pad_tokens(tokens, ranks),
-            pad_tokens(positions, ranks),
-            without_padding(attend, num_tokens),
-            recompute=micro_batch.plan.recompute == "block",
-        )[:num_tokens]
-        logits_TV = logits_TV.to(torch.promote_types(logits_TV.dtype, torch.float32))
-        return (cross_entropy(logits_TV, targets, self.model.vocabulary, self.tensor) * counts).sum()
+        attend = MicroBatchAttention(micro_batch.plan, batch.lengths, runner.kernel, runner.hdp)
+        self.attend = without_padding(attend, micro_batch.plan.num_tokens)
+
+    def forward(self, part: Part, x_tC: Tensor | None) -> Tensor:
+        """Activations [t, C] behind ``part``; behind the last, its part of the mean loss of the batch, a scalar."""
+        runner, num_tokens = self.runner, self.micro_batch.plan.num_tokens
+        tokens_T, positions_T = self._padded
+        y = runner.model(
+            tokens_T,
+            positions_T,
+            self.attend,
+            recompute=self.micro_batch.plan.recompute == "block",
+            context=self.context,
+            part=part,
+            x_TC=x_tC,
+        )
+        if not part.is_last:
+            return y
+        logits_TV = y[:num_tokens].to(torch.promote_types(y.dtype, torch.float32))
+        targets_T, counts_T = (
+            tensor.to(runner.device, non_blocking=True) for tensor in (self.micro_batch.targets_T, self.micro_batch.counts_T)
+        )
+        losses_T = cross_entropy(logits_TV, targets_T, runner.model.vocabulary, runner.tp)
+        return (losses_T * counts_T).sum() / self.num_counted
+
+    @functools.cached_property
+    def _padded(self) -> tuple[Tensor, Tensor]:
+        """Tokens and positions on the device, up to a multiple of the ranks that share them."""
+        tokens_T, positions_T = (
+            pad_tokens(tensor.to(self.runner.device, non_blocking=True), self.runner.tp.size)
+            for tensor in (self.micro_batch.tokens_T, self.micro_batch.positions_T)
+        )
+        return tokens_T, positions_T
+
+
+@dataclass(frozen=True, slots=True)
+class _Stage:
+    """A part of the model, and the micro-batches of a step."""
+
+    part: Part
+    runs: Sequence[_Run]
+
+    def forward(self, micro_batch: int, x_tC: Tensor | None, /) -> Tensor:
+        """See ``pipeline.executor.Stage``."""
+        return self.runs[micro_batch].forward(self.part, x_tC)

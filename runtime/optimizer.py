@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from evermesh.checkpoint.shard_map import Shard, ShardMap, TensorShards
 from evermesh.runtime.config import OptimizerConfig
 from evermesh.runtime.flat import HeldSet, ParameterSet
+from evermesh.runtime.model.tied import TiedHead
 
 KINDS = ("parameter", "exp_avg", "exp_avg_sq")
 """What there is of every parameter in a checkpoint."""
@@ -25,9 +26,11 @@ class ShardedAdamW:
     Args:
         sets: the parameters and gradients of this rank's model, and the ranks they are divided among.
         config: rates and decay.
+        tied: a copy of a parameter, or what is copied; None: there is none.
     """
 
-    def __init__(self, sets: Sequence[ParameterSet], config: OptimizerConfig) -> None:
+    def __init__(self, sets: Sequence[ParameterSet], config: OptimizerConfig, tied: TiedHead | None = None) -> None:
+        self.tied = tied
         self.shards = [_Shard(parameters) for parameters in sets]
         self._adamw = torch.optim.AdamW(
             [
@@ -66,8 +69,10 @@ class ShardedAdamW:
     def gather(self) -> None:
         """Copy every rank's part into the parameters of all. Collective."""
         for shard in self.shards:
-            flat, owners, _ = shard.set
+            flat, owners = shard.set.flat, shard.set.owners
             owners.all_gather(flat.values, shard.master.to(flat.values.dtype), "parameters")
+        if self.tied is not None:
+            self.tied.copy()
 
     def owned_state(self) -> dict[str, list[Tensor]]:
         """This rank's part of every tensor that must survive, by checkpoint name: its regions in the order of the map,
@@ -80,7 +85,7 @@ class _Shard:
 
     def __init__(self, parameters: ParameterSet) -> None:
         self.set = parameters
-        flat, owners, _ = parameters
+        flat, owners = parameters.flat, parameters.owners
         self.owned = flat.owned(owners.rank)
         self.master = flat.values[self.owned].to(state_dtype(flat.values.dtype), copy=True)
         self.exp_avg = torch.zeros_like(self.master)
@@ -98,10 +103,10 @@ class _Shard:
 
     def owned_state(self) -> Iterator[tuple[str, list[Tensor]]]:
         """By checkpoint name."""
-        flat, owners, sharers = self.set
+        flat, owners = self.set.flat, self.set.owners
         states = (self.master, self.exp_avg, self.exp_avg_sq)
         for part in flat.owned_parts(owners.rank):
-            regions = part.entry.regions(sharers.rank, part.start, part.stop)
+            regions = part.entry.regions(self.set.sharer, part.start, part.stop)
             sizes = [region.num_elements for region in regions]
             for kind, state in zip(KINDS, states, strict=True):
                 # a slot may be longer than what this rank holds

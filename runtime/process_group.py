@@ -12,7 +12,9 @@ from torch.distributed import Store
 
 from evermesh.parallelism.collectives import Communicator, Moment, Sink
 from evermesh.parallelism.layout import Layout
-from evermesh.parallelism.mesh import Axis, Mesh
+from evermesh.parallelism.mesh import Axis, Coordinates, Mesh
+from evermesh.parallelism.pipeline.links import Links
+from evermesh.parallelism.pipeline.schedule import PipelineSchedule
 from evermesh.runtime.config import CpuDevice, CudaDevice
 
 
@@ -65,14 +67,18 @@ class Groups(NamedTuple):
     """The ranks that hold the same part of the model: gradients, parameters and rings."""
     tp: Communicator
     """The ranks that share one model with this one: activations and the gradients of what they all hold."""
-    pp: Communicator
-    """The stages of this rank's pipeline."""
     edp: Communicator
     """The ranks that hold the same part of the same experts; the rank alone where no model has experts."""
     ep: Communicator
     """The ranks that share the experts among them: tokens."""
     etp: Communicator
     """The ranks that share the matrices of the same experts."""
+    place: Coordinates
+    """Of this rank."""
+    links: Links
+    """To and from the neighbours in the pipeline, by (sender, receiver)."""
+    tied: Communicator | None
+    """The first and the last rank of this pipeline, if this is one of them and the model ties their embeddings."""
     control: Communicator
     """All ranks. Batch plans; used by one background thread only."""
     host: Communicator
@@ -87,18 +93,20 @@ class Groups(NamedTuple):
     def listen(self, sink: Sink) -> Iterator[None]:
         """Send a record of every operation of all of them to ``sink``, on the thread that issues it, until the block ends."""
         with ExitStack() as stack:
-            for communicator in self:
+            axes = (self.world, self.hdp, self.tp, self.edp, self.ep, self.etp, self.control, self.host)
+            for communicator in (*axes, *self.links.values(), *([self.tied] if self.tied else [])):
                 stack.enter_context(communicator.listen(sink))
             yield
 
 
-def communicators(timeout_s: float, layout: Layout, *, experts: bool = False) -> Groups:
+def communicators(timeout_s: float, layout: Layout, *, experts: bool = False, tied: bool = False) -> Groups:
     """The groups of a training process. Collective when a default group exists; otherwise each is this process alone.
 
     Args:
         timeout_s: after which a collective without answer fails.
         layout: degrees of all axes.
         experts: whether there are parameters on the expert side.
+        tied: whether embedding and head are one parameter.
 
     Raises:
         LayoutDoesNotFit: the default group has another number of ranks than the layout.
@@ -116,12 +124,46 @@ def communicators(timeout_s: float, layout: Layout, *, experts: bool = False) ->
         world=Communicator(world, name="world", nodes=nodes, moment=moment),
         control=Communicator(control, name="control", nodes=nodes),
         host=Communicator(host, name="host", nodes=nodes, moment=moment),
+        place=mesh.coordinates(dist.get_rank() if world is not None else 0),
+        links=_links(mesh, layout.pipeline, nodes, moment, timeout),
+        tied=_tied(mesh, layout.pipeline, nodes, moment, timeout) if tied else None,
         **axes,
         **alone,
     )
 
 
-_DENSE: tuple[Axis, ...] = ("hdp", "tp", "pp")
+def _links(
+    mesh: Mesh, schedule: PipelineSchedule, nodes: Sequence[int], moment: Moment, timeout: timedelta
+) -> dict[tuple[int, int], Communicator]:
+    """The links of this rank: one group of two for each way. Every rank makes all of all pipelines, in one order."""
+    links: dict[tuple[int, int], Communicator] = {}
+    for ranks in mesh.groups("pp") if mesh.pp > 1 else ():
+        for link in schedule.links():
+            pair = tuple(sorted(ranks[end] for end in link))
+            group = dist.new_group(list(pair), timeout=timeout)
+            if dist.get_rank() in pair:
+                name = f"pipeline {pair[0]} {'to' if link[0] < link[1] else 'from'} {pair[1]}"
+                own_nodes = tuple(nodes[rank] for rank in pair)
+                links[link] = Communicator(group, name=name, axis="pp", nodes=own_nodes, moment=moment)
+    return links
+
+
+def _tied(
+    mesh: Mesh, schedule: PipelineSchedule, nodes: Sequence[int], moment: Moment, timeout: timedelta
+) -> Communicator | None:
+    """Embedding and head, where they are on different ranks."""
+    found = None
+    ends = schedule.rank_of(0), schedule.rank_of(schedule.num_stages - 1)
+    for ranks in mesh.groups("pp") if ends[0] != ends[1] else ():
+        pair = tuple(ranks[end] for end in ends)
+        group = dist.new_group(list(pair), timeout=timeout)
+        if dist.get_rank() in pair:
+            own_nodes = tuple(nodes[rank] for rank in pair)
+            found = Communicator(group, name=f"tied {pair[0]}", axis="pp", nodes=own_nodes, moment=moment)
+    return found
+
+
+_DENSE: tuple[Axis, ...] = ("hdp", "tp")
 _EXPERTS: tuple[Axis, ...] = ("edp", "ep", "etp")
 
 

@@ -22,6 +22,8 @@ class Progress:
     updates: int = 0
     """Batches whose update the guard let pass."""
     skipped_in_a_row: int = 0
+    router_biases: list[list[float]] = field(default_factory=list)
+    """By layer with experts, by expert."""
     sampler: dict[str, Any] = field(default_factory=dict)
     """State of the sampler after the last trained batch."""
 
@@ -32,7 +34,7 @@ class TrainingState:
     Args:
         optimizer: holder of this rank's parameters and moments.
         shards: which rank holds which part of them, of all ranks.
-        progress: counters and the data cursor; restored in place.
+        progress: counters, the data cursor and the biases of routers; restored in place.
         identity: what a checkpoint must agree with to be continued, such as the model's sizes; JSON values.
         communicator: the training ranks, on a backend that takes host tensors.
     """
@@ -50,7 +52,7 @@ class TrainingState:
         held = optimizer.owned_state()
         for name, tensor in shards.tensors.items():
             self.registry.register_tensor(name, tensor, held.get(name))
-        for name in ("step", "updates", "skipped_in_a_row", "sampler"):
+        for name in ("step", "updates", "skipped_in_a_row", "router_biases", "sampler"):
             self.registry.register(name, Replicated(), *_attribute(progress, name))
 
     def save(self, directory: Path, keep: int) -> Path:

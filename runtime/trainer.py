@@ -1,7 +1,7 @@
 """The training loop of one process: plan, run micro-batches, synchronise, guard, update, save."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +13,7 @@ from evermesh import checkpoint
 from evermesh.checkpoint.errors import CheckpointNotFound
 from evermesh.fault.events import EventLog
 from evermesh.parallelism.batch_plan import BatchPlan
+from evermesh.parallelism.experts.documents import TokenContext
 from evermesh.parallelism.ledger import ByteLedger
 from evermesh.parallelism.planner import HybridPlanner, Planner
 from evermesh.runtime import process_group
@@ -20,12 +21,11 @@ from evermesh.runtime.config import TrainConfig
 from evermesh.runtime.cost import nominal_cost
 from evermesh.runtime.data import Sampler, open_sources
 from evermesh.runtime.feed import BatchFeed, PlannedBatch
-from evermesh.runtime.flat import sum_gradients
 from evermesh.runtime.guard import StepGuard
 from evermesh.runtime.layout import check_layout
-from evermesh.runtime.micro_batch import MicroBatchRunner
-from evermesh.runtime.model.building import build_model
+from evermesh.runtime.model.building import build_model, build_runner
 from evermesh.runtime.optimizer import ShardedAdamW, learning_rate, shard_map
+from evermesh.runtime.router_bias import RouterBiases
 from evermesh.runtime.state import Progress, TrainingState
 from evermesh.runtime.telemetry import PlanSummary, StepReport
 from evermesh.runtime.traffic import over_all_ranks, payload_bytes
@@ -36,6 +36,10 @@ TRAFFIC = (
     "ring gradients",
     "tensor forward",
     "tensor backward",
+    "pipeline forward",
+    "pipeline backward",
+    "expert forward",
+    "expert backward",
     "loss",
     "gradients",
     "parameters",
@@ -69,8 +73,8 @@ class StepOutcome:
 class Trainer:
     """Trains a decoder on as many workers as the process group has; without a group, in this process alone.
 
-    Every worker makes one with the same configuration and calls ``fit``. The layout's ``hdp`` x ``tp`` must equal the
-    number of workers.
+    Every worker makes one with the same configuration and calls ``fit``. The layout's ``pp`` x ``hdp`` x ``tp`` must equal
+    the number of workers.
 
     Args:
         config: what to train.
@@ -101,7 +105,10 @@ class Trainer:
     ) -> None:
         self.config, self.directory, self.report, self.beat, self.asked = config, directory, report, beat, asked
         check_layout(config)
-        self.groups = process_group.communicators(config.timeout_s, config.layout)
+        model = config.model
+        self.groups = process_group.communicators(
+            config.timeout_s, config.layout, experts=model.moe is not None, tied=model.tied_embeddings
+        )
         self.rank, self.workers = self.groups.world.rank, self.groups.world.size
         self.device = process_group.local_device(config.device)
         if config.device.kind == "cpu":
@@ -110,16 +117,17 @@ class Trainer:
         self.corpora = open_sources(config.data)
         self.sampler = Sampler(self.corpora, config.data, config.seed)
         vocabulary = self.corpora[0].vocabulary
-        self.model, self.parameters, held = build_model(config, vocabulary, self.groups, self.device)
-        self.optimizer = ShardedAdamW(self.parameters, config.optimizer)
-        self.runner = MicroBatchRunner(self.model, self.groups.hdp, self.groups.tp)
-        self.cost = config.cost or nominal_cost(config, config.model.shape(vocabulary))
+        self.built = build_model(config, vocabulary, self.groups, self.device)
+        self.optimizer = ShardedAdamW(self.built.sets, config.optimizer, self.built.tied)
+        self.runner = build_runner(self.built, config.layout, self.groups)
+        self.router_biases = RouterBiases(self.built.model, model)
+        self.cost = config.cost or nominal_cost(config, model.shape(vocabulary))
         self.planner = planner or HybridPlanner(config.layout, self.cost)
 
         self.ledger = ByteLedger()
         self.events = EventLog(directory / "events.jsonl") if directory and self.rank == 0 else None
-        self.progress = Progress(sampler=self.sampler.state_dict())
-        shards = shard_map(held, getattr(torch, config.dtype))
+        self.progress = Progress(sampler=self.sampler.state_dict(), router_biases=self.router_biases.state)
+        shards = shard_map(self.built.held, getattr(torch, config.dtype))
         self.state = TrainingState(self.optimizer, shards, self.progress, self._identity(), self.groups.host)
         if resume:
             self._resume()
@@ -159,15 +167,15 @@ class Trainer:
         began_s, self.plan = time.monotonic(), batch.plan
         self.progress.step += 1
         self.groups.moment.begin_step(self.progress.step)
-        for parameters in self.parameters:
-            parameters.flat.gradients.zero_()
-        local_loss = self.runner.accumulate(batch.micro_batches, batch.plan.lengths, batch.num_counted)
+        self.built.zero_gradients()
+        local_loss, contexts = self.runner.accumulate(batch.local)
         self._compute_s = time.monotonic() - began_s
         loss, grad_norm, asked = self._synchronize(local_loss)
         committed = self.guard.commit(self.progress.step, loss, grad_norm)
         if committed:
             self.progress.updates += 1
             self.optimizer.step(self._learning_rate(), self._clip(grad_norm))
+            self._balance_experts(contexts)
         self.progress.sampler = batch.sampler_state
         return StepOutcome(loss, grad_norm, committed, asked)
 
@@ -183,12 +191,18 @@ class Trainer:
 
     def _synchronize(self, local_loss: Tensor) -> tuple[float, float, Asked | None]:
         """Sum gradients, loss and requests over all ranks: (loss, gradient norm, what was asked). Collective."""
-        square = sum_gradients(self.parameters)
+        square = self.built.sum_gradients()
         asked = _ASKED.index(self.asked()) if self.rank == 0 and self.asked is not None else 0
         scalars = torch.stack([local_loss, square, local_loss.new_tensor(float(asked))])
         self.groups.world.all_reduce(scalars, "scalars")
         loss, square_of_norm, request = scalars.tolist()
         return loss, square_of_norm**0.5, _ASKED[int(request)]
+
+    def _balance_experts(self, contexts: Sequence[TokenContext]) -> None:
+        """Move the biases of routers, where the model has them. Collective."""
+        if self.router_biases.is_needed:
+            self.router_biases.move(self.router_biases.loads(contexts, self.groups.world, self.device))
+            self.progress.router_biases = self.router_biases.state
 
     def _learning_rate(self) -> float:
         return learning_rate(self.config.optimizer, self.progress.updates, self.config.steps)
@@ -249,6 +263,7 @@ class Trainer:
         started_s = time.monotonic()
         loaded = self.state.restore(path)
         self.sampler.load_state_dict(self.progress.sampler)
+        self.router_biases.state = self.progress.router_biases
         text = f"from {path.name}, saved by {loaded.world_size}, on {self.workers} workers"
         self._log("resumed", text, load_s=time.monotonic() - started_s)
 

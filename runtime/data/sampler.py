@@ -113,7 +113,7 @@ class Sampler:
     def __init__(self, corpora: Sequence[Corpus], config: DataConfig, seed: int) -> None:
         """Start before the first batch; ``corpora[i]`` is the corpus of ``config.sources[i]``."""
         total = sum(source.weight for source in config.sources)
-        self._seed, self._context, self._batch_tokens = seed, config.context, config.batch_tokens
+        self.seed, self._context, self._batch_tokens = seed, config.context, config.batch_tokens
         self._streams = [
             _Stream(corpus, number, source.weight / total, config.context, seed)
             for number, (corpus, source) in enumerate(zip(corpora, config.sources, strict=True))
@@ -140,7 +140,7 @@ class Sampler:
     def state_dict(self) -> dict[str, Any]:
         """The state as JSON values; a sampler that loads it yields the same batches as this one from here on."""
         sources = tuple(stream.state() for stream in self._streams)
-        return SamplerState(seed=self._seed, context=self._context, sources=sources).model_dump(mode="json")
+        return SamplerState(seed=self.seed, context=self._context, sources=sources).model_dump(mode="json")
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from ``state``. The tokens per batch may differ: the order of sequences does not depend on them.

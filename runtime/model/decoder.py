@@ -6,8 +6,7 @@ tokens, C hidden size, V vocabulary.
 """
 
 import hashlib
-from dataclasses import dataclass
-from typing import Self
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -17,42 +16,31 @@ from evermesh.parallelism.experts.documents import TokenContext
 from evermesh.runtime.config import ModelConfig
 from evermesh.runtime.model.blocks import Attend, Block, ParallelBlock
 from evermesh.runtime.model.rotary import rotation
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """Consecutive layers of a model, with the embedding before them or the head behind them."""
-
-    layers: range
-    is_first: bool = True
-    is_last: bool = True
-
-    @classmethod
-    def whole(cls, config: ModelConfig) -> Self:
-        """All of it."""
-        return cls(range(config.layers))
-
-    @classmethod
-    def of(cls, config: ModelConfig, layers: range) -> Self:
-        """The part with these layers: the first layer comes with the embedding, the last with the head."""
-        return cls(layers, layers.start == 0, layers.stop == config.layers)
+from evermesh.runtime.model.stages import Part
 
 
 class Decoder(nn.Module):
-    """The model, or a part of it; names and initial values of its parameters do not depend on the part."""
+    """The model, or some parts of it; names and initial values of its parameters do not depend on which.
 
-    def __init__(self, config: ModelConfig, vocabulary: int, part: Part | None = None) -> None:
+    Tied embeddings are one parameter, named after the embedding. Where the head is here and the embedding is not, the
+    head's weight is a copy of it, which somebody else keeps equal.
+    """
+
+    def __init__(self, config: ModelConfig, vocabulary: int, parts: Sequence[Part] = ()) -> None:
         super().__init__()
-        self.config, self.vocabulary, self.part = config, vocabulary, part or Part.whole(config)
+        self.config, self.vocabulary, self.parts = config, vocabulary, tuple(parts) or (Part(range(config.layers)),)
         block = ParallelBlock if config.parallel_block else Block
-        if self.part.is_first:
+        has_embedding, has_head = any(part.is_first for part in self.parts), any(part.is_last for part in self.parts)
+        if has_embedding:
             self.embedding = nn.Embedding(vocabulary, config.hidden)
-        self.blocks = nn.ModuleDict({str(layer): block(config, layer) for layer in self.part.layers})
-        if self.part.is_last:
+        layers = sorted(layer for part in self.parts for layer in part.layers)
+        self.blocks = nn.ModuleDict({str(layer): block(config, layer) for layer in layers})
+        if has_head:
             self.norm = nn.RMSNorm(config.hidden, eps=config.norm_eps)
             self.head = nn.Linear(config.hidden, vocabulary, bias=False)
-            if config.tied_embeddings and self.part.is_first:
-                self.head.weight = self.embedding.weight  # one parameter, named after the embedding
+            if config.tied_embeddings and has_embedding:
+                self.head.weight = self.embedding.weight
+        self.copies_embedding = config.tied_embeddings and has_head and not has_embedding
 
     def forward(
         self,
@@ -62,6 +50,7 @@ class Decoder(nn.Module):
         *,
         recompute: bool = False,
         context: TokenContext | None = None,
+        part: Part | None = None,
         x_TC: Tensor | None = None,
     ) -> Tensor:
         """Logits [T, V]; of a part without head the activations [T, C] behind its last layer.
@@ -73,17 +62,19 @@ class Decoder(nn.Module):
             recompute: keep only the input of every block and compute it again in the backward pass. With a ring in the
                 micro-batch the recomputation communicates, so all members choose alike.
             context: the documents of the tokens, for layers with experts: who is padding, what is balanced.
-            x_TC: activations of the part before this one; None: this part has the embedding.
+            part: which part to run; None: the only one.
+            x_TC: activations of the part before it; None: it has the embedding.
         """
+        part = part or self.parts[0]
         if x_TC is None:
             x_TC = self.embedding(tokens_T)
         rotation_TD = rotation(self.config, positions_T, x_TC.dtype)
-        for block in self.blocks.values():
+        for block in (self.blocks[str(layer)] for layer in part.layers):
             inputs = x_TC, rotation_TD, attend, context
             x_TC = (
                 checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False) if recompute else block(*inputs)
             )
-        return self.head(self.norm(x_TC)) if self.part.is_last else x_TC
+        return self.head(self.norm(x_TC)) if part.is_last else x_TC
 
     def initialize(self, seed: int) -> None:
         """Set all weights from ``seed``: normal, residual outputs scaled by 1/sqrt(2 x layers), norms one, biases zero.
@@ -98,10 +89,13 @@ class Decoder(nn.Module):
             residual = name.endswith(("attention.output.weight", ".down.weight", "experts.down"))
             scale = std / (2 * self.config.layers) ** 0.5 if residual else std
             values = torch.empty(parameter.shape, dtype=torch.float64).normal_(
-                0.0, scale, generator=_stream(seed, name)
+                0.0, scale, generator=_stream(seed, self._stream_name(name))
             )
             with torch.no_grad():
                 parameter.copy_(values)
+
+    def _stream_name(self, name: str) -> str:
+        return "embedding.weight" if name == "head.weight" and self.copies_embedding else name
 
 
 def _stream(seed: int, name: str) -> torch.Generator:
