@@ -5,38 +5,44 @@ What is proved:
 - all members of a ring know it and each other, in the same order, and each holds one piece;
 - the members of a ring differ by at most 2 tokens and L (query, key) pairs;
 - no micro-batch exceeds the capacity; members of a ring agree on recomputation;
-- lock-step indices ascend without gaps and are the same on every rank that has any;
-- the joint order of all ranks' actions (forward, recomputation, backward of every ring, layer by layer, with blocking
-  exchanges) has no cycle, so nobody waits for ever;
+- HDP ranks that share experts have equally many micro-batches, numbered as lock-steps, with one choice of recomputation
+  at each number; nobody else has lock-steps;
+- with a pipeline or shared experts, a ring is the micro-batch of the same index on all its members;
+- the joint order of all ranks' actions (forward, recomputation, backward of every ring and of all experts, layer by layer,
+  with blocking exchanges, in every pipeline stage, and the messages between stages) has no cycle, so nobody waits for
+  ever;
 - the certificate does not promise less than its own lower bound.
 """
 
-import itertools
-from collections import defaultdict, deque
-from collections.abc import Hashable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Sequence
 
-from evermesh.parallelism.batch_plan import BatchPlan, MicroBatch, Piece
+from evermesh.parallelism.batch_plan import BatchPlan, Piece
 from evermesh.parallelism.errors import PlanInvalid
+from evermesh.parallelism.joint_order import check_order
+from evermesh.parallelism.layout import Layout
 
-_LAYERS = 2
-"""Two layers show every order that more layers would: exchanges of one layer against those of the next."""
 
+def verify_plan(plan: BatchPlan, lengths: Sequence[int], layout: Layout) -> None:
+    """Raise ``PlanInvalid`` unless ``plan`` is a right plan of ``lengths`` on the ranks of ``layout``.
 
-def verify_plan(plan: BatchPlan, lengths: Sequence[int], *, hdp: int, capacity: int) -> None:
-    """Raise ``PlanInvalid`` unless ``plan`` is a right plan of ``lengths`` on ``hdp`` ranks of ``capacity`` tokens."""
+    The order of a pipeline rank is that of ``layout.schedule``, which the executor follows whatever the plan says.
+    """
     if plan.lengths != tuple(lengths):
         raise PlanInvalid(
             f"the plan is for {len(plan.lengths)} sequences of other lengths than the {len(lengths)} given."
         )
-    if len(plan.ranks) != hdp:
-        raise PlanInvalid(f"the plan is for {len(plan.ranks)} ranks, but the layout has {hdp}.")
+    if len(plan.ranks) != layout.hdp:
+        raise PlanInvalid(f"the plan is for {len(plan.ranks)} ranks, but the layout has {layout.hdp}.")
     holders = _holders(plan)
     for sequence, length in enumerate(lengths):
         _check_tokens(sequence, length, holders.get(sequence, {}))
         _check_ring(sequence, length, holders[sequence])
-    _check_micro_batches(plan, capacity)
-    _check_lock_steps(plan)
-    _check_order(plan)
+    _check_micro_batches(plan, layout.capacity)
+    _check_lock_steps(plan, layout)
+    if layout.runs_in_waves:
+        _check_waves(plan)
+    check_order(plan, layout)
     if plan.certificate.makespan_s < plan.certificate.lower_bound_s * (1 - 1e-9):
         raise PlanInvalid(
             f"the certificate promises {plan.certificate.makespan_s:.6g} s, less than its lower bound "
@@ -110,52 +116,34 @@ def _check_micro_batches(plan: BatchPlan, capacity: int) -> None:
                     raise PlanInvalid(f"the ring of sequence {piece.sequence} disagrees about recomputation.")
 
 
-def _check_lock_steps(plan: BatchPlan) -> None:
-    lists = {
-        rank: [micro_batch.lock_step for micro_batch in micro_batches if micro_batch.lock_step is not None]
-        for rank, micro_batches in enumerate(plan.ranks)
-    }
-    longest = max((len(steps) for steps in lists.values()), default=0)
-    for rank, steps in lists.items():
-        if longest and steps != list(range(longest)):
+def _check_lock_steps(plan: BatchPlan, layout: Layout) -> None:
+    group_of = {rank: group for group in layout.lock_step_groups for rank in group}
+    for rank, micro_batches in enumerate(plan.ranks):
+        steps = [micro_batch.lock_step for micro_batch in micro_batches]
+        if rank not in group_of:
+            if any(step is not None for step in steps):
+                raise PlanInvalid(f"rank {rank} joins the lock-step collectives {steps}, but it shares no experts.")
+            continue
+        longest = max(len(plan.ranks[member]) for member in group_of[rank])
+        if steps != list(range(longest)):
             raise PlanInvalid(
-                f"rank {rank} joins the lock-step collectives {steps}; all ranks join 0 to {longest - 1}."
+                f"rank {rank} joins the lock-step collectives {steps}; the HDP ranks {group_of[rank]}, which share "
+                f"experts, join 0 to {longest - 1}."
             )
+    for group in layout.lock_step_groups:
+        for index, together in enumerate(zip(*(plan.ranks[rank] for rank in group), strict=True)):
+            choices = {micro_batch.recompute for micro_batch in together}
+            if len(choices) > 1:
+                raise PlanInvalid(f"the HDP ranks {group} disagree about recomputation in lock-step {index}.")
 
 
-def _check_order(plan: BatchPlan) -> None:
-    """Kahn's algorithm on the joint graph: one node per exchange, shared by all members, one chain per rank."""
-    followers: dict[Hashable, list[Hashable]] = defaultdict(list)
-    waiting_for: dict[Hashable, int] = defaultdict(int)
-    for micro_batches in plan.ranks:
-        chain = list(_exchanges(micro_batches))
-        for earlier, later in itertools.pairwise(chain):
-            followers[earlier].append(later)
-            waiting_for[later] += 1
-        if chain:
-            waiting_for[chain[0]] += 0
-    free = deque(node for node, count in waiting_for.items() if count == 0)
-    done = 0
-    while free:
-        done += 1
-        for later in followers[free.popleft()]:
-            waiting_for[later] -= 1
-            if waiting_for[later] == 0:
-                free.append(later)
-    if done < len(waiting_for):
-        stuck = sorted({str(node) for node, count in waiting_for.items() if count > 0})
-        raise PlanInvalid(f"the ranks would wait for each other for ever, first at: {', '.join(stuck[:4])}.")
-
-
-def _exchanges(micro_batches: Sequence[MicroBatch]) -> Iterator[Hashable]:
-    """The blocking exchanges of one rank in the order in which it reaches them."""
-    for micro_batch in micro_batches:
-        rings = [piece.sequence for piece in micro_batch.pieces if len(piece.ring) > 1]
-        collective = [f"lock-step {micro_batch.lock_step}"] if micro_batch.lock_step is not None else []
-        nodes = [f"ring of sequence {sequence}" for sequence in rings] + collective
-        for layer in range(_LAYERS):
-            yield from ((f"forward of {node}", layer) for node in nodes)
-        for layer in reversed(range(_LAYERS)):
-            if micro_batch.recompute == "block":
-                yield from ((f"recomputation of {node}", layer) for node in nodes)
-            yield from ((f"backward of {node}", layer) for node in nodes)
+def _check_waves(plan: BatchPlan) -> None:
+    index_of: dict[int, int] = {}
+    for rank, micro_batches in enumerate(plan.ranks):
+        for index, micro_batch in enumerate(micro_batches):
+            for piece in micro_batch.pieces:
+                if index_of.setdefault(piece.sequence, index) != index:
+                    raise PlanInvalid(
+                        f"sequence {piece.sequence} is in micro-batch {index} of rank {rank}, but in micro-batch "
+                        f"{index_of[piece.sequence]} of another member of its ring."
+                    )

@@ -89,7 +89,7 @@ class BatchFeed:
         payload: bytes | None = None
         if self.control.rank == 0:
             plan = self.planner.plan(batch.lengths)
-            verify_plan(plan, batch.lengths, hdp=self.layout.hdp, capacity=self.layout.capacity)
+            verify_plan(plan, batch.lengths, self.layout)
             payload = batch.digest.encode() + plan.to_json()
         payload = self.control.broadcast_bytes(payload, 0, "plan")
         digest, document = payload[: len(batch.digest)].decode(), payload[len(batch.digest) :]

@@ -1,6 +1,7 @@
 """In which order each rank of a pipeline runs the micro-batches of a step through its stages.
 
-The orders are torch's (``torch.distributed.pipelining``), turned into data. What they have in common:
+The orders of several stages per rank, and of split backward passes, are torch's (``torch.distributed.pipelining``), turned
+into data; that of 1F1B is written down here, because torch's is spread over the code that runs it. What they share:
 
 - **One order for every number of micro-batches.** What ``n`` micro-batches are is what ``n + 1`` micro-batches are with the
   last one left out; only "backward weight", which sends nothing, may move. So pipelines with different numbers of
@@ -96,7 +97,7 @@ class PipelineSchedule:
         return tuple(stage for stage in range(self.num_stages) if self.rank_of(stage) == rank)
 
     def actions(self, rank: int, num_micro_batches: int) -> Order:
-        """What ``rank`` does for this many micro-batches, in order; imports torch."""
+        """What ``rank`` does for this many micro-batches, in order; imports torch for those that are torch's."""
         return _orders(self, num_micro_batches)[rank]
 
     def received(self, action: Action) -> Message | None:
@@ -150,9 +151,14 @@ def _orders(schedule: PipelineSchedule, num_micro_batches: int) -> tuple[Order, 
 
 def _order(schedule: PipelineSchedule, rank: int, num_micro_batches: int) -> Iterator[Action]:
     """The order of one rank, for a multiple of ``schedule.ranks`` micro-batches."""
-    if schedule.name == "gpipe":
-        for kind in (_KINDS["F"], _KINDS["B"]):
-            yield from (Action(kind, rank, micro_batch) for micro_batch in range(num_micro_batches))
+    if schedule.name in ("gpipe", "1f1b"):
+        warm_up = min(schedule.ranks - 1 - rank, num_micro_batches) if schedule.name == "1f1b" else num_micro_batches
+        yield from (Action("forward", rank, micro_batch) for micro_batch in range(warm_up))
+        for micro_batch in range(warm_up, num_micro_batches):
+            yield Action("forward", rank, micro_batch)
+            yield Action("backward", rank, micro_batch - warm_up)
+        for micro_batch in range(num_micro_batches - warm_up, num_micro_batches):
+            yield Action("backward", rank, micro_batch)
         return
     for action in _torch_order(schedule, rank, num_micro_batches):
         if action is not None:  # a time slot in which torch lets the rank wait
@@ -162,12 +168,6 @@ def _order(schedule: PipelineSchedule, rank: int, num_micro_batches: int) -> Ite
 def _torch_order(schedule: PipelineSchedule, rank: int, num_micro_batches: int) -> list[Any]:
     from torch.distributed.pipelining import schedules
 
-    if schedule.name == "1f1b":
-        # Schedule1F1B has no order of its own to read (its picture leaves out the last rank's first micro-batch); this is
-        # what its sibling with several stages builds its order from
-        warm_up = min(schedule.ranks - 1 - rank, num_micro_batches)
-        counts = (warm_up, num_micro_batches - warm_up, warm_up)
-        return schedules._get_1f1b_rank_ops(1, schedule.ranks, *counts, rank, lambda _: rank, lambda _: rank)
     kinds: dict[str, Any] = {
         "interleaved-1f1b": schedules.ScheduleInterleaved1F1B,
         "zero-bubble": schedules.ScheduleInterleavedZeroBubble,

@@ -38,7 +38,7 @@ def test_every_plan_passes_the_proof_or_is_refused_with_the_numbers(
             plan_batch(lengths, Layout(hdp=hdp, capacity=capacity), COST)
         return
     plan = plan_batch(lengths, Layout(hdp=hdp, capacity=capacity), COST)
-    verify_plan(plan, lengths, hdp=hdp, capacity=capacity)
+    verify_plan(plan, lengths, Layout(hdp=hdp, capacity=capacity))
     assert plan.certificate.makespan_s == pytest.approx(simulate(plan, COST).makespan_s)
     assert plan.certificate.makespan_s >= plan.certificate.lower_bound_s * (1 - 1e-12)
     assert BatchPlan.from_json(plan.to_json()) == plan

@@ -98,7 +98,7 @@ def _rank_gradients(
 
 def worst_error(plan: BatchPlan, dtype: str, config: ModelConfig = MODEL, tp: int = 1) -> float:
     """Largest relative error of the loss and of any parameter's gradient, over all HDP ranks."""
-    verify_plan(plan, plan.lengths, hdp=len(plan.ranks), capacity=plan.capacity)
+    verify_plan(plan, plan.lengths, Layout(hdp=len(plan.ranks), capacity=plan.capacity))
     loss, gradients = expected(plan.lengths, config)
     results = run_ranks(len(plan.ranks) * tp, _rank_gradients, plan.to_json(), dtype, config, tp)
     errors = [abs(rank_loss - loss) / loss for rank_loss, _, _ in results]

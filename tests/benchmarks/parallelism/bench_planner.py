@@ -38,7 +38,7 @@ def _compare(name: str, batches: list[tuple[int, ...]], layout: Layout, cost: Co
         started = time.monotonic()
         plan = plan_batch(lengths, layout, cost)
         planned = time.monotonic()
-        verify_plan(plan, lengths, hdp=layout.hdp, capacity=layout.capacity)
+        verify_plan(plan, lengths, layout)
         times.append(planned - started)
         checks.append(time.monotonic() - planned)
         ratios.append(plan.certificate.ratio)
