@@ -139,7 +139,8 @@ class _Run:
             return y
         logits_TV = y[:num_tokens].to(torch.promote_types(y.dtype, torch.float32))
         targets_T, counts_T = (
-            tensor.to(runner.device, non_blocking=True) for tensor in (self.micro_batch.targets_T, self.micro_batch.counts_T)
+            tensor.to(runner.device, non_blocking=True)
+            for tensor in (self.micro_batch.targets_T, self.micro_batch.counts_T)
         )
         losses_T = cross_entropy(logits_TV, targets_T, runner.model.vocabulary, runner.tp)
         return (losses_T * counts_T).sum() / self.num_counted

@@ -84,9 +84,7 @@ def build_model(config: TrainConfig, vocabulary: int, groups: Groups, device: to
     return BuiltModel(model, parts, sets, held, tied, deferred)
 
 
-def _held(
-    config: TrainConfig, vocabulary: int, mesh: Mesh, parts: tuple[Part, ...], pp: int
-) -> list[HeldSet]:
+def _held(config: TrainConfig, vocabulary: int, mesh: Mesh, parts: tuple[Part, ...], pp: int) -> list[HeldSet]:
     """The sets of the ranks of one pipeline stage."""
     with torch.device("meta"):
         model = Decoder(config.model, vocabulary, list(parts_of_rank(parts, config.layout, pp).values()))

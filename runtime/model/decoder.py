@@ -72,7 +72,9 @@ class Decoder(nn.Module):
         for block in (self.blocks[str(layer)] for layer in part.layers):
             inputs = x_TC, rotation_TD, attend, context
             x_TC = (
-                checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False) if recompute else block(*inputs)
+                checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
+                if recompute
+                else block(*inputs)
             )
         return self.head(self.norm(x_TC)) if part.is_last else x_TC
 

@@ -2,24 +2,25 @@
 
 import dataclasses
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from evermesh.parallelism import BatchPlan, Certificate, CostModel, Layout, MicroBatch, Piece, verify_plan
+from evermesh.parallelism.experts.documents import TokenContext
 from evermesh.parallelism.pieces import share_of
-from evermesh.parallelism.tensor import Cut
-from evermesh.parallelism.tensor.apply import apply_tensor_parallel
 from evermesh.runtime import process_group
-from evermesh.runtime.config import ModelConfig
-from evermesh.runtime.flat import FlatParameters, ParameterSet, sum_gradients
-from evermesh.runtime.micro_batch import LocalMicroBatch, MicroBatchRunner
+from evermesh.runtime.config import ModelConfig, TrainConfig
+from evermesh.runtime.flat import AnyCut
+from evermesh.runtime.micro_batch import LocalBatch, LocalMicroBatch
+from evermesh.runtime.model.building import build_model, build_runner
 from evermesh.runtime.model.decoder import Decoder
-from evermesh.runtime.model.sharding import DECODER_SHARDING
 from tests.cluster import run_ranks
-from tests.oracle import plain_attention, relative_error
+from tests.oracle import gradient, plain_attention, relative_error
 
 VOCABULARY = 61
+STEP, SEED = 7, 3
 MODEL = ModelConfig(hidden=32, layers=2, heads=4, kv_heads=2, ffn=48, initial_std=0.2)
 MANY_HEADS = ModelConfig(hidden=32, layers=2, heads=8, kv_heads=4, ffn=48, initial_std=0.2)
 """For four tensor-parallel ranks."""
@@ -51,14 +52,23 @@ def expected(lengths: tuple[int, ...], config: ModelConfig) -> tuple[float, dict
     documents = [_document(sequence, length) for sequence, length in enumerate(lengths)]
     num_counted = sum(counts.sum() for _, _, counts in documents)
     loss = torch.zeros((), dtype=torch.float64)
-    for tokens, targets, counts in documents:
-        logits = model(tokens, torch.arange(len(tokens)), plain_attention)
+    for sequence, (tokens, targets, counts) in enumerate(documents):
+        alone = MicroBatch((Piece(sequence, ((0, len(tokens)),), (0,)),))
+        context = TokenContext(alone, lengths, identities(lengths), num_tokens=sum(lengths), step=STEP, seed=SEED)
+        logits = model(tokens, torch.arange(len(tokens)), plain_attention, context=context)
         losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
         loss = loss + (losses * counts).sum() / num_counted
     loss.backward()
     return loss.item(), {
-        name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None
+        # an expert that no token chose has no gradient
+        name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        for name, parameter in model.named_parameters()
     }
+
+
+def identities(lengths: tuple[int, ...]) -> tuple[str, ...]:
+    """What every made-up document is."""
+    return tuple(f"document {sequence}" for sequence in range(len(lengths)))
 
 
 def local_micro_batch(micro_batch: MicroBatch, lengths: tuple[int, ...]) -> LocalMicroBatch:
@@ -74,52 +84,87 @@ def local_micro_batch(micro_batch: MicroBatch, lengths: tuple[int, ...]) -> Loca
     return LocalMicroBatch(micro_batch, *(torch.cat(parts) for parts in (tokens, targets, positions, counts)))
 
 
-Held = list[tuple[str, Cut, Tensor]]
-"""What a rank holds: name, cut, and its part."""
+class Held(NamedTuple):
+    """What a rank holds of one parameter."""
+
+    name: str
+    cut: AnyCut
+    owner: tuple[str, int]
+    """Which of those that hold the same part, and of which set."""
+    sharer: int
+    part: Tensor
+
+
+def local_batch(plan: BatchPlan, hdp_rank: int) -> LocalBatch:
+    """What one HDP rank processes."""
+    documents = [_document(sequence, length) for sequence, length in enumerate(plan.lengths)]
+    num_counted = int(sum(counts.sum() for _, _, counts in documents))
+    micro_batches = tuple(local_micro_batch(micro_batch, plan.lengths) for micro_batch in plan.ranks[hdp_rank])
+    return LocalBatch(micro_batches, plan.lengths, num_counted, identities(plan.lengths), STEP, SEED)
+
+
+def train_config(dtype: str, config: ModelConfig, layout: Layout) -> TrainConfig:
+    """For what is trained here, which reads no data."""
+    data = {"sources": [{"kind": "corpus", "path": "nowhere"}]}
+    values = {"dtype": dtype, "model": config, "layout": layout, "data": data, "seed": 3}
+    return TrainConfig.model_validate(values)
 
 
 def _rank_gradients(
-    rank: int, world_size: int, plan_json: bytes, dtype: str, config: ModelConfig, tp: int
-) -> tuple[float, int, Held]:
+    rank: int, world_size: int, plan_json: bytes, dtype: str, config: ModelConfig, layout: Layout
+) -> tuple[float, float, list[Held]]:
     plan = BatchPlan.from_json(plan_json)
-    groups = process_group.communicators(60.0, Layout(hdp=world_size // tp, tp=tp))
-    model = small_model(dtype, config)
-    flat = FlatParameters(model, groups.hdp.size, apply_tensor_parallel(model, DECODER_SHARDING, groups.tp))
-    documents = [_document(sequence, length) for sequence, length in enumerate(plan.lengths)]
-    num_counted = int(sum(counts.sum() for _, _, counts in documents))
-    micro_batches = [local_micro_batch(micro_batch, plan.lengths) for micro_batch in plan.ranks[rank // tp]]
-    loss = MicroBatchRunner(model, groups.hdp, groups.tp).accumulate(micro_batches, plan.lengths, num_counted)
-    groups.world.all_reduce(loss, "scalars")
-    sum_gradients([ParameterSet(flat, groups.hdp, groups.tp)])
-    cuts = {entry.name: entry.cut for entry in flat.entries}
-    held = [(name, cuts[name], p.grad.clone()) for name, p in model.named_parameters() if p.grad is not None]
-    return loss.item(), groups.tp.rank, held
+    groups = process_group.communicators(60.0, layout, experts=config.moe is not None, tied=config.tied_embeddings)
+    built = build_model(train_config(dtype, config, layout), VOCABULARY, groups, torch.device("cpu"))
+    runner = build_runner(built, layout, groups)
+    for _ in range(2):  # what a step leaves behind must not change the next
+        built.zero_gradients()
+        loss, _ = runner.accumulate(local_batch(plan, groups.place.hdp))
+        square = built.sum_gradients()
+    scalars = torch.stack([loss, square])
+    groups.world.all_reduce(scalars, "scalars")
+    named = dict(built.model.named_parameters())
+    held = [
+        Held(
+            entry.name, entry.cut, (str(number), parameters.owners.rank), parameters.sharer, gradient(named[entry.name])
+        )
+        for number, parameters in enumerate(built.sets)
+        for entry in parameters.flat.entries
+    ]
+    return scalars[0].item(), scalars[1].item() ** 0.5, held
 
 
-def worst_error(plan: BatchPlan, dtype: str, config: ModelConfig = MODEL, tp: int = 1) -> float:
-    """Largest relative error of the loss and of any parameter's gradient, over all HDP ranks."""
-    verify_plan(plan, plan.lengths, Layout(hdp=len(plan.ranks), capacity=plan.capacity))
+def worst_error(
+    plan: BatchPlan, dtype: str, config: ModelConfig = MODEL, tp: int = 1, layout: Layout | None = None
+) -> float:
+    """Largest relative error of the loss, of any parameter's gradient on any rank, and of the norm of them all.
+
+    ``layout`` by default has the HDP ranks of the plan and ``tp``.
+    """
+    layout = layout or Layout(hdp=len(plan.ranks), tp=tp, capacity=plan.capacity)
+    verify_plan(plan, plan.lengths, layout)
     loss, gradients = expected(plan.lengths, config)
-    results = run_ranks(len(plan.ranks) * tp, _rank_gradients, plan.to_json(), dtype, config, tp)
+    norm = torch.stack([of_one.norm() for of_one in gradients.values()]).norm().item()
+    results = run_ranks(layout.world_size, _rank_gradients, plan.to_json(), dtype, config, layout)
     errors = [abs(rank_loss - loss) / loss for rank_loss, _, _ in results]
-    for hdp_rank in range(len(plan.ranks)):
-        whole = joined([(tp_rank, held) for _, tp_rank, held in results[hdp_rank * tp : (hdp_rank + 1) * tp]])
-        assert whole.keys() == gradients.keys()
-        errors += [relative_error(whole[name].double(), gradients[name]) for name in gradients]
+    errors += [abs(rank_norm - norm) / norm for _, rank_norm, _ in results]
+    whole = joined([held for _, _, of_rank in results for held in of_rank])
+    assert {name for _, name in whole} == gradients.keys()
+    errors += [relative_error(whole[owner, name].double(), gradients[name]) for owner, name in whole]
     return max(errors)
 
 
-def joined(parts: list[tuple[int, Held]]) -> dict[str, Tensor]:
-    """The whole tensors, given what every rank of one tensor-parallel group holds; what all hold is the same, bit for bit."""
-    whole: dict[str, Tensor] = {}
-    for tp_rank, held in parts:
-        for name, cut, part in held:
-            if cut.dim is None:
-                assert torch.equal(whole.setdefault(name, part), part), f"replicas of {name} differ"
-                continue
-            start, stop = cut.span(tp_rank)
-            target = whole.setdefault(name, torch.full(cut.shape, float("nan"), dtype=part.dtype))
-            target.narrow(cut.dim, start, stop - start).copy_(part)
+def joined(parts: list[Held]) -> dict[tuple[tuple[str, int], str], Tensor]:
+    """The whole tensors of every owner; what all its sharers hold is the same, bit for bit."""
+    whole: dict[tuple[tuple[str, int], str], Tensor] = {}
+    for name, cut, owner, sharer, part in parts:
+        if cut.dim is None:
+            assert torch.equal(whole.setdefault((owner, name), part), part), f"replicas of {name} differ"
+            continue
+        target = whole.setdefault((owner, name), torch.full(cut.shape, float("nan"), dtype=part.dtype))
+        for dim, (start, size) in enumerate(zip(cut.offsets(sharer), cut.local_shape(sharer), strict=True)):
+            target = target.narrow(dim, start, size)
+        target.copy_(part)
     return whole
 
 

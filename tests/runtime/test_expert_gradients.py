@@ -118,8 +118,8 @@ def _groups(rank: int, shape: Shape) -> dict[str, Communicator]:
 
     mesh, each = Mesh(shape.hdp, shape.tp), shape.ep * shape.etp
     axes = {
-        "hdp": [list(mesh.column(tp_rank)) for tp_rank in range(shape.tp)],
-        "tp": [list(mesh.row(hdp_rank)) for hdp_rank in range(shape.hdp)],
+        "hdp": [list(ranks) for ranks in mesh.groups("hdp")],
+        "tp": [list(ranks) for ranks in mesh.groups("tp")],
         "edp": [list(range(place, mesh.size, each)) for place in range(each)],
         "ep": [
             list(range(first + etp_rank, first + each, shape.etp))

@@ -86,9 +86,9 @@ def _tokens_of_rank(rank: int, world_size: int, corpus: Path, seeds: list[int]) 
     with _feed(corpus, HybridPlanner(layout, COST), layout, control, seed=seeds[rank]) as feed:
         for number in range(3):
             batch = feed.next(last=number == 2)
-            own = sum(local.tokens_T.numel() for local in batch.micro_batches)
-            counted = sum(int(local.counts_T.sum()) for local in batch.micro_batches)
-            taken.append((batch.batch.digest, own, counted, batch.num_counted))
+            own = sum(local.tokens_T.numel() for local in batch.local.micro_batches)
+            counted = sum(int(local.counts_T.sum()) for local in batch.local.micro_batches)
+            taken.append((batch.batch.digest, own, counted, batch.local.num_counted))
     return taken
 
 

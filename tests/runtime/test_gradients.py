@@ -7,7 +7,7 @@ import torch
 
 from evermesh.parallelism import Communicator, Layout, plan_batch
 from evermesh.runtime.flat import FlatParameters
-from evermesh.runtime.micro_batch import MicroBatchRunner
+from evermesh.runtime.micro_batch import LocalBatch, MicroBatchRunner
 from tests.runtime.parity import (
     COST,
     TOLERANCE,
@@ -58,5 +58,6 @@ def test_batch_that_no_token_counts_in_gives_zero_gradients() -> None:
     flat = FlatParameters(model, 1)
     plan = plan_by_hand((4,), [[(0, (0,))]], ranks=1)
     local = dataclasses.replace(local_micro_batch(plan.ranks[0][0], plan.lengths), counts_T=torch.zeros(4))
-    assert MicroBatchRunner(model, Communicator()).accumulate([local], plan.lengths, 0).item() == 0.0
+    loss, _ = MicroBatchRunner(model, Communicator()).accumulate(LocalBatch((local,), plan.lengths, 0))
+    assert loss.item() == 0.0
     assert flat.gradients.abs().max().item() == 0.0

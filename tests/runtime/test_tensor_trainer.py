@@ -92,7 +92,7 @@ def _resume_and_save(rank: int, workers: int, config: TrainConfig, source: Path,
     trainer.directory = target
     trainer.save()
     trainer.fit()
-    return {name: parameter.detach().norm().item() for name, parameter in trainer.model.named_parameters()}
+    return {name: parameter.detach().norm().item() for name, parameter in trainer.built.model.named_parameters()}
 
 
 def _moved(config: TrainConfig, source: Path, target: Path) -> list[StepReport]:

@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from evermesh.parallelism import BatchPlan, ByteLedger, CollectiveRecord, Traffic
 from evermesh.parallelism.traffic import TrainedModel
 from evermesh.runtime import StepReport, TrainConfig
+from evermesh.runtime.micro_batch import LocalBatch
 from evermesh.runtime.process_group import nodes_of_ranks
 from evermesh.runtime.traffic import step_traffic
 from evermesh.runtime.trainer import Trainer
@@ -47,14 +47,14 @@ def _traffic(
         plans.append(batch.plan.to_json())
         return step(batch)
 
-    def accumulate(*arguments: Any) -> torch.Tensor:
-        loss = run(*arguments)
-        return loss * float("inf") if trainer.progress.step == bad_step else loss
+    def accumulate(batch: LocalBatch) -> Any:
+        loss, contexts = run(batch)
+        return (loss * float("inf") if trainer.progress.step == bad_step else loss), contexts
 
-    trainer.train_step, trainer.runner.accumulate = train_step, accumulate  # type: ignore[method-assign,assignment]
+    trainer.train_step, trainer.runner.accumulate = train_step, accumulate  # type: ignore[method-assign]
     trainer.fit()
     shape = config.model.shape(trainer.corpora[0].vocabulary)
-    flat = trainer.parameters[0].flat
+    flat = trainer.built.sets[0].flat
     replicated = flat.gradients[flat.replicated].numel()
     model = TrainedModel(shape, flat.num_elements, flat.values.element_size(), config.layout.tp, replicated)
     return model, list(zip(plans, reports, strict=False))

@@ -12,6 +12,7 @@ from evermesh.fault.events import read_events
 from evermesh.parallelism.errors import LayoutDoesNotFit, SequenceTooLong
 from evermesh.runtime import TrainConfig, read_telemetry
 from evermesh.runtime.errors import OtherRun, TrainingDiverged, UnsupportedLayout
+from evermesh.runtime.micro_batch import LocalBatch
 from evermesh.runtime.trainer import Asked, Trainer
 from tests.cluster import RankFailed, run_ranks
 
@@ -39,7 +40,7 @@ def _on(workers: int, values: dict[str, Any]) -> TrainConfig:
 def _fit(rank: int, workers: int, values: dict[str, Any], directory: Path, resume: bool) -> dict[str, torch.Tensor]:
     trainer = Trainer(_on(workers, values), directory=directory, resume=resume)
     trainer.fit()
-    return {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
+    return {name: parameter.detach().clone() for name, parameter in trainer.built.model.named_parameters()}
 
 
 def train_on(workers: int, values: dict[str, Any], directory: Path, *, resume: bool = False) -> dict[str, torch.Tensor]:
@@ -155,10 +156,10 @@ def _poisoned(rank: int, workers: int, values: dict[str, Any], bad_steps: set[in
     trainer = Trainer(_on(workers, values))
     run, outcomes = trainer.runner.accumulate, []
 
-    def accumulate(*arguments: Any) -> torch.Tensor:
-        loss = run(*arguments)
+    def accumulate(batch: LocalBatch) -> Any:
+        loss = run(batch)
         if rank == 1 and trainer.progress.step in bad_steps:
-            trainer.parameters[0].flat.gradients[0] = float("nan")
+            trainer.built.sets[0].flat.gradients[0] = float("nan")
         return loss
 
     step = trainer.train_step
@@ -168,9 +169,9 @@ def _poisoned(rank: int, workers: int, values: dict[str, Any], bad_steps: set[in
         outcomes.append((outcome.committed, trainer.progress.updates))
         return outcome
 
-    trainer.runner.accumulate, trainer.train_step = accumulate, train_step  # type: ignore[method-assign,assignment]
+    trainer.runner.accumulate, trainer.train_step = accumulate, train_step  # type: ignore[method-assign]
     trainer.fit()
-    assert torch.isfinite(trainer.parameters[0].flat.values).all()
+    assert torch.isfinite(trainer.built.sets[0].flat.values).all()
     return outcomes
 
 

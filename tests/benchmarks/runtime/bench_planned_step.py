@@ -21,7 +21,7 @@ from evermesh.runtime.cost import nominal_cost
 from evermesh.runtime.data import Batch, Corpus, Sampler, open_sources
 from evermesh.runtime.feed import load_micro_batch
 from evermesh.runtime.flat import FlatParameters, ParameterSet
-from evermesh.runtime.micro_batch import LocalMicroBatch, MicroBatchRunner
+from evermesh.runtime.micro_batch import LocalBatch, LocalMicroBatch, MicroBatchRunner
 from evermesh.runtime.model.decoder import Decoder
 from evermesh.runtime.optimizer import ShardedAdamW
 from tests.benchmarks.harness import Row, paired_row
@@ -85,7 +85,7 @@ def _measure(rank: int, world_size: int, layout: Layout) -> list[dict[str, tuple
                 ledger.take()
                 started = time.monotonic()
                 flat.gradients.zero_()
-                loss = runner.accumulate(micro_batches, lengths, sum(batch.lengths))
+                loss, _ = runner.accumulate(LocalBatch(tuple(micro_batches), lengths, sum(batch.lengths)))
                 communicator.all_reduce(flat.gradients, "gradients")
                 optimizer.step(lr=0.0, gradient_scale=1.0)  # the full update, with the parameters left where they are
                 communicator.barrier("end")
