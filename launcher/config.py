@@ -16,6 +16,7 @@ from pydantic import (
 )
 
 from evermesh.runtime.config import TrainConfig
+from evermesh.runtime.layout import check_layout
 
 _LONGEST_NAME = 100
 
@@ -85,5 +86,7 @@ class JobConfig(BaseModel):
             return train
         if "hdp" in train.layout.model_fields_set:
             train.layout.check_world(workers)
-            return train
-        return train.model_copy(update={"layout": train.layout.fitted_to(workers)})
+        else:
+            train = train.model_copy(update={"layout": train.layout.fitted_to(workers)})
+        check_layout(train)
+        return train

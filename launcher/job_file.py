@@ -14,8 +14,6 @@ from evermesh.launcher.errors import JobFileInvalid, Problem
 from evermesh.launcher.job_yaml import Key, dotted
 from evermesh.parallelism.errors import LayoutDoesNotFit
 
-_UNSUPPORTED = ("pp", "ep", "etp", "offload")
-"""Keys of the layout that the trainer cannot apply yet; it has the last word, but says so only after workers started."""
 _SENTENCES = (
     (r"^.*valid dictionary.*$", "it should be a mapping of keys"),
     (r"^.*valid (tuple|list)$", "it should be a list"),
@@ -39,32 +37,14 @@ def load_job(path: Path | str, overrides: Sequence[str] = ()) -> JobConfig:
     for override in overrides:
         _apply(override, values, origins)
     try:
-        config = JobConfig.model_validate(values)
+        return JobConfig.model_validate(values)
     except ValidationError as error:
         raise JobFileInvalid(_problems(error, values, origins, str(path))) from error
-    _check_supported(config, origins, str(path))
-    return config
 
 
 def write_job(config: JobConfig, path: Path) -> None:
     """Write every value of ``config`` to ``path`` as YAML; ``load_job`` reads the same configuration back."""
     job_yaml.write(config.model_dump(mode="json"), path)
-
-
-def _check_supported(config: JobConfig, origins: dict[Key, str], path: str) -> None:
-    layout = config.train.layout
-    problems = [
-        Problem(
-            _origin(("train", "layout", name), origins, path),
-            f"train.layout.{name}",
-            f"train.layout.{name} is {getattr(layout, name)}; this version runs hybrid data and context parallelism "
-            f"(hdp) and tensor parallelism (tp) only. Leave it out: then train.layout.hdp uses all workers.",
-        )
-        for name in _UNSUPPORTED
-        if getattr(layout, name) != type(layout).model_fields[name].default
-    ]
-    if problems:
-        raise JobFileInvalid(problems)
 
 
 def _apply(override: str, values: dict[str, Any], origins: dict[Key, str]) -> None:
@@ -123,7 +103,8 @@ def _problem(error: dict[str, Any], values: Any, origins: dict[Key, str], path: 
     key = _key_in_file(error["loc"], values)
     if isinstance(cause, LayoutDoesNotFit):
         axis = cause.axis or "hdp"
-        key = ("train", "layout", axis) if _at(values, ("train", "layout", axis)) is not None else ("workers",)
+        section = ("workers",) if axis == "hdp" else ("train", "layout")
+        key = ("train", "layout", axis) if _at(values, ("train", "layout", axis)) is not None else section
         text = str(cause)
     elif kind == "extra_forbidden":
         text = _unknown(key, values)

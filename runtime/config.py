@@ -16,7 +16,7 @@ from pydantic import (
 from evermesh.parallelism.cost import CostModel, ExpertShape, ModelShape
 from evermesh.parallelism.layout import Layout
 from evermesh.runtime.data.config import DataConfig
-from evermesh.runtime.model.sharding import DECODER_SHARDING
+from evermesh.runtime.layout import check_model
 
 
 class _Frozen(BaseModel):
@@ -332,6 +332,6 @@ class TrainConfig(_Frozen):
     """Consecutive steps with a non-finite loss or gradient after which the run ends with an error."""
 
     @model_validator(mode="after")
-    def _tensor_parallel_ranks_share_the_model(self) -> Self:
-        DECODER_SHARDING.check_degree(self.layout.tp, self.model.model_dump())
+    def _ranks_can_share_the_model(self) -> Self:
+        check_model(self.layout, self.model)
         return self

@@ -1,16 +1,11 @@
 """The errors of this room.
 
 EvermeshError
-├── UnsupportedLayout     (NotImplementedError)  a degree of parallelism that this version cannot run
-├── TrainingDiverged      (ArithmeticError)      too many steps in a row with values that are not finite
-└── OtherRun              (ValueError)           a checkpoint of another model, tokenizer or data order
+├── TrainingDiverged  (ArithmeticError)  too many steps in a row with values that are not finite
+└── OtherRun          (ValueError)       a checkpoint of another model, tokenizer or data order
 """
 
 from evermesh.parallelism.errors import EvermeshError
-
-
-class UnsupportedLayout(EvermeshError, NotImplementedError):
-    """The layout asks for a kind of parallelism that the trainer cannot apply."""
 
 
 class TrainingDiverged(EvermeshError, ArithmeticError):

@@ -1,34 +1,47 @@
 """Which layouts the trainer can run; imports no torch, so that the launcher can ask before it starts anything."""
 
+from typing import TYPE_CHECKING
+
 from evermesh.parallelism.errors import LayoutDoesNotFit
 from evermesh.parallelism.experts.sharding import check_degrees
+from evermesh.parallelism.layout import Layout
 from evermesh.parallelism.mesh import Mesh
-from evermesh.runtime.config import TrainConfig
-from evermesh.runtime.errors import UnsupportedLayout
 from evermesh.runtime.model.sharding import DECODER_SHARDING
 from evermesh.runtime.model.stages import stage_parts
 
+if TYPE_CHECKING:
+    from evermesh.runtime.config import ModelConfig, TrainConfig
 
-def check_layout(config: TrainConfig) -> None:
-    """Return if the trainer can run the layout of ``config`` on ``layout.world_size`` workers.
+
+def check_layout(config: "TrainConfig") -> None:
+    """Return if the trainer can run ``config`` on ``layout.world_size`` workers.
 
     Raises:
-        UnsupportedLayout: it asks for something that the trainer cannot apply.
-        LayoutDoesNotFit: a degree does not divide what it shares, or there are more stages than layers.
+        LayoutDoesNotFit: names the degree that cannot work, the numbers, and degrees that can.
     """
-    layout, model = config.layout, config.model
+    check_model(config.layout, config.model)
+    Mesh.of(config.layout)
+
+
+def check_model(layout: Layout, model: "ModelConfig") -> None:
+    """Return if ``model`` can be shared as ``layout`` says, on any number of HDP ranks.
+
+    Raises:
+        LayoutDoesNotFit: see ``check_layout``.
+    """
     if layout.offload > 0:
-        raise UnsupportedLayout(
-            f"layout.offload {layout.offload}: this version keeps all activations on the device. Set it to 0."
+        raise LayoutDoesNotFit(
+            f"layout.offload is {layout.offload}, but this version keeps all activations on the device. Leave it out.",
+            axis="offload",
         )
     DECODER_SHARDING.check_degree(layout.tp, model.model_dump())
-    Mesh.of(layout)
     stage_parts(model, model.vocabulary or 1, layout)
     if model.moe is not None:
         check_degrees(layout.ep, layout.etp, experts=model.moe.experts, ffn=model.moe.ffn)
     elif layout.ep * layout.etp > 1:
+        axis = "ep" if layout.ep > 1 else "etp"
         raise LayoutDoesNotFit(
-            f"layout.ep {layout.ep} x layout.etp {layout.etp}, but the model has no experts. Set both to 1, or describe the "
-            f"experts under train.model.moe.",
-            axis="ep" if layout.ep > 1 else "etp",
+            f"layout.{axis} is {getattr(layout, axis)}, but the model has no experts to share. Leave it out, or describe the "
+            f"experts under model.moe.",
+            axis=axis,
         )

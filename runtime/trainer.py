@@ -87,7 +87,7 @@ class Trainer:
         planner: what plans the batches; by default ``HybridPlanner``.
 
     Raises:
-        UnsupportedLayout, LayoutDoesNotFit: the layout cannot run on these workers.
+        LayoutDoesNotFit: the layout cannot run on these workers.
         OtherRun: the checkpoint to resume from is of another model, tokenizer or data order.
         CheckpointNotFound: there is nothing to resume from.
     """

@@ -74,7 +74,7 @@ class PipelineSchedule:
             raise LayoutDoesNotFit(
                 f"schedule {self.name} takes {number} virtual stages per rank, not {self.virtual_stages}. "
                 f"Set layout.virtual_stages to {least}, or take another layout.schedule.",
-                "virtual_stages",
+                "schedule" if self.virtual_stages == 1 else "virtual_stages",
             )
 
     @property

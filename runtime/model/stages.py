@@ -2,11 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from evermesh.parallelism.layout import Layout
 from evermesh.parallelism.pipeline.split import split_layers
-from evermesh.runtime.config import ModelConfig
+
+if TYPE_CHECKING:
+    from evermesh.runtime.config import ModelConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,12 +20,12 @@ class Part:
     is_last: bool = True
 
     @classmethod
-    def of(cls, config: ModelConfig, layers: range) -> Self:
+    def of(cls, config: "ModelConfig", layers: range) -> Self:
         """The part with these layers: the first layer comes with the embedding, the last with the head."""
         return cls(layers, layers.start == 0, layers.stop == config.layers)
 
 
-def stage_parts(config: ModelConfig, vocabulary: int, layout: Layout) -> tuple[Part, ...]:
+def stage_parts(config: "ModelConfig", vocabulary: int, layout: Layout) -> tuple[Part, ...]:
     """The part of every pipeline stage: the slowest as fast as it can be, by the FLOPs of a token outside attention.
 
     Raises:

@@ -194,11 +194,36 @@ def test_the_keys_of_a_section_with_kinds_are_those_of_its_kind(tmp_path: Path) 
     ]
 
 
-@pytest.mark.parametrize(("key", "value"), [("pp", 4), ("ep", 2), ("etp", 2), ("offload", 0.5)])
-def test_a_layout_that_this_version_cannot_run_names_its_line(tmp_path: Path, key: str, value: float) -> None:
-    path = write(tmp_path, GOOD + f"    {key}: {value}\n")
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("pp: 8", "8 pipeline stages, but the model has 4 layers, and every stage takes at least one. Set layout.pp"),
+        ("ep: 2", "layout.ep is 2, but the model has no experts to share. Leave it out, or describe"),
+        ("etp: 2", "layout.etp is 2, but the model has no experts to share."),
+        ("offload: 0.5", "layout.offload is 0.5, but this version keeps all activations on the device."),
+        ("schedule: interleaved-1f1b", "schedule interleaved-1f1b takes at least 2 virtual stages per rank, not 1."),
+    ],
+)
+def test_a_layout_that_cannot_work_names_its_line(tmp_path: Path, line: str, message: str) -> None:
+    path = write(tmp_path, GOOD + f"    {line}\n")
     [text] = errors(path)
-    assert text.startswith(f"{path}:10: train.layout.{key} is {value}; this version runs hybrid data and context")
+    assert text.startswith(f"{path}:10: {message}"), text
+
+
+@pytest.mark.parametrize(
+    ("degrees", "message"),
+    [
+        ("ep: 3", "layout.ep is 3, which does not divide experts, 8. It can be 1, 2, 4, 8."),
+        (
+            "ep: 8",
+            "ep 8 x etp 1 = 8 ranks per set of experts do not divide the hdp 4 x tp 1 = 4 ranks of a pipeline stage.",
+        ),
+    ],
+)
+def test_experts_that_the_workers_cannot_share_name_the_line(tmp_path: Path, degrees: str, message: str) -> None:
+    path = write(tmp_path, GOOD + f"    {degrees}\n  model:\n    moe: {{experts: 8, ffn: 64}}\n")
+    [text] = errors(path)
+    assert text.startswith(f"{path}:10: {message}"), text
 
 
 def test_a_tensor_parallel_degree_that_does_not_fit_names_its_line_and_those_that_do(tmp_path: Path) -> None:

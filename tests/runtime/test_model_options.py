@@ -74,7 +74,7 @@ def test_a_parallel_block_adds_attention_and_feed_forward_of_one_norm() -> None:
     block.register_forward_pre_hook(lambda _, arguments: captured.update(arguments=arguments))
     logits = model(tokens, tokens, plain_attention)
     normed = torch.nn.functional.rms_norm(x, x.shape[-1:], block.get_parameter("input_norm.weight"), 1e-5)
-    _, rotation, attend = captured["arguments"]
+    _, rotation, attend, _ = captured["arguments"]
     attention, feed_forward = block.get_submodule("attention"), block.get_submodule("feed_forward")
     expected = x + attention(normed, rotation, attend) + feed_forward(normed)
     assert relative_error(logits, model.head(model.norm(expected))) <= 1e-14

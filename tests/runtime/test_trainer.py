@@ -11,7 +11,7 @@ from evermesh.checkpoint.errors import CheckpointNotFound
 from evermesh.fault.events import read_events
 from evermesh.parallelism.errors import LayoutDoesNotFit, SequenceTooLong
 from evermesh.runtime import TrainConfig, read_telemetry
-from evermesh.runtime.errors import OtherRun, TrainingDiverged, UnsupportedLayout
+from evermesh.runtime.errors import OtherRun, TrainingDiverged
 from evermesh.runtime.micro_batch import LocalBatch
 from evermesh.runtime.trainer import Asked, Trainer
 from tests.cluster import RankFailed, run_ranks
@@ -204,7 +204,7 @@ def test_resuming_without_a_checkpoint_is_refused(corpus: Path, tmp_path: Path) 
 def test_layouts_that_cannot_run_are_refused(corpus: Path) -> None:
     with pytest.raises(LayoutDoesNotFit, match="hdp 3 x tp 1 = 3 ranks, but 1 were started"):
         Trainer(_on(3, small_config(corpus)))
-    with pytest.raises(UnsupportedLayout, match=r"layout\.pp 2"):
+    with pytest.raises(LayoutDoesNotFit, match="pp 2 x hdp 1 x tp 1 = 2 ranks, but 1 were started"):
         Trainer(_on(1, small_config(corpus, layout={"pp": 2})))
 
 
