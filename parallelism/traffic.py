@@ -5,11 +5,14 @@ Nothing here looks at the code that communicates. Shape of a block: keys and val
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from evermesh.parallelism.batch_plan import BatchPlan, MicroBatch
-from evermesh.parallelism.cost import ModelShape
+from evermesh.parallelism.experts.placement import Placement
+from evermesh.parallelism.experts.traffic import ExpertGroup, expert_traffic
+from evermesh.parallelism.layout import Layout
 from evermesh.parallelism.ledger import Traffic
 from evermesh.parallelism.links import Operation, Tier, tiers_from, wire_bytes
 from evermesh.parallelism.mesh import Mesh
@@ -19,91 +22,175 @@ from evermesh.parallelism.pipeline.schedule import PipelineSchedule
 AXIS, TENSOR_AXIS, PIPELINE_AXIS = "hdp", "tp", "pp"
 
 
+class TensorCalls(NamedTuple):
+    """How often the ranks that share a model gather and scatter tokens in one pass through their layers."""
+
+    gathers: int
+    scatters: int
+    recomputed_gathers: int
+    """In the repetition of the blocks. It leaves out what nothing in the backward pass needs."""
+    recomputed_scatters: int
+
+
+@dataclass(frozen=True, slots=True)
+class StageSizes:
+    """What one pipeline rank holds."""
+
+    layers: int
+    """Layers with attention."""
+    calls: TensorCalls
+    has_head: bool
+    num_parameters: int
+    """Elements that one rank trains, experts apart: all, or its largest part of each parameter."""
+    num_replicated: int = 0
+    """Of these, elements that all ranks of a tensor-parallel group train."""
+    num_expert_parameters: int = 0
+    """Elements of the experts of one rank."""
+    expert_layers: tuple[int, ...] = ()
+
+
 @dataclass(frozen=True, slots=True)
 class TrainedModel:
     """The sizes of a model, and of what is trained, that decide the traffic."""
 
-    shape: ModelShape
-    num_parameters: int
-    """Elements that one rank trains: all, or with ``tp`` > 1 its largest part of each parameter."""
+    layout: Layout
+    hidden: int
+    key_value_elements: int
+    """Of keys and values of one token in one layer, all heads."""
     bytes_per_element: int
     """Of parameters, gradients and activations; the gradients of a block, and the loss, take at least four bytes."""
-    tp: int = 1
-    """Ranks that share a model."""
-    num_replicated: int = 0
-    """Elements that all of them train."""
+    stages: tuple[StageSizes, ...]
+    """Of every pipeline rank."""
+    num_experts: int = 0
+    tied_elements: tuple[int, ...] = ()
+    """Of the embedding, by tensor-parallel rank, where another rank has a copy of it."""
 
     @property
-    def block_token_elements(self) -> int:
-        """Elements of one token in a block, of the key and value heads of one rank."""
-        return 2 * self.shape.kv_heads // self.tp * self.shape.head_dim
+    def mesh(self) -> Mesh:
+        """Where its ranks stand."""
+        return Mesh.of(self.layout)
+
+    @property
+    def token_bytes(self) -> int:
+        """Of the activations of one token."""
+        return self.hidden * self.bytes_per_element
+
+
+Routing = Sequence[Sequence[Mapping[int, Sequence[int]]]]
+"""By rank, by micro-batch, by layer: how many of its tokens go to each expert."""
 
 
 def plan_traffic(
-    plan: BatchPlan, model: TrainedModel, nodes: Sequence[int], *, committed: bool = True
+    plan: BatchPlan, model: TrainedModel, nodes: Sequence[int], *, committed: bool = True, routing: Routing = ()
 ) -> list[Traffic]:
     """What all ranks send for one step, not yet added up: rings, activations, gradients and parameters.
 
     Args:
-        plan: the batch plan; ``model.tp`` consecutive processes per HDP rank.
+        plan: the batch plan.
         model: what is trained.
         nodes: index of the node of every rank.
         committed: whether the step ended in an update; without one the parameters are not gathered.
+        routing: what the routers chose, where there are experts.
     """
-    mesh = Mesh(len(nodes) // model.tp, model.tp)
-    parts: list[Traffic] = []
-    for column in mesh.groups("hdp"):
-        parts += _hdp_traffic(plan, model, [nodes[rank] for rank in column], committed=committed)
-    for hdp_rank, row in enumerate(mesh.groups("tp")):
-        parts += _tp_traffic(plan.ranks[hdp_rank], model, [nodes[rank] for rank in row])
+    mesh, parts = model.mesh, list[Traffic]()
+    for group in mesh.groups("hdp"):
+        stage = model.stages[mesh.coordinates(group[0]).pp]
+        parts += _rings(plan, model, stage.layers, [nodes[rank] for rank in group])
+        parts += _replicas(stage.num_parameters, AXIS, group, nodes, model, committed=committed)
+    for group in mesh.groups("tp"):
+        place = mesh.coordinates(group[0])
+        parts += _tp_traffic(plan.ranks[place.hdp], model, model.stages[place.pp], [nodes[rank] for rank in group])
+    for group in mesh.groups("pp"):
+        place = mesh.coordinates(group[0])
+        sizes = [-(-mb.num_tokens // mesh.tp) for mb in plan.ranks[place.hdp]]
+        own_nodes = [nodes[rank] for rank in group]
+        parts += pipeline_traffic(sizes, model.token_bytes, model.layout.pipeline, own_nodes)
+        parts += _tied(place.tp, model, own_nodes, committed=committed)
+    if model.num_experts:
+        for group in mesh.groups("edp"):
+            elements = model.stages[mesh.coordinates(group[0]).pp].num_expert_parameters
+            parts += _replicas(elements, "edp", group, nodes, model, committed=committed)
+        for pp in range(mesh.pp):
+            for group in mesh.expert_holders(pp):
+                parts += _experts(plan, group, model, nodes, routing)
     return parts
 
 
-def _hdp_traffic(plan: BatchPlan, model: TrainedModel, nodes: Sequence[int], *, committed: bool) -> Iterator[Traffic]:
-    """What the HDP ranks that hold the same part of the model send."""
-    shard_bytes = -(-model.num_parameters // len(nodes)) * model.bytes_per_element
-    yield from _rings(plan, model, nodes)
-    yield from collective_traffic("gradients", "all_reduce", AXIS, shard_bytes * len(nodes), nodes)
+def _replicas(
+    elements: int, axis: str, group: Sequence[int], nodes: Sequence[int], model: TrainedModel, *, committed: bool
+) -> Iterator[Traffic]:
+    """Sum of the gradients of what the ranks of a group all hold, and the parameters that each of them has stepped."""
+    own_nodes = [nodes[rank] for rank in group]
+    shard_bytes = -(-elements // len(group)) * model.bytes_per_element
+    if not shard_bytes:
+        return
+    yield from collective_traffic("gradients", "all_reduce", axis, shard_bytes * len(group), own_nodes)
     if committed:
-        yield from collective_traffic("parameters", "all_gather", AXIS, shard_bytes, nodes)
+        yield from collective_traffic("parameters", "all_gather", axis, shard_bytes, own_nodes)
 
 
-def _tp_traffic(micro_batches: Sequence[MicroBatch], model: TrainedModel, nodes: Sequence[int]) -> Iterator[Traffic]:
+def _tp_traffic(
+    micro_batches: Sequence[MicroBatch], model: TrainedModel, stage: StageSizes, nodes: Sequence[int]
+) -> Iterator[Traffic]:
     """What the ranks that share one model send."""
-    replicated_bytes = model.num_replicated * model.bytes_per_element
+    replicated_bytes = stage.num_replicated * model.bytes_per_element
     yield from collective_traffic("gradients", "all_reduce", TENSOR_AXIS, replicated_bytes, nodes)
     for micro_batch in micro_batches:
         recomputed = micro_batch.recompute == "block"
-        yield from tensor_traffic(micro_batch.num_tokens, model, nodes, recomputed=recomputed)
+        yield from tensor_traffic(micro_batch.num_tokens, model, stage, nodes, recomputed=recomputed)
 
 
 def tensor_traffic(
-    num_tokens: int, model: TrainedModel, nodes: Sequence[int], *, recomputed: bool = False
+    num_tokens: int, model: TrainedModel, stage: StageSizes, nodes: Sequence[int], *, recomputed: bool = False
 ) -> Iterator[Traffic]:
     """What the ranks that share one model send for one micro-batch, whose tokens are padded to a multiple of them.
 
-    Attention and feed-forward of every layer gather their input and scatter their output, the embedding scatters its
-    output and the head gathers its input; backward, each is the other. A block that is computed again leaves out its
-    last scatter, which nothing in its backward pass needs.
+    Backward, each gather is a scatter and each scatter a gather.
     """
     if num_tokens == 0:
         return
-    layers, own_tokens = model.shape.layers, -(-num_tokens // model.tp)
+    calls, own_tokens = stage.calls, -(-num_tokens // len(nodes))
     counts = {
-        ("tensor forward", "all_gather"): 2 * layers * (1 + recomputed) + 1,
-        ("tensor forward", "reduce_scatter"): (2 + recomputed) * layers + 1,
-        ("tensor backward", "all_gather"): 2 * layers + 1,
-        ("tensor backward", "reduce_scatter"): 2 * layers + 1,
+        ("tensor forward", "all_gather"): calls.gathers + recomputed * calls.recomputed_gathers,
+        ("tensor forward", "reduce_scatter"): calls.scatters + recomputed * calls.recomputed_scatters,
+        ("tensor backward", "all_gather"): calls.scatters,
+        ("tensor backward", "reduce_scatter"): calls.gathers,
     }
-    own_bytes = own_tokens * model.shape.hidden * model.bytes_per_element
+    own_bytes = own_tokens * model.token_bytes
     operations: tuple[Operation, ...] = ("all_gather", "reduce_scatter")
     for call_site, operation in itertools.product(("tensor forward", "tensor backward"), operations):
-        payload_bytes = own_bytes if operation == "all_gather" else own_bytes * model.tp
+        payload_bytes = own_bytes if operation == "all_gather" else own_bytes * len(nodes)
         for _ in range(counts[call_site, operation]):
             yield from collective_traffic(call_site, operation, TENSOR_AXIS, payload_bytes, nodes)
-    for values in (1, 2):  # the largest logit of a token; the sum of its exponentials and the logit of its target
+    for values in (1, 2) if stage.has_head else ():
+        # the largest logit of a token; the sum of its exponentials and the logit of its target
         payload_bytes = values * num_tokens * max(4, model.bytes_per_element)
         yield from collective_traffic("loss", "all_reduce", TENSOR_AXIS, payload_bytes, nodes)
+
+
+def _tied(tp_rank: int, model: TrainedModel, nodes: Sequence[int], *, committed: bool) -> Iterator[Traffic]:
+    """What an embedding and the head that copies it exchange, given the nodes of a pipeline."""
+    if not model.tied_elements:
+        return
+    schedule, num_bytes = model.layout.pipeline, model.tied_elements[tp_rank] * model.bytes_per_element
+    pair = [nodes[schedule.rank_of(stage)] for stage in (0, schedule.num_stages - 1)]
+    yield from collective_traffic("tied embeddings", "all_reduce", PIPELINE_AXIS, num_bytes, pair)
+    if committed:
+        yield from collective_traffic("tied embeddings", "broadcast", PIPELINE_AXIS, num_bytes, pair)
+
+
+def _experts(
+    plan: BatchPlan, ranks: Sequence[int], model: TrainedModel, nodes: Sequence[int], routing: Routing
+) -> Iterator[Traffic]:
+    """What the ranks that share one set of experts send for all layers of all micro-batches."""
+    layout, place = model.layout, model.mesh.coordinates(ranks[0])
+    group = ExpertGroup(
+        Placement(model.num_experts, layout.ep), layout.etp, tuple(nodes[rank] for rank in ranks), model.token_bytes
+    )
+    for index, micro_batch in enumerate(plan.ranks[place.hdp]):
+        for layer in model.stages[place.pp].expert_layers:
+            counts = [routing[rank][index][layer] for rank in ranks]
+            yield from expert_traffic(counts, group, recomputed=micro_batch.recompute == "block")
 
 
 def pipeline_traffic(
@@ -122,7 +209,9 @@ def pipeline_traffic(
         tier = tiers_from(earlier, nodes)[later]
         for tokens in num_tokens if earlier != later else ():
             for call_site in ("pipeline forward", "pipeline backward"):
-                yield from _messages(call_site, tier, tokens * token_bytes, 1, PIPELINE_AXIS)
+                if tokens:  # empty messages are not sent
+                    num_bytes = tokens * token_bytes
+                    yield Traffic(call_site, "send", PIPELINE_AXIS, tier, num_bytes, num_bytes, 1)
 
 
 def collective_traffic(
@@ -139,7 +228,7 @@ def collective_traffic(
         yield Traffic(call_site, operation, axis, tier, payload_bytes, sent, 1)
 
 
-def _rings(plan: BatchPlan, model: TrainedModel, nodes: Sequence[int]) -> Iterator[Traffic]:
+def _rings(plan: BatchPlan, model: TrainedModel, layers: int, nodes: Sequence[int]) -> Iterator[Traffic]:
     rings = {
         (piece.sequence, piece.ring, micro_batch.recompute == "block")
         for micro_batches in plan.ranks
@@ -147,35 +236,40 @@ def _rings(plan: BatchPlan, model: TrainedModel, nodes: Sequence[int]) -> Iterat
         for piece in micro_batch.pieces
         if len(piece.ring) > 1
     }
+    elements = model.key_value_elements // model.layout.tp
     for sequence, ring, recomputed in rings:
-        yield from _ring(plan.lengths[sequence], ring, model, nodes, forward_passes=1 + recomputed)
+        for part in _ring(plan.lengths[sequence], ring, nodes, forward_passes=1 + recomputed):
+            if part.num_tokens:  # empty messages are not sent
+                each = (
+                    model.bytes_per_element if part.call_site != "ring gradients" else max(4, model.bytes_per_element)
+                )
+                calls, num_bytes = part.passes * layers, part.num_tokens * elements * each
+                yield Traffic(part.call_site, "send", AXIS, part.tier, calls * num_bytes, calls * num_bytes, calls)
 
 
-def _ring(
-    length: int, ring: Sequence[int], model: TrainedModel, nodes: Sequence[int], *, forward_passes: int
-) -> Iterator[Traffic]:
-    """Messages of all layers for one sequence.
+class _RingMessage(NamedTuple):
+    call_site: str
+    tier: Tier
+    num_tokens: int
+    passes: int
+
+
+def _ring(length: int, ring: Sequence[int], nodes: Sequence[int], *, forward_passes: int) -> Iterator[_RingMessage]:
+    """Messages of one layer for one sequence.
 
     The block of an owner visits every other member. Members before the owner need all of it, those behind it only its
     head. Its gradient starts at the member before the owner and is handed on until it is home; that of the first owner
     is only ever the head's, because nobody else sees its tail.
     """
-    size, layers = len(ring), model.shape.layers
-    key_bytes = model.block_token_elements * model.bytes_per_element
-    gradient_bytes = model.block_token_elements * max(4, model.bytes_per_element)
+    size = len(ring)
     for owner, receiver in itertools.product(range(size), repeat=2):
         share = share_of(length, size, owner)
         sender = ring[(receiver + 1) % size]
         tier = tiers_from(sender, nodes)[ring[receiver]]
         if receiver != owner:
             visible = share.num_tokens if receiver < owner else share.head_tokens
-            yield from _messages("ring forward", tier, visible * key_bytes, forward_passes * layers)
-            yield from _messages("ring backward", tier, visible * key_bytes, layers)
+            yield _RingMessage("ring forward", tier, visible, forward_passes)
+            yield _RingMessage("ring backward", tier, visible, 1)
         if receiver != (owner - 1) % size:
             carried = share.num_tokens if owner else share.head_tokens
-            yield from _messages("ring gradients", tier, carried * gradient_bytes, layers)
-
-
-def _messages(call_site: str, tier: Tier, num_bytes: int, calls: int, axis: str = AXIS) -> Iterator[Traffic]:
-    if num_bytes:  # empty messages are not sent
-        yield Traffic(call_site, "send", axis, tier, calls * num_bytes, calls * num_bytes, calls)
+            yield _RingMessage("ring gradients", tier, carried, 1)

@@ -4,7 +4,7 @@ Everything that a step sends is in both, with one exception: the ``all_reduce`` 
 (call site ``bookkeeping``). Batch plans count for the step that they are made for, although they are sent before it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
@@ -12,7 +12,18 @@ from evermesh.parallelism.batch_plan import DIGEST_BYTES, BatchPlan
 from evermesh.parallelism.collectives import Communicator
 from evermesh.parallelism.ledger import Cell, Traffic, add_up
 from evermesh.parallelism.links import TIERS, Operation
-from evermesh.parallelism.traffic import TrainedModel, collective_traffic, plan_traffic
+from evermesh.parallelism.tensor import part_of
+from evermesh.parallelism.traffic import (
+    Routing,
+    StageSizes,
+    TensorCalls,
+    TrainedModel,
+    collective_traffic,
+    plan_traffic,
+)
+from evermesh.runtime.config import ModelConfig, TrainConfig
+from evermesh.runtime.flat import HeldSet
+from evermesh.runtime.model.stages import Part, parts_of_rank, stage_parts
 
 OPERATIONS: tuple[tuple[str, Operation, str], ...] = (
     ("ring forward", "send", "hdp"),
@@ -68,13 +79,66 @@ def payload_bytes(traffic: Sequence[Traffic], call_site: str) -> int:
 
 
 def step_traffic(
-    plan: BatchPlan, model: TrainedModel, nodes: Sequence[int], *, committed: bool = True
+    plan: BatchPlan, model: TrainedModel, nodes: Sequence[int], *, committed: bool = True, routing: Routing = ()
 ) -> tuple[Traffic, ...]:
-    """What a training step with this plan sends over all ranks; arguments as for ``plan_traffic``."""
+    """What a training step with this plan sends over all ranks; arguments as for ``plan_traffic``.
+
+    What balances experts (call sites ``documents``, ``expert loads``) is not in it.
+    """
     plan_bytes = DIGEST_BYTES + len(plan.to_json())
-    parts = list(plan_traffic(plan, model, nodes, committed=committed))
+    parts = list(plan_traffic(plan, model, nodes, committed=committed, routing=routing))
     parts += collective_traffic("scalars", "all_reduce", "world", 3 * 8, nodes)
     parts += collective_traffic("plan", "broadcast", "control", 8, nodes)  # how long it is
     parts += collective_traffic("plan", "broadcast", "control", plan_bytes, nodes)
     parts += collective_traffic("loss weights", "all_reduce", "control", 8, nodes)
     return add_up(parts)
+
+
+def trained_model(config: TrainConfig, vocabulary: int, held: Sequence[HeldSet]) -> TrainedModel:
+    """The sizes that decide the traffic; ``held`` are the sets of parameters of all stages."""
+    layout, model = config.layout, config.model
+    parts = stage_parts(model, vocabulary, layout)
+    sets = iter(held)
+    stages = tuple(_stage_sizes(model, parts_of_rank(parts, layout, pp), sets) for pp in range(layout.pp))
+    ends = {layout.pipeline.rank_of(stage) for stage in (0, layout.pipeline.num_stages - 1)}
+    spans = [part_of(vocabulary, layout.tp, tp_rank) for tp_rank in range(layout.tp)]
+    return TrainedModel(
+        layout=layout,
+        hidden=model.hidden,
+        key_value_elements=2 * model.kv_heads * model.head_size,
+        bytes_per_element=getattr(torch, config.dtype).itemsize,
+        stages=stages,
+        num_experts=model.moe.experts if model.moe is not None else 0,
+        tied_elements=tuple(
+            (stop - start) * model.hidden for start, stop in spans if model.tied_embeddings and len(ends) > 1
+        ),
+    )
+
+
+def _stage_sizes(model: ModelConfig, parts: Mapping[int, Part], sets: Iterator[HeldSet]) -> StageSizes:
+    """Takes the sets of one pipeline rank from ``sets``."""
+    layers = [layer for part in parts.values() for layer in part.layers]
+    expert_layers = tuple(layer for layer in layers if model.has_experts(layer))
+    dense = next(sets).layout
+    is_first, is_last = (any(getattr(part, name) for part in parts.values()) for name in ("is_first", "is_last"))
+    return StageSizes(
+        layers=len(layers),
+        calls=_tensor_calls(model, len(layers), len(expert_layers), is_first=is_first, is_last=is_last),
+        has_head=is_last,
+        num_parameters=dense.num_elements,
+        num_replicated=dense.replicated.stop - dense.replicated.start,
+        num_expert_parameters=next(sets).layout.num_elements if expert_layers else 0,
+        expert_layers=expert_layers,
+    )
+
+
+def _tensor_calls(model: ModelConfig, layers: int, expert_layers: int, *, is_first: bool, is_last: bool) -> TensorCalls:
+    """Attention, feed-forward and shared experts gather their input and scatter their output; the embedding scatters its
+    output, the head gathers its input. A block that is computed again stops behind the last thing that is needed: the
+    scatter of a feed-forward, or of a shared expert without a gate, is not.
+    """
+    moe = model.moe
+    shared = expert_layers if moe is not None and moe.shared_ffn else 0
+    blocks = layers + (layers - expert_layers) + shared
+    left_out = layers - expert_layers + (shared if moe is not None and not moe.shared_gate else 0)
+    return TensorCalls(blocks + is_last, blocks + is_first, blocks, blocks - left_out)

@@ -7,15 +7,21 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evermesh.parallelism import ByteLedger, CollectiveRecord, Communicator, Layout, ModelShape, Moment, plan_batch
+from evermesh.parallelism import ByteLedger, CollectiveRecord, Communicator, Layout, Moment, plan_batch
 from evermesh.parallelism.cost import CostModel
 from evermesh.parallelism.ledger import Traffic, add_up
 from evermesh.parallelism.links import Operation, Tier, tiers_from, wire_bytes
-from evermesh.parallelism.traffic import TrainedModel, plan_traffic, tensor_traffic
+from evermesh.parallelism.traffic import StageSizes, TensorCalls, TrainedModel, plan_traffic, tensor_traffic
 from tests.cluster import run_ranks
 
 COST = CostModel(token_s=1e-5, pair_s=1e-7, micro_batch_s=1e-4)
-SHAPE = ModelShape(hidden=32, layers=3, heads=4, kv_heads=2, head_dim=8, ffn=48, vocabulary=61)
+HIDDEN, LAYERS, KEY_VALUE_ELEMENTS = 32, 3, 2 * 2 * 8
+
+
+def _model(layout: Layout, num_parameters: int, bytes_per_element: int) -> TrainedModel:
+    calls = TensorCalls(2 * LAYERS + 1, 2 * LAYERS + 1, 2 * LAYERS, LAYERS)
+    stage = StageSizes(LAYERS, calls, has_head=True, num_parameters=num_parameters)
+    return TrainedModel(layout, HIDDEN, KEY_VALUE_ELEMENTS, bytes_per_element, (stage,))
 
 
 @given(payload=st.integers(0, 10**6), ranks=st.integers(1, 40))
@@ -116,8 +122,8 @@ def _totals(parts: list[Traffic]) -> Counter[tuple[str, str]]:
     nodes=st.lists(st.integers(0, 3), min_size=1, max_size=6),
 )
 def test_where_the_ranks_live_changes_the_tiers_but_no_sum(lengths: list[int], nodes: list[int]) -> None:
-    plan = plan_batch(lengths, Layout(hdp=len(nodes), capacity=400), COST)
-    model = TrainedModel(SHAPE, num_parameters=1001, bytes_per_element=4)
+    layout = Layout(hdp=len(nodes), capacity=400)
+    plan, model = plan_batch(lengths, layout, COST), _model(layout, 1001, 4)
     spread = plan_traffic(plan, model, nodes)
     assert _totals(spread) == _totals(plan_traffic(plan, model, [0] * len(nodes)))
     assert all(part.wire_bytes == 0 for part in spread if part.tier == "local")
@@ -126,10 +132,11 @@ def test_where_the_ranks_live_changes_the_tiers_but_no_sum(lengths: list[int], n
 @pytest.mark.parametrize("ring", [2, 3, 5])
 def test_a_ring_sends_three_quarters_of_a_full_one_and_gradients_once(ring: int) -> None:
     length = 2 * ring * 50  # all chunks alike
-    plan = plan_batch([length], Layout(hdp=ring, capacity=100), COST)
+    layout = Layout(hdp=ring, capacity=100)
+    plan = plan_batch([length], layout, COST)
     assert plan.ring_sizes() == {ring: 1}
-    sent = _totals(plan_traffic(plan, TrainedModel(SHAPE, 1, bytes_per_element=2), [0] * ring))
-    one_round = SHAPE.layers * length * 2 * SHAPE.kv_heads * SHAPE.head_dim * 2
+    sent = _totals(plan_traffic(plan, _model(layout, 1, 2), [0] * ring))
+    one_round = LAYERS * length * KEY_VALUE_ELEMENTS * 2
     assert sent["ring forward", "wire"] == sent["ring backward", "wire"] == (ring - 1) * one_round * 3 // 4
     # in float32, twice as wide; the first owner's tail, one of 2d chunks, stays at home
     assert sent["ring gradients", "wire"] * 2 * ring == 2 * (ring - 1) * one_round * (2 * ring - 1)
@@ -137,13 +144,14 @@ def test_a_ring_sends_three_quarters_of_a_full_one_and_gradients_once(ring: int)
 
 def test_a_layer_shared_by_ranks_gathers_twice_and_scatters_twice_each_way() -> None:
     """Korthikanti et al. (arXiv 2205.05198, section 4.2.2): 4 all-gathers and 4 reduce-scatters per layer."""
-    model, tokens, tp = TrainedModel(SHAPE, 1, bytes_per_element=2, tp=4), 10, 4
-    sent = _totals([*tensor_traffic(tokens, model, [0] * tp)])
-    one_way = (tp - 1) * 12 * SHAPE.hidden * 2  # 12 tokens after padding; all ranks together
+    model, tokens, tp = _model(Layout(tp=4), 1, 2), 10, 4
+    stage = model.stages[0]
+    sent = _totals([*tensor_traffic(tokens, model, stage, [0] * tp)])
+    one_way = (tp - 1) * 12 * HIDDEN * 2  # 12 tokens after padding; all ranks together
     for call_site in ("tensor forward", "tensor backward"):
-        assert sent[call_site, "wire"] == (4 * SHAPE.layers + 2) * one_way
+        assert sent[call_site, "wire"] == (4 * LAYERS + 2) * one_way
     assert sent["loss", "wire"] == 2 * (tp - 1) * 3 * tokens * 4  # three float32 numbers per token
-    again = _totals([*tensor_traffic(tokens, model, [0] * tp, recomputed=True)])
-    assert again["tensor forward", "wire"] == (7 * SHAPE.layers + 2) * one_way
+    again = _totals([*tensor_traffic(tokens, model, stage, [0] * tp, recomputed=True)])
+    assert again["tensor forward", "wire"] == (7 * LAYERS + 2) * one_way
     assert again["tensor backward", "wire"] == sent["tensor backward", "wire"]
-    assert _totals([*tensor_traffic(0, model, [0] * tp)]) == {}
+    assert _totals([*tensor_traffic(0, model, stage, [0] * tp)]) == {}

@@ -1,8 +1,9 @@
 """Real training runs: what the tap saw against the formula of every step."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -11,20 +12,20 @@ from evermesh.parallelism.traffic import TrainedModel
 from evermesh.runtime import StepReport, TrainConfig
 from evermesh.runtime.micro_batch import LocalBatch
 from evermesh.runtime.process_group import nodes_of_ranks
-from evermesh.runtime.traffic import step_traffic
+from evermesh.runtime.traffic import step_traffic, trained_model
 from evermesh.runtime.trainer import Trainer
 from tests.cluster import run_ranks
 
 STEPS = 3
+EXPERTS = {"moe": {"experts": 4, "ffn": 16, "shared_ffn": 16, "first_dense_layers": 1}}
 
 
-def _config(corpus: Path, workers: int, dtype: str = "float32", recompute: str = "none", tp: int = 1) -> TrainConfig:
-    hdp = workers // tp
+def _config(corpus: Path, dtype: str = "float32", model: dict[str, Any] | None = None, **layout: Any) -> TrainConfig:
     return TrainConfig.model_validate(
         {
-            "model": {"hidden": 32, "layers": 2, "heads": 4, "kv_heads": 2, "ffn": 48},
+            "model": {"hidden": 32, "layers": 2, "heads": 4, "kv_heads": 2, "ffn": 48} | (model or {}),
             "data": {"sources": [{"kind": "corpus", "path": str(corpus)}], "context": 512, "batch_tokens": 1500},
-            "layout": {"capacity": 520 // hdp, "hdp": hdp, "tp": tp, "recompute": recompute},
+            "layout": {"capacity": 520 // layout["hdp"]} | layout,
             "checkpoint": {"every": 2},
             "dtype": dtype,
             "steps": STEPS,
@@ -32,32 +33,56 @@ def _config(corpus: Path, workers: int, dtype: str = "float32", recompute: str =
     )
 
 
-def _traffic(
-    rank: int, workers: int, config: TrainConfig, ranks_per_node: int | None, bad_step: int | None
-) -> tuple[TrainedModel, list[tuple[bytes, StepReport]]]:
-    """Plan and report of every step on rank 0; the loss of ``bad_step`` is not finite."""
+class Seen(NamedTuple):
+    """A run as one rank saw it, by step."""
+
+    model: TrainedModel
+    plans: list[BatchPlan]
+    reports: list[StepReport]
+    """On rank 0."""
+    routing: list[list[dict[int, list[int]]]]
+    """By micro-batch, by layer: how many of this rank's tokens chose each expert."""
+
+
+def _seen(rank: int, workers: int, config: TrainConfig, ranks_per_node: int | None, bad_step: int | None) -> Seen:
+    """The loss of ``bad_step`` is not finite."""
     if ranks_per_node is not None:
         os.environ["LOCAL_WORLD_SIZE"] = str(ranks_per_node)
     reports: list[StepReport] = []
-    plans: list[bytes] = []
+    plans: list[BatchPlan] = []
+    routing: list[list[dict[int, list[int]]]] = []
     trainer = Trainer(config, report=reports.append)
     step, run = trainer.train_step, trainer.runner.accumulate
 
     def train_step(batch: Any) -> Any:
-        plans.append(batch.plan.to_json())
+        plans.append(batch.plan)
         return step(batch)
 
     def accumulate(batch: LocalBatch) -> Any:
         loss, contexts = run(batch)
+        routing.append([{layer: load.tolist() for layer, load in context.loads.items()} for context in contexts])
         return (loss * float("inf") if trainer.progress.step == bad_step else loss), contexts
 
     trainer.train_step, trainer.runner.accumulate = train_step, accumulate  # type: ignore[method-assign]
     trainer.fit()
-    shape = config.model.shape(trainer.corpora[0].vocabulary)
-    flat = trainer.built.sets[0].flat
-    replicated = flat.gradients[flat.replicated].numel()
-    model = TrainedModel(shape, flat.num_elements, flat.values.element_size(), config.layout.tp, replicated)
-    return model, list(zip(plans, reports, strict=False))
+    model = trained_model(config, trainer.corpora[0].vocabulary, trainer.built.held)
+    return Seen(model, plans, reports, routing)
+
+
+def _checked(
+    config: TrainConfig, ranks_per_node: int | None = None, bad_step: int | None = None
+) -> Iterator[tuple[BatchPlan, StepReport]]:
+    """Plan and report of every step, after its ledger was found equal to the formula."""
+    workers = config.layout.world_size
+    of_ranks = run_ranks(workers, _seen, config, ranks_per_node, bad_step)
+    nodes = [rank // (ranks_per_node or workers) for rank in range(workers)]
+    first = of_ranks[0]
+    assert len(first.plans) == len(first.reports) == STEPS
+    for step, (plan, report) in enumerate(zip(first.plans, first.reports, strict=True)):
+        routing = [of_rank.routing[step] for of_rank in of_ranks]
+        assert report.committed == (report.step != bad_step)
+        assert report.traffic == step_traffic(plan, first.model, nodes, committed=report.committed, routing=routing)
+        yield plan, report
 
 
 @pytest.mark.parametrize(
@@ -73,16 +98,11 @@ def _traffic(
 def test_the_ledger_of_every_step_equals_the_formula(
     workers: int, ranks_per_node: int | None, dtype: str, recompute: str, bad_step: int | None, corpus: Path
 ) -> None:
-    config = _config(corpus, workers, dtype, recompute)
-    model, steps = run_ranks(workers, _traffic, config, ranks_per_node, bad_step)[0]
-    nodes = [rank // (ranks_per_node or workers) for rank in range(workers)]
+    config = _config(corpus, dtype, hdp=workers, recompute=recompute)
     tiers = set() if workers == 1 else {"node"} if ranks_per_node is None else {"node", "network"}
-    assert len(steps) == STEPS
-    assert workers == 1 or any(max(report.plan.ring_sizes) == workers for _, report in steps), "no ring of all ranks"
-    for plan, report in steps:
-        assert report.committed == (report.step != bad_step)
-        formula = step_traffic(BatchPlan.from_json(plan), model, nodes, committed=report.committed)
-        assert report.traffic == formula
+    reports = [report for _, report in _checked(config, ranks_per_node, bad_step)]
+    assert workers == 1 or any(max(report.plan.ring_sizes) == workers for report in reports), "no ring of all ranks"
+    for report in reports:
         assert {part.tier for part in report.traffic} == tiers
         assert StepReport.from_json(report.to_json()) == report
 
@@ -94,23 +114,37 @@ def test_the_ledger_of_every_step_equals_the_formula(
 def test_the_ledger_equals_the_formula_where_ranks_share_a_model(
     workers: int, tp: int, ranks_per_node: int | None, dtype: str, recompute: str, odd_corpus: Path
 ) -> None:
-    config = _config(odd_corpus, workers, dtype, recompute, tp)
-    model, steps = run_ranks(workers, _traffic, config, ranks_per_node, 2)[0]
-    nodes = [rank // (ranks_per_node or workers) for rank in range(workers)]
-    assert len(steps) == STEPS
-    padded = [
-        micro_batch.num_tokens % tp
-        for plan, _ in steps
-        for micro_batches in BatchPlan.from_json(plan).ranks
-        for micro_batch in micro_batches
-    ]
-    assert any(padded), "no micro-batch was padded"
-    for plan, report in steps:
-        formula = step_traffic(BatchPlan.from_json(plan), model, nodes, committed=report.committed)
-        assert report.traffic == formula
+    config = _config(odd_corpus, dtype, hdp=workers // tp, tp=tp, recompute=recompute)
+    steps = list(_checked(config, ranks_per_node, bad_step=2))
+    micro_batches = [mb for plan, _ in steps for of_rank in plan.ranks for mb in of_rank]
+    assert any(mb.num_tokens % tp for mb in micro_batches), "no micro-batch was padded"
+    for _, report in steps:
         axes = {(part.axis, part.tier) for part in report.traffic if part.axis in ("hdp", "tp")}
         across = "network" if ranks_per_node == 1 else "node"
         assert axes == {("tp", across), *([] if workers == tp else [("hdp", "network")])}
+
+
+@pytest.mark.parametrize(
+    ("model", "layout", "ranks_per_node", "axes"),
+    [
+        ({"tied_embeddings": True}, {"pp": 2, "hdp": 2, "tp": 2}, 4, {"pp", "hdp", "tp"}),
+        (EXPERTS, {"hdp": 2, "tp": 2, "ep": 4, "recompute": "block"}, 2, {"hdp", "tp", "ep"}),
+        (EXPERTS, {"pp": 2, "hdp": 4, "ep": 2, "etp": 2}, 2, {"pp", "hdp", "ep", "etp"}),
+        pytest.param(
+            EXPERTS | {"tied_embeddings": True},
+            {"pp": 2, "hdp": 2, "tp": 2, "ep": 2, "recompute": "block", "schedule": "zero-bubble", "virtual_stages": 2},
+            4,
+            {"pp", "hdp", "tp", "ep", "edp"},
+            marks=pytest.mark.parity,
+        ),
+    ],
+)
+def test_the_ledger_equals_the_formula_on_pipelines_and_where_ranks_share_experts(
+    model: dict[str, Any], layout: dict[str, Any], ranks_per_node: int, axes: set[str], odd_corpus: Path
+) -> None:
+    config = _config(odd_corpus, "float64", {"layers": 4} | model, **layout)
+    for _, report in _checked(config, ranks_per_node, bad_step=2):
+        assert {part.axis for part in report.traffic} == {*axes, "world", "control"}
 
 
 def _records(rank: int, workers: int, config: TrainConfig, directory: Path) -> list[CollectiveRecord]:
@@ -126,7 +160,7 @@ def _records(rank: int, workers: int, config: TrainConfig, directory: Path) -> l
 @pytest.fixture(scope="module")
 def records(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> list[list[CollectiveRecord]]:
     """Records of three ranks that stop after step 2 and resume up to step 3."""
-    return run_ranks(3, _records, _config(corpus, 3), tmp_path_factory.mktemp("records"))
+    return run_ranks(3, _records, _config(corpus, hdp=3), tmp_path_factory.mktemp("records"))
 
 
 def test_records_of_every_group_tell_their_step_and_phase(records: list[list[CollectiveRecord]]) -> None:
