@@ -1,6 +1,7 @@
 """A small model in stages, the ranks of a pipeline that train it, and the same model in one process."""
 
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -139,7 +140,7 @@ def _train(
         for parameter, buffer in buffers.items():
             parameter.grad = buffer.fill_(1.0)
         stages = {stage: ModelStage(model, stage, step, recompute) for stage in schedule.stages_of(rank)}
-        with _listening(links, ledger):
+        with listening(links, ledger):
             outcome = executor.run(stages, activations_of(step))
         assert all(parameter.grad is buffer for parameter, buffer in buffers.items()), "a gradient was replaced"
         sent: tuple[Traffic, ...] = ledger.take_step(number)
@@ -149,9 +150,8 @@ def _train(
     return results
 
 
-def _listening(links: Links, ledger: ByteLedger) -> Any:
-    from contextlib import ExitStack
-
+def listening(links: Links, ledger: ByteLedger) -> ExitStack:
+    """Count what goes through all links, until the block ends."""
     stack = ExitStack()
     for communicator in links.values():
         stack.enter_context(communicator.listen(ledger))
