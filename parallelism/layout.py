@@ -42,11 +42,19 @@ class Layout(BaseModel):
     @model_validator(mode="after")
     def _schedule_exists(self) -> Self:
         PipelineSchedule(self.schedule, self.pp, self.virtual_stages)
+        if self.pp == 1 and self.virtual_stages > 1:
+            raise LayoutDoesNotFit(
+                f"{self.virtual_stages} virtual stages per rank, but pp 1: there is no pipeline to fill. "
+                "Set layout.virtual_stages to 1, or layout.pp to at least 2.",
+                "virtual_stages",
+            )
         return self
 
     @property
     def pipeline(self) -> PipelineSchedule:
-        """The order in which the pipeline ranks work."""
+        """The order in which the pipeline ranks work; without a pipeline, every micro-batch forward and backward at once."""
+        if self.pp == 1:
+            return PipelineSchedule()
         return PipelineSchedule(self.schedule, self.pp, self.virtual_stages)
 
     @property

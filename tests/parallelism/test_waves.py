@@ -121,3 +121,15 @@ def test_experts_that_do_not_divide_the_ranks_of_a_stage_are_refused() -> None:
 def test_a_layout_refuses_a_schedule_that_its_virtual_stages_do_not_have() -> None:
     with pytest.raises(ValueError, match="schedule 1f1b takes 1 virtual stages per rank, not 2"):
         Layout(pp=2, virtual_stages=2)
+
+
+def test_virtual_stages_without_a_pipeline_are_refused_and_its_schedule_is_the_plain_one() -> None:
+    with pytest.raises(ValueError, match="2 virtual stages per rank, but pp 1"):
+        Layout(schedule="interleaved-1f1b", virtual_stages=2)
+    order = Layout(schedule="gpipe").pipeline.actions(0, 2)
+    assert [(action.kind, action.micro_batch) for action in order] == [
+        ("forward", 0),
+        ("backward", 0),
+        ("forward", 1),
+        ("backward", 1),
+    ]
