@@ -24,6 +24,7 @@ from evermesh.parallelism import (
 )
 from evermesh.parallelism.errors import PlanInvalid
 from evermesh.parallelism.pieces import share_of
+from evermesh.parallelism.pipeline import Action, PipelineSchedule
 from evermesh.parallelism.simulator import simulate
 
 COST = CostModel(token_s=1e-5, pair_s=2e-9, micro_batch_s=1e-3)
@@ -323,6 +324,23 @@ def test_a_ring_out_of_step_with_its_experts_is_a_circle() -> None:
     ]
     with pytest.raises(PlanInvalid, match="wait for each other for ever"):
         joint_order.check_order(_by_hand(layout, ranks, (100,)), layout)
+
+
+def test_the_joint_order_refuses_stages_that_wait_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 0 sends the second micro-batch when it has the first back; rank 1 begins with the second."""
+    orders = {0: (0, 1), 1: (1, 0)}
+
+    def crossed(_: PipelineSchedule, rank: int, num_micro_batches: int) -> tuple[Action, ...]:
+        assert num_micro_batches == 2
+        return tuple(Action(kind, rank, index) for index in orders[rank] for kind in ("forward", "backward"))
+
+    layout = Layout(pp=2, capacity=200)
+    plan = _by_hand(layout, [[_whole(0, 0), _whole(1, 0)]], (100, 100))
+    monkeypatch.setattr(PipelineSchedule, "actions", crossed)
+    with pytest.raises(PlanInvalid, match=r"wait for each other for ever, first at: .*Message"):
+        verify_plan(plan, (100, 100), layout)
+    orders[1] = (0, 1)
+    verify_plan(plan, (100, 100), layout)
 
 
 def test_pipelines_with_another_number_of_micro_batches_share_a_ring() -> None:

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from evermesh.parallelism import BatchPlan, CostModel, Layout, MicroBatch, Piece, plan_batch, verify_plan
 from evermesh.parallelism.errors import LayoutDoesNotFit, PlanInvalid
+from evermesh.parallelism.pieces import share_of
 from evermesh.parallelism.planner.waves import align
 
 COST = CostModel(token_s=1e-5, pair_s=2e-9, micro_batch_s=1e-3)
@@ -76,6 +77,19 @@ def test_a_rank_in_a_ring_keeps_step_with_empty_micro_batches_and_one_without_do
     assignment = ((shares[0], *_packs([10, 20], 0, 1)), (shares[1],), _packs([300, 5], 2, 3))
     order = align(assignment, lengths, Layout(hdp=3, pp=2, capacity=300), COST)
     assert [[mb.num_tokens for mb in micro_batches] for micro_batches in order] == [[20, 100, 10], [0, 100], [5, 300]]
+
+
+def test_rings_of_three_ranks_in_pairs_need_three_waves() -> None:
+    pairs = ((0, 1), (1, 2), (0, 2))
+    assignment: list[list[MicroBatch]] = [[], [], []]
+    for sequence, pair in enumerate(pairs):
+        for index, rank in enumerate(pair):
+            assignment[rank].append(MicroBatch((Piece(sequence, share_of(100, 2, index).ranges(), pair),)))
+    order = align(tuple(map(tuple, assignment)), (100,) * 3, Layout(hdp=3, pp=2, capacity=50), COST)
+    places = {(p.sequence, rank): i for rank, mbs in enumerate(order) for i, mb in enumerate(mbs) for p in mb.pieces}
+    assert places.keys() == {(sequence, rank) for sequence, pair in enumerate(pairs) for rank in pair}
+    assert all(places[sequence, one] == places[sequence, other] for sequence, (one, other) in enumerate(pairs))
+    assert len(set(places.values())) == 3
 
 
 def test_one_recomputation_for_everyone_who_shares_experts_in_a_wave() -> None:
