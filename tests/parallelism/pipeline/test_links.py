@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from evermesh.parallelism.pipeline import PipelineSchedule
+from evermesh.parallelism.pipeline import Message, PipelineSchedule
 from evermesh.parallelism.pipeline.executor import PipelineExecutor
 from evermesh.parallelism.pipeline.links import Activations, Mail
 from tests.parallelism.pipeline.test_schedule import SCHEDULES
@@ -115,3 +115,18 @@ def test_no_rank_waits_for_a_send_and_every_receive_meets_its_message(
         last = sum(range(schedule.num_stages))
         expected = sum(tokens * (100 * i + last) for i, tokens in enumerate(TOKENS[:number]))
         assert sum(losses) == expected
+
+
+def test_one_receive_is_posted_ahead_on_each_link_and_never_more() -> None:
+    schedule = PipelineSchedule("1f1b", 2)
+    incoming, outgoing = _End([_Rendezvous() for _ in range(3)], 1), _End([], 1)
+    for meeting, tokens in zip(incoming.meetings, (2, 5, 1), strict=True):
+        meeting.tensor = torch.zeros(tokens, 1)
+        meeting.sent.set()
+    links: Any = {(0, 1): incoming, (1, 0): outgoing}
+    mail = Mail(schedule, 1, Activations((2, 0, 5, 1), 1, torch.float32, torch.device("cpu")), links)
+    posted = [incoming.count]
+    for micro_batch in range(4):
+        mail.receive(Message("forward", 1, micro_batch))
+        posted.append(incoming.count)
+    assert posted == [1, 2, 2, 3, 3]
