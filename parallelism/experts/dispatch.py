@@ -81,7 +81,8 @@ class Dispatcher(nn.Module):
         slots = [placement.slot(target, expert) for expert, target in enumerate(targets)]
         self.placement, self._width = placement, placement.most_held
         self._bins = [target * self._width + slot for target, slot in zip(targets, slots, strict=True)]
-        self._copies = dict(copies or {})
+        has_copies = len(placement.held[self.ep.rank]) > self.num_experts // self.ep.size
+        self._copies = dict(copies or {}) if has_copies else {}
 
     def forward(self, x_TC: Tensor, chosen_TK: Tensor, weights_TK: Tensor, experts: nn.Module) -> Tensor:
         """Sum over a token's choices of weight times output of the expert, [T, C]; differentiable.

@@ -6,7 +6,7 @@ copies on other ranks for the length of a step, so that tokens find them at home
 Source: Hecate (FSSDP), arXiv 2502.02581, sections 4 and 5.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -87,9 +87,11 @@ def choose_hot(
 ) -> HotDecision:
     """Decide which experts of one layer get copies where, from the tokens that chose each in recent steps.
 
-    Experts whose mean load over the last ``window`` steps is above the mean of all are hot, as many of them as can travel
-    behind the computation. If all of these fit into the memory of a rank, every rank gets a copy. Else the slots of
-    all ranks are dealt out one by one, each to the hot expert with most load per copy, to a node without a copy first.
+    Experts whose mean load over the last ``window`` steps is above the mean of all are candidates, and as many as can
+    travel behind the computation are hot: those with most load (as in the paper), or one after the other the one with
+    most load on the rank that is then the busiest, whichever leaves the busiest rank with less. If all hot ones fit into
+    the memory of a rank, every rank gets a copy. Else the slots of all ranks are dealt out one by one, each to the hot
+    expert with most load per copy, to a node without a copy first.
 
     Args:
         loads: by step, oldest first, the tokens that chose each expert, over all ranks.
@@ -103,16 +105,18 @@ def choose_hot(
     mean = [sum(load) / len(recent) for load in zip(*recent, strict=True)]
     average = sum(mean) / experts
     fits = budget.memory_bytes // (2 * budget.expert_bytes)
-    hides = int(budget.hidden_s * budget.bytes_per_s / budget.expert_bytes)
-    ranked = sorted(range(len(mean)), key=lambda expert: (-mean[expert], expert))
-    hot = [expert for expert in ranked if mean[expert] > average][:hides]
+    # the owner sends a copy to each other rank, over one link: with one owner of all hot experts nothing overlaps
+    hides = int(budget.hidden_s * budget.bytes_per_s / (budget.expert_bytes * max(1, ranks - 1)))
+    owners = Placement(experts, ranks)
+    candidates = sorted((e for e, load in enumerate(mean) if load > average), key=lambda e: (-mean[e], e))
+    choices = candidates[:hides], _of_busiest(candidates, mean, owners, hides)
+    hot = min(choices, key=lambda hot: max(_rows_of_ranks(hot, mean, owners)))  # the first of equals
     reason = (
         f"{len(hot)} hot experts of {experts}: {hides} hide behind {budget.hidden_s * 1e3:.3g} ms of computation, "
         f"{fits} fit into {budget.memory_bytes:,} bytes"
     )
     if ranks == 1 or not hot or fits == 0:
         return HotDecision(Placement(experts, ranks), reason)
-    owners = Placement(experts, ranks)
     if len(hot) <= fits:
         copies = {
             expert: tuple(rank for rank in range(ranks) if rank != owners.owner(expert)) for expert in sorted(hot)
@@ -120,6 +124,27 @@ def choose_hot(
         return HotDecision(Placement(experts, ranks, copies), f"{reason}; on every rank")
     copies = _dealt(hot, mean, fits, owners, nodes)
     return HotDecision(Placement(experts, ranks, copies), f"{reason}; {fits} copies a rank, by load")
+
+
+def _of_busiest(candidates: Sequence[int], load: Sequence[float], owners: Placement, count: int) -> list[int]:
+    """Up to ``count`` candidates, each the first one of the rank that is the busiest without those before it."""
+    left, hot = list(candidates), list[int]()
+    while left and len(hot) < count:
+        rows = _rows_of_ranks(hot, load, owners)
+        busiest = max(range(owners.ranks), key=rows.__getitem__)
+        best = next((expert for expert in left if owners.owner(expert) == busiest), left[0])
+        left.remove(best)
+        hot.append(best)
+    return hot
+
+
+def _rows_of_ranks(hot: Collection[int], load: Sequence[float], owners: Placement) -> list[float]:
+    """Load by rank when all of them share that of the hot experts."""
+    hot = set(hot)
+    rows = [sum(load[expert] for expert in hot) / owners.ranks] * owners.ranks
+    for expert, tokens in enumerate(load):
+        rows[owners.owner(expert)] += tokens if expert not in hot else 0.0
+    return rows
 
 
 def _dealt(

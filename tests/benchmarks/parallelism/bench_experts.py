@@ -100,7 +100,7 @@ def _hot(world_size: int, chosen: Tensor) -> Step:
     hot = HotExperts(mixture, ep)
     counts = torch.bincount(chosen.flatten(), minlength=EXPERTS)
     ep.all_reduce(counts, "loads")
-    budget = HotBudget(expert_bytes=1, memory_bytes=4, hidden_s=2.0, bytes_per_s=1.0)  # the two hottest
+    budget = HotBudget(expert_bytes=1, memory_bytes=4, hidden_s=6.0, bytes_per_s=1.0)  # two of them
     placement = choose_hot([counts.tolist()], ep.size, ep.nodes, budget).placement
 
     def step(x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
@@ -196,8 +196,8 @@ def _bytes_of_foldings() -> list[Row]:
 
 
 def _bytes_of_gathers() -> list[Row]:
-    """What a gather over etp 2 sends exactly, and padded to the longest."""
-    counts, ep = _big_counts(1.2), 4
+    """What a gather over etp 2 sends exactly, and padded to the longest, when ranks hold 1/8, 2/8, ... of the tokens."""
+    counts, ep = [[n * (rank + 1) // 8 for n in of_rank] for rank, of_rank in enumerate(_big_counts(1.2))], 4
     exact = padded = 0
     for ep_rank in range(ep):
         block = range(ep_rank * BIG_EXPERTS // ep, (ep_rank + 1) * BIG_EXPERTS // ep)
@@ -206,7 +206,7 @@ def _bytes_of_gathers() -> list[Row]:
             for etp_rank in (0, 1)
         ]
         exact, padded = exact + sum(arrived), padded + 2 * max(arrived)
-    what = "rows gathered over etp 2, Zipf 1.2 (formula)"
+    what = "rows gathered over etp 2, 1/8 to 8/8 of the tokens on a rank (formula)"
     return [exact_row(what, exact, "rows", peer="padded to the longest", peer_value=padded)]
 
 
@@ -216,7 +216,7 @@ def _hot_by_formula() -> list[Row]:
     expert_bytes = 3 * BIG_HIDDEN * BIG_WIDTH * BYTES
     plain_load, plain_bytes = _load(counts, Placement(BIG_EXPERTS, BIG_RANKS)), _moved(counts, _group(BIG_RANKS))
     for hot in (1, 2, 4, 8):
-        budget = HotBudget(expert_bytes, 2 * hot * expert_bytes, hidden_s=float(hot), bytes_per_s=expert_bytes)
+        budget = HotBudget(expert_bytes, 2 * hot * expert_bytes, hidden_s=float(hot), bytes_per_s=7 * expert_bytes)
         placement = choose_hot([totals], BIG_RANKS, (0,) * BIG_RANKS, budget).placement
         copies = sum(part.wire_bytes for part in copy_traffic(_group(BIG_RANKS, placement), [expert_bytes]))
         what = f"{hot} of {BIG_EXPERTS} experts hot, Zipf 1.2: "
