@@ -116,8 +116,11 @@ class MixtureOfExperts(nn.Module):
     def forward(self, x_TC: Tensor, context: TokenContext | None = None) -> Tensor:
         """[T, C] to [T, C]. Collective where the experts, or documents, are shared; T may be 0 and differ by rank.
 
-        ``context`` says which tokens are padding and of which documents the others are; without one all are tokens,
-        and nothing can be balanced by document. What the layer counted is left in it.
+        ``context`` says which tokens are padding and of which documents the others are; what the layer counted is left
+        in it. Without one all are tokens, and nothing is balanced.
+
+        Raises:
+            ValueError: in training without context, although the configuration balances.
         """
         routing = self.router(x_TC)
         chosen_TK = self._passing(routing.chosen_TK, context)
@@ -152,10 +155,10 @@ class MixtureOfExperts(nn.Module):
         return with_loss(out_TC, loss, weight)
 
     def _needs_no_context(self) -> None:
-        by_document = self.config.balancing.kind == "document_loss" or self.config.capacity_factor is not None
-        if by_document and self.training:
+        balances = self.config.balancing.kind != "none" or self.config.capacity_factor is not None
+        if balances and self.training:
             raise ValueError(
-                f"layer {self.layer} balances its experts by document, but was given no documents. Pass the decoder a "
+                f"layer {self.layer} balances its experts, but was given no documents to count. Pass the decoder a "
                 f"TokenContext, or set model.moe.balancing to none and capacity_factor to null."
             )
 
