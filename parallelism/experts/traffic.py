@@ -7,9 +7,14 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from evermesh.parallelism.batch_plan import MicroBatch
 from evermesh.parallelism.experts.placement import Placement
 from evermesh.parallelism.ledger import Traffic
 from evermesh.parallelism.links import Operation, Tier, tiers_from, wire_bytes
+from evermesh.parallelism.mesh import Mesh
+from evermesh.parallelism.pieces import share_of
+from evermesh.parallelism.tensor.sharding import padded_length
+from evermesh.parallelism.traffic import AXIS, TENSOR_AXIS, collective_traffic
 
 EP_AXIS, ETP_AXIS = "ep", "etp"
 
@@ -70,6 +75,48 @@ def copy_traffic(group: ExpertGroup, expert_bytes: Sequence[int]) -> Iterator[Tr
             home, away = group.rank(owner, etp_rank), group.rank(holder, etp_rank)
             yield _message("expert copies", EP_AXIS, home, away, num_bytes, group)
             yield _message("expert copy gradients", EP_AXIS, away, home, num_bytes, group)
+
+
+def document_traffic(
+    wave: Sequence[MicroBatch],
+    lengths: Sequence[int],
+    mesh: Mesh,
+    nodes: Sequence[int],
+    sizes: tuple[int, int],
+    *,
+    losses: bool,
+    capacity: bool,
+) -> Iterator[Traffic]:
+    """What one layer sends in one forward pass so that documents are balanced as wholes.
+
+    For the loss of a document its ranks exchange how often each expert was chosen, for capacity what every token chose.
+
+    Args:
+        wave: the micro-batch of every HDP rank.
+        lengths: tokens of every sequence of the batch.
+        mesh: the ranks.
+        nodes: index of the node of every rank.
+        sizes: experts of a layer, and how many a token passes through.
+        losses: whether documents have a loss.
+        capacity: whether documents have a capacity.
+    """
+    experts, per_token = sizes
+    for hdp_rank, micro_batch in enumerate(wave):
+        row = [nodes[rank] for rank in mesh.row(hdp_rank)]
+        own_tokens = padded_length(micro_batch.num_tokens, mesh.tp) // mesh.tp
+        counts_bytes, choices_bytes = len(micro_batch.pieces) * experts * 8, own_tokens * per_token * 4
+        if mesh.tp > 1 and losses and counts_bytes:
+            yield from collective_traffic("documents", "all_reduce", TENSOR_AXIS, counts_bytes, row)
+        if mesh.tp > 1 and capacity and choices_bytes:
+            yield from collective_traffic("documents", "all_gather", TENSOR_AXIS, choices_bytes, row)
+        for piece, tp_rank in itertools.product(micro_batch.pieces, range(mesh.tp)):
+            share = share_of(lengths[piece.sequence], len(piece.ring), piece.ring.index(hdp_rank))
+            payloads = experts * 8 * losses, share.num_tokens * per_token * 4 * capacity
+            for other, num_bytes in itertools.product(set(piece.ring) - {hdp_rank}, payloads):
+                sender, receiver = mesh.rank(hdp_rank, tp_rank), mesh.rank(other, tp_rank)
+                if num_bytes:
+                    tier = tiers_from(sender, nodes)[receiver]
+                    yield Traffic("documents", "send", AXIS, tier, num_bytes, num_bytes, 1)
 
 
 def _rows(counts: Sequence[Sequence[int]], group: ExpertGroup) -> list[list[int]]:

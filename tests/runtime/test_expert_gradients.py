@@ -16,6 +16,8 @@ from evermesh.parallelism.batch_plan import MicroBatch, Piece
 from evermesh.parallelism.experts.apply import apply_expert_parallel
 from evermesh.parallelism.experts.balance import ExpertLoads
 from evermesh.parallelism.experts.documents import TokenContext
+from evermesh.parallelism.experts.traffic import document_traffic
+from evermesh.parallelism.ledger import ByteLedger, Traffic, add_up
 from evermesh.parallelism.mesh import Mesh
 from evermesh.parallelism.pieces import share_of
 from evermesh.parallelism.tensor.apply import apply_tensor_parallel
@@ -81,6 +83,7 @@ class Result(NamedTuple):
     loss: float
     biases: dict[str, list[float]]
     loads: dict[int, list[int]]
+    traffic: tuple[Traffic, ...] = ()
 
 
 @cache
@@ -142,6 +145,7 @@ def _run(rank: int, world_size: int, mode: str, shape: Shape, recompute: bool) -
     hdp, tp = groups["hdp"], groups["tp"]
     cuts: dict[str, Any] = dict(apply_tensor_parallel(model, DECODER_SHARDING, tp))
     experts = apply_expert_parallel(model, DECODER_EXPERTS, groups["ep"], groups["etp"])
+    ledger = ByteLedger()
     loads, total = ExpertLoads((1, 2), 4, torch.device("cpu")), torch.zeros((), dtype=torch.float64)
     for wave in WAVES:
         micro_batch = _micro_batch(wave, hdp.rank)
@@ -152,15 +156,16 @@ def _run(rank: int, world_size: int, mode: str, shape: Shape, recompute: bool) -
         positions = torch.cat([none, *(torch.arange(start, stop) for _, start, stop in parts)])
         attend = MicroBatchAttention(micro_batch, LENGTHS, kernel_for(tokens.device, torch.float64), hdp)
         context = _context(micro_batch, hdp, tp)
-        logits = model(
-            pad_tokens(tokens, tp.size),
-            pad_tokens(positions, tp.size),
-            without_padding(attend, len(tokens)),
-            recompute=recompute,
-            context=context,
-        )[: len(tokens)]
-        loss = cross_entropy(logits, targets, VOCABULARY, tp).sum() / sum(LENGTHS)
-        loss.backward()
+        with hdp.listen(ledger), tp.listen(ledger):
+            logits = model(
+                pad_tokens(tokens, tp.size),
+                pad_tokens(positions, tp.size),
+                without_padding(attend, len(tokens)),
+                recompute=recompute,
+                context=context,
+            )[: len(tokens)]
+            loss = cross_entropy(logits, targets, VOCABULARY, tp).sum() / sum(LENGTHS)
+            loss.backward()
         loads.add(context)
         total += loss.detach() / tp.size + sum(context.losses.values())
     taken = loads.take(hdp, tp)
@@ -179,7 +184,9 @@ def _run(rank: int, world_size: int, mode: str, shape: Shape, recompute: bool) -
         if cuts[name].dim is None:
             tp.all_reduce(grad, "gradients")
         held[name] = cuts[name], tp.rank, grad
-    return held, Result({}, total.item(), biases(model), {layer: counts.tolist() for layer, counts in taken.items()})
+    sent = tuple(part for part in ledger.take_step(0, "start-up") if part.call_site == "documents")
+    counts = {layer: counts.tolist() for layer, counts in taken.items()}
+    return held, Result({}, total.item(), biases(model), counts, sent)
 
 
 def _ranges(micro_batch: MicroBatch) -> list[tuple[int, tuple[tuple[int, int], ...]]]:
@@ -198,9 +205,23 @@ def _check(mode: str, shape: Shape, *, recompute: bool = False) -> None:
             box = tuple(slice(o, o + s) for o, s in zip(offsets, sizes, strict=True))
             assert target[box].isnan().all() or torch.equal(target[box], part), f"replicas of {name} differ"
             target[box] = part
+    assert add_up(part for _, result in results for part in result.traffic) == _formula(mode, shape, recompute)
     assert whole.keys() == wanted.gradients.keys()
     errors = {name: relative_error(whole[name], wanted.gradients[name]) for name in whole}
     assert max(errors.values()) <= 1e-11, errors
+
+
+def _formula(mode: str, shape: Shape, recompute: bool) -> tuple[Traffic, ...]:
+    """What two layers exchange about documents."""
+    parts: list[Traffic] = []
+    for wave in WAVES:
+        micro_batches = [_micro_batch(wave, hdp_rank) for hdp_rank in range(shape.hdp)]
+        mesh, losses, capacity = Mesh(shape.hdp, shape.tp), mode != "bias", mode == "capacity"
+        for _ in range(2 * (1 + recompute)):
+            parts += document_traffic(
+                micro_batches, LENGTHS, mesh, (0,) * mesh.size, (4, 2), losses=losses, capacity=capacity
+            )
+    return add_up(parts)
 
 
 @pytest.mark.parametrize(
