@@ -13,6 +13,7 @@ from evermesh.parallelism import Communicator
 from evermesh.parallelism.attention.kernels import kernel_for
 from evermesh.parallelism.attention.micro_batch import MicroBatchAttention
 from evermesh.parallelism.batch_plan import MicroBatch, Piece
+from evermesh.parallelism.experts import ExpertSharding
 from evermesh.parallelism.experts.apply import apply_expert_parallel
 from evermesh.parallelism.experts.balance import ExpertLoads
 from evermesh.parallelism.experts.documents import TokenContext
@@ -25,7 +26,7 @@ from evermesh.parallelism.tensor.loss import cross_entropy
 from evermesh.parallelism.tensor.tokens import pad_tokens, without_padding
 from evermesh.runtime.config import ModelConfig, MoeConfig
 from evermesh.runtime.model.decoder import Decoder
-from evermesh.runtime.model.experts import biases, move_biases
+from evermesh.runtime.model.experts import MixtureOfExperts, biases, move_biases
 from evermesh.runtime.model.sharding import DECODER_EXPERTS, DECODER_SHARDING
 from tests.cluster import run_ranks
 from tests.oracle import gradient, plain_attention, relative_error
@@ -227,10 +228,8 @@ def _formula(mode: str, shape: Shape, recompute: bool) -> tuple[Traffic, ...]:
 @pytest.mark.parametrize(
     ("mode", "shape"),
     [
-        ("bias", Shape(hdp=2, tp=1, ep=2, etp=1)),
         ("bias", Shape(hdp=2, tp=2, ep=2, etp=2)),
-        ("document loss", Shape(hdp=2, tp=2, ep=4, etp=1)),
-        ("capacity", Shape(hdp=2, tp=2, ep=2, etp=1)),
+        ("capacity", Shape(hdp=2, tp=2, ep=4, etp=1)),  # and the document loss
     ],
 )
 def test_gradients_losses_and_biases_equal_one_process(mode: str, shape: Shape) -> None:
@@ -245,10 +244,52 @@ def test_recomputed_blocks_ask_for_their_documents_again() -> None:
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(
-    "shape", [Shape(2, 1, 1, 1), Shape(2, 1, 1, 2), Shape(2, 2, 1, 1), Shape(2, 2, 4, 1), Shape(2, 2, 1, 4)], ids=str
+    "shape",
+    [Shape(2, 1, 1, 1), Shape(2, 1, 2, 1), Shape(2, 2, 1, 1), Shape(2, 2, 4, 1), Shape(2, 2, 1, 4), Shape(2, 2, 2, 1)],
+    ids=str,
 )
 def test_expert_gradients_on_the_wide_matrix(mode: str, shape: Shape, recompute: bool) -> None:
     _check(mode, shape, recompute=recompute)
+
+
+SMALL = {"float64": 1e-12, "float32": 1e-5, "bfloat16": 2e-2}
+
+
+def _small_mixture(dtype: str) -> tuple[MixtureOfExperts, Tensor]:
+    """Sizes that the grouped kernel takes, also cut in two."""
+    mixture = MixtureOfExperts(16, MoeConfig(experts=4, ffn=32), 0)
+    generator = torch.Generator().manual_seed(1)
+    for parameter in mixture.parameters():
+        torch.nn.init.normal_(parameter, std=0.3, generator=generator)
+    mixture.router.double()  # the same choices in every type
+    mixture.experts.to(getattr(torch, dtype))
+    return mixture, torch.randn(24, 16, generator=generator).to(torch.bfloat16)
+
+
+def _small_gradients(rank: int, world_size: int) -> dict[str, list[Tensor]]:
+    groups, results = _groups(rank, Shape(hdp=4, tp=1, ep=2, etp=2)), {}
+    for dtype in SMALL:
+        mixture, x = _small_mixture(dtype)
+        sharding = ExpertSharding({"experts.gate": 1, "experts.up": 1, "experts.down": 2})
+        apply_expert_parallel(mixture, sharding, groups["ep"], groups["etp"])
+        own = x[6 * rank : 6 * rank + 6].to(getattr(torch, dtype)).requires_grad_()
+        out = mixture(own)
+        out.backward(torch.ones_like(out))
+        results[dtype] = [out.detach(), gradient(own)]
+    return results
+
+
+def test_every_type_gives_on_ranks_what_float64_gives_alone() -> None:
+    mixture, x = _small_mixture("float64")
+    own = x.double().requires_grad_()
+    out = mixture(own)
+    out.backward(torch.ones_like(out))
+    results = run_ranks(4, _small_gradients)
+    for dtype, tolerance in SMALL.items():
+        outs, grads = (torch.cat([of_rank[dtype][at] for of_rank in results]) for at in (0, 1))
+        assert outs.dtype == grads.dtype == getattr(torch, dtype)
+        assert relative_error(outs.double(), out.detach()) <= tolerance
+        assert relative_error(grads.double(), gradient(own)) <= tolerance
 
 
 def test_some_tokens_find_no_slot_and_which_ones_depends_on_step_and_seed_alone() -> None:
