@@ -83,6 +83,10 @@ def _all_operations(rank: int, world_size: int, nodes: tuple[int, ...]) -> tuple
         communicator.all_gather(torch.zeros(5 * world_size), torch.zeros(5), "s")
         communicator.reduce_scatter(torch.zeros(5), torch.zeros(5 * world_size), "s")
         communicator.broadcast(torch.zeros(7), 2, "s")
+        rows, sent = [0, 1, 2, 3], [rank] * world_size  # every rank sends as many rows to each as its number
+        output = torch.zeros(sum(rows), 3)
+        communicator.all_to_all(output, torch.full((4 * rank, 3), float(rank)), "s", sent_rows=sent, received_rows=rows)
+        assert output[:, 0].tolist() == [1, 2, 2, 3, 3, 3]
         communicator.barrier("s")
         to, source = (rank + 2) % world_size, (rank - 2) % world_size
         for work in communicator.exchange([(torch.zeros(9), to)], [(torch.zeros(9), source)], "s"):
@@ -98,6 +102,8 @@ def test_every_operation_of_real_ranks_is_counted_on_the_link_that_it_takes() ->
         Traffic("s", "all_gather", "hdp", "node", 2 * 20, 2 * 3 * 20, 2),
         Traffic("s", "all_reduce", "hdp", "network", 6, 5 + 5, 2),  # 2 x 3 x 3 = 18 bytes as 4, 5, 4, 5
         Traffic("s", "all_reduce", "hdp", "node", 6, 4 + 4, 2),
+        Traffic("s", "all_to_all", "hdp", "network", 6 * 2 * 12, 6 * 2 * 12, 4),  # rows of 12 bytes, to two ranks
+        Traffic("s", "all_to_all", "hdp", "node", 6 * 12, 6 * 12, 4),
         Traffic("s", "barrier", "hdp", "network", 0, 0, 2),
         Traffic("s", "barrier", "hdp", "node", 0, 0, 2),
         Traffic("s", "broadcast", "hdp", "network", 2 * 28, 28, 2),
