@@ -5,6 +5,7 @@ EvermeshError
 ├── CheckpointNotSaved     (OSError)            a save failed on some rank; all ranks raise it
 ├── CheckpointNotFound     (FileNotFoundError)  there is no complete checkpoint at a path
 ├── CheckpointCorrupt      (ValueError)         bytes are not those that were saved
+├── WeightsUnusable        (ValueError)         weights of another project cannot be read, or not be written
 ├── CheckpointMismatch     (ValueError)         the checkpoint and the caller disagree about tensors
 └── RegistryMismatch       (ValueError)         the checkpoint and the state registry disagree about entries
 """
@@ -68,6 +69,14 @@ class CheckpointCorrupt(EvermeshError, ValueError):
             stop,
             tuple(tensors),
         )
+
+
+class WeightsUnusable(EvermeshError, ValueError):
+    """Weights of another project cannot be read into this model, or not be written for it."""
+
+    def __init__(self, path: Path, fact: str, way_out: str) -> None:
+        super().__init__(f"{path}: {fact}. {way_out}")
+        self.path, self.fact, self.way_out = path, fact, way_out
 
 
 class CheckpointMismatch(EvermeshError, ValueError):

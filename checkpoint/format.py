@@ -6,7 +6,7 @@ is one *extent*: some elements of the row-major storage of one region of a logic
 
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -203,9 +203,9 @@ class FilePart:
         return f"{self.name}{self.region}" + ("" if is_whole else f"[{self.start}:{self.stop}]")
 
 
-def safetensors_header(parts: Sequence[FilePart]) -> bytes:
+def safetensors_header(parts: Sequence[FilePart], metadata: Mapping[str, str] | None = None) -> bytes:
     """The head of a safetensors file that holds ``parts`` in this order, padded so that the data is aligned."""
-    entries: dict[str, Any] = {}
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
     for part in parts:
         entry = {

@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from evermesh.launcher import job_yaml
+from evermesh.launcher import job_model, job_yaml
 from evermesh.launcher.config import JobConfig
 from evermesh.launcher.errors import JobFileInvalid, Problem
 from evermesh.launcher.job_yaml import Key, dotted
@@ -36,6 +36,7 @@ def load_job(path: Path | str, overrides: Sequence[str] = ()) -> JobConfig:
     origins = {key: f"{path}:{line}" for key, line in lines.items()}
     for override in overrides:
         _apply(override, values, origins)
+    job_model.fill(values, lambda key: _origin(key, origins, str(path)))
     try:
         return JobConfig.model_validate(values)
     except ValidationError as error:

@@ -68,9 +68,11 @@ def open_data(config: JobConfig, console: Console) -> list[Corpus]:
 
     Raises:
         LayoutDoesNotFit: all workers together cannot hold the longest sequence.
+        VocabularyTooSmall: the tokenizer has more entries than the model has rows.
         EvermeshError: of the data.
     """
     corpora = open_corpora(config.train.data, console)
+    config.train.model.rows(corpora[0].vocabulary)
     check_longest(config, corpora)
     return corpora
 

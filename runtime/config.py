@@ -1,5 +1,6 @@
 """The configuration of one training process group, composed from every room's own; imports no torch."""
 
+from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import (
@@ -16,6 +17,7 @@ from pydantic import (
 from evermesh.parallelism.cost import CostModel, ExpertShape, ModelShape
 from evermesh.parallelism.layout import Layout
 from evermesh.runtime.data.config import DataConfig
+from evermesh.runtime.errors import VocabularyTooSmall
 from evermesh.runtime.layout import check_model
 
 
@@ -247,6 +249,20 @@ class ModelConfig(_Frozen):
         """The sliding window of a layer, tokens; None: the layer attends to all."""
         return self.sliding_window if self.window_layers is None or layer in self.window_layers else None
 
+    def rows(self, entries: int) -> int:
+        """Rows of embedding and head for a tokenizer of so many entries.
+
+        Raises:
+            VocabularyTooSmall: ``vocabulary`` is less than that.
+        """
+        if self.vocabulary is not None and self.vocabulary < entries:
+            raise VocabularyTooSmall(
+                f"the tokenizer of the data has {entries:,} entries, but the model only {self.vocabulary:,} rows "
+                f"(train.model.vocabulary). Prepare the data with the tokenizer that belongs to the weights"
+                f", or set it to at least {entries:,} for a model that starts anew."
+            )
+        return self.vocabulary or entries
+
     def shape(self, vocabulary: int) -> ModelShape:
         """The sizes that decide the cost, for a tokenizer of ``vocabulary`` entries."""
         return ModelShape(
@@ -311,6 +327,9 @@ class TrainConfig(_Frozen):
     """Everything that decides what a training run computes."""
 
     model: ModelConfig = ModelConfig()
+    init_from: Path | None = None
+    """Hugging Face directory whose weights a new run starts from; ``model`` is then the one of its config.json, and need
+    not be given. null: random weights."""
     data: DataConfig
     layout: Layout = Layout()
     cost: CostModel | None = None

@@ -1,8 +1,10 @@
 """The errors of this room.
 
 EvermeshError
-├── TrainingDiverged  (ArithmeticError)  too many steps in a row with values that are not finite
-└── OtherRun          (ValueError)       a checkpoint of another model, tokenizer or data order
+├── TrainingDiverged    (ArithmeticError)  too many steps in a row with values that are not finite
+├── VocabularyTooSmall  (ValueError)       the tokenizer has more entries than the model has rows
+├── UnsupportedModel    (ValueError)       a model of another project that this version cannot build or write
+└── OtherRun            (ValueError)       a checkpoint of another model, tokenizer or data order
 """
 
 from evermesh.parallelism.errors import EvermeshError
@@ -14,3 +16,11 @@ class TrainingDiverged(EvermeshError, ArithmeticError):
 
 class OtherRun(EvermeshError, ValueError):
     """The checkpoint was made by a run with another model, tokenizer or order of the data."""
+
+
+class VocabularyTooSmall(EvermeshError, ValueError):
+    """The tokenizer of the data has more entries than the model has rows of embedding and head."""
+
+
+class UnsupportedModel(EvermeshError, ValueError):
+    """A model of another project has a family or a setting that this version does not know, or ours cannot be one of them."""

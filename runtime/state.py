@@ -4,11 +4,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from evermesh import checkpoint
 from evermesh.checkpoint.directory import read_manifest
 from evermesh.checkpoint.registry import Replicated, StateRegistry
 from evermesh.checkpoint.shard_map import ShardMap
 from evermesh.parallelism.collectives import Communicator
+from evermesh.runtime.config import ModelConfig
 from evermesh.runtime.errors import OtherRun
 from evermesh.runtime.optimizer import ShardedAdamW
 
@@ -89,7 +92,9 @@ class TrainingState:
         return loaded
 
     def _check_identity(self, path: Path) -> None:
-        saved = read_manifest(path).description
+        saved = dict(read_manifest(path).description)
+        if "model" in saved:
+            saved["model"] = _with_defaults(saved["model"])  # an older version knew fewer fields
         differences = [
             f"{key} was {saved.get(key)!r} and is now {self.identity.get(key)!r}"
             for key in sorted(saved.keys() | self.identity.keys())
@@ -100,6 +105,13 @@ class TrainingState:
                 f"{path} is a checkpoint of another run: {'; '.join(differences)}. "
                 "Resume with the configuration it was made with, or launch a new run."
             )
+
+
+def _with_defaults(model: Any) -> Any:
+    try:
+        return ModelConfig.model_validate(model).model_dump(mode="json")
+    except ValidationError:
+        return model
 
 
 def _attribute(owner: object, name: str) -> tuple[Any, Any]:

@@ -29,6 +29,7 @@ from evermesh.runtime.router_bias import RouterBiases
 from evermesh.runtime.state import Progress, TrainingState
 from evermesh.runtime.telemetry import PlanSummary, StepReport
 from evermesh.runtime.traffic import over_all_ranks, payload_bytes
+from evermesh.runtime.weights import load_initial_weights
 
 TRAFFIC = (
     "ring forward",
@@ -90,6 +91,8 @@ class Trainer:
         LayoutDoesNotFit: the layout cannot run on these workers.
         OtherRun: the checkpoint to resume from is of another model, tokenizer or data order.
         CheckpointNotFound: there is nothing to resume from.
+        VocabularyTooSmall: the tokenizer has more entries than the model has rows.
+        UnsupportedModel, WeightsUnusable: ``config.init_from`` holds another model, or none that can be read.
     """
 
     def __init__(
@@ -116,7 +119,7 @@ class Trainer:
 
         self.corpora = open_sources(config.data)
         self.sampler = Sampler(self.corpora, config.data, config.seed)
-        vocabulary = self.corpora[0].vocabulary
+        vocabulary = model.rows(self.corpora[0].vocabulary)
         self.built = build_model(config, vocabulary, self.groups, self.device)
         self.optimizer = ShardedAdamW(self.built.sets, config.optimizer, self.built.tied)
         self.runner = build_runner(self.built, config.layout, self.groups)
@@ -131,6 +134,8 @@ class Trainer:
         self.state = TrainingState(self.optimizer, shards, self.progress, self._identity(), self.groups.host)
         if resume:
             self._resume()
+        elif config.init_from is not None:
+            self._start_from(config.init_from)
         self.guard = StepGuard(config.max_skipped_steps, self.progress)
         self.plan: BatchPlan | None = None
         """Of the batch that is being trained."""
@@ -266,6 +271,12 @@ class Trainer:
         self.router_biases.state = self.progress.router_biases
         text = f"from {path.name}, saved by {loaded.world_size}, on {self.workers} workers"
         self._log("resumed", text, load_s=time.monotonic() - started_s)
+
+    def _start_from(self, directory: Path) -> None:
+        started_s = time.monotonic()
+        read = load_initial_weights(directory, self.config.model, self.optimizer, self.groups.control)
+        text = f"from {directory}, in {' and '.join(read.dtypes)}, {read.bytes_read:,} bytes by rank 0"
+        self._log("weights", text, load_s=time.monotonic() - started_s)
 
     def _newest_checkpoint(self) -> Path | None:
         return checkpoint.latest(self.directory / "checkpoints") if self.directory else None

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from evermesh.launcher.commands import checkpoint, data, demo, jobs, plan, watching
+from evermesh.launcher.commands import checkpoint, data, demo, export, jobs, plan, watching
 
 app = typer.Typer(
     name="evermesh",
@@ -26,6 +26,7 @@ app.command("dashboard", epilog=watching.DASHBOARD_EXAMPLES)(watching.dashboard)
 app.command("stop", epilog=watching.STOP_EXAMPLES)(watching.stop)
 app.command("plan", epilog=plan.EXAMPLES)(plan.plan)
 app.add_typer(checkpoint.app)
+app.command("export", epilog=export.EXAMPLES)(export.export)
 app.add_typer(data.app)
 app.command("demo", epilog=demo.EXAMPLES)(demo.demo)
 

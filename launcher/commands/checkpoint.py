@@ -71,7 +71,7 @@ def show(place: Place = None, runs: Runs = Path("runs"), as_json: AsJson = False
     from evermesh import checkpoint
     from evermesh.launcher.terminal import print_table
 
-    path = _checkpoint(place, runs)
+    path = newest_checkpoint(place, runs)
     found = checkpoint.describe(path)
     if as_json:
         print(json.dumps(found, indent=1))
@@ -94,7 +94,7 @@ def verify(place: Place = None, runs: Runs = Path("runs"), as_json: AsJson = Fal
     """Read a checkpoint (of a run the newest one) and check every byte; exit code 1 if something is wrong."""
     from evermesh import checkpoint
 
-    report = checkpoint.verify(_checkpoint(place, runs))
+    report = checkpoint.verify(newest_checkpoint(place, runs))
     if as_json:
         problems = [{"kind": p.kind, "file": p.file, "text": p.text} for p in report.problems]
         print(json.dumps({"path": str(report.path), "ok": report.ok, "bytes": report.bytes_read, "problems": problems}))
@@ -125,7 +125,7 @@ def _directory(place: str | None, runs: Path) -> Path:
     return Run.find(place, runs).checkpoints
 
 
-def _checkpoint(place: str | None, runs: Path) -> Path:
+def newest_checkpoint(place: str | None, runs: Path) -> Path:
     """The checkpoint that ``place`` means: itself, or the newest of a run or a folder, complete if there is one."""
     from evermesh import checkpoint
     from evermesh.launcher.admission import incomplete

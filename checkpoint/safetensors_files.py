@@ -1,0 +1,72 @@
+"""Headers of safetensors files that others wrote, read with distrust; imports no torch.
+
+Format: eight bytes with the length of the header, little-endian; the header, JSON; then the tensors, row-major. Nothing
+in such a file is ever executed.
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from evermesh.checkpoint.dtypes import DTYPES
+from evermesh.checkpoint.errors import WeightsUnusable
+
+_MOST_HEADER_BYTES = 100_000_000
+"""The limit of the safetensors library."""
+_DTYPES = {dtype.code: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class FileTensor:
+    """One tensor in a file."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    """Position of its first byte in the file."""
+
+
+def read_header(file: Path) -> dict[str, FileTensor]:
+    """The tensors of a safetensors file, by name.
+
+    Raises:
+        WeightsUnusable: it is missing, truncated, or not what the format allows.
+    """
+    try:
+        with file.open("rb") as stream:
+            num_bytes = file.stat().st_size
+            length = int.from_bytes(stream.read(8), "little")
+            if not 2 <= length <= min(_MOST_HEADER_BYTES, num_bytes - 8):
+                raise WeightsUnusable(file, f"its header says {length:,} bytes; the file has {num_bytes:,}", _AGAIN)
+            header = json.loads(stream.read(length))
+    except OSError as error:
+        raise WeightsUnusable(file, f"it cannot be read: {error.strerror}", _AGAIN) from error
+    except ValueError as error:  # not JSON, or not text
+        raise WeightsUnusable(file, f"its header is no JSON: {error}", _AGAIN) from error
+    header.pop("__metadata__", None)
+    return {name: _tensor(file, name, entry, 8 + length, num_bytes) for name, entry in header.items()}
+
+
+_AGAIN = "Fetch the file again."
+
+
+def _tensor(file: Path, name: str, entry: Any, data: int, num_bytes: int) -> FileTensor:
+    try:
+        code, shape, (start, stop) = entry["dtype"], tuple(map(int, entry["shape"])), entry["data_offsets"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise WeightsUnusable(file, f"its entry of {name} is {entry!r}", _AGAIN) from error
+    dtype = _DTYPES.get(code)
+    if dtype is None:
+        raise WeightsUnusable(file, f"{name} is of type {code}", f"Convert it to one of {', '.join(_DTYPES)}.")
+    expected = math.prod(shape) * DTYPES[dtype].num_bytes
+    if not 0 <= start <= stop <= num_bytes - data or stop - start != expected:
+        raise WeightsUnusable(
+            file,
+            f"{name} of {list(shape)} {code} takes {expected:,} bytes, but is said to be in bytes {start:,} to {stop:,} "
+            f"of {num_bytes - data:,}",
+            _AGAIN,
+        )
+    return FileTensor(file, dtype, shape, data + start)

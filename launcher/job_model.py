@@ -1,0 +1,49 @@
+"""The model of a job that starts from a Hugging Face directory is the one of that directory."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from evermesh.launcher.errors import JobFileInvalid, Problem
+from evermesh.launcher.job_yaml import Key
+from evermesh.runtime.config import ModelConfig
+from evermesh.runtime.errors import UnsupportedModel
+from evermesh.runtime.model.families import CHOICES, read_model
+
+_INIT_FROM: Key = ("train", "init_from")
+
+
+def fill(values: Any, origin: Callable[[Key], str]) -> None:
+    """Complete ``train.model`` in place with what the directory ``train.init_from`` says; leave other jobs alone.
+
+    A job that gives every field of the model itself, as that of a run does, does not need the directory to be there; a
+    new run compares the two when it loads the weights.
+
+    Raises:
+        JobFileInvalid: the directory holds no model that this version knows, or another one than the job gives.
+    """
+    train = values.get("train") if isinstance(values, dict) else None
+    if not isinstance(train, dict) or not isinstance(train.get("init_from"), str):
+        return  # absent, or refused as what it is
+    directory, given = Path(train["init_from"]), train.get("model")
+    if not isinstance(given, dict | None):
+        return
+    given = given or {}
+    if given.keys() >= ModelConfig.model_fields.keys():
+        return
+    try:
+        there = read_model(directory).model_dump(mode="json")
+    except UnsupportedModel as error:
+        raise JobFileInvalid([Problem(origin(_INIT_FROM), "train.init_from", f"train.init_from: {error}")]) from error
+    problems = [
+        Problem(
+            origin(("train", "model", name)),
+            f"train.model.{name}",
+            f"train.model.{name} is {value!r}, but {directory} has {there[name]!r}. Leave it out.",
+        )
+        for name, value in given.items()
+        if name in there and name not in CHOICES and value != there[name]
+    ]
+    if problems:
+        raise JobFileInvalid(problems)
+    train["model"] = there | given
