@@ -1,0 +1,277 @@
+"""Runs that start from Hugging Face directories, and directories that are made from runs."""
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from evermesh import checkpoint
+from evermesh.checkpoint.errors import WeightsUnusable
+from evermesh.parallelism import Layout
+from evermesh.runtime import TrainConfig, process_group
+from evermesh.runtime.errors import OtherRun, UnsupportedModel, VocabularyTooSmall
+from evermesh.runtime.model.building import build_model
+from evermesh.runtime.model.families import read_model
+from evermesh.runtime.optimizer import ShardedAdamW
+from evermesh.runtime.trainer import Trainer
+from evermesh.runtime.weights import ExportOptions, export_checkpoint, load_initial_weights
+from tests.cluster import run_ranks
+from tests.runtime.hugging_face import MODELS, edited, logits_of_transformers, make, our_logits, ours
+
+pytest.importorskip("transformers", reason="the oracle is transformers: pip install 'evermesh[hf]'")
+
+OPTIONS = ExportOptions(max_positions=128)
+EVEN = {"num_attention_heads": 8, "num_key_value_heads": 4}
+"""Heads that four ranks can share."""
+
+
+def _ranks(world_size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """Real ranks, or for one of them this process."""
+    return [function(0, 1, *arguments)] if world_size == 1 else run_ranks(world_size, function, *arguments)
+
+
+def _config(corpus: Path, directory: Path, **changes: Any) -> TrainConfig:
+    values: dict[str, Any] = {
+        "model": read_model(directory).model_dump(),
+        "init_from": str(directory),
+        "data": {"sources": [{"kind": "corpus", "path": str(corpus)}], "context": 64, "batch_tokens": 300},
+        "layout": {"capacity": 128},
+        "steps": 2,
+    }
+    return TrainConfig.model_validate(values | changes)
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    """A Qwen3 with windows, biggest of the options; its rows suffice for the tokenizer of the corpus and are more."""
+    settings = MODELS["qwen3 with windows in some layers"] | EVEN
+    make(settings | {"vocab_size": 413}, tmp_path / "model", torch.bfloat16)
+    return tmp_path / "model"
+
+
+def _loaded(rank: int, workers: int, directory: Path, tp: int) -> tuple[dict[str, torch.Tensor], int, int]:
+    """What a rank holds after loading, the bytes it read, and those it had to."""
+    layout = Layout(hdp=workers // tp, tp=tp)
+    model_config = read_model(directory)
+    train = TrainConfig.model_validate(
+        {"model": model_config, "layout": layout, "data": {"sources": [{"kind": "stdlib"}]}}
+    )
+    groups = process_group.communicators(60.0, layout)
+    model, flat = build_model(train, model_config.rows(0), groups, torch.device("cpu"))
+    optimizer = ShardedAdamW(flat, train.optimizer, groups.hdp, groups.tp)
+    read = load_initial_weights(directory, model_config, optimizer, groups.control)
+    assert read.dtypes == ("bfloat16",)
+    whole = ours(directory).state_dict()
+    held = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    for entry in flat.entries:
+        part = whole[entry.name]
+        if entry.cut.dim is not None:
+            start, stop = entry.cut.span(groups.tp.rank)
+            part = part.narrow(entry.cut.dim, start, stop - start)
+        assert torch.equal(held[entry.name], part), entry.name
+    owned = sum(t.numel() for n, ts in optimizer.owned_state().items() if n.startswith("parameter.") for t in ts)
+    return held, read.bytes_read, 2 * owned
+
+
+@pytest.mark.parametrize(("hdp", "tp"), [(1, 1), pytest.param(3, 1, marks=pytest.mark.parity), (2, 2)])
+def test_every_rank_reads_the_bytes_of_its_own_regions_and_holds_its_part(directory: Path, hdp: int, tp: int) -> None:
+    results = _ranks(hdp * tp, _loaded, directory, tp)
+    for _, bytes_read, bytes_needed in results:
+        assert bytes_needed <= bytes_read <= 1.05 * bytes_needed
+    in_files = sum(t.nbytes for t in load_file(directory / "model.safetensors").values())
+    norms = sum(t.nbytes for n, t in load_file(directory / "model.safetensors").items() if "norm" in n)
+    assert sum(bytes_read for _, bytes_read, _ in results) == in_files + (tp - 1) * norms
+
+
+def _fit(rank: int, workers: int, config: TrainConfig, directory: Path, steps: int) -> int:
+    trainer = Trainer(config, directory=directory)
+    if steps == 0:
+        trainer.save()
+        return 0
+    return trainer.fit().step
+
+
+def _run(config: TrainConfig, directory: Path, steps: int) -> Path:
+    """The checkpoint of a run; without steps that of its initial weights."""
+    directory.mkdir()
+    _ranks(config.layout.world_size, _fit, config, directory, steps)
+    newest = checkpoint.latest(directory / "checkpoints")
+    assert newest is not None
+    return newest
+
+
+def test_weights_that_go_in_come_out_bit_for_bit(corpus: Path, directory: Path, tmp_path: Path) -> None:
+    config = _config(corpus, directory, layout={"capacity": 128, "hdp": 2})
+    path = _run(config, tmp_path / "run", steps=0)
+    written = export_checkpoint(path, tmp_path / "out", ExportOptions(dtype="bfloat16", most_file_bytes=40_000))
+    before = load_file(directory / "model.safetensors")
+    after = {n: t for file in written.weights.files for n, t in load_file(tmp_path / "out" / file).items()}
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert read_model(tmp_path / "out") == read_model(directory)
+
+
+def test_files_are_as_small_as_asked_and_the_index_names_every_tensor(
+    corpus: Path, directory: Path, tmp_path: Path
+) -> None:
+    path = _run(_config(corpus, directory), tmp_path / "run", steps=0)
+    written = export_checkpoint(path, tmp_path / "out", ExportOptions(most_file_bytes=40_000))
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert len(written.weights.files) > 3
+    assert set(index["weight_map"].values()) == set(written.weights.files)
+    sizes: Counter[str] = Counter()
+    for name, file in index["weight_map"].items():
+        sizes[file] += load_file(tmp_path / "out" / file)[name].nbytes
+    assert sizes.total() == index["metadata"]["total_size"] == written.weights.num_bytes
+    largest = 413 * 32 * 4  # embedding and head: they have files of their own
+    assert all(size <= 40_000 or size == largest for size in sizes.values())
+
+
+@pytest.mark.parametrize("name", ["llama 3 with its rope", "mistral with a window", "qwen2 with biases"])
+def test_a_trained_model_has_the_same_logits_in_transformers(name: str, corpus: Path, tmp_path: Path) -> None:
+    make(MODELS[name] | {"vocab_size": 413}, tmp_path / "model")
+    path = _run(_config(corpus, tmp_path / "model"), tmp_path / "run", steps=2)
+    export_checkpoint(path, tmp_path / "out", ExportOptions(most_file_bytes=60_000))
+    expected = our_logits(ours(tmp_path / "out"))
+    start = our_logits(ours(tmp_path / "model"))
+    assert (expected - start).abs().max() > 1e-2, "nothing was trained"
+    assert (logits_of_transformers(tmp_path / "out") - expected).abs().max() <= 1e-4
+
+
+def test_a_run_from_scratch_is_exported_with_its_tokenizer(corpus: Path, tmp_path: Path) -> None:
+    import tokenizers
+    import transformers
+
+    values = {"model": {"hidden": 32, "layers": 2, "heads": 4, "kv_heads": 2, "ffn": 48, "tied_embeddings": True}}
+    (tmp_path / "empty").mkdir()
+    config = TrainConfig.model_validate(
+        values
+        | {"data": {"sources": [{"kind": "corpus", "path": str(corpus)}], "context": 64, "batch_tokens": 300}}
+        | {"layout": {"capacity": 128}, "steps": 2, "dtype": "bfloat16"}
+    )
+    path = _run(config, tmp_path / "run", steps=2)
+    options = ExportOptions(trained_context=64, tokenizer=corpus / "tokenizer.json", end_token=3)
+    written = export_checkpoint(path, tmp_path / "empty", options)
+    assert (written.model_type, written.dtype) == ("llama", "bfloat16")
+    assert not (tmp_path / ".exporting-empty").exists()
+    assert (logits_of_transformers(tmp_path / "empty") - our_logits(ours(tmp_path / "empty"))).abs().max() <= 1e-4
+    text = "abc de fgh"
+    ids = tokenizers.Tokenizer.from_file(str(corpus / "tokenizer.json")).encode(text).ids
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "empty")
+    assert tokenizer(text, add_special_tokens=False)["input_ids"] == ids
+
+
+def test_the_files_of_transformers_in_several_parts_are_read(tmp_path: Path) -> None:
+    expected = make(MODELS["llama 3 with its rope"], tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
+    assert (our_logits(ours(tmp_path)) - expected).abs().max() <= 1e-4
+
+
+def test_a_tied_checkpoint_may_repeat_the_head_and_the_rope(tmp_path: Path) -> None:
+    expected = make(MODELS["qwen3"], tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert (our_logits(ours(tmp_path)) - expected).abs().max() <= 1e-4
+
+
+def _without(directory: Path, name: str) -> None:
+    tensors = load_file(directory / "model.safetensors")
+    del tensors[name]
+    save_file(tensors, directory / "model.safetensors")
+
+
+def _with(directory: Path, name: str, tensor: torch.Tensor) -> None:
+    save_file(load_file(directory / "model.safetensors") | {name: tensor}, directory / "model.safetensors")
+
+
+def _truncated(directory: Path) -> None:
+    file = directory / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-10])
+
+
+def _pickled(directory: Path) -> None:
+    (directory / "model.safetensors").rename(directory / "pytorch_model.bin")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_pickled, r"weights are pickles \(pytorch_model\.bin\).*save_pretrained"),
+        (_truncated, r"takes .* bytes, but is said to be in bytes .*Fetch the file again"),
+        (lambda d: (d / "model.safetensors").write_bytes(b"\xff" * 40), "its header says"),
+        (lambda d: (d / "model.safetensors").unlink(), "neither model.safetensors nor"),
+        (lambda d: _without(d, "model.norm.weight"), r"model\.norm\.weight \[32\] is missing"),
+        (lambda d: _with(d, "model.extra", torch.ones(2)), r"model\.extra \[2\] is no part of the model"),
+        (lambda d: _with(d, "model.norm.weight", torch.ones(31)), r"is \[31\], the model has \[32\]"),
+        (
+            lambda d: _with(d, "model.norm.weight", torch.ones(32, dtype=torch.int8)),
+            "of type int8, which is not one of",
+        ),
+    ],
+)
+def test_files_that_are_not_the_weights_of_the_model_are_refused(damage: Any, message: str, tmp_path: Path) -> None:
+    make({"model_type": "llama"}, tmp_path)
+    damage(tmp_path)
+    with pytest.raises(WeightsUnusable, match=message):
+        ours(tmp_path)
+
+
+def test_an_index_that_names_files_elsewhere_is_refused(tmp_path: Path) -> None:
+    make({"model_type": "llama"}, tmp_path, max_shard_size="20KB")
+    index = tmp_path / "model.safetensors.index.json"
+    values = json.loads(index.read_text())
+    values["weight_map"]["model.norm.weight"] = "../elsewhere.safetensors"
+    index.write_text(json.dumps(values))
+    with pytest.raises(WeightsUnusable, match="not in its directory"):
+        ours(tmp_path)
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused_with_both_numbers(corpus: Path, tmp_path: Path) -> None:
+    make(MODELS["qwen3"], tmp_path / "model")
+    with pytest.raises(VocabularyTooSmall, match="has 400 entries, but the model only 61 rows"):
+        Trainer(_config(corpus, tmp_path / "model"))
+
+
+def test_another_model_than_that_of_the_directory_is_refused(corpus: Path, directory: Path) -> None:
+    config = _config(corpus, directory)
+    model = config.model.model_copy(update={"norm_eps": 1e-3, "sliding_window": 8})
+    with pytest.raises(UnsupportedModel, match=r"another model: norm_eps is 0\.001, there it is 1e-06\. "):
+        Trainer(config.model_copy(update={"model": model}))
+
+
+def test_a_directory_that_is_not_empty_is_not_overwritten(corpus: Path, directory: Path, tmp_path: Path) -> None:
+    path = _run(_config(corpus, directory), tmp_path / "run", steps=0)
+    with pytest.raises(WeightsUnusable, match="already and not empty"):
+        export_checkpoint(path, directory, OPTIONS)
+    edited(directory, max_position_embeddings=None)
+    assert read_model(directory).max_positions is None
+
+
+def test_checkpoints_of_before_these_options_are_resumed(corpus: Path, tmp_path: Path) -> None:
+    from evermesh.checkpoint.directory import read_manifest
+
+    old = {"hidden": 32, "layers": 2, "heads": 4, "kv_heads": 2, "ffn": 48}
+    config = TrainConfig.model_validate(
+        {"model": old, "data": {"sources": [{"kind": "corpus", "path": str(corpus)}], "context": 64}}
+        | {"layout": {"capacity": 128}, "steps": 2, "stop_at": 1}
+    )
+    trainer = Trainer(config, directory=tmp_path)
+    known = {*old, "rope_theta", "norm_eps", "initial_std"}
+    identity = trainer.state.identity
+    trainer.state.identity = identity | {"model": {k: v for k, v in identity["model"].items() if k in known}}
+    path = trainer.save()
+    assert path is not None
+    model = read_manifest(path).description["model"]
+    assert isinstance(model, dict)
+    assert model.keys() == known
+    Trainer(config, directory=tmp_path, resume=True)
+    other = config.model_copy(update={"model": config.model.model_copy(update={"qk_norm": True})})
+    with pytest.raises(OtherRun, match="is a checkpoint of another run: model was"):
+        Trainer(other, directory=tmp_path, resume=True)
