@@ -42,6 +42,7 @@ def test_no_import_runs_upwards(room: str) -> None:
         "evermesh.launcher.placement.ray",
         "evermesh.runtime.config",
         "evermesh.runtime.data",
+        "evermesh.runtime.model.families",
     ],
 )
 def test_packages_and_configuration_never_import_torch(module: str) -> None:

@@ -12,6 +12,7 @@ from evermesh.parallelism import Communicator, Layout, MicroBatch, Piece
 from evermesh.parallelism.attention.kernels import AttentionKernel, CudaEfficient, CudaFlash, Forward, kernel_for
 from evermesh.parallelism.attention.micro_batch import MicroBatchAttention
 from evermesh.parallelism.attention.ring import Ring, ring_backward, ring_forward
+from evermesh.parallelism.attention.window import band_blocks
 from evermesh.parallelism.errors import UnsupportedKernel
 from evermesh.runtime import process_group
 from evermesh.runtime.config import CudaDevice, ModelConfig, OptimizerConfig
@@ -42,9 +43,11 @@ def _document(length: int, dtype: torch.dtype) -> list[torch.Tensor]:
     return [torch.randn(length, h, HEAD_DIM, device="cuda", dtype=dtype) for h in heads]
 
 
-def _expected(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, grad: torch.Tensor) -> list[torch.Tensor]:
+def _expected(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, grad: torch.Tensor, *, window: int | None = None
+) -> list[torch.Tensor]:
     leaves = [x.double().cpu().requires_grad_() for x in (q, k, v)]
-    out = plain_attention(*leaves)
+    out = plain_attention(*leaves, window=window)
     out.backward(grad.double().cpu())
     return [out.detach(), *map(gradient, leaves)]
 
@@ -66,6 +69,57 @@ def test_packed_documents_equal_plain_attention(
     ]
     for index, tensor in enumerate(actual):
         assert relative_error(tensor.double().cpu(), torch.cat([part[index] for part in parts])) <= tolerance
+
+
+@pytest.mark.parametrize("window", [1, 17, 64])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 1.5e-2), (torch.float16, 3e-3)])
+def test_windows_of_packed_documents_equal_a_mask_written_out(
+    window: int, dtype: torch.dtype, tolerance: float
+) -> None:
+    lengths = [1, 130, 64, 7]
+    q, k, v, grad = _document(sum(lengths), dtype)
+    kernel = CudaFlash()
+    out, lse = kernel.forward_packed(q, k, v, lengths, window)
+    actual = [out, *kernel.backward_packed(grad, Forward(q, k, v, out, lse), lengths, window)]
+    parts = [
+        _expected(*(x[start : start + length] for x in (q, k, v, grad)), window=window)
+        for start, length in zip((sum(lengths[:i]) for i in range(len(lengths))), lengths, strict=True)
+    ]
+    for index, tensor in enumerate(actual):
+        expected = torch.cat([part[index] for part in parts])
+        error = (tensor.double().cpu() - expected).norm() / expected.norm().clamp_min(1.0)
+        assert error <= tolerance
+
+
+def test_bands_of_a_ring_with_a_window_joined_by_hand_equal_a_mask_written_out() -> None:
+    """The bands of two chunks of a document, computed one after the other by the kernel that a ring uses."""
+    length, window, cut = 301, 70, 120
+    q, k, v, grad = _document(length, torch.bfloat16)
+    expected, kernel = _expected(q, k, v, grad, window=window), CudaFlash()
+    chunks = [(0, cut), (cut, length)]
+    out = torch.zeros(q.shape, device="cuda")
+    lse = torch.full((HEADS, length), float("-inf"), device="cuda")
+    for keys in chunks:
+        for block in band_blocks([(0, length)], [keys], window):
+            at = slice(block.keys.start + keys[0], block.keys.stop + keys[0])
+            part, part_lse = kernel.forward_band(q[block.queries], k[at], v[at], block.band)
+            joined = torch.logaddexp(lse[:, block.queries], part_lse)
+            old, new = (torch.exp(x - joined).T.unsqueeze(-1) for x in (lse[:, block.queries], part_lse))
+            out[block.queries] = out[block.queries] * old + part * new
+            lse[:, block.queries] = joined
+    assert relative_error(out.double().cpu(), expected[0]) <= 1.5e-2
+    dq, dk, dv = (torch.zeros(x.shape, device="cuda") for x in (q, k, v))
+    for keys in chunks:
+        for block in band_blocks([(0, length)], [keys], window):
+            at = slice(block.keys.start + keys[0], block.keys.stop + keys[0])
+            queries = block.queries
+            done = Forward(q[queries], k[at], v[at], out[queries].to(q.dtype), lse[:, queries])
+            part_q, part_k, part_v = kernel.backward_band(grad[queries], done, block.band)
+            dq[queries] += part_q
+            dk[at] += part_k
+            dv[at] += part_v
+    for actual, wanted in zip((dq, dk, dv), expected[1:], strict=True):
+        assert relative_error(actual.double().cpu(), wanted) <= 1.5e-2
 
 
 def test_ring_blocks_in_bfloat16_joined_by_hand_equal_plain_attention() -> None:

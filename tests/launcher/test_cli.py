@@ -50,6 +50,7 @@ def test_the_command_line_starts_without_torch_and_other_slow_imports() -> None:
         (["checkpoint", "ls"], "evermesh checkpoint ls quickstart"),
         (["checkpoint", "show"], "evermesh checkpoint show runs/quickstart"),
         (["checkpoint", "verify"], "evermesh checkpoint verify quickstart"),
+        (["export"], "evermesh export quickstart models/quickstart"),
         (["data"], "evermesh data stats stdlib"),
         (["data", "prepare"], "evermesh data prepare texts/ --output corpora/mine --vocabulary 8192"),
         (["data", "stats"], "evermesh data stats corpora/mine --context 4096"),
