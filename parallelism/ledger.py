@@ -1,11 +1,11 @@
 """The byte ledger: what was sent, counted from the records of the tap."""
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from evermesh.parallelism.collectives import CollectiveRecord, Phase
-from evermesh.parallelism.links import Operation, Tier
+from evermesh.parallelism.links import Operation, Tier, tiers_from, wire_bytes
 
 Cell = tuple[str, Operation, str, Tier]
 """What bytes are counted by: call site, operation, mesh axis, tier of the link."""
@@ -84,3 +84,17 @@ class ByteLedger:
         for moment in [moment for moment in list(self._counts) if moment[0] < step]:
             del self._counts[moment]
         return tuple(sorted(Traffic(*cell, *count) for cell, count in counts.items()))
+
+
+def collective_traffic(
+    call_site: str, operation: Operation, axis: str, payload_bytes: int, nodes: Sequence[int]
+) -> Iterator[Traffic]:
+    """What each rank sends in one collective, from rank 0 where it has a source; ``payload_bytes`` of every rank.
+
+    One rank alone communicates with nobody.
+    """
+    ranks = len(nodes)
+    for rank in range(ranks if ranks > 1 else 0):
+        tier = tiers_from(rank, nodes)[(rank + 1) % ranks]
+        sent = wire_bytes(operation, payload_bytes, ranks, rank)
+        yield Traffic(call_site, operation, axis, tier, payload_bytes, sent, 1)

@@ -11,10 +11,10 @@ from typing import NamedTuple
 
 from evermesh.parallelism.batch_plan import BatchPlan, MicroBatch
 from evermesh.parallelism.experts.placement import Placement
-from evermesh.parallelism.experts.traffic import ExpertGroup, expert_traffic
+from evermesh.parallelism.experts.traffic import ExpertGroup, document_traffic, expert_traffic
 from evermesh.parallelism.layout import Layout
-from evermesh.parallelism.ledger import Traffic
-from evermesh.parallelism.links import Operation, Tier, tiers_from, wire_bytes
+from evermesh.parallelism.ledger import Traffic, collective_traffic
+from evermesh.parallelism.links import Operation, Tier, tiers_from
 from evermesh.parallelism.mesh import Mesh
 from evermesh.parallelism.pieces import share_of
 from evermesh.parallelism.pipeline.schedule import PipelineSchedule
@@ -62,6 +62,15 @@ class TrainedModel:
     stages: tuple[StageSizes, ...]
     """Of every pipeline rank."""
     num_experts: int = 0
+    """Of a layer."""
+    top_k: int = 0
+    """Experts that a token passes through."""
+    balances_by_loss: bool = False
+    """Whether documents have a balancing loss."""
+    balances_by_capacity: bool = False
+    """Whether documents have a capacity."""
+    num_router_biases: int = 0
+    """Of all layers, where routers have a bias that moves once per step."""
     tied_elements: tuple[int, ...] = ()
     """Of the embedding, by tensor-parallel rank, where another rank has a copy of it."""
 
@@ -113,6 +122,9 @@ def plan_traffic(
         for pp in range(mesh.pp):
             for group in mesh.expert_holders(pp):
                 parts += _experts(plan, group, model, nodes, routing)
+            parts += _documents(plan, pp, model, nodes)
+    if model.num_router_biases and committed:
+        parts += collective_traffic("expert loads", "all_reduce", "world", 8 * model.num_router_biases, nodes)
     return parts
 
 
@@ -214,20 +226,6 @@ def pipeline_traffic(
                     yield Traffic(call_site, "send", PIPELINE_AXIS, tier, num_bytes, num_bytes, 1)
 
 
-def collective_traffic(
-    call_site: str, operation: Operation, axis: str, payload_bytes: int, nodes: Sequence[int]
-) -> Iterator[Traffic]:
-    """What each rank sends in one collective, from rank 0 where it has a source; ``payload_bytes`` of every rank.
-
-    One rank alone communicates with nobody.
-    """
-    ranks = len(nodes)
-    for rank in range(ranks if ranks > 1 else 0):
-        tier = tiers_from(rank, nodes)[(rank + 1) % ranks]
-        sent = wire_bytes(operation, payload_bytes, ranks, rank)
-        yield Traffic(call_site, operation, axis, tier, payload_bytes, sent, 1)
-
-
 def _rings(plan: BatchPlan, model: TrainedModel, layers: int, nodes: Sequence[int]) -> Iterator[Traffic]:
     rings = {
         (piece.sequence, piece.ring, micro_batch.recompute == "block")
@@ -273,3 +271,22 @@ def _ring(length: int, ring: Sequence[int], nodes: Sequence[int], *, forward_pas
         if receiver != (owner - 1) % size:
             carried = share.num_tokens if owner else share.head_tokens
             yield _RingMessage("ring gradients", tier, carried, 1)
+
+
+def _documents(plan: BatchPlan, pp: int, model: TrainedModel, nodes: Sequence[int]) -> Iterator[Traffic]:
+    """What the ranks of one stage tell each other so that experts are balanced by whole documents."""
+    stage = Mesh(model.layout.hdp, model.layout.tp)
+    own_nodes = nodes[pp * stage.size : (pp + 1) * stage.size]
+    for hdp_rank, micro_batches in enumerate(plan.ranks):
+        for micro_batch in micro_batches:
+            wave = [micro_batch if rank == hdp_rank else MicroBatch(()) for rank in range(stage.hdp)]
+            for _ in range(len(model.stages[pp].expert_layers) * (1 + (micro_batch.recompute == "block"))):
+                yield from document_traffic(
+                    wave,
+                    plan.lengths,
+                    stage,
+                    own_nodes,
+                    (model.num_experts, model.top_k),
+                    losses=model.balances_by_loss,
+                    capacity=model.balances_by_capacity,
+                )

@@ -5,12 +5,13 @@ Everything that a step sends is in both, with one exception: the ``all_reduce`` 
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 
 from evermesh.parallelism.batch_plan import DIGEST_BYTES, BatchPlan
 from evermesh.parallelism.collectives import Communicator
-from evermesh.parallelism.ledger import Cell, Traffic, add_up
+from evermesh.parallelism.ledger import Cell, Traffic, add_up, collective_traffic
 from evermesh.parallelism.links import TIERS, Operation
 from evermesh.parallelism.tensor import part_of
 from evermesh.parallelism.traffic import (
@@ -18,7 +19,6 @@ from evermesh.parallelism.traffic import (
     StageSizes,
     TensorCalls,
     TrainedModel,
-    collective_traffic,
     plan_traffic,
 )
 from evermesh.runtime.config import ModelConfig, TrainConfig
@@ -81,10 +81,7 @@ def payload_bytes(traffic: Sequence[Traffic], call_site: str) -> int:
 def step_traffic(
     plan: BatchPlan, model: TrainedModel, nodes: Sequence[int], *, committed: bool = True, routing: Routing = ()
 ) -> tuple[Traffic, ...]:
-    """What a training step with this plan sends over all ranks; arguments as for ``plan_traffic``.
-
-    What balances experts (call sites ``documents``, ``expert loads``) is not in it.
-    """
+    """What a training step with this plan sends over all ranks; arguments as for ``plan_traffic``."""
     plan_bytes = DIGEST_BYTES + len(plan.to_json())
     parts = list(plan_traffic(plan, model, nodes, committed=committed, routing=routing))
     parts += collective_traffic("scalars", "all_reduce", "world", 3 * 8, nodes)
@@ -108,11 +105,25 @@ def trained_model(config: TrainConfig, vocabulary: int, held: Sequence[HeldSet])
         key_value_elements=2 * model.kv_heads * model.head_size,
         bytes_per_element=getattr(torch, config.dtype).itemsize,
         stages=stages,
-        num_experts=model.moe.experts if model.moe is not None else 0,
+        **_expert_sizes(model),
         tied_elements=tuple(
             (stop - start) * model.hidden for start, stop in spans if model.tied_embeddings and len(ends) > 1
         ),
     )
+
+
+def _expert_sizes(model: ModelConfig) -> dict[str, Any]:
+    moe = model.moe
+    if moe is None:
+        return {}
+    layers = sum(map(model.has_experts, range(model.layers)))
+    return {
+        "num_experts": moe.experts,
+        "top_k": moe.top_k,
+        "balances_by_loss": moe.balancing.kind == "document_loss",
+        "balances_by_capacity": moe.capacity_factor is not None,
+        "num_router_biases": layers * moe.experts if moe.balancing.kind == "bias" else 0,
+    }
 
 
 def _stage_sizes(model: ModelConfig, parts: Mapping[int, Part], sets: Iterator[HeldSet]) -> StageSizes:

@@ -130,8 +130,8 @@ class Trainer:
         self.ledger = ByteLedger()
         self.events = EventLog(directory / "events.jsonl") if directory and self.rank == 0 else None
         self.progress = Progress(sampler=self.sampler.state_dict(), router_biases=self.router_biases.state)
-        shards = shard_map(self.built.held, getattr(torch, config.dtype))
-        self.state = TrainingState(self.optimizer, shards, self.progress, self._identity(), self.groups.host)
+        self.shards = shard_map(self.built.held, getattr(torch, config.dtype))
+        self.state = TrainingState(self.optimizer, self.shards, self.progress, self._identity(), self.groups.host)
         if resume:
             self._resume()
         elif config.init_from is not None:
@@ -274,7 +274,7 @@ class Trainer:
 
     def _start_from(self, directory: Path) -> None:
         started_s = time.monotonic()
-        read = load_initial_weights(directory, self.config.model, self.optimizer, self.groups.control)
+        read = load_initial_weights(directory, self.config.model, self.optimizer, self.shards, self.groups.world)
         text = f"from {directory}, in {' and '.join(read.dtypes)}, {read.bytes_read:,} bytes by rank 0"
         self._log("weights", text, load_s=time.monotonic() - started_s)
 

@@ -26,12 +26,13 @@ _WRITING = ".exporting-"
 
 
 def load_initial_weights(
-    directory: Path, model: ModelConfig, optimizer: ShardedAdamW, communicator: Communicator
+    directory: Path, model: ModelConfig, optimizer: ShardedAdamW, shards: ShardMap, communicator: Communicator
 ) -> WeightsRead:
-    """Give a new run the weights of a Hugging Face directory. Collective over the HDP ranks of ``optimizer``.
+    """Give a new run the weights of a Hugging Face directory. Collective over the ranks that share a set of parameters.
 
     Every rank reads what it owns of the weights, in the type of the optimizer's copy (at least float32, so exactly), and
-    gets the rest from the others; the moments stay zero. ``communicator`` is that of all training ranks.
+    gets the rest from the others; the moments stay zero. ``shards`` says who holds what of the optimizer's state;
+    ``communicator`` is that of all training ranks.
 
     Raises:
         UnsupportedModel: ``directory`` holds another model, or one that this version does not know.
@@ -43,7 +44,7 @@ def load_initial_weights(
             f"{directory} holds another model: {'; '.join(differing)}. Leave these keys of train.model out: they are then "
             "those of the directory."
         )
-    whole = {name: t for name, t in optimizer.shard_map().tensors.items() if name.startswith(_PREFIX)}
+    whole = {name: t for name, t in shards.tensors.items() if name.startswith(_PREFIX)}
     held = {name: tensors for name, tensors in optimizer.owned_state().items() if name.startswith(_PREFIX)}
     wanted = wanted_regions(ShardMap(whole), communicator.rank, held)
     naming = naming_of(directory, {name.removeprefix(_PREFIX): tensor.shape for name, tensor in whole.items()})

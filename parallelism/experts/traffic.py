@@ -9,14 +9,13 @@ from dataclasses import dataclass
 
 from evermesh.parallelism.batch_plan import MicroBatch
 from evermesh.parallelism.experts.placement import Placement
-from evermesh.parallelism.ledger import Traffic
+from evermesh.parallelism.ledger import Traffic, collective_traffic
 from evermesh.parallelism.links import Operation, Tier, tiers_from, wire_bytes
 from evermesh.parallelism.mesh import Mesh
 from evermesh.parallelism.pieces import share_of
 from evermesh.parallelism.tensor.sharding import padded_length
-from evermesh.parallelism.traffic import AXIS, TENSOR_AXIS, collective_traffic
 
-EP_AXIS, ETP_AXIS = "ep", "etp"
+HDP_AXIS, TENSOR_AXIS, EP_AXIS, ETP_AXIS = "hdp", "tp", "ep", "etp"
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +101,7 @@ def document_traffic(
     """
     experts, per_token = sizes
     for hdp_rank, micro_batch in enumerate(wave):
-        row = [nodes[rank] for rank in mesh.row(hdp_rank)]
+        row = [nodes[rank] for rank in mesh.holders(0)[hdp_rank]]
         own_tokens = padded_length(micro_batch.num_tokens, mesh.tp) // mesh.tp
         counts_bytes, choices_bytes = len(micro_batch.pieces) * experts * 8, own_tokens * per_token * 4
         if mesh.tp > 1 and losses and counts_bytes:
@@ -116,7 +115,7 @@ def document_traffic(
                 sender, receiver = mesh.rank(hdp_rank, tp_rank), mesh.rank(other, tp_rank)
                 if num_bytes:
                     tier = tiers_from(sender, nodes)[receiver]
-                    yield Traffic("documents", "send", AXIS, tier, num_bytes, num_bytes, 1)
+                    yield Traffic("documents", "send", HDP_AXIS, tier, num_bytes, num_bytes, 1)
 
 
 def _rows(counts: Sequence[Sequence[int]], group: ExpertGroup) -> list[list[int]]:

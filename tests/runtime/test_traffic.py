@@ -17,7 +17,8 @@ from evermesh.runtime.trainer import Trainer
 from tests.cluster import run_ranks
 
 STEPS = 3
-EXPERTS = {"moe": {"experts": 4, "ffn": 16, "shared_ffn": 16, "first_dense_layers": 1}}
+BY_DOCUMENT = {"moe": {"experts": 4, "ffn": 16, "balancing": {"kind": "document_loss"}}}
+EXPERTS = {"moe": {"experts": 4, "ffn": 16, "shared_ffn": 16, "first_dense_layers": 1, "balancing": {"kind": "bias"}}}
 
 
 def _config(corpus: Path, dtype: str = "float32", model: dict[str, Any] | None = None, **layout: Any) -> TrainConfig:
@@ -128,7 +129,7 @@ def test_the_ledger_equals_the_formula_where_ranks_share_a_model(
     ("model", "layout", "ranks_per_node", "axes"),
     [
         ({"tied_embeddings": True}, {"pp": 2, "hdp": 2, "tp": 2}, 4, {"pp", "hdp", "tp"}),
-        (EXPERTS, {"hdp": 2, "tp": 2, "ep": 4, "recompute": "block"}, 2, {"hdp", "tp", "ep"}),
+        (BY_DOCUMENT, {"hdp": 2, "tp": 2, "ep": 4, "recompute": "block"}, 2, {"hdp", "tp", "ep"}),
         (EXPERTS, {"pp": 2, "hdp": 4, "ep": 2, "etp": 2}, 2, {"pp", "hdp", "ep", "etp"}),
         pytest.param(
             EXPERTS | {"tied_embeddings": True},

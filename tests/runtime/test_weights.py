@@ -17,7 +17,7 @@ from evermesh.runtime import TrainConfig, process_group
 from evermesh.runtime.errors import OtherRun, UnsupportedModel, VocabularyTooSmall
 from evermesh.runtime.model.building import build_model
 from evermesh.runtime.model.families import read_model
-from evermesh.runtime.optimizer import ShardedAdamW
+from evermesh.runtime.optimizer import ShardedAdamW, shard_map
 from evermesh.runtime.trainer import Trainer
 from evermesh.runtime.weights import ExportOptions, export_checkpoint, load_initial_weights
 from tests.cluster import run_ranks
@@ -62,17 +62,18 @@ def _loaded(rank: int, workers: int, directory: Path, tp: int) -> tuple[dict[str
         {"model": model_config, "layout": layout, "data": {"sources": [{"kind": "stdlib"}]}}
     )
     groups = process_group.communicators(60.0, layout)
-    model, flat = build_model(train, model_config.rows(0), groups, torch.device("cpu"))
-    optimizer = ShardedAdamW(flat, train.optimizer, groups.hdp, groups.tp)
-    read = load_initial_weights(directory, model_config, optimizer, groups.control)
+    built = build_model(train, model_config.rows(0), groups, torch.device("cpu"))
+    optimizer = ShardedAdamW(built.sets, train.optimizer)
+    shards = shard_map(built.held, torch.float32)
+    read = load_initial_weights(directory, model_config, optimizer, shards, groups.world)
     assert read.dtypes == ("bfloat16",)
     whole = ours(directory).state_dict()
-    held = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    for entry in flat.entries:
+    held = {name: parameter.detach().clone() for name, parameter in built.model.named_parameters()}
+    for entry in built.sets[0].flat.entries:
         part = whole[entry.name]
-        if entry.cut.dim is not None:
-            start, stop = entry.cut.span(groups.tp.rank)
-            part = part.narrow(entry.cut.dim, start, stop - start)
+        sharer = groups.tp.rank
+        for dim, (start, size) in enumerate(zip(entry.cut.offsets(sharer), entry.cut.local_shape(sharer), strict=True)):
+            part = part.narrow(dim, start, size)
         assert torch.equal(held[entry.name], part), entry.name
     owned = sum(t.numel() for n, ts in optimizer.owned_state().items() if n.startswith("parameter.") for t in ts)
     return held, read.bytes_read, 2 * owned
