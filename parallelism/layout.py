@@ -2,7 +2,7 @@
 
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
 
 from evermesh.parallelism.errors import LayoutDoesNotFit
 from evermesh.parallelism.pipeline.schedule import PipelineSchedule, ScheduleName
@@ -26,6 +26,8 @@ class Layout(BaseModel):
     """Expert-parallel degree."""
     etp: PositiveInt = 1
     """Tensor-parallel degree inside an expert."""
+    hot_experts: NonNegativeInt = 0
+    """Copies of overloaded experts that a rank may hold of each layer, for the length of a step; never changes the result."""
     schedule: ScheduleName = "1f1b"
     """In which order pipeline ranks run micro-batches forward and backward."""
     virtual_stages: PositiveInt = 1

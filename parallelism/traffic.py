@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from evermesh.parallelism.batch_plan import BatchPlan, MicroBatch
 from evermesh.parallelism.experts.placement import Placement
-from evermesh.parallelism.experts.traffic import ExpertGroup, document_traffic, expert_traffic
+from evermesh.parallelism.experts.traffic import ExpertGroup, copy_traffic, document_traffic, expert_traffic
 from evermesh.parallelism.layout import Layout
 from evermesh.parallelism.ledger import Traffic, collective_traffic
 from evermesh.parallelism.links import Operation, Tier, tiers_from
@@ -69,8 +69,10 @@ class TrainedModel:
     """Whether documents have a balancing loss."""
     balances_by_capacity: bool = False
     """Whether documents have a capacity."""
-    num_router_biases: int = 0
-    """Of all layers, where routers have a bias that moves once per step."""
+    num_loads: int = 0
+    """Experts of all layers whose load is counted once per step; 0: it is not."""
+    expert_matrix_elements: int = 0
+    """Of each of the three matrices of one expert, on one rank."""
     tied_elements: tuple[int, ...] = ()
     """Of the embedding, by tensor-parallel rank, where another rank has a copy of it."""
 
@@ -85,12 +87,22 @@ class TrainedModel:
         return self.hidden * self.bytes_per_element
 
 
-Routing = Sequence[Sequence[Mapping[int, Sequence[int]]]]
-"""By rank, by micro-batch, by layer: how many of its tokens go to each expert."""
+class Choices(NamedTuple):
+    """What was decided while the step ran, where there are experts."""
+
+    routing: Sequence[Sequence[Mapping[int, Sequence[int]]]]
+    """By rank, by micro-batch, by layer: how many of its tokens go to each expert."""
+    placements: Sequence[Mapping[int, Placement]]
+    """By rank, by layer: who holds which experts; a layer without copies may be left out."""
 
 
 def plan_traffic(
-    plan: BatchPlan, model: TrainedModel, nodes: Sequence[int], *, committed: bool = True, routing: Routing = ()
+    plan: BatchPlan,
+    model: TrainedModel,
+    nodes: Sequence[int],
+    *,
+    committed: bool = True,
+    choices: Choices | None = None,
 ) -> list[Traffic]:
     """What all ranks send for one step, not yet added up: rings, activations, gradients and parameters.
 
@@ -99,7 +111,7 @@ def plan_traffic(
         model: what is trained.
         nodes: index of the node of every rank.
         committed: whether the step ended in an update; without one the parameters are not gathered.
-        routing: what the routers chose, where there are experts.
+        choices: what was decided meanwhile; needed where there are experts.
     """
     mesh, parts = model.mesh, list[Traffic]()
     for group in mesh.groups("hdp"):
@@ -121,10 +133,11 @@ def plan_traffic(
             parts += _replicas(elements, "edp", group, nodes, model, committed=committed)
         for pp in range(mesh.pp):
             for group in mesh.expert_holders(pp):
-                parts += _experts(plan, group, model, nodes, routing)
+                assert choices is not None
+                parts += _experts(plan, group, model, nodes, choices)
             parts += _documents(plan, pp, model, nodes)
-    if model.num_router_biases and committed:
-        parts += collective_traffic("expert loads", "all_reduce", "world", 8 * model.num_router_biases, nodes)
+    if model.num_loads and committed:
+        parts += collective_traffic("expert loads", "all_reduce", "world", 8 * model.num_loads, nodes)
     return parts
 
 
@@ -192,16 +205,18 @@ def _tied(tp_rank: int, model: TrainedModel, nodes: Sequence[int], *, committed:
 
 
 def _experts(
-    plan: BatchPlan, ranks: Sequence[int], model: TrainedModel, nodes: Sequence[int], routing: Routing
+    plan: BatchPlan, ranks: Sequence[int], model: TrainedModel, nodes: Sequence[int], choices: Choices
 ) -> Iterator[Traffic]:
     """What the ranks that share one set of experts send for all layers of all micro-batches."""
     layout, place = model.layout, model.mesh.coordinates(ranks[0])
-    group = ExpertGroup(
-        Placement(model.num_experts, layout.ep), layout.etp, tuple(nodes[rank] for rank in ranks), model.token_bytes
-    )
-    for index, micro_batch in enumerate(plan.ranks[place.hdp]):
-        for layer in model.stages[place.pp].expert_layers:
-            counts = [routing[rank][index][layer] for rank in ranks]
+    own_nodes = tuple(nodes[rank] for rank in ranks)
+    for layer in model.stages[place.pp].expert_layers:
+        owners = Placement(model.num_experts, layout.ep)
+        placement = choices.placements[ranks[0]].get(layer, owners)
+        group = ExpertGroup(placement, layout.etp, own_nodes, model.token_bytes)
+        yield from copy_traffic(group, [model.expert_matrix_elements * model.bytes_per_element] * 3)
+        for index, micro_batch in enumerate(plan.ranks[place.hdp]):
+            counts = [choices.routing[rank][index][layer] for rank in ranks]
             yield from expert_traffic(counts, group, recomputed=micro_batch.recompute == "block")
 
 

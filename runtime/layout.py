@@ -36,6 +36,12 @@ def check_model(layout: Layout, model: "ModelConfig") -> None:
         )
     DECODER_SHARDING.check_degree(layout.tp, model.model_dump())
     stage_parts(model, model.vocabulary or 1, layout)
+    if layout.hot_experts and layout.ep == 1:
+        raise LayoutDoesNotFit(
+            f"layout.hot_experts is {layout.hot_experts}, but with layout.ep 1 every rank holds all experts. Leave it out, "
+            "or share the experts with layout.ep.",
+            axis="hot_experts",
+        )
     if model.moe is not None:
         check_degrees(layout.ep, layout.etp, experts=model.moe.experts, ffn=model.moe.ffn)
     elif layout.ep * layout.etp > 1:

@@ -26,7 +26,9 @@ class Progress:
     """Batches whose update the guard let pass."""
     skipped_in_a_row: int = 0
     router_biases: list[list[float]] = field(default_factory=list)
-    """By layer with experts, by expert."""
+    """By layer with experts, by expert; empty where routers have none."""
+    expert_loads: list[list[list[int]]] = field(default_factory=list)
+    """Of the last steps, by layer with experts, by expert: tokens that chose it; empty where nobody asks."""
     sampler: dict[str, Any] = field(default_factory=dict)
     """State of the sampler after the last trained batch."""
 
@@ -37,7 +39,7 @@ class TrainingState:
     Args:
         optimizer: holder of this rank's parameters and moments.
         shards: which rank holds which part of them, of all ranks.
-        progress: counters, the data cursor and the biases of routers; restored in place.
+        progress: counters, the data cursor and what is known of experts; restored in place.
         identity: what a checkpoint must agree with to be continued, such as the model's sizes; JSON values.
         communicator: the training ranks, on a backend that takes host tensors.
     """
@@ -55,7 +57,7 @@ class TrainingState:
         held = optimizer.owned_state()
         for name, tensor in shards.tensors.items():
             self.registry.register_tensor(name, tensor, held.get(name))
-        for name in ("step", "updates", "skipped_in_a_row", "router_biases", "sampler"):
+        for name in ("step", "updates", "skipped_in_a_row", "router_biases", "expert_loads", "sampler"):
             self.registry.register(name, Replicated(), *_attribute(progress, name))
 
     def save(self, directory: Path, keep: int) -> Path:

@@ -11,11 +11,12 @@ import torch
 
 from evermesh.parallelism.batch_plan import DIGEST_BYTES, BatchPlan
 from evermesh.parallelism.collectives import Communicator
+from evermesh.parallelism.layout import Layout
 from evermesh.parallelism.ledger import Cell, Traffic, add_up, collective_traffic
 from evermesh.parallelism.links import TIERS, Operation
 from evermesh.parallelism.tensor import part_of
 from evermesh.parallelism.traffic import (
-    Routing,
+    Choices,
     StageSizes,
     TensorCalls,
     TrainedModel,
@@ -46,6 +47,8 @@ OPERATIONS: tuple[tuple[str, Operation, str], ...] = (
     ("expert forward", "send", "etp"),
     ("expert backward", "all_to_all", "ep"),
     ("expert backward", "send", "etp"),
+    ("expert copies", "send", "ep"),
+    ("expert copy gradients", "send", "ep"),
     ("expert loads", "all_reduce", "world"),
     ("loss", "all_reduce", "tp"),
     ("gradients", "all_reduce", "hdp"),
@@ -79,11 +82,16 @@ def payload_bytes(traffic: Sequence[Traffic], call_site: str) -> int:
 
 
 def step_traffic(
-    plan: BatchPlan, model: TrainedModel, nodes: Sequence[int], *, committed: bool = True, routing: Routing = ()
+    plan: BatchPlan,
+    model: TrainedModel,
+    nodes: Sequence[int],
+    *,
+    committed: bool = True,
+    choices: Choices | None = None,
 ) -> tuple[Traffic, ...]:
     """What a training step with this plan sends over all ranks; arguments as for ``plan_traffic``."""
     plan_bytes = DIGEST_BYTES + len(plan.to_json())
-    parts = list(plan_traffic(plan, model, nodes, committed=committed, routing=routing))
+    parts = list(plan_traffic(plan, model, nodes, committed=committed, choices=choices))
     parts += collective_traffic("scalars", "all_reduce", "world", 3 * 8, nodes)
     parts += collective_traffic("plan", "broadcast", "control", 8, nodes)  # how long it is
     parts += collective_traffic("plan", "broadcast", "control", plan_bytes, nodes)
@@ -105,14 +113,14 @@ def trained_model(config: TrainConfig, vocabulary: int, held: Sequence[HeldSet])
         key_value_elements=2 * model.kv_heads * model.head_size,
         bytes_per_element=getattr(torch, config.dtype).itemsize,
         stages=stages,
-        **_expert_sizes(model),
+        **_expert_sizes(model, layout),
         tied_elements=tuple(
             (stop - start) * model.hidden for start, stop in spans if model.tied_embeddings and len(ends) > 1
         ),
     )
 
 
-def _expert_sizes(model: ModelConfig) -> dict[str, Any]:
+def _expert_sizes(model: ModelConfig, layout: Layout) -> dict[str, Any]:
     moe = model.moe
     if moe is None:
         return {}
@@ -122,7 +130,8 @@ def _expert_sizes(model: ModelConfig) -> dict[str, Any]:
         "top_k": moe.top_k,
         "balances_by_loss": moe.balancing.kind == "document_loss",
         "balances_by_capacity": moe.capacity_factor is not None,
-        "num_router_biases": layers * moe.experts if moe.balancing.kind == "bias" else 0,
+        "num_loads": layers * moe.experts if moe.balancing.kind == "bias" or layout.hot_experts else 0,
+        "expert_matrix_elements": model.hidden * moe.ffn // layout.etp,
     }
 
 

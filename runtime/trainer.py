@@ -1,7 +1,7 @@
 """The training loop of one process: plan, run micro-batches, synchronise, guard, update, save."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,19 +13,18 @@ from evermesh import checkpoint
 from evermesh.checkpoint.errors import CheckpointNotFound
 from evermesh.fault.events import EventLog
 from evermesh.parallelism.batch_plan import BatchPlan
-from evermesh.parallelism.experts.documents import TokenContext
 from evermesh.parallelism.ledger import ByteLedger
 from evermesh.parallelism.planner import HybridPlanner, Planner
 from evermesh.runtime import process_group
 from evermesh.runtime.config import TrainConfig
 from evermesh.runtime.cost import nominal_cost
 from evermesh.runtime.data import Sampler, open_sources
+from evermesh.runtime.expert_balance import ExpertBalance
 from evermesh.runtime.feed import BatchFeed, PlannedBatch
 from evermesh.runtime.guard import StepGuard
 from evermesh.runtime.layout import check_layout
 from evermesh.runtime.model.building import build_model, build_runner
 from evermesh.runtime.optimizer import ShardedAdamW, learning_rate, shard_map
-from evermesh.runtime.router_bias import RouterBiases
 from evermesh.runtime.state import Progress, TrainingState
 from evermesh.runtime.telemetry import PlanSummary, StepReport
 from evermesh.runtime.traffic import over_all_ranks, payload_bytes
@@ -123,13 +122,13 @@ class Trainer:
         self.built = build_model(config, vocabulary, self.groups, self.device)
         self.optimizer = ShardedAdamW(self.built.sets, config.optimizer, self.built.tied)
         self.runner = build_runner(self.built, config.layout, self.groups)
-        self.router_biases = RouterBiases(self.built.model, model)
         self.cost = config.cost or nominal_cost(config, model.shape(vocabulary))
         self.planner = planner or HybridPlanner(config.layout, self.cost)
 
         self.ledger = ByteLedger()
         self.events = EventLog(directory / "events.jsonl") if directory and self.rank == 0 else None
-        self.progress = Progress(sampler=self.sampler.state_dict(), router_biases=self.router_biases.state)
+        self.progress = Progress(sampler=self.sampler.state_dict())
+        self.experts = ExpertBalance(self.built.model, model, self.groups.ep, config.layout.hot_experts, self.progress)
         self.shards = shard_map(self.built.held, getattr(torch, config.dtype))
         self.state = TrainingState(self.optimizer, self.shards, self.progress, self._identity(), self.groups.host)
         if resume:
@@ -173,14 +172,16 @@ class Trainer:
         self.progress.step += 1
         self.groups.moment.begin_step(self.progress.step)
         self.built.zero_gradients()
+        self.experts.begin_step()
         local_loss, contexts = self.runner.accumulate(batch.local)
+        self.experts.end_step()
         self._compute_s = time.monotonic() - began_s
         loss, grad_norm, asked = self._synchronize(local_loss)
         committed = self.guard.commit(self.progress.step, loss, grad_norm)
         if committed:
             self.progress.updates += 1
             self.optimizer.step(self._learning_rate(), self._clip(grad_norm))
-            self._balance_experts(contexts)
+            self.experts.learn(contexts, self.groups.world, self.device)
         self.progress.sampler = batch.sampler_state
         return StepOutcome(loss, grad_norm, committed, asked)
 
@@ -202,12 +203,6 @@ class Trainer:
         self.groups.world.all_reduce(scalars, "scalars")
         loss, square_of_norm, request = scalars.tolist()
         return loss, square_of_norm**0.5, _ASKED[int(request)]
-
-    def _balance_experts(self, contexts: Sequence[TokenContext]) -> None:
-        """Move the biases of routers, where the model has them. Collective."""
-        if self.router_biases.is_needed:
-            self.router_biases.move(self.router_biases.loads(contexts, self.groups.world, self.device))
-            self.progress.router_biases = self.router_biases.state
 
     def _learning_rate(self) -> float:
         return learning_rate(self.config.optimizer, self.progress.updates, self.config.steps)
@@ -268,7 +263,7 @@ class Trainer:
         started_s = time.monotonic()
         loaded = self.state.restore(path)
         self.sampler.load_state_dict(self.progress.sampler)
-        self.router_biases.state = self.progress.router_biases
+        self.experts.tell_routers()
         text = f"from {path.name}, saved by {loaded.world_size}, on {self.workers} workers"
         self._log("resumed", text, load_s=time.monotonic() - started_s)
 

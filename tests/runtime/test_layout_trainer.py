@@ -20,7 +20,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "pipeline": PIPELINE,
     "no bubbles": {"pp": 2, "schedule": "zero-bubble"},
     "interleaved": PIPELINE | {"schedule": "interleaved-1f1b", "virtual_stages": 2},
-    "experts": {"hdp": 2, "tp": 2, "ep": 4},
+    "experts": {"hdp": 2, "tp": 2, "ep": 4, "hot_experts": 1},
     "all": {"pp": 2, "hdp": 2, "tp": 2, "ep": 2, "etp": 2},
     "data": {"hdp": 3},
 }
@@ -44,7 +44,7 @@ def _config(corpus: Path, model: str, layout: str, **changes: Any) -> TrainConfi
 def _fit(rank: int, workers: int, config: TrainConfig, directory: Path, resume: bool) -> list[list[float]]:
     trainer = Trainer(config, directory=directory, resume=resume)
     trainer.fit()
-    return trainer.router_biases.state
+    return trainer.progress.router_biases
 
 
 def _train(config: TrainConfig, directory: Path, *, resume: bool = False) -> list[StepReport]:

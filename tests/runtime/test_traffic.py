@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import pytest
 
 from evermesh.parallelism import BatchPlan, ByteLedger, CollectiveRecord, Traffic
-from evermesh.parallelism.traffic import TrainedModel
+from evermesh.parallelism.experts import Placement
+from evermesh.parallelism.traffic import Choices, TrainedModel
 from evermesh.runtime import StepReport, TrainConfig
 from evermesh.runtime.micro_batch import LocalBatch
 from evermesh.runtime.process_group import nodes_of_ranks
@@ -43,6 +44,8 @@ class Seen(NamedTuple):
     """On rank 0."""
     routing: list[list[dict[int, list[int]]]]
     """By micro-batch, by layer: how many of this rank's tokens chose each expert."""
+    placements: list[dict[int, Placement]]
+    """By layer."""
 
 
 def _seen(rank: int, workers: int, config: TrainConfig, ranks_per_node: int | None, bad_step: int | None) -> Seen:
@@ -52,6 +55,7 @@ def _seen(rank: int, workers: int, config: TrainConfig, ranks_per_node: int | No
     reports: list[StepReport] = []
     plans: list[BatchPlan] = []
     routing: list[list[dict[int, list[int]]]] = []
+    placements: list[dict[int, Placement]] = []
     trainer = Trainer(config, report=reports.append)
     step, run = trainer.train_step, trainer.runner.accumulate
 
@@ -62,12 +66,13 @@ def _seen(rank: int, workers: int, config: TrainConfig, ranks_per_node: int | No
     def accumulate(batch: LocalBatch) -> Any:
         loss, contexts = run(batch)
         routing.append([{layer: load.tolist() for layer, load in context.loads.items()} for context in contexts])
+        placements.append(trainer.experts.placements)
         return (loss * float("inf") if trainer.progress.step == bad_step else loss), contexts
 
     trainer.train_step, trainer.runner.accumulate = train_step, accumulate  # type: ignore[method-assign]
     trainer.fit()
     model = trained_model(config, trainer.corpora[0].vocabulary, trainer.built.held)
-    return Seen(model, plans, reports, routing)
+    return Seen(model, plans, reports, routing, placements)
 
 
 def _checked(
@@ -80,9 +85,11 @@ def _checked(
     first = of_ranks[0]
     assert len(first.plans) == len(first.reports) == STEPS
     for step, (plan, report) in enumerate(zip(first.plans, first.reports, strict=True)):
-        routing = [of_rank.routing[step] for of_rank in of_ranks]
+        choices = Choices(
+            [of_rank.routing[step] for of_rank in of_ranks], [of_rank.placements[step] for of_rank in of_ranks]
+        )
         assert report.committed == (report.step != bad_step)
-        assert report.traffic == step_traffic(plan, first.model, nodes, committed=report.committed, routing=routing)
+        assert report.traffic == step_traffic(plan, first.model, nodes, committed=report.committed, choices=choices)
         yield plan, report
 
 
@@ -130,7 +137,7 @@ def test_the_ledger_equals_the_formula_where_ranks_share_a_model(
     [
         ({"tied_embeddings": True}, {"pp": 2, "hdp": 2, "tp": 2}, 4, {"pp", "hdp", "tp"}),
         (BY_DOCUMENT, {"hdp": 2, "tp": 2, "ep": 4, "recompute": "block"}, 2, {"hdp", "tp", "ep"}),
-        (EXPERTS, {"pp": 2, "hdp": 4, "ep": 2, "etp": 2}, 2, {"pp", "hdp", "ep", "etp"}),
+        (EXPERTS, {"pp": 2, "hdp": 4, "ep": 2, "etp": 2, "hot_experts": 1}, 2, {"pp", "hdp", "ep", "etp"}),
         pytest.param(
             EXPERTS | {"tied_embeddings": True},
             {"pp": 2, "hdp": 2, "tp": 2, "ep": 2, "recompute": "block", "schedule": "zero-bubble", "virtual_stages": 2},
