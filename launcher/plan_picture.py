@@ -59,37 +59,39 @@ def seconds(value: float) -> str:
 
 def plan_text(plan: BatchPlan, timeline: Timeline, *, width: int = 100) -> Text:
     """One row per rank; a block is a micro-batch: ``ring size:tokens``, coloured by ring size."""
-    label_width, total_width = len(f"rank {len(plan.ranks) - 1}"), len(f"{plan.num_tokens:,}")
+    label_width, total_width = max(map(len, timeline.labels)), len(f"{plan.num_tokens:,}")
     room = max(20, width - label_width - total_width - 4)
     scale = room / timeline.makespan_s if timeline.makespan_s else 0.0
     text = Text(no_wrap=True)
-    for rank, spans in enumerate(_by_rank(plan, timeline)):
-        row = Text(f"{f'rank {rank}':<{label_width}} ")
+    for label, spans in zip(timeline.labels, _by_rank(timeline), strict=True):
+        row = Text(f"{label:<{label_width}} ")
         for span in spans:
             start, stop = round(span.start_s * scale), round(span.stop_s * scale)
             row.append(" " * (start + label_width + 1 - len(row)))
             row.append(_block(span, stop - start), _style(span.ring_size))
-        tokens = sum(span.num_tokens for span in spans)
+        tokens = sum(span.num_tokens for span in spans if not span.is_backward)
         row.append(" " * (room + label_width + 1 - len(row)) + f" {tokens:>{total_width},}\n")
         text.append_text(row)
-    return text.append_text(_key(plan))
+    return text.append_text(_key(plan, timeline))
 
 
 def _block(span: Span, width: int) -> str:
-    """``[2:1,024──]`` as far as it fits; a narrow block is the ring size alone."""
+    """``[2:1,024──]`` as far as it fits; a narrow block is the ring size alone. A backward pass alone has round brackets."""
+    left, right = "()" if span.is_backward else "[]"
     for inner in (f"{span.ring_size}:{span.num_tokens:,}", f"{span.ring_size}:{span.num_tokens}", f"{span.ring_size}"):
         if len(inner) + 2 <= width:
-            return f"[{inner.ljust(width - 2, '─')}]"
-    return (f"{span.ring_size}" if span.ring_size < 10 else "+").ljust(width, "]")[:width]
+            return f"{left}{inner.ljust(width - 2, '─')}{right}"
+    return (f"{span.ring_size}" if span.ring_size < 10 else "+").ljust(width, right)[:width]
 
 
-def _key(plan: BatchPlan) -> Text:
+def _key(plan: BatchPlan, timeline: Timeline) -> Text:
     key = Text("[ring size:tokens]  ", style="dim")
     for size in plan.ring_sizes():
         key.append(f" {size} ", _style(size)).append(
             " one rank  " if size == 1 else f" ring of {size}  ", style="default"
         )
-    return key.append("right: all tokens", style="dim")
+    backward = ", (backward pass)" if any(span.is_backward for span in timeline.spans) else ""
+    return key.append(f"right: all tokens{backward}", style="dim")
 
 
 def _style(ring_size: int) -> str:
@@ -101,7 +103,7 @@ def plan_png(plan: BatchPlan, timeline: Timeline, path: Path, *, title: str) -> 
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 1.9 + min(10.0, 0.42 * len(plan.ranks))), dpi=120, layout="constrained")
+    figure = Figure(figsize=(12, 1.9 + min(10.0, 0.42 * len(timeline.labels))), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes: Any = figure.add_subplot()
     factor, unit = (1.0, "s") if timeline.makespan_s >= 1 else (1e3, "ms")
@@ -117,7 +119,7 @@ def plan_png(plan: BatchPlan, timeline: Timeline, path: Path, *, title: str) -> 
         label=f"lower bound\n({plan.certificate.binding})",
         zorder=2,
     )
-    _dress(axes, plan, colours, unit, max(timeline.makespan_s * factor, bound))
+    _dress(axes, timeline, colours, unit, max(timeline.makespan_s * factor, bound))
     figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
     facts = textwrap.fill(headline(plan), _HEADLINE_WIDTH)
     axes.set_title(f"{facts}\n{certificate_line(plan)}", loc="left", fontsize=9, color="#444444")
@@ -133,8 +135,8 @@ def ring_colours(plan: BatchPlan) -> dict[int, str]:
     return found | dict(zip(large, itertools.cycle(_COLOURS_OF_LARGE), strict=False))
 
 
-def _by_rank(plan: BatchPlan, timeline: Timeline) -> list[list[Span]]:
-    rows: list[list[Span]] = [[] for _ in plan.ranks]
+def _by_rank(timeline: Timeline) -> list[list[Span]]:
+    rows: list[list[Span]] = [[] for _ in timeline.labels]
     for span in timeline.spans:
         rows[span.rank].append(span)
     return rows
@@ -142,7 +144,10 @@ def _by_rank(plan: BatchPlan, timeline: Timeline) -> list[list[Span]]:
 
 def _draw_span(axes: Any, span: Span, factor: float, colour: str) -> None:
     start, width = span.start_s * factor, (span.stop_s - span.start_s) * factor
-    axes.barh(span.rank, width, left=start, height=0.78, color=colour, edgecolor="white", linewidth=1.0)
+    look: dict[str, Any] = {"color": colour, "edgecolor": "white", "linewidth": 1.0}
+    axes.barh(span.rank, width, left=start, height=0.78, hatch="///" if span.is_backward else None, **look)
+    if span.is_backward:
+        return  # its tokens are those of the forward pass
     ink = "black" if _is_light(colour) else "white"
     place: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 8, "color": ink, "gid": str(width)}
     axes.text(start + width / 2, span.rank, f"{span.num_tokens:,}", **place)
@@ -163,7 +168,7 @@ def _drop_wide_labels(axes: Any) -> None:
             label.remove()
 
 
-def _dress(axes: Any, plan: BatchPlan, colours: Mapping[int, str], unit: str, end: float) -> None:
+def _dress(axes: Any, timeline: Timeline, colours: Mapping[int, str], unit: str, end: float) -> None:
     from matplotlib.patches import Patch
 
     patches: Sequence[Any] = [
@@ -172,13 +177,14 @@ def _dress(axes: Any, plan: BatchPlan, colours: Mapping[int, str], unit: str, en
     handles = [*patches, *axes.get_legend_handles_labels()[0]]
     axes.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=9)
     axes.set_xlim(0, end * 1.005)
-    axes.set_ylim(len(plan.ranks) - 0.5, -0.5)
-    if len(plan.ranks) <= _MAX_LABELLED_RANKS:
-        axes.set_yticks(range(len(plan.ranks)), [f"rank {rank}" for rank in range(len(plan.ranks))])
+    axes.set_ylim(len(timeline.labels) - 0.5, -0.5)
+    if len(timeline.labels) <= _MAX_LABELLED_RANKS:
+        axes.set_yticks(range(len(timeline.labels)), timeline.labels)
     else:
         axes.set_ylabel("rank")
+    backward = "; hatched: its backward pass" if any(span.is_backward for span in timeline.spans) else ""
     axes.set_xlabel(
-        f"predicted time, {unit}. A block is a micro-batch with its tokens on that rank; white is idle time"
+        f"predicted time, {unit}. A block is a micro-batch with its tokens on that rank{backward}; white is idle time"
     )
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(axis="y", length=0)

@@ -13,8 +13,9 @@ from evermesh.launcher.errors import LengthsInvalid
 from evermesh.parallelism.batch_plan import BatchPlan
 from evermesh.parallelism.cost import CostModel
 from evermesh.parallelism.layout import Layout
+from evermesh.parallelism.pipeline.simulator import timeline_of
 from evermesh.parallelism.planner import plan_batch
-from evermesh.parallelism.simulator import Timeline, simulate
+from evermesh.parallelism.simulator import Timeline
 from evermesh.runtime.config import TrainConfig
 from evermesh.runtime.cost import nominal_cost
 from evermesh.runtime.data import DataConfig, Sampler, StdlibSource
@@ -90,4 +91,4 @@ def _text(path: Path) -> str:
 
 def _planned(lengths: Sequence[int], layout: Layout, cost: CostModel) -> Planned:
     plan = plan_batch(lengths, layout, cost)
-    return Planned(plan, simulate(plan, cost))
+    return Planned(plan, timeline_of(plan, layout, cost))

@@ -24,6 +24,8 @@ class Span:
     ring_size: int
     """Largest ring among its pieces."""
     num_tokens: int
+    is_backward: bool = False
+    """It is only the backward pass; then another span is the forward pass."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +33,8 @@ class Timeline:
     """The spans of all ranks, by rank and in order."""
 
     spans: tuple[Span, ...]
+    labels: tuple[str, ...]
+    """What the ranks are called."""
 
     @property
     def makespan_s(self) -> float:
@@ -44,7 +48,8 @@ def simulate(plan: BatchPlan, cost_model: CostModel) -> Timeline:
     Raises:
         PlanInvalid: the ranks wait for each other in a circle.
     """
-    return Timeline(tuple(_replay(plan.ranks, plan.lengths, cost_model)))
+    labels = tuple(f"rank {rank}" for rank in range(len(plan.ranks)))
+    return Timeline(tuple(_replay(plan.ranks, plan.lengths, cost_model)), labels)
 
 
 def makespan_s(ranks: Sequence[Sequence[MicroBatch]], lengths: Sequence[int], cost_model: CostModel) -> float:

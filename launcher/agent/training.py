@@ -10,6 +10,7 @@ import torch
 from evermesh.launcher.agent.worker import Worker
 from evermesh.parallelism.batch_plan import BatchPlan
 from evermesh.parallelism.cost import CostModel
+from evermesh.parallelism.layout import Layout
 from evermesh.parallelism.simulator import simulate
 from evermesh.runtime import process_group
 from evermesh.runtime.config import TrainConfig
@@ -44,10 +45,10 @@ def _report(worker: Worker, trainer: Trainer, report: StepReport) -> None:
     worker.report(json.loads(report.to_json()))
     plan = trainer.plan
     if plan is not None:
-        worker.show_plan(lambda: _plan_values(plan, report.step, trainer.cost))
+        worker.show_plan(lambda: _plan_values(plan, report.step, trainer.config.layout, trainer.cost))
 
 
-def _plan_values(plan: BatchPlan, step: int, cost: CostModel) -> dict[str, Any]:
-    """The plan, and when each rank is predicted to run which micro-batch."""
-    spans = [asdict(span) for span in simulate(plan, cost).spans]
+def _plan_values(plan: BatchPlan, step: int, layout: Layout, cost: CostModel) -> dict[str, Any]:
+    """The plan, and, where each rank runs a micro-batch at once, when it is predicted to."""
+    spans = None if layout.runs_in_waves else [asdict(span) for span in simulate(plan, cost).spans]
     return {"step": step, "plan": json.loads(plan.to_json()), "spans": spans}

@@ -13,7 +13,7 @@ from evermesh.parallelism.cost import CostModel
 from evermesh.parallelism.errors import PlanInvalid
 from evermesh.parallelism.layout import Layout
 from evermesh.parallelism.pipeline.schedule import Action, ActionKind, Message, Order, PipelineSchedule
-from evermesh.parallelism.simulator import micro_batch_s
+from evermesh.parallelism.simulator import Span, Timeline, micro_batch_s, simulate
 
 
 class StageSeconds(NamedTuple):
@@ -70,6 +70,36 @@ def simulate_pipeline(plan: BatchPlan, layout: Layout, cost_model: CostModel) ->
         PlanInvalid: the ranks wait for each other in a circle.
     """
     return replay_waves(plan.ranks, plan.lengths, layout, cost_model)
+
+
+def timeline_of(plan: BatchPlan, layout: Layout, cost_model: CostModel) -> Timeline:
+    """When every rank of any layout runs what: with a pipeline every pipeline rank has a row, with its actions apart.
+
+    Raises:
+        PlanInvalid: the ranks wait for each other in a circle.
+    """
+    if not layout.runs_in_waves:
+        return simulate(plan, cost_model)
+    spans: list[Span] = []
+    for found in simulate_pipeline(plan, layout, cost_model).spans:
+        micro_batch = plan.ranks[found.hdp_rank][found.action.micro_batch]
+        spans.append(
+            Span(
+                rank=found.hdp_rank * layout.pp + found.pipeline_rank,
+                micro_batch=found.action.micro_batch,
+                start_s=found.start_s,
+                stop_s=found.stop_s,
+                sequences=tuple(piece.sequence for piece in micro_batch.pieces),
+                ring_size=max((len(piece.ring) for piece in micro_batch.pieces), default=1),
+                num_tokens=micro_batch.num_tokens,
+                is_backward=found.action.kind != "forward",
+            )
+        )
+    if layout.pp == 1:
+        names = [f"rank {hdp_rank}" for hdp_rank in range(layout.hdp)]
+    else:
+        names = [f"rank {hdp_rank} pp {pp}" for hdp_rank in range(layout.hdp) for pp in range(layout.pp)]
+    return Timeline(tuple(sorted(spans, key=lambda span: (span.rank, span.start_s))), tuple(names))
 
 
 def replay_waves(
