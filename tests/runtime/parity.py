@@ -1,26 +1,35 @@
 """Loss and gradients of planned micro-batches on real ranks, and of one process that does no parallelism."""
 
+import argparse
 import dataclasses
+import math
+from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from evermesh.parallelism import BatchPlan, Certificate, CostModel, Layout, MicroBatch, Piece, verify_plan
+from evermesh.parallelism.experts import Placement
 from evermesh.parallelism.experts.documents import TokenContext
+from evermesh.parallelism.experts.hot import HotExperts
 from evermesh.parallelism.pieces import share_of
 from evermesh.runtime import process_group
-from evermesh.runtime.config import ModelConfig, TrainConfig
+from evermesh.runtime.config import ModelConfig, OptimizerConfig, TrainConfig
 from evermesh.runtime.flat import AnyCut
 from evermesh.runtime.micro_batch import LocalBatch, LocalMicroBatch
 from evermesh.runtime.model.building import build_model, build_runner
 from evermesh.runtime.model.decoder import Decoder
+from evermesh.runtime.optimizer import ShardedAdamW
 from tests.cluster import run_ranks
 from tests.oracle import gradient, plain_attention, relative_error
 
 VOCABULARY = 61
 STEP, SEED = 7, 3
+OPTIMIZER = OptimizerConfig(lr=0.1, eps=1e-3, clip_norm=0.05, weight_decay=0.3)
+"""With an eps that keeps the first update from being the sign of gradients near zero."""
 MODEL = ModelConfig(hidden=32, layers=2, heads=4, kv_heads=2, ffn=48, initial_std=0.2)
 MANY_HEADS = ModelConfig(hidden=32, layers=2, heads=8, kv_heads=4, ffn=48, initial_std=0.2)
 """For four tensor-parallel ranks."""
@@ -31,11 +40,16 @@ Unit = list[tuple[int, tuple[int, ...]]]
 """A micro-batch by hand: sequences and their rings."""
 
 
+@cache
+def _text() -> Tensor:
+    """Real text: source of the standard library, byte by byte."""
+    return torch.tensor(list(Path(argparse.__file__).read_bytes()), dtype=torch.int64) % VOCABULARY
+
+
 def _document(sequence: int, length: int) -> Document:
     """Tokens, targets and which of them count (some do not)."""
-    generator = torch.Generator().manual_seed(1000 + sequence)
-    tokens = torch.randint(VOCABULARY, (length + 1,), generator=generator)
-    counts = (torch.rand(length, generator=generator) < 0.9).float()
+    tokens = _text()[1000 * sequence : 1000 * sequence + length + 1]
+    counts = (torch.rand(length, generator=torch.Generator().manual_seed(sequence)) < 0.9).float()
     return tokens[:-1], tokens[1:], counts
 
 
@@ -45,9 +59,20 @@ def small_model(dtype: str, config: ModelConfig = MODEL) -> Decoder:
     return model.to(getattr(torch, dtype))
 
 
+class Outcome(NamedTuple):
+    """What one step did."""
+
+    loss: float
+    gradients: dict[str, Tensor]
+    norm: float
+    """Of all gradients together."""
+    updated: dict[str, Tensor]
+    """Parameters after an update."""
+
+
 @cache
-def expected(lengths: tuple[int, ...], config: ModelConfig) -> tuple[float, dict[str, Tensor]]:
-    """Loss and gradients of one process that runs every document alone with attention written out, in float64."""
+def expected(lengths: tuple[int, ...], config: ModelConfig) -> Outcome:
+    """One process that runs every document alone with attention written out, in float64, and updates with torch's AdamW."""
     model = small_model("float64", config)
     documents = [_document(sequence, length) for sequence, length in enumerate(lengths)]
     num_counted = sum(counts.sum() for _, _, counts in documents)
@@ -59,11 +84,19 @@ def expected(lengths: tuple[int, ...], config: ModelConfig) -> tuple[float, dict
         losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
         loss = loss + (losses * counts).sum() / num_counted
     loss.backward()
-    return loss.item(), {
-        # an expert that no token chose has no gradient
-        name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        for name, parameter in model.named_parameters()
-    }
+    for parameter in model.parameters():
+        if parameter.grad is None:  # of an expert that no token chose
+            parameter.grad = torch.zeros_like(parameter)
+    gradients = {name: gradient(parameter).clone() for name, parameter in model.named_parameters()}
+    norm = torch.stack([of_one.norm() for of_one in gradients.values()]).norm().item()
+    for parameter in model.parameters():
+        gradient(parameter).mul_((OPTIMIZER.clip_norm or math.inf) / norm)
+    assert norm > 2 * (OPTIMIZER.clip_norm or 0), "nothing is clipped"
+    decayed = [{"params": [p for p in model.parameters() if p.dim() >= 2], "weight_decay": OPTIMIZER.weight_decay}]
+    others = [{"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0}]
+    torch.optim.AdamW(decayed + others, lr=OPTIMIZER.lr, betas=OPTIMIZER.betas, eps=OPTIMIZER.eps).step()
+    updated = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    return Outcome(loss.item(), gradients, norm, updated)
 
 
 def identities(lengths: tuple[int, ...]) -> tuple[str, ...]:
@@ -92,7 +125,8 @@ class Held(NamedTuple):
     owner: tuple[str, int]
     """Which of those that hold the same part, and of which set."""
     sharer: int
-    part: Tensor
+    gradient: Tensor
+    updated: Tensor
 
 
 def local_batch(plan: BatchPlan, hdp_rank: int) -> LocalBatch:
@@ -103,66 +137,109 @@ def local_batch(plan: BatchPlan, hdp_rank: int) -> LocalBatch:
     return LocalBatch(micro_batches, plan.lengths, num_counted, identities(plan.lengths), STEP, SEED)
 
 
-def train_config(dtype: str, config: ModelConfig, layout: Layout) -> TrainConfig:
-    """For what is trained here, which reads no data."""
-    data = {"sources": [{"kind": "corpus", "path": "nowhere"}]}
-    values = {"dtype": dtype, "model": config, "layout": layout, "data": data, "seed": 3}
-    return TrainConfig.model_validate(values)
+class Case(NamedTuple):
+    """What is trained, and how it is spread."""
+
+    plan: BatchPlan
+    dtype: str
+    config: ModelConfig
+    layout: Layout
+
+    @property
+    def train_config(self) -> TrainConfig:
+        """It reads no data."""
+        data = {"sources": [{"kind": "corpus", "path": "nowhere"}]}
+        values = {"dtype": self.dtype, "model": self.config, "layout": self.layout, "data": data, "seed": 3}
+        return TrainConfig.model_validate(values)
 
 
-def _rank_gradients(
-    rank: int, world_size: int, plan_json: bytes, dtype: str, config: ModelConfig, layout: Layout
-) -> tuple[float, float, list[Held]]:
-    plan = BatchPlan.from_json(plan_json)
-    groups = process_group.communicators(60.0, layout, experts=config.moe is not None, tied=config.tied_embeddings)
-    built = build_model(train_config(dtype, config, layout), VOCABULARY, groups, torch.device("cpu"))
-    runner = build_runner(built, layout, groups)
+def _on_rank(rank: int, world_size: int, cases: list[Case]) -> list[tuple[float, float, list[Held]]]:
+    """For every case: loss, norm of the gradients, and what this rank holds."""
+    return [_run(case) for case in cases]
+
+
+def _run(case: Case) -> tuple[float, float, list[Held]]:
+    groups = process_group.communicators(
+        60.0, case.layout, experts=case.config.moe is not None, tied=case.config.tied_embeddings
+    )
+    built = build_model(case.train_config, VOCABULARY, groups, torch.device("cpu"))
+    optimizer = ShardedAdamW(built.sets, OPTIMIZER, built.tied)
+    runner = build_runner(built, case.layout, groups)
+    hot = HotExperts(built.model, groups.ep)
     for _ in range(2):  # what a step leaves behind must not change the next
         built.zero_gradients()
-        loss, _ = runner.accumulate(local_batch(plan, groups.place.hdp))
+        if case.layout.hot_experts:
+            hot.begin_step({name: _copied(case) for name in hot.names})
+        loss, _ = runner.accumulate(local_batch(case.plan, groups.place.hdp))
+        hot.end_step()
         square = built.sum_gradients()
     scalars = torch.stack([loss, square])
     groups.world.all_reduce(scalars, "scalars")
     named = dict(built.model.named_parameters())
-    held = [
-        Held(
-            entry.name, entry.cut, (str(number), parameters.owners.rank), parameters.sharer, gradient(named[entry.name])
-        )
-        for number, parameters in enumerate(built.sets)
-        for entry in parameters.flat.entries
+    places = [
+        (sets.flat.entries, (str(number), sets.owners.rank), sets.sharer) for number, sets in enumerate(built.sets)
     ]
-    return scalars[0].item(), scalars[1].item() ** 0.5, held
+    gradients = {name: gradient(parameter).clone() for name, parameter in named.items()}
+    norm = scalars[1].item() ** 0.5
+    optimizer.step(OPTIMIZER.lr, min(1.0, (OPTIMIZER.clip_norm or math.inf) / norm))
+    held = [
+        Held(entry.name, entry.cut, owner, sharer, gradients[entry.name], named[entry.name].detach().clone())
+        for entries, owner, sharer in places
+        for entry in entries
+    ]
+    return scalars[0].item(), norm, held
+
+
+def _copied(case: Case) -> Placement:
+    """One expert of the first rank on every other, one of the last on the first."""
+    assert case.config.moe is not None
+    experts, ranks = case.config.moe.experts, case.layout.ep
+    return Placement(experts, ranks, {0: tuple(range(1, ranks)), experts - 1: (0,)})
 
 
 def worst_error(
     plan: BatchPlan, dtype: str, config: ModelConfig = MODEL, tp: int = 1, layout: Layout | None = None
 ) -> float:
-    """Largest relative error of the loss, of any parameter's gradient on any rank, and of the norm of them all.
+    """``worst_errors`` of one case; ``layout`` by default has the HDP ranks of the plan and ``tp``."""
+    return worst_errors(
+        [Case(plan, dtype, config, layout or Layout(hdp=len(plan.ranks), tp=tp, capacity=plan.capacity))]
+    )[0]
 
-    ``layout`` by default has the HDP ranks of the plan and ``tp``.
-    """
-    layout = layout or Layout(hdp=len(plan.ranks), tp=tp, capacity=plan.capacity)
-    verify_plan(plan, plan.lengths, layout)
-    loss, gradients = expected(plan.lengths, config)
-    norm = torch.stack([of_one.norm() for of_one in gradients.values()]).norm().item()
-    results = run_ranks(layout.world_size, _rank_gradients, plan.to_json(), dtype, config, layout)
-    errors = [abs(rank_loss - loss) / loss for rank_loss, _, _ in results]
-    errors += [abs(rank_norm - norm) / norm for _, rank_norm, _ in results]
-    whole = joined([held for _, _, of_rank in results for held in of_rank])
-    assert {name for _, name in whole} == gradients.keys()
-    errors += [relative_error(whole[owner, name].double(), gradients[name]) for owner, name in whole]
+
+def worst_errors(cases: list[Case]) -> list[float]:
+    """Largest relative error of the loss, of any parameter's gradient on any rank, of the norm of them all, and of any
+    parameter after a clipped update. The cases have the same number of ranks."""
+    for case in cases:
+        verify_plan(case.plan, case.plan.lengths, case.layout)
+    results = run_ranks(cases[0].layout.world_size, _on_rank, cases, timeout_s=170.0)
+    return [_error_of(case, of_case) for case, of_case in zip(cases, zip(*results, strict=True), strict=True)]
+
+
+def _error_of(case: Case, results: Sequence[tuple[float, float, list[Held]]]) -> float:
+    wanted = expected(case.plan.lengths, case.config)
+    errors = [abs(loss - wanted.loss) / wanted.loss for loss, _, _ in results]
+    errors += [abs(norm - wanted.norm) / wanted.norm for _, norm, _ in results]
+    held = [part for _, _, of_rank in results for part in of_rank]
+    for whole, expected_of in (
+        (joined([(part, part.gradient) for part in held]), wanted.gradients),
+        (joined([(part, part.updated) for part in held]), wanted.updated),
+    ):
+        assert {name for _, name in whole} == expected_of.keys()
+        errors += [relative_error(whole[owner, name].double(), expected_of[name]) for owner, name in whole]
     return max(errors)
 
 
-def joined(parts: list[Held]) -> dict[tuple[tuple[str, int], str], Tensor]:
+def joined(parts: list[tuple[Held, Tensor]]) -> dict[tuple[tuple[str, int], str], Tensor]:
     """The whole tensors of every owner; what all its sharers hold is the same, bit for bit."""
     whole: dict[tuple[tuple[str, int], str], Tensor] = {}
-    for name, cut, owner, sharer, part in parts:
-        if cut.dim is None:
-            assert torch.equal(whole.setdefault((owner, name), part), part), f"replicas of {name} differ"
+    for held, part in parts:
+        place = held.owner, held.name
+        if held.cut.dim is None:
+            assert torch.equal(whole.setdefault(place, part), part), f"replicas of {held.name} differ"
             continue
-        target = whole.setdefault((owner, name), torch.full(cut.shape, float("nan"), dtype=part.dtype))
-        for dim, (start, size) in enumerate(zip(cut.offsets(sharer), cut.local_shape(sharer), strict=True)):
+        target = whole.setdefault(place, torch.full(held.cut.shape, float("nan"), dtype=part.dtype))
+        sizes = zip(held.cut.offsets(held.sharer), held.cut.local_shape(held.sharer), strict=True)
+        for dim, (start, size) in enumerate(sizes):
             target = target.narrow(dim, start, size)
         target.copy_(part)
     return whole

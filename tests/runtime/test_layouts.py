@@ -1,40 +1,149 @@
-"""A layout never changes the mathematics: loss, gradients and their norm on any factorisation equal one process."""
+"""A layout never changes the mathematics: loss, gradients, their norm and a clipped update equal one process."""
 
-from typing import Any
+import itertools
+import random
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import pytest
 
 from evermesh.parallelism import Layout, plan_batch
-from evermesh.runtime.config import ModelConfig, MoeConfig
-from tests.runtime.parity import COST, recomputed, worst_error
+from evermesh.runtime.config import ModelConfig
+from tests.runtime.parity import COST, Case, recomputed, worst_errors
 
+RANKS = 8
 LENGTHS = (1, 97, 40, 13, 2, 61, 29, 7, 22, 5)
 SIZES = {"hidden": 32, "layers": 5, "heads": 8, "kv_heads": 4, "ffn": 48, "initial_std": 0.2}
-DENSE = ModelConfig.model_validate(SIZES)
-TIED = ModelConfig.model_validate(SIZES | {"tied_embeddings": True})
-EXPERTS = ModelConfig.model_validate(SIZES | {"moe": MoeConfig(experts=8, ffn=16, shared_ffn=16, first_dense_layers=1)})
-MODELS = {"dense": DENSE, "tied": TIED, "experts": EXPERTS}
-
-
-def _error(model: str, degrees: dict[str, Any], *, recompute: bool = False) -> float:
-    layout = Layout.model_validate(degrees)
-    layout = layout.model_copy(update={"capacity": max(41, -(-97 // layout.hdp))})
-    plan = plan_batch(LENGTHS, layout, COST)
-    return worst_error(recomputed(plan) if recompute else plan, "float64", MODELS[model], layout=layout)
-
-
-@pytest.mark.parametrize(
-    ("model", "degrees"),
-    [
-        ("dense", {"pp": 2}),
-        ("dense", {"pp": 2, "hdp": 2, "schedule": "interleaved-1f1b", "virtual_stages": 2}),
-        ("tied", {"pp": 2, "hdp": 2, "tp": 2, "schedule": "zero-bubble"}),
-        ("tied", {"pp": 2, "hdp": 2, "schedule": "zero-bubble-v", "virtual_stages": 2}),
-        ("experts", {"hdp": 2, "ep": 2}),
-        ("experts", {"pp": 2, "hdp": 2, "tp": 2, "ep": 4}),
-        ("experts", {"pp": 2, "hdp": 4, "ep": 2, "etp": 2}),
-        ("experts", {"hdp": 4, "tp": 2, "ep": 8}),
-    ],
+EXPERTS = {"experts": 8, "ffn": 16, "first_dense_layers": 1}
+MODELS = {
+    "dense": SIZES,
+    "tied": SIZES | {"tied_embeddings": True, "qk_norm": True, "qkv_bias": True, "sliding_window": 20},
+    "parallel blocks": SIZES | {"parallel_block": True},
+    "experts": SIZES | {"moe": EXPERTS | {"shared_ffn": 16}},
+    "experts, tied": SIZES
+    | {"tied_embeddings": True, "moe": EXPERTS | {"router": "sigmoid", "shared_ffn": 16, "shared_gate": True}},
+    "balanced documents": SIZES | {"moe": EXPERTS | {"balancing": {"kind": "document_loss"}, "capacity_factor": 1.0}},
+}
+CONFIGS = {name: ModelConfig.model_validate(values) for name, values in MODELS.items()}
+SCHEDULES = (
+    ("1f1b", 1),
+    ("gpipe", 1),
+    ("zero-bubble", 1),
+    ("zero-bubble", 2),
+    ("interleaved-1f1b", 2),
+    ("zero-bubble-v", 2),
 )
-def test_gradients_equal_one_process(model: str, degrees: dict[str, Any]) -> None:
-    assert _error(model, degrees) <= 1e-9
+
+
+class Choice(NamedTuple):
+    """One point of the matrix."""
+
+    model: str
+    layout: Layout
+    recompute: bool
+
+
+def _divisors(number: int) -> list[int]:
+    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
+
+
+def _factorisations(*, experts: bool) -> Iterator[dict[str, int]]:
+    """All ways to spread eight ranks: pp x tp x hdp, and for experts ep x etp over each stage."""
+    for pp, tp in itertools.product((1, 2, 4), (1, 2, 4)):
+        if pp * tp > RANKS:
+            continue
+        stage = RANKS // pp
+        for ep in _divisors(stage) if experts else [1]:
+            for etp in _divisors(stage // ep) if experts else [1]:
+                yield {"pp": pp, "tp": tp, "hdp": stage // tp, "ep": ep, "etp": etp}
+
+
+def _choices() -> list[Choice]:
+    """Every factorisation with every schedule that fits it, every model, with and without recomputation."""
+    found = []
+    for model, recompute in itertools.product(MODELS, (False, True)):
+        has_experts = CONFIGS[model].moe is not None
+        for degrees, (schedule, stages) in itertools.product(_factorisations(experts=has_experts), SCHEDULES):
+            if degrees["pp"] * stages > SIZES["layers"] or (degrees["pp"] == 1 and schedule != "1f1b"):
+                continue
+            hot = 1 if degrees["ep"] > 1 and recompute else 0
+            values: dict[str, Any] = degrees | {"schedule": schedule, "virtual_stages": stages, "hot_experts": hot}
+            layout = Layout.model_validate(values | {"capacity": max(41, -(-97 // degrees["hdp"]))})
+            found.append(Choice(model, layout, recompute))
+    return found
+
+
+def _every_factorisation() -> list[Choice]:
+    """One choice for every factorisation, dense and with experts."""
+    chosen: dict[Any, Choice] = {}
+    for choice in random.Random(1).sample(_choices(), len(_choices())):
+        layout = choice.layout
+        has_experts = CONFIGS[choice.model].moe is not None
+        chosen.setdefault((has_experts, layout.pp, layout.tp, layout.ep, layout.etp), choice)
+    return list(chosen.values())
+
+
+def _every_pair() -> list[Choice]:
+    """Choices that together have every pair of values of any two of: model, degrees, schedule, recomputation."""
+    choices = random.Random(2).sample(_choices(), len(_choices()))
+    missing = {pair for choice in choices for pair in _pairs(choice)}
+    chosen = []
+    while missing:
+        best = max(choices, key=lambda choice: len(missing & _pairs(choice)))
+        missing -= _pairs(best)
+        chosen.append(best)
+    return chosen
+
+
+def _pairs(choice: Choice) -> set[Any]:
+    layout = choice.layout
+    values = {
+        "model": choice.model,
+        "pp": layout.pp,
+        "tp": layout.tp,
+        "ep": layout.ep,
+        "etp": layout.etp,
+        "schedule": (layout.schedule, layout.virtual_stages),
+        "recompute": choice.recompute,
+    }
+    return set(itertools.combinations(sorted(values.items()), 2))
+
+
+def _check(choices: list[Choice]) -> None:
+    cases = []
+    for model, layout, recompute in choices:
+        plan = plan_batch(LENGTHS, layout, COST)
+        cases.append(Case(recomputed(plan) if recompute else plan, "float64", CONFIGS[model], layout))
+    rings = {size for case in cases for size in case.plan.ring_sizes()}
+    assert max(rings) > 1
+    for choice, error in zip(choices, worst_errors(cases), strict=True):
+        assert error <= 1e-9, choice
+
+
+def _drawn() -> list[Choice]:
+    """Twenty without experts, twenty with."""
+    choices = random.Random(0).sample(_choices(), len(_choices()))
+    dense = [choice for choice in choices if CONFIGS[choice.model].moe is None]
+    experts = [choice for choice in choices if CONFIGS[choice.model].moe is not None]
+    return [choice for pair in zip(dense[:20], experts[:20], strict=True) for choice in pair]
+
+
+@pytest.mark.parametrize("part", range(5))
+def test_forty_layouts_drawn_from_all_equal_one_process(part: int) -> None:
+    _check(_drawn()[part::5])
+
+
+def _in_parts(choices: list[Choice]) -> list[list[Choice]]:
+    return [choices[first : first + 8] for first in range(0, len(choices), 8)]
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("choices", _in_parts(_every_factorisation()), ids=len)
+def test_every_factorisation_of_eight_ranks_equals_one_process(choices: list[Choice]) -> None:
+    _check(choices)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("choices", _in_parts(_every_pair()), ids=len)
+def test_every_pair_of_choices_equals_one_process(choices: list[Choice]) -> None:
+    _check(choices)
