@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import torch
 
 from evermesh.parallelism.collectives import Communicator
-from evermesh.parallelism.experts.balance import CALL_SITE, moved_bias
+from evermesh.parallelism.experts.balance import ExpertLoads, moved_bias
 from evermesh.parallelism.experts.documents import TokenContext
 from evermesh.parallelism.experts.hot import HotExperts
 from evermesh.parallelism.experts.placement import HotBudget, Placement, choose_hot
@@ -74,13 +74,10 @@ class ExpertBalance:
         """Take note of how the tokens of a committed step chose. Collective over all ranks, if ``is_needed``."""
         if not self.is_needed:
             return
-        rows = {layer: row for row, layer in enumerate(self._layers)}
-        loads_LE = torch.zeros(len(self._layers), self._num_experts, dtype=torch.int64, device=device)
+        loads = ExpertLoads(self._layers, self._num_experts, device)
         for context in contexts:
-            for layer, load_E in context.loads.items():
-                loads_LE[rows[layer]] += load_E
-        world.all_reduce(loads_LE, CALL_SITE)
-        loads_LE = loads_LE.cpu()
+            loads.add(context)
+        loads_LE = loads.take(world)
         if self._most_copies:
             self._progress.expert_loads = [*self._progress.expert_loads, loads_LE.tolist()][-WINDOW:]
         if self._moe is not None and isinstance(self._moe.balancing, BiasBalancing):

@@ -19,7 +19,7 @@ class ExpertLoads:
     """Counts of one step: how many tokens of this rank chose each expert, by layer.
 
     Args:
-        layers: the layers of this rank that have experts, ascending.
+        layers: the layers of the whole model that have experts, ascending; those that this rank does not hold count none.
         experts: E.
         device: where the counts of the layers are.
     """
@@ -30,16 +30,16 @@ class ExpertLoads:
 
     def add(self, context: TokenContext) -> None:
         """Add what the layers counted for one micro-batch, after its forward pass."""
-        for row, layer in enumerate(self.layers):
-            self.counts_LE[row] += context.loads[layer]
+        for layer, counts_E in context.loads.items():
+            self.counts_LE[self.layers.index(layer)] += counts_E
 
-    def take(self, *communicators: Communicator) -> dict[int, Tensor]:
-        """The sums over all ranks, by layer, and begin anew. Collective over each communicator in turn."""
+    def take(self, *communicators: Communicator) -> Tensor:
+        """The sums over all ranks, [L, E], in host memory, and begin anew. Collective over each communicator in turn."""
         for communicator in communicators:
             communicator.all_reduce(self.counts_LE, CALL_SITE)
-        taken = self.counts_LE.clone()
+        taken_LE = self.counts_LE.cpu().clone()
         self.counts_LE.zero_()
-        return dict(zip(self.layers, taken, strict=True))
+        return taken_LE
 
 
 def moved_bias(bias_E: Tensor, counts_E: Tensor, rate: float) -> Tensor:

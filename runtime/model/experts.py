@@ -4,7 +4,7 @@ Shape legend: T tokens, C hidden size, E experts, K experts per token, R rows (c
 an expert.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from evermesh.parallelism.experts.balance import document_losses, moved_bias, with_loss, within_capacity
+from evermesh.parallelism.experts.balance import document_losses, with_loss, within_capacity
 from evermesh.parallelism.experts.dispatch import Dispatcher
 from evermesh.parallelism.experts.documents import TokenContext
 from evermesh.runtime.config import MoeConfig
@@ -179,30 +179,6 @@ def grouped_linear(rows_RI: Tensor, weights_EOI: Tensor, counts: Sequence[int]) 
 def _has_kernel(dtype: torch.dtype, *sizes: int) -> bool:
     """Rows of 16-byte steps in float32 or bfloat16, forward and backward."""
     return dtype in (torch.float32, torch.bfloat16) and all(size * dtype.itemsize % 16 == 0 for size in sizes)
-
-
-def move_biases(model: nn.Module, loads: Mapping[int, Tensor]) -> None:
-    """Move the bias of every router whose config says so, once per step, by the loads of the whole batch.
-
-    ``loads`` by layer, [E], summed over all ranks (``ExpertLoads.take``), so that all ranks move alike.
-    """
-    for mixture in mixtures_of(model):
-        balancing = mixture.config.balancing
-        if balancing.kind == "bias":
-            router = mixture.router
-            router.bias_E = moved_bias(router.bias_E, loads[mixture.layer], balancing.rate)
-
-
-def biases(model: nn.Module) -> dict[str, list[float]]:
-    """The biases of all routers by layer, as JSON: part of a checkpoint, the same on all ranks of a pipeline stage."""
-    return {str(mixture.layer): mixture.router.bias_E.tolist() for mixture in mixtures_of(model)}
-
-
-def restore_biases(model: nn.Module, saved: Mapping[str, Sequence[float]]) -> None:
-    """Take over what ``biases`` returned; layers that this model does not hold are left out."""
-    for mixture in mixtures_of(model):
-        router = mixture.router
-        router.bias_E = torch.tensor(saved[str(mixture.layer)], dtype=torch.float64, device=router.bias_E.device)
 
 
 def mixtures_of(model: nn.Module) -> list[MixtureOfExperts]:

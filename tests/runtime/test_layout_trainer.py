@@ -1,6 +1,7 @@
 """Training on pipelines and shared experts: the same run as on one worker, stopped and resumed on any layout."""
 
 import functools
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -51,16 +52,23 @@ def _train(config: TrainConfig, directory: Path, *, resume: bool = False) -> lis
     directory.mkdir(exist_ok=True)
     biases = run_ranks(config.layout.world_size, _fit, config, directory, resume)
     assert all(of_rank == biases[0] for of_rank in biases), "routers of the same layer differ"
+    (directory / "biases.json").write_text(json.dumps(biases[0]))
     return read_telemetry(directory / "telemetry.jsonl")
 
 
-Alone = Callable[[str], list[StepReport]]
+Alone = Callable[[str], tuple[list[StepReport], str]]
+"""Reports of every step, and the biases of routers at the end."""
 
 
 @pytest.fixture(scope="module")
 def alone(odd_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Alone:
     """Every step of a run that one process makes without a stop, by model."""
-    return functools.cache(lambda model: _train(_config(odd_corpus, model, "alone"), tmp_path_factory.mktemp("alone")))
+
+    def run(model: str) -> tuple[list[StepReport], str]:
+        directory = tmp_path_factory.mktemp("alone")
+        return _train(_config(odd_corpus, model, "alone"), directory), (directory / "biases.json").read_text()
+
+    return functools.cache(run)
 
 
 def _assert_same(reports: list[StepReport], alone: list[StepReport]) -> None:
@@ -85,4 +93,7 @@ def test_a_run_that_is_stopped_and_goes_on_with_another_layout_is_the_run_of_one
 ) -> None:
     reports = _train(_config(odd_corpus, model, first, stop_at=3), tmp_path)
     assert all(report.grad_norm > 0.1 for report in reports), "clipping was not at work"
-    _assert_same(_train(_config(odd_corpus, model, then), tmp_path, resume=True), alone(model))
+    expected, biases = alone(model)
+    _assert_same(_train(_config(odd_corpus, model, then), tmp_path, resume=True), expected)
+    assert (tmp_path / "biases.json").read_text() == biases
+    assert any(any(of_layer) for of_layer in json.loads(biases)) == (model == "experts")
