@@ -6,8 +6,8 @@ from typing import Any
 
 from evermesh.launcher.errors import JobFileInvalid, Problem
 from evermesh.launcher.job_yaml import Key
-from evermesh.runtime.config import ModelConfig
 from evermesh.runtime.errors import UnsupportedModel
+from evermesh.runtime.model.config import ModelConfig
 from evermesh.runtime.model.families import CHOICES, read_model
 
 _INIT_FROM: Key = ("train", "init_from")

@@ -5,7 +5,8 @@
 
 from typing import TYPE_CHECKING, Any
 
-from evermesh.runtime.config import ModelConfig, OptimizerConfig, TrainConfig
+from evermesh.runtime.config import OptimizerConfig, TrainConfig
+from evermesh.runtime.model.config import ModelConfig
 from evermesh.runtime.telemetry import PlanSummary, StepReport, read_telemetry
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from evermesh.parallelism.experts.balance import ExpertLoads, moved_bias
 from evermesh.parallelism.experts.documents import TokenContext
 from evermesh.parallelism.experts.hot import HotExperts
 from evermesh.parallelism.experts.placement import HotBudget, Placement, choose_hot
-from evermesh.runtime.config import BiasBalancing, ModelConfig
+from evermesh.runtime.model.config import BiasBalancing, ModelConfig
 from evermesh.runtime.model.decoder import Decoder
 from evermesh.runtime.model.experts import mixtures_of
 from evermesh.runtime.state import Progress

@@ -10,7 +10,8 @@ from evermesh.runtime.model.sharding import DECODER_SHARDING
 from evermesh.runtime.model.stages import stage_parts
 
 if TYPE_CHECKING:
-    from evermesh.runtime.config import ModelConfig, TrainConfig
+    from evermesh.runtime.config import TrainConfig
+    from evermesh.runtime.model.config import ModelConfig
 
 
 def check_layout(config: "TrainConfig") -> None:

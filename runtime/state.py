@@ -11,8 +11,8 @@ from evermesh.checkpoint.directory import read_manifest
 from evermesh.checkpoint.registry import Replicated, StateRegistry
 from evermesh.checkpoint.shard_map import ShardMap
 from evermesh.parallelism.collectives import Communicator
-from evermesh.runtime.config import ModelConfig
 from evermesh.runtime.errors import OtherRun
+from evermesh.runtime.model.config import ModelConfig
 from evermesh.runtime.optimizer import ShardedAdamW
 
 

@@ -22,8 +22,9 @@ from evermesh.parallelism.traffic import (
     TrainedModel,
     plan_traffic,
 )
-from evermesh.runtime.config import ModelConfig, TrainConfig
+from evermesh.runtime.config import TrainConfig
 from evermesh.runtime.flat import HeldSet
+from evermesh.runtime.model.config import ModelConfig
 from evermesh.runtime.model.stages import Part, parts_of_rank, stage_parts
 
 OPERATIONS: tuple[tuple[str, Operation, str], ...] = (

@@ -15,8 +15,8 @@ from evermesh.checkpoint.files import sync_directory, write_durably
 from evermesh.checkpoint.huggingface import WeightsRead, read_weights
 from evermesh.checkpoint.huggingface_writing import MOST_FILE_BYTES, WeightSource, WeightsWritten, write_weights
 from evermesh.parallelism.collectives import Communicator
-from evermesh.runtime.config import ModelConfig
 from evermesh.runtime.errors import UnsupportedModel
+from evermesh.runtime.model.config import ModelConfig
 from evermesh.runtime.model.families import CONFIG, Family, differences, naming_of, written_form
 from evermesh.runtime.optimizer import ShardedAdamW
 

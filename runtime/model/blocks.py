@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from evermesh.parallelism.experts.documents import TokenContext
-from evermesh.runtime.config import ModelConfig
+from evermesh.runtime.model.config import ModelConfig
 from evermesh.runtime.model.experts import MixtureOfExperts
 from evermesh.runtime.model.rotary import Rotation, rotate
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from evermesh.parallelism.experts.documents import TokenContext
-from evermesh.runtime.config import ModelConfig
 from evermesh.runtime.model.blocks import Attend, Block, ParallelBlock
+from evermesh.runtime.model.config import ModelConfig
 from evermesh.runtime.model.rotary import rotation
 from evermesh.runtime.model.stages import Part
 

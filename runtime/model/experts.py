@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from evermesh.parallelism.experts.balance import document_losses, with_loss, within_capacity
 from evermesh.parallelism.experts.dispatch import Dispatcher
 from evermesh.parallelism.experts.documents import TokenContext
-from evermesh.runtime.config import MoeConfig
+from evermesh.runtime.model.config import MoeConfig
 
 
 class Routing(NamedTuple):

@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from evermesh.runtime.config import LinearRope, Llama3Rope, ModelConfig, YarnRope
+from evermesh.runtime.model.config import LinearRope, Llama3Rope, ModelConfig, YarnRope
 
 Rotation = tuple[Tensor, Tensor]
 """Cosine and sine [T, 1, D/2] of every position's angles."""

@@ -8,7 +8,7 @@ from evermesh.parallelism.layout import Layout
 from evermesh.parallelism.pipeline.split import split_layers
 
 if TYPE_CHECKING:
-    from evermesh.runtime.config import ModelConfig
+    from evermesh.runtime.model.config import ModelConfig
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,8 +15,9 @@ from evermesh.parallelism.attention.ring import Ring, ring_backward, ring_forwar
 from evermesh.parallelism.attention.window import band_blocks
 from evermesh.parallelism.errors import UnsupportedKernel
 from evermesh.runtime import process_group
-from evermesh.runtime.config import CudaDevice, ModelConfig, OptimizerConfig
+from evermesh.runtime.config import CudaDevice, OptimizerConfig
 from evermesh.runtime.flat import FlatParameters, ParameterSet
+from evermesh.runtime.model.config import ModelConfig
 from evermesh.runtime.model.decoder import Decoder
 from evermesh.runtime.optimizer import ShardedAdamW
 from tests.oracle import gradient, plain_attention, relative_error

@@ -24,7 +24,7 @@ from evermesh.parallelism.pieces import share_of
 from evermesh.parallelism.tensor.apply import apply_tensor_parallel
 from evermesh.parallelism.tensor.loss import cross_entropy
 from evermesh.parallelism.tensor.tokens import pad_tokens, without_padding
-from evermesh.runtime.config import ModelConfig, MoeConfig
+from evermesh.runtime.model.config import ModelConfig, MoeConfig
 from evermesh.runtime.model.decoder import Decoder
 from evermesh.runtime.model.experts import MixtureOfExperts
 from evermesh.runtime.model.sharding import DECODER_EXPERTS, DECODER_SHARDING

@@ -9,7 +9,7 @@ from torch import Tensor
 from evermesh.parallelism.batch_plan import MicroBatch, Piece
 from evermesh.parallelism.experts.balance import moved_bias
 from evermesh.parallelism.experts.documents import TokenContext
-from evermesh.runtime.config import ModelConfig, MoeConfig
+from evermesh.runtime.model.config import ModelConfig, MoeConfig
 from evermesh.runtime.model.decoder import Decoder
 from evermesh.runtime.model.experts import (
     Experts,

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from evermesh.runtime.config import ModelConfig
 from evermesh.runtime.errors import UnsupportedModel
+from evermesh.runtime.model.config import ModelConfig
 from evermesh.runtime.model.decoder import Decoder
 from evermesh.runtime.model.families import FAMILIES, differences, naming_of, read_model, written_form
 from tests.runtime.hugging_face import MODELS, VOCABULARY, edited, make, our_logits, ours

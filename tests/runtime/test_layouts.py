@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from evermesh.parallelism import Layout, plan_batch
-from evermesh.runtime.config import ModelConfig
+from evermesh.runtime.model.config import ModelConfig
 from tests.runtime.parity import COST, Case, recomputed, worst_errors
 
 RANKS = 8

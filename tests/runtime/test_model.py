@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from evermesh.runtime.config import ModelConfig, OptimizerConfig, TrainConfig
+from evermesh.runtime.config import OptimizerConfig, TrainConfig
 from evermesh.runtime.cost import nominal_cost
+from evermesh.runtime.model.config import ModelConfig
 from evermesh.runtime.model.decoder import Decoder
 from evermesh.runtime.model.sharding import DECODER_SHARDING
 from tests.oracle import plain_attention, relative_error

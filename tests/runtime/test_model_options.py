@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from evermesh.parallelism import Layout, plan_batch
-from evermesh.runtime.config import Llama3Rope, ModelConfig
+from evermesh.runtime.model.config import Llama3Rope, ModelConfig
 from evermesh.runtime.model.decoder import Decoder
 from evermesh.runtime.model.sharding import DECODER_SHARDING
 from tests.oracle import plain_attention, relative_error

@@ -10,8 +10,9 @@ from evermesh.checkpoint.tensors import local_tensors
 from evermesh.parallelism import Communicator
 from evermesh.parallelism.mesh import Mesh
 from evermesh.parallelism.tensor.apply import apply_tensor_parallel
-from evermesh.runtime.config import ModelConfig, OptimizerConfig
+from evermesh.runtime.config import OptimizerConfig
 from evermesh.runtime.flat import FlatParameters, HeldSet, ParameterSet
+from evermesh.runtime.model.config import ModelConfig
 from evermesh.runtime.model.decoder import Decoder
 from evermesh.runtime.model.sharding import DECODER_SHARDING
 from evermesh.runtime.optimizer import ShardedAdamW, learning_rate, shard_map

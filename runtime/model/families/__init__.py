@@ -12,8 +12,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from evermesh.checkpoint.naming import Naming, bind
-from evermesh.runtime.config import ModelConfig
 from evermesh.runtime.errors import UnsupportedModel
+from evermesh.runtime.model.config import ModelConfig
 from evermesh.runtime.model.families.family import Family, options_of
 from evermesh.runtime.model.families.llama import LLAMA
 from evermesh.runtime.model.families.mistral import MISTRAL

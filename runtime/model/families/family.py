@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from evermesh.runtime.config import ModelConfig
+from evermesh.runtime.model.config import ModelConfig
 from evermesh.runtime.model.families.rope import read_rope, write_rope
 from evermesh.runtime.model.families.settings import Settings
 

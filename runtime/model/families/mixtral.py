@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from evermesh.runtime.config import ModelConfig
+from evermesh.runtime.model.config import ModelConfig
 from evermesh.runtime.model.families.family import ATTENTION_NAMES, Family
 from evermesh.runtime.model.families.settings import Settings
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from evermesh.runtime.config import ModelConfig, YarnRope
+from evermesh.runtime.model.config import ModelConfig, YarnRope
 from evermesh.runtime.model.families.settings import Settings
 
 _YARN = {

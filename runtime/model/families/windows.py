@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from evermesh.runtime.config import ModelConfig
+from evermesh.runtime.model.config import ModelConfig
 from evermesh.runtime.model.families.settings import Settings
 
 _SLIDING, _FULL = "sliding_attention", "full_attention"
