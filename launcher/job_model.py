@@ -1,6 +1,6 @@
 """The model of a job that starts from a Hugging Face directory is the one of that directory."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +37,29 @@ def fill(values: Any, origin: Callable[[Key], str]) -> None:
         raise JobFileInvalid([Problem(origin(_INIT_FROM), "train.init_from", f"train.init_from: {error}")]) from error
     problems = [
         Problem(
-            origin(("train", "model", name)),
+            origin(("train", "model", *name.split("."))),
             f"train.model.{name}",
-            f"train.model.{name} is {value!r}, but {directory} has {there[name]!r}. Leave it out.",
+            f"train.model.{name} is {value!r}, but {directory} has {of_directory!r}. Leave it out.",
         )
-        for name, value in given.items()
-        if name in there and name not in CHOICES and value != there[name]
+        for name, value, of_directory in _both(given, there)
+        if name not in CHOICES and value != of_directory
     ]
     if problems:
         raise JobFileInvalid(problems)
-    train["model"] = there | given
+    train["model"] = _merged(there, given)
+
+
+def _both(given: dict[str, Any], there: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """What the job and the directory say of a field, where both do; fields of experts one by one."""
+    for name, value in given.items():
+        if name == "moe" and isinstance(value, dict) and isinstance(there[name], dict):
+            yield from ((f"{name}.{inner}", v, of_directory) for inner, v, of_directory in _both(value, there[name]))
+        elif name in there:
+            yield name, value, there[name]
+
+
+def _merged(there: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    merged = there | given
+    if isinstance(given.get("moe"), dict):
+        merged["moe"] = there["moe"] | given["moe"]
+    return merged

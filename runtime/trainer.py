@@ -24,6 +24,7 @@ from evermesh.runtime.feed import BatchFeed, PlannedBatch
 from evermesh.runtime.guard import StepGuard
 from evermesh.runtime.layout import check_layout
 from evermesh.runtime.model.building import build_model, build_runner
+from evermesh.runtime.model.families import unused_settings
 from evermesh.runtime.optimizer import ShardedAdamW, learning_rate, shard_map
 from evermesh.runtime.state import Progress, TrainingState
 from evermesh.runtime.telemetry import PlanSummary, StepReport
@@ -272,6 +273,8 @@ class Trainer:
         read = load_initial_weights(directory, self.config.model, self.optimizer, self.shards, self.groups.world)
         text = f"from {directory}, in {' and '.join(read.dtypes)}, {read.bytes_read:,} bytes by rank 0"
         self._log("weights", text, load_s=time.monotonic() - started_s)
+        for name, value in unused_settings(directory).items():
+            self._log("weights", f"{name} {value} of {directory} is not used; what balances experts is train.model.moe")
 
     def _newest_checkpoint(self) -> Path | None:
         return checkpoint.latest(self.directory / "checkpoints") if self.directory else None

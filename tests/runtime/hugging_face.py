@@ -33,6 +33,7 @@ _LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+_EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 MODELS: dict[str, dict[str, Any]] = {
     "llama 3 with its rope": {"model_type": "llama", "rope_parameters": _LLAMA3_ROPE, "rms_norm_eps": 1e-5},
     "llama with tied embeddings and linear rope": {
@@ -65,6 +66,27 @@ MODELS: dict[str, dict[str, Any]] = {
         "use_sliding_window": True,
         "sliding_window": 9,
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
+    "mixtral with a window": {"model_type": "mixtral", "num_local_experts": 6, "sliding_window": 13},
+    "qwen3 with experts": {"model_type": "qwen3_moe", **_EXPERTS, "norm_topk_prob": True},
+    "qwen3 with experts above a dense layer": {
+        "model_type": "qwen3_moe",
+        **_EXPERTS,
+        "head_dim": 16,
+        "mlp_only_layers": [0],
+    },
+    "qwen2 with experts and a shared one": {
+        "model_type": "qwen2_moe",
+        **_EXPERTS,
+        "shared_expert_intermediate_size": 40,
+        "norm_topk_prob": False,
+    },
+    "qwen2 with experts in every second layer and no bias": {
+        "model_type": "qwen2_moe",
+        **_EXPERTS,
+        "shared_expert_intermediate_size": 40,
+        "decoder_sparse_step": 2,
+        "qkv_bias": False,
     },
 }
 

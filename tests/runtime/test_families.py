@@ -4,12 +4,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from evermesh.runtime.errors import UnsupportedModel
-from evermesh.runtime.model.config import ModelConfig
+from evermesh.runtime.model.config import DocumentLossBalancing, ModelConfig, MoeConfig, NoBalancing
 from evermesh.runtime.model.decoder import Decoder
-from evermesh.runtime.model.families import FAMILIES, differences, naming_of, read_model, written_form
+from evermesh.runtime.model.families import (
+    FAMILIES,
+    Family,
+    differences,
+    naming_of,
+    read_model,
+    unused_settings,
+    written_form,
+)
 from tests.runtime.hugging_face import MODELS, VOCABULARY, edited, make, our_logits, ours
 
 pytest.importorskip("transformers", reason="the oracle is transformers: pip install 'evermesh[hf]'")
@@ -30,12 +37,15 @@ def test_settings_come_back_as_the_same_model(name: str, tmp_path: Path) -> None
     shapes = {name: tuple(p.shape) for name, p in Decoder(model, VOCABULARY).named_parameters()}
     family, naming = written_form(model, shapes)
     assert naming.parts == naming_of(tmp_path, shapes).parts
-    again = tmp_path / "again"
-    again.mkdir()
-    (again / "config.json").write_text("{}")
-    edited(again, **family.settings(model, vocabulary=VOCABULARY, max_positions=128, dtype="float32"))
-    assert read_model(again) == model
-    assert differences(model, again) == []
+    assert _read_back(family, model, tmp_path / "again") == model
+    assert differences(model, tmp_path / "again") == []
+
+
+def _read_back(family: Family, model: ModelConfig, directory: Path) -> ModelConfig:
+    directory.mkdir()
+    (directory / "config.json").write_text("{}")
+    edited(directory, **family.settings(model, vocabulary=VOCABULARY, max_positions=128, dtype="float32"))
+    return read_model(directory)
 
 
 def test_settings_in_the_form_of_transformers_4_mean_the_same(tmp_path: Path) -> None:
@@ -82,56 +92,82 @@ def test_a_model_that_no_family_can_say_is_not_exported() -> None:
         written_form(model, {})
 
 
-_EXPERTS = {"num_local_experts": 3, "num_experts_per_tok": 2}
-_MIXTURES: dict[str, dict[str, Any]] = {
-    "mixtral": _EXPERTS,
-    "qwen3_moe": {**_EXPERTS, "moe_intermediate_size": 24, "head_dim": 16},
+_MIXTURES = [name for name, settings in MODELS.items() if "moe" in settings["model_type"] or "mix" in name]
+_OF_EXPERTS: dict[str, dict[str, Any]] = {
+    "shared_ffn": {"shared_ffn": 48},
+    "shared_gate": {"shared_ffn": 48, "shared_gate": True},
+    "router": {"router": "sigmoid"},
+    "groups": {"groups": 2},
+    "top_groups": {"groups": 2, "top_groups": 2},
+    "normalise_weights": {"normalise_weights": False},
+    "scale": {"scale": 2.5},
+    "first_dense_layers": {"first_dense_layers": 1},
+    "period": {"period": 2},
+    "balancing: bias": {"balancing": {"kind": "bias"}},
+    "capacity_factor": {"capacity_factor": 1.5},
 }
+"""Every option of experts."""
 
 
-@pytest.mark.parametrize("model_type", _MIXTURES)
-def test_experts_are_found_one_by_one_and_stacked(model_type: str, tmp_path: Path) -> None:
-    from evermesh.checkpoint.huggingface import read_weights, tensors_in
-    from evermesh.checkpoint.regions import Box
-
-    settings = _MIXTURES[model_type]
-    make({"model_type": model_type, **settings}, tmp_path)
-    dense = ModelConfig(hidden=32, layers=3, heads=4, kv_heads=2, ffn=48, head_dim=settings.get("head_dim"))
-    dense = dense.model_copy(update={"qk_norm": model_type == "qwen3_moe"})
-    shapes = {name: tuple(p.shape) for name, p in Decoder(dense, VOCABULARY).named_parameters()}
-    shapes = {name: shape for name, shape in shapes.items() if "feed_forward." not in name}
-    width = settings.get("moe_intermediate_size", 48)
-    for layer in range(3):
-        shapes[f"blocks.{layer}.mixture.router.weight"] = (3, 32)
-        for name, shape in {"gate": (width, 32), "up": (width, 32), "down": (32, width)}.items():
-            shapes[f"blocks.{layer}.mixture.experts.{name}"] = (3, *shape)
-    naming = naming_of(tmp_path, shapes)
-    stored = tensors_in(tmp_path)
-    assert naming.foreign_shapes == {name: tensor.shape for name, tensor in stored.items()}
-
-    name, region = "blocks.1.mixture.experts.down", Box((1, 0, 0), (2, 32, width))
-    tensor = torch.empty(region.sizes)
-    read = read_weights(tmp_path, naming, {name: [(region, tensor)]})
-    assert read.bytes_read == tensor.nbytes
-    from safetensors import safe_open
-
-    pattern = FAMILIES[model_type].names["blocks.{layer}.mixture.experts.down"]
-    with safe_open(tmp_path / "model.safetensors", "pt") as file:
-        for row, expert in enumerate((1, 2)):
-            assert torch.equal(tensor[row], file.get_tensor(pattern.format(layer=1, expert=expert)))
+def test_every_option_of_experts_is_tried_below() -> None:
+    sizes = {"experts", "top_k", "ffn"}
+    assert {name.split(":")[0] for name in _OF_EXPERTS} == MoeConfig.model_fields.keys() - sizes
 
 
-@pytest.mark.parametrize("model_type", _MIXTURES)
-def test_settings_of_experts_are_read_and_written(model_type: str, tmp_path: Path) -> None:
-    from evermesh.runtime.model.families.settings import Settings
+@pytest.mark.parametrize("option", _OF_EXPERTS)
+@pytest.mark.parametrize("name", _MIXTURES)
+def test_an_option_of_experts_is_written_or_refused_by_name(name: str, option: str, tmp_path: Path) -> None:
+    make(MODELS[name], tmp_path)
+    before = read_model(tmp_path)
+    assert before.moe is not None
+    moe = MoeConfig.model_validate(before.moe.model_dump() | _OF_EXPERTS[option])
+    model = before.model_copy(update={"moe": moe})
+    family = FAMILIES[MODELS[name]["model_type"]]
+    reasons = family.misfits(model)
+    if f"moe.{option}" in family.always | family.may:
+        assert [reason for reason in reasons if option in reason] == []
+    elif moe != before.moe:
+        assert f"it has no moe.{option}" in reasons
+        with pytest.raises(UnsupportedModel, match=rf"{family.model_type}: [^;]*it has no moe\.{option}"):
+            _write(model)
+    if not reasons:
+        again = _read_back(family, model, tmp_path / "again")
+        assert [again.has_experts(layer) for layer in range(3)] == [model.has_experts(layer) for layer in range(3)]
+        places = {"first_dense_layers": 0, "period": 1}  # several may say the same
+        assert again.moe is not None
+        assert again.moe.model_copy(update=places) == moe.model_copy(update=places)
 
-    make({"model_type": model_type, **_MIXTURES[model_type]}, tmp_path)
-    import json
 
-    values = json.loads((tmp_path / "config.json").read_text())
-    model = FAMILIES[model_type].model(Settings(values, "config.json"))
-    assert (model["moe"]["experts"], model["moe"]["top_k"]) == (3, 2)
-    assert model["moe"]["ffn"] == _MIXTURES[model_type].get("moe_intermediate_size", 48)
-    if "moe" not in ModelConfig.model_fields:
-        with pytest.raises(UnsupportedModel, match="whose experts this version cannot train"):
-            read_model(tmp_path)
+def _write(model: ModelConfig) -> None:
+    shapes = {name: tuple(p.shape) for name, p in Decoder(model, VOCABULARY).named_parameters()}
+    family, _ = written_form(model, shapes)
+    pytest.fail(f"written as {family.model_type}")
+
+
+def test_layers_with_experts_that_have_no_rhythm_are_refused(tmp_path: Path) -> None:
+    make(MODELS["qwen3 with experts above a dense layer"] | {"mlp_only_layers": [1]}, tmp_path)
+    with pytest.raises(UnsupportedModel, match=r"mlp_only_layers is \[1\], but with it layers \[0, 2\] have experts"):
+        read_model(tmp_path)
+
+
+def test_a_loss_that_balances_is_reported_and_mapped_to_nothing(tmp_path: Path) -> None:
+    make(MODELS["mixtral with a window"] | {"router_aux_loss_coef": 0.02}, tmp_path)
+    model = read_model(tmp_path)
+    assert unused_settings(tmp_path) == {"router_aux_loss_coef": 0.02}
+    assert model.moe is not None
+    assert model.moe.balancing == NoBalancing()
+    balanced = model.moe.model_copy(update={"balancing": DocumentLossBalancing()})
+    trained = model.model_copy(update={"moe": balanced})
+    assert differences(trained, tmp_path) == [], "how experts are balanced is a choice of the job"
+    family, _ = written_form(trained, {})
+    settings = family.settings(trained, vocabulary=VOCABULARY, max_positions=128, dtype="float32")
+    assert settings["router_aux_loss_coef"] == 0.0
+
+
+def test_experts_that_differ_from_those_of_the_directory_are_named(tmp_path: Path) -> None:
+    make(MODELS["mixtral with a window"], tmp_path)
+    model = read_model(tmp_path)
+    assert model.moe is not None
+    other = model.model_copy(update={"moe": model.moe.model_copy(update={"top_k": 3})})
+    assert differences(other, tmp_path) == ["moe.top_k is 3, there it is 2"]
+    assert differences(model.model_copy(update={"moe": None}), tmp_path) == ["moe.experts is None, there it is 6"]

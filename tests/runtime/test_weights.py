@@ -4,7 +4,7 @@ import json
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -54,39 +54,85 @@ def directory(tmp_path: Path) -> Path:
     return tmp_path / "model"
 
 
-def _loaded(rank: int, workers: int, directory: Path, tp: int) -> tuple[dict[str, torch.Tensor], int, int]:
-    """What a rank holds after loading, the bytes it read, and those it had to."""
-    layout = Layout(hdp=workers // tp, tp=tp)
+class Loaded(NamedTuple):
+    """What loading did on a rank."""
+
+    bytes_read: int
+    bytes_needed: int
+    """Of what the rank owns in the optimizer."""
+    copied: Counter[str]
+    """How many elements of every parameter the rank owns."""
+
+
+def _loaded(rank: int, workers: int, directory: Path, layout: Layout) -> Loaded:
+    """Load on one of the ranks of ``layout``, and compare all that it holds with the load of one process."""
     model_config = read_model(directory)
     train = TrainConfig.model_validate(
         {"model": model_config, "layout": layout, "data": {"sources": [{"kind": "stdlib"}]}}
     )
-    groups = process_group.communicators(60.0, layout)
+    groups = process_group.communicators(
+        60.0, layout, experts=model_config.moe is not None, tied=model_config.tied_embeddings
+    )
     built = build_model(train, model_config.rows(0), groups, torch.device("cpu"))
-    optimizer = ShardedAdamW(built.sets, train.optimizer)
+    optimizer = ShardedAdamW(built.sets, train.optimizer, built.tied)
     shards = shard_map(built.held, torch.float32)
     read = load_initial_weights(directory, model_config, optimizer, shards, groups.world)
     assert read.dtypes == ("bfloat16",)
     whole = ours(directory).state_dict()
     held = {name: parameter.detach().clone() for name, parameter in built.model.named_parameters()}
-    for entry in built.sets[0].flat.entries:
-        part = whole[entry.name]
-        sharer = groups.tp.rank
-        for dim, (start, size) in enumerate(zip(entry.cut.offsets(sharer), entry.cut.local_shape(sharer), strict=True)):
-            part = part.narrow(dim, start, size)
-        assert torch.equal(held[entry.name], part), entry.name
-    owned = sum(t.numel() for n, ts in optimizer.owned_state().items() if n.startswith("parameter.") for t in ts)
-    return held, read.bytes_read, 2 * owned
+    for parameters in built.sets:
+        for entry in parameters.flat.entries:
+            part = whole[entry.name]
+            offsets, sizes = entry.cut.offsets(parameters.sharer), entry.cut.local_shape(parameters.sharer)
+            for dim, (start, size) in enumerate(zip(offsets, sizes, strict=True)):
+                part = part.narrow(dim, start, size)
+            assert torch.equal(held.pop(entry.name), part), entry.name
+    for name, copy in held.items():  # of the embedding, in the last stage
+        assert name == "head.weight"
+        assert torch.equal(copy, whole["embedding.weight"])
+    owned: Counter[str] = Counter()
+    for name, tensors in optimizer.owned_state().items():
+        if name.startswith("parameter."):
+            owned[name.removeprefix("parameter.")] += sum(tensor.numel() for tensor in tensors)
+    return Loaded(read.bytes_read, 2 * owned.total(), owned)
+
+
+def _check_bytes(results: list[Loaded], directory: Path, sharers: int = 1) -> None:
+    """Every rank read what it owns and no more; all of them together every weight once, and norms once per sharer."""
+    for loaded in results:
+        assert loaded.bytes_needed <= loaded.bytes_read <= 1.05 * loaded.bytes_needed
+    stored = load_file(directory / "model.safetensors")
+    in_files = sum(t.nbytes for t in stored.values())
+    norms = sum(t.nbytes for n, t in stored.items() if "norm" in n)
+    assert sum(loaded.bytes_read for loaded in results) == in_files + (sharers - 1) * norms
 
 
 @pytest.mark.parametrize(("hdp", "tp"), [(1, 1), pytest.param(3, 1, marks=pytest.mark.parity), (2, 2)])
 def test_every_rank_reads_the_bytes_of_its_own_regions_and_holds_its_part(directory: Path, hdp: int, tp: int) -> None:
-    results = _ranks(hdp * tp, _loaded, directory, tp)
-    for _, bytes_read, bytes_needed in results:
-        assert bytes_needed <= bytes_read <= 1.05 * bytes_needed
-    in_files = sum(t.nbytes for t in load_file(directory / "model.safetensors").values())
-    norms = sum(t.nbytes for n, t in load_file(directory / "model.safetensors").items() if "norm" in n)
-    assert sum(bytes_read for _, bytes_read, _ in results) == in_files + (tp - 1) * norms
+    results = _ranks(hdp * tp, _loaded, directory, Layout(hdp=hdp, tp=tp))
+    _check_bytes(results, directory, sharers=tp)
+
+
+@pytest.mark.parametrize(
+    ("model", "layout"),
+    [
+        ("mixtral with a window", Layout(hdp=4, ep=2, etp=2)),
+        ("mixtral with a window", Layout(pp=2, hdp=2, ep=2)),
+        ("qwen2 with experts and a shared one", Layout(pp=2, hdp=2, ep=2)),
+        pytest.param("qwen3 with experts above a dense layer", Layout(hdp=4, ep=2, etp=2), marks=pytest.mark.parity),
+    ],
+    ids=lambda value: value if isinstance(value, str) else f"pp{value.pp} ep{value.ep} etp{value.etp}",
+)
+def test_every_rank_reads_only_its_own_boxes_of_stacked_experts(model: str, layout: Layout, tmp_path: Path) -> None:
+    make(MODELS[model] | {"tie_word_embeddings": layout.pp > 1}, tmp_path, torch.bfloat16)
+    results = _ranks(4, _loaded, tmp_path, layout)
+    _check_bytes(results, tmp_path)
+    name = "blocks.1.mixture.experts.down"
+    stack = dict(ours(tmp_path).named_parameters())[name]
+    assert sum(loaded.copied[name] for loaded in results) == stack.numel()
+    holders = [loaded.copied[name] for loaded in results if loaded.copied[name]]
+    assert len(holders) == 4 // layout.pp, "the ranks of a stage share its experts"
+    assert set(holders) == {stack.numel() * layout.pp // 4}
 
 
 def _fit(rank: int, workers: int, config: TrainConfig, directory: Path, steps: int) -> int:

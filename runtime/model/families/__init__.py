@@ -13,20 +13,32 @@ from pydantic import ValidationError
 
 from evermesh.checkpoint.naming import Naming, bind
 from evermesh.runtime.errors import UnsupportedModel
-from evermesh.runtime.model.config import ModelConfig
+from evermesh.runtime.model.config import ModelConfig, MoeConfig
 from evermesh.runtime.model.families.family import Family, options_of
 from evermesh.runtime.model.families.llama import LLAMA
 from evermesh.runtime.model.families.mistral import MISTRAL
 from evermesh.runtime.model.families.mixtral import MIXTRAL
 from evermesh.runtime.model.families.qwen2 import QWEN2
+from evermesh.runtime.model.families.qwen2_moe import QWEN2_MOE
 from evermesh.runtime.model.families.qwen3 import QWEN3
 from evermesh.runtime.model.families.qwen3_moe import QWEN3_MOE
-from evermesh.runtime.model.families.settings import Settings
+from evermesh.runtime.model.families.settings import TRAINS_ONLY, Settings
 
 CONFIG = "config.json"
-FAMILIES = {family.model_type: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, MIXTRAL, QWEN3_MOE)}
+FAMILIES = {family.model_type: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, MIXTRAL, QWEN2_MOE, QWEN3_MOE)}
 """By ``model_type``. A model is written as the first that fits it."""
-CHOICES = frozenset({"rope_theta", "rope_scaling", "max_positions", "sliding_window", "window_layers", "initial_std"})
+CHOICES = frozenset(
+    {
+        "rope_theta",
+        "rope_scaling",
+        "max_positions",
+        "sliding_window",
+        "window_layers",
+        "initial_std",
+        "moe.balancing",
+        "moe.capacity_factor",
+    }
+)
 """What a job may set otherwise than the directory that its weights come from, such as to extend their context."""
 _REPEATS_ROPE = "*.rotary_emb.inv_freq"
 """Old checkpoints hold it, although it follows from the settings."""
@@ -41,11 +53,6 @@ def read_model(directory: Path) -> ModelConfig:
     values = _settings(directory)
     family = _family(values, directory)
     model = family.model(Settings(values, str(directory / CONFIG)))
-    if "moe" in model and "moe" not in ModelConfig.model_fields:
-        raise UnsupportedModel(
-            f"{directory / CONFIG}: model_type is {family.model_type!r}, whose experts this version cannot train. "
-            f"Use a model of {', '.join(name for name, other in FAMILIES.items() if 'moe' not in other.always)}."
-        )
     try:
         return ModelConfig.model_validate(model)
     except ValidationError as error:
@@ -61,12 +68,22 @@ def differences(model: ModelConfig, directory: Path) -> list[str]:
     Raises:
         UnsupportedModel: see ``read_model``.
     """
-    there = read_model(directory)
+    mine, theirs = _fields(model), _fields(read_model(directory))
     return [
-        f"{name} is {getattr(model, name)}, there it is {getattr(there, name)}"
-        for name in ModelConfig.model_fields
-        if name not in CHOICES and getattr(model, name) != getattr(there, name)
+        f"{name} is {mine[name]}, there it is {theirs[name]}"
+        for name in mine
+        if name in theirs and name not in CHOICES and mine[name] != theirs[name]
     ]
+
+
+def unused_settings(directory: Path) -> dict[str, Any]:
+    """Settings for the training by transformers that this version neither takes over nor maps to others.
+
+    Raises:
+        UnsupportedModel: the config.json cannot be read.
+    """
+    values = _settings(directory)
+    return {name: values[name] for name in TRAINS_ONLY if values.get(name)}
 
 
 def naming_of(directory: Path, shapes: Mapping[str, Sequence[int]]) -> Naming:
@@ -85,16 +102,21 @@ def written_form(model: ModelConfig, shapes: Mapping[str, Sequence[int]]) -> tup
     Raises:
         UnsupportedModel: no family has all its options; names them.
     """
-    family = next((family for family in FAMILIES.values() if family.fits(model)), None)
+    family = next((family for family in FAMILIES.values() if not family.misfits(model)), None)
     if family is None:
-        forms = "; ".join(
-            f"{f.model_type}: {_words(f.always)} and, if wanted, {_words(f.may)}" for f in FAMILIES.values()
-        )
+        reasons = "; ".join(f"{family.model_type}: {', '.join(family.misfits(model))}" for family in FAMILIES.values())
         raise UnsupportedModel(
-            f"no Hugging Face family has {_words(options_of(model))} together, so the model cannot be exported. "
-            f"Families and their options: {forms}."
+            f"no Hugging Face family has {_words(options_of(model))} together, so the model cannot be exported. {reasons}."
         )
     return family, _naming(family, shapes)
+
+
+def _fields(model: ModelConfig) -> dict[str, Any]:
+    """The fields of a model; those of its experts, if it has any, as ``moe.NAME``."""
+    fields = {name: getattr(model, name) for name in ModelConfig.model_fields if name != "moe"}
+    if model.moe is None:
+        return fields | {"moe.experts": None}
+    return fields | {f"moe.{name}": getattr(model.moe, name) for name in MoeConfig.model_fields}
 
 
 def _naming(family: Family, shapes: Mapping[str, Sequence[int]]) -> Naming:
@@ -127,4 +149,14 @@ def _words(options: frozenset[str]) -> str:
     return " + ".join(sorted(options)) or "no option"
 
 
-__all__ = ["CHOICES", "CONFIG", "FAMILIES", "Family", "differences", "naming_of", "read_model", "written_form"]
+__all__ = [
+    "CHOICES",
+    "CONFIG",
+    "FAMILIES",
+    "Family",
+    "differences",
+    "naming_of",
+    "read_model",
+    "unused_settings",
+    "written_form",
+]

@@ -4,12 +4,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from evermesh.runtime.model.config import ModelConfig
+from evermesh.runtime.model.config import BiasBalancing, ModelConfig, MoeConfig
 from evermesh.runtime.model.families.rope import read_rope, write_rope
 from evermesh.runtime.model.families.settings import Settings
 
 OPTIONS = ("qk_norm", "qkv_bias", "sliding_window", "window_layers", "parallel_block", "moe")
 """Fields of ``ModelConfig`` that not every family has, off by default."""
+_OF_ALL_EXPERTS = ("experts", "top_k", "ffn", "balancing")
+BIAS = "moe.balancing: bias"
+"""The option of a model whose routers choose by a bias too."""
 ATTENTION_NAMES = {
     "embedding.weight": "model.embed_tokens.weight",
     "blocks.{layer}.attention_norm.weight": "model.layers.{layer}.input_layernorm.weight",
@@ -30,6 +33,11 @@ DENSE_NAMES = ATTENTION_NAMES | {
 QK_NORM_NAMES = {
     "blocks.{layer}.attention.query_norm.weight": "model.layers.{layer}.self_attn.q_norm.weight",
     "blocks.{layer}.attention.key_norm.weight": "model.layers.{layer}.self_attn.k_norm.weight",
+}
+QKV_BIAS_NAMES = {
+    "blocks.{layer}.attention.query.bias": "model.layers.{layer}.self_attn.q_proj.bias",
+    "blocks.{layer}.attention.key.bias": "model.layers.{layer}.self_attn.k_proj.bias",
+    "blocks.{layer}.attention.value.bias": "model.layers.{layer}.self_attn.v_proj.bias",
 }
 Read = Callable[[Settings], dict[str, Any]]
 Write = Callable[[ModelConfig], dict[str, Any]]
@@ -58,10 +66,11 @@ class Family:
     default_head_dim: int | None = None
     """Where it gives no head_dim; None: hidden / heads."""
 
-    def fits(self, model: ModelConfig) -> bool:
-        """Whether its settings can say what ``model`` is."""
+    def misfits(self, model: ModelConfig) -> list[str]:
+        """Why its settings cannot say what ``model`` is; empty: they can."""
         used = options_of(model)
-        return self.always <= used <= self.always | self.may
+        lacking = [f"it always has {name}" for name in sorted(self.always - used)]
+        return lacking + [f"it has no {name}" for name in sorted(used - self.always - self.may)]
 
     def model(self, settings: Settings) -> dict[str, Any]:
         """Values of ``ModelConfig``.
@@ -125,5 +134,16 @@ class Family:
 
 
 def options_of(model: ModelConfig) -> frozenset[str]:
-    """The options that a model has."""
-    return frozenset(name for name in OPTIONS if getattr(model, name, None) not in (None, False))
+    """The options that a model has: those of ``OPTIONS``, and ``moe.NAME`` where its experts are not the plain ones.
+
+    What changes the training alone is none: a loss that balances experts may be exported to any family.
+    """
+    used = {name for name in OPTIONS if getattr(model, name) not in (None, False)}
+    if model.moe is None:
+        return frozenset(used)
+    for name, field_info in MoeConfig.model_fields.items():
+        if name not in _OF_ALL_EXPERTS and getattr(model.moe, name) != field_info.default:
+            used.add(f"moe.{name}")
+    if isinstance(model.moe.balancing, BiasBalancing):
+        used.add(BIAS)
+    return frozenset(used)

@@ -9,7 +9,6 @@ from evermesh.runtime.model.families.settings import Settings
 
 def _experts(settings: Settings) -> dict[str, Any]:
     settings.expect("router_jitter_noise", 0.0)
-    settings.take("router_aux_loss_coef", None)  # of their training; ours is set in the job
     return {
         "sliding_window": settings.take("sliding_window", None),
         "moe": {
@@ -22,12 +21,13 @@ def _experts(settings: Settings) -> dict[str, Any]:
 
 
 def _settings(model: ModelConfig) -> dict[str, Any]:
-    moe = model.model_dump()["moe"]
+    assert model.moe is not None, "the family is one of models with experts"
     return {
         "sliding_window": model.sliding_window,
-        "intermediate_size": moe["ffn"],
-        "num_local_experts": moe["experts"],
-        "num_experts_per_tok": moe["top_k"],
+        "intermediate_size": model.moe.ffn,  # ``ffn`` of the model itself is that of dense layers, and there are none
+        "num_local_experts": model.moe.experts,
+        "num_experts_per_tok": model.moe.top_k,
+        "router_aux_loss_coef": 0.0,  # a loss per batch of theirs, which no run here has had
     }
 
 

@@ -34,6 +34,8 @@ _COMPUTES_NOTHING = frozenset(
     }
 )
 """Settings that change no logit, whatever their value."""
+TRAINS_ONLY = ("router_aux_loss_coef",)
+"""Settings that change the training by transformers alone and have no like here: reported, and mapped to nothing."""
 _REQUIRED = object()
 
 
@@ -42,7 +44,7 @@ class Settings:
 
     def __init__(self, values: Mapping[str, Any], where: str) -> None:
         self._values, self._where = dict(values), where
-        self._taken: set[str] = set(_COMPUTES_NOTHING)
+        self._taken: set[str] = {*_COMPUTES_NOTHING, *TRAINS_ONLY}
 
     def take(self, name: str, default: Any = _REQUIRED) -> Any:
         """The value of a setting; where it is missing or null, ``default``.
