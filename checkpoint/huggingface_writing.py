@@ -4,7 +4,7 @@ import itertools
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -18,7 +18,7 @@ from evermesh.checkpoint.huggingface import INDEX, SINGLE
 from evermesh.checkpoint.loading import Target, load
 from evermesh.checkpoint.naming import ForeignPart, Naming
 from evermesh.checkpoint.regions import Box, StoredForm
-from evermesh.checkpoint.tensors import host_slices
+from evermesh.checkpoint.tensors import dtype_name, host_slices
 
 MOST_FILE_BYTES = 5_000_000_000
 """As transformers writes them."""
@@ -47,6 +47,8 @@ class WeightSource:
     """What its tensors have before the names of ``Naming``."""
     dtype: str
     """Type to write; values are converted to it, rounded to the nearest if it is narrower."""
+    more: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """What the checkpoint does not keep as tensors, by the names of ``Naming``; written in the types that they have."""
 
 
 def write_weights(
@@ -62,13 +64,14 @@ def write_weights(
         CheckpointNotFound, CheckpointCorrupt: the checkpoint cannot be read.
     """
     _check(source, naming)
-    names = _names(naming, source.dtype, most_file_bytes)
     places = _places(naming)
+    dtypes = {name: _dtype_written(source, ours) for name, [(ours, _), *_] in places.items()}
+    names = _names(naming, dtypes, most_file_bytes)
     for file, of_file in names.items():
-        parts = [_file_part(name, naming.foreign_shapes[name], source.dtype) for name in of_file]
+        parts = [_file_part(name, naming.foreign_shapes[name], dtypes[name]) for name in of_file]
         payloads = _payloads(of_file, places, naming, source)
         write_checksummed(directory / file, itertools.chain([safetensors_header(parts, _METADATA)], payloads))
-    num_bytes = sum(_num_bytes(shape, source.dtype) for shape in naming.foreign_shapes.values())
+    num_bytes = sum(_num_bytes(shape, dtypes[name]) for name, shape in naming.foreign_shapes.items())
     if len(names) > 1:
         weight_map = {name: file for file, of_file in names.items() for name in of_file}
         index = {"metadata": {"total_size": num_bytes}, "weight_map": dict(sorted(weight_map.items()))}
@@ -80,6 +83,7 @@ def write_weights(
 def _check(source: WeightSource, naming: Naming) -> None:
     tensors = read_manifest(source.path).tensors
     there = {name.removeprefix(source.prefix): t.shape for name, t in tensors.items() if name.startswith(source.prefix)}
+    there |= {name: tuple(tensor.shape) for name, tensor in source.more.items()}
     if there != naming.shapes:
         differing = sorted(
             name for name in there.keys() | naming.shapes.keys() if there.get(name) != naming.shapes.get(name)
@@ -91,12 +95,16 @@ def _check(source: WeightSource, naming: Naming) -> None:
         )
 
 
-def _names(naming: Naming, dtype: str, most_file_bytes: int) -> dict[str, list[str]]:
+def _dtype_written(source: WeightSource, ours: str) -> str:
+    return dtype_name(source.more[ours]) if ours in source.more else source.dtype
+
+
+def _names(naming: Naming, dtypes: Mapping[str, str], most_file_bytes: int) -> dict[str, list[str]]:
     """Which file holds which of their tensors: filled one after the other; a tensor larger than a file has its own."""
     files: list[list[str]] = [[]]
     free = most_file_bytes
     for name, shape in naming.foreign_shapes.items():
-        num_bytes = _num_bytes(shape, dtype)
+        num_bytes = _num_bytes(shape, dtypes[name])
         if num_bytes > free and files[-1]:
             files.append([])
             free = most_file_bytes
@@ -129,14 +137,18 @@ def _payloads(
         tensors: list[torch.Tensor] = []
         for name in group:
             [(first, _), *_] = places[name]
+            if first in source.more:
+                tensors.append(source.more[first].flatten())
+                continue
             dtype = getattr(torch, dtypes[source.prefix + first])
             tensors.append(torch.empty(math.prod(naming.foreign_shapes[name]), dtype=dtype))
             for ours, part in places[name]:
                 there = tensors[-1][part.start : part.start + part.box.num_elements]
                 wanted.setdefault(source.prefix + ours, []).append((part.box, there))
         load(source.path, wanted, strict=False)
-        for tensor in tensors:
-            yield from host_slices(tensor.to(getattr(torch, source.dtype)), 0, tensor.numel())
+        for name, tensor in zip(group, tensors, strict=True):
+            dtype = getattr(torch, _dtype_written(source, places[name][0][0]))
+            yield from host_slices(tensor.to(dtype), 0, tensor.numel())
 
 
 def _groups(names: Sequence[str], naming: Naming) -> Iterator[list[str]]:

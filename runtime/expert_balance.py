@@ -50,8 +50,11 @@ class ExpertBalance:
         return self._moves_bias or self._most_copies > 0
 
     def tell_routers(self) -> None:
-        """Give the routers of this rank the biases of ``progress``."""
-        if self._moves_bias:
+        """Give the routers of this rank the biases of ``progress``; without any they stay zero.
+
+        A run that moves no biases may have some: those of the weights it started from.
+        """
+        if self._progress.router_biases:
             biases = dict(zip(self._layers, self._progress.router_biases, strict=True))
             for mixture in self._mixtures:
                 router = mixture.router

@@ -270,7 +270,11 @@ class Trainer:
 
     def _start_from(self, directory: Path) -> None:
         started_s = time.monotonic()
-        read = load_initial_weights(directory, self.config.model, self.optimizer, self.shards, self.groups.world)
+        loaded = load_initial_weights(directory, self.config.model, self.optimizer, self.shards, self.groups.world)
+        if loaded.router_biases:
+            self.progress.router_biases = loaded.router_biases
+            self.experts.tell_routers()
+        read = loaded.read
         text = f"from {directory}, in {' and '.join(read.dtypes)}, {read.bytes_read:,} bytes by rank 0"
         self._log("weights", text, load_s=time.monotonic() - started_s)
         for name, value in unused_settings(directory).items():

@@ -6,28 +6,44 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import torch
 
 from evermesh.checkpoint import ShardMap, wanted_regions
 from evermesh.checkpoint.directory import read_manifest
 from evermesh.checkpoint.errors import WeightsUnusable
 from evermesh.checkpoint.files import sync_directory, write_durably
+from evermesh.checkpoint.format import Manifest
 from evermesh.checkpoint.huggingface import WeightsRead, read_weights
 from evermesh.checkpoint.huggingface_writing import MOST_FILE_BYTES, WeightSource, WeightsWritten, write_weights
+from evermesh.checkpoint.naming import Naming
+from evermesh.checkpoint.regions import Box
 from evermesh.parallelism.collectives import Communicator
 from evermesh.runtime.errors import UnsupportedModel
 from evermesh.runtime.model.config import ModelConfig
 from evermesh.runtime.model.families import CONFIG, Family, differences, naming_of, written_form
+from evermesh.runtime.model.families.family import ROUTER_BIAS_NAME
 from evermesh.runtime.optimizer import ShardedAdamW
 
 _PREFIX = "parameter."
 """Of the weights among the tensors of a training state."""
+_ROUTER_BIASES = "router_biases"
+"""Among the objects of a training state."""
 _WRITING = ".exporting-"
+
+
+class InitialWeights(NamedTuple):
+    """What a Hugging Face directory gave a run, besides the values of its parameters."""
+
+    read: WeightsRead
+    router_biases: list[list[float]]
+    """As in ``Progress``; empty where the family has none."""
 
 
 def load_initial_weights(
     directory: Path, model: ModelConfig, optimizer: ShardedAdamW, shards: ShardMap, communicator: Communicator
-) -> WeightsRead:
+) -> InitialWeights:
     """Give a new run the weights of a Hugging Face directory. Collective over the ranks that share a set of parameters.
 
     Every rank reads what it owns of the weights, in the type of the optimizer's copy (at least float32, so exactly), and
@@ -48,10 +64,21 @@ def load_initial_weights(
     held = {name: tensors for name, tensors in optimizer.owned_state().items() if name.startswith(_PREFIX)}
     wanted = wanted_regions(ShardMap(whole), communicator.rank, held)
     naming = naming_of(directory, {name.removeprefix(_PREFIX): tensor.shape for name, tensor in whole.items()})
-    read = read_weights(directory, naming, {name.removeprefix(_PREFIX): regions for name, regions in wanted.items()})
+    targets = {name.removeprefix(_PREFIX): regions for name, regions in wanted.items()}
+    biases = {name: torch.empty(shape, dtype=torch.float64) for name, shape in _router_biases(model, naming).items()}
+    for name, bias_E in biases.items():
+        targets[name] = [(Box((0,), tuple(bias_E.shape)), bias_E)]  # every rank: they are the same everywhere
+    read = read_weights(directory, naming, targets)
     optimizer.restore(steps=0)
     optimizer.gather()
-    return read
+    return InitialWeights(read, [bias_E.tolist() for bias_E in biases.values()])
+
+
+def _router_biases(model: ModelConfig, naming: Naming) -> dict[str, tuple[int, ...]]:
+    """Shapes of the router biases that a family has, by name, in the order of ``Progress.router_biases``."""
+    layers = (layer for layer in range(model.layers) if model.has_experts(layer))
+    names = (ROUTER_BIAS_NAME.format(layer=layer) for layer in layers)
+    return {name: naming.shapes[name] for name in names if name in naming.shapes}
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,11 +125,12 @@ def export_checkpoint(path: Path, directory: Path, options: ExportOptions) -> Ex
     dtype = options.dtype or str(manifest.description["dtype"])
     family, naming = written_form(model, shapes)
     config = _config_json(family, model, shapes["embedding.weight"][0], dtype, options)
+    source = WeightSource(path, _PREFIX, dtype, _saved_router_biases(manifest, model, naming))
     temporary = directory.with_name(_WRITING + directory.name)
     shutil.rmtree(temporary, ignore_errors=True)  # of an export that was killed
     temporary.mkdir(parents=True)
     try:
-        written = write_weights(temporary, naming, WeightSource(path, _PREFIX, dtype), options.most_file_bytes)
+        written = write_weights(temporary, naming, source, options.most_file_bytes)
         _write_json(temporary / CONFIG, config)
         if options.tokenizer is not None:
             write_durably(temporary / "tokenizer.json", [options.tokenizer.read_bytes()])
@@ -114,6 +142,21 @@ def export_checkpoint(path: Path, directory: Path, options: ExportOptions) -> Ex
         raise
     sync_directory(directory.parent)
     return Exported(family.model_type, written, dtype)
+
+
+def _saved_router_biases(manifest: Manifest, model: ModelConfig, naming: Naming) -> dict[str, torch.Tensor]:
+    """The biases of a checkpoint as a family with biases keeps them: in float32, whatever the type of the weights."""
+    saved: Any = manifest.objects.get(_ROUTER_BIASES)
+    values: list[list[float]] = saved["value"] if saved else []
+    shapes = _router_biases(model, naming)
+    if not shapes and any(map(any, values)):
+        raise UnsupportedModel(
+            "the routers of the checkpoint choose by biases too, which no Hugging Face family has for such a model, so it "
+            "cannot be exported."
+        )
+    if not values:
+        return {name: torch.zeros(shape) for name, shape in shapes.items()}
+    return {name: torch.tensor(bias_E) for name, bias_E in zip(shapes, values, strict=True)} if shapes else {}
 
 
 def _config_json(

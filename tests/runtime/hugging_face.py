@@ -88,6 +88,20 @@ MODELS: dict[str, dict[str, Any]] = {
         "decoder_sparse_step": 2,
         "qkv_bias": False,
     },
+    "dots1 with groups, biases of routers, and windows": {
+        "model_type": "dots1",
+        "n_routed_experts": 6,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "n_shared_experts": 2,
+        "n_group": 3,
+        "topk_group": 2,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 2.5,
+        "first_k_dense_replace": 1,
+        "sliding_window": 13,
+        "max_window_layers": 1,
+    },
 }
 
 
@@ -102,6 +116,9 @@ def make(settings: dict[str, Any], directory: Path, dtype: torch.dtype = torch.f
         if name.endswith(("norm.weight", ".bias")):  # ones and zeros would hide a missing or exchanged one
             torch.nn.init.uniform_(parameter, 0.5, 1.5)
     model = model.to(dtype)
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.data = torch.empty(len(buffer)).uniform_(-0.3, 0.3)
     model.save_pretrained(directory, **saving)
     return _logits(model)
 
@@ -129,7 +146,10 @@ def ours(directory: Path) -> Decoder:
     parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
     naming = naming_of(directory, {name: parameter.shape for name, parameter in parameters.items()})
     whole = {name: [(Box((0,) * p.dim(), tuple(p.shape)), p)] for name, p in parameters.items()}
-    read_weights(directory, naming, whole)
+    biases = {name: torch.empty(shape) for name, shape in naming.shapes.items() if name.endswith("router.bias")}
+    read_weights(directory, naming, whole | {name: [(Box((0,), tuple(b.shape)), b)] for name, b in biases.items()})
+    for name, bias in biases.items():
+        model.get_submodule(name.removesuffix(".bias")).bias_E = bias.double()
     return model
 
 

@@ -16,6 +16,7 @@ from evermesh.parallelism import Layout
 from evermesh.runtime import TrainConfig, process_group
 from evermesh.runtime.errors import OtherRun, UnsupportedModel, VocabularyTooSmall
 from evermesh.runtime.model.building import build_model
+from evermesh.runtime.model.experts import mixtures_of
 from evermesh.runtime.model.families import read_model
 from evermesh.runtime.optimizer import ShardedAdamW, shard_map
 from evermesh.runtime.trainer import Trainer
@@ -28,6 +29,13 @@ pytest.importorskip("transformers", reason="the oracle is transformers: pip inst
 OPTIONS = ExportOptions(max_positions=128)
 EVEN = {"num_attention_heads": 8, "num_key_value_heads": 4}
 """Heads that four ranks can share."""
+DOTS1 = "dots1 with groups, biases of routers, and windows"
+EXPERTS = (
+    "mixtral with a window",
+    "qwen2 with experts and a shared one",
+    "qwen3 with experts above a dense layer",
+    DOTS1,
+)
 
 
 def _ranks(world_size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
@@ -76,7 +84,7 @@ def _loaded(rank: int, workers: int, directory: Path, layout: Layout) -> Loaded:
     built = build_model(train, model_config.rows(0), groups, torch.device("cpu"))
     optimizer = ShardedAdamW(built.sets, train.optimizer, built.tied)
     shards = shard_map(built.held, torch.float32)
-    read = load_initial_weights(directory, model_config, optimizer, shards, groups.world)
+    read = load_initial_weights(directory, model_config, optimizer, shards, groups.world).read
     assert read.dtypes == ("bfloat16",)
     whole = ours(directory).state_dict()
     held = {name: parameter.detach().clone() for name, parameter in built.model.named_parameters()}
@@ -152,8 +160,11 @@ def _run(config: TrainConfig, directory: Path, steps: int) -> Path:
     return newest
 
 
-def test_weights_that_go_in_come_out_bit_for_bit(corpus: Path, directory: Path, tmp_path: Path) -> None:
-    config = _config(corpus, directory, layout={"capacity": 128, "hdp": 2})
+@pytest.mark.parametrize("model", ["qwen3 with windows in some layers", *EXPERTS])
+def test_weights_that_go_in_come_out_bit_for_bit(model: str, corpus: Path, tmp_path: Path) -> None:
+    directory = tmp_path / "model"
+    make(MODELS[model] | {"vocab_size": 413}, directory, torch.bfloat16)
+    config = _config(corpus, directory, layout={"capacity": 128, "hdp": 2, "ep": 2 if model in EXPERTS else 1})
     path = _run(config, tmp_path / "run", steps=0)
     written = export_checkpoint(path, tmp_path / "out", ExportOptions(dtype="bfloat16", most_file_bytes=40_000))
     before = load_file(directory / "model.safetensors")
@@ -179,7 +190,7 @@ def test_files_are_as_small_as_asked_and_the_index_names_every_tensor(
     assert all(size <= 40_000 or size == largest for size in sizes.values())
 
 
-@pytest.mark.parametrize("name", ["llama 3 with its rope", "mistral with a window", "qwen2 with biases"])
+@pytest.mark.parametrize("name", ["llama 3 with its rope", "mistral with a window", "qwen2 with biases", *EXPERTS])
 def test_a_trained_model_has_the_same_logits_in_transformers(name: str, corpus: Path, tmp_path: Path) -> None:
     make(MODELS[name] | {"vocab_size": 413}, tmp_path / "model")
     path = _run(_config(corpus, tmp_path / "model"), tmp_path / "run", steps=2)
@@ -188,6 +199,38 @@ def test_a_trained_model_has_the_same_logits_in_transformers(name: str, corpus: 
     start = our_logits(ours(tmp_path / "model"))
     assert (expected - start).abs().max() > 1e-2, "nothing was trained"
     assert (logits_of_transformers(tmp_path / "out") - expected).abs().max() <= 1e-4
+
+
+def test_biases_of_routers_come_with_the_weights_and_stay_where_nothing_moves_them(
+    corpus: Path, tmp_path: Path
+) -> None:
+    make(MODELS[DOTS1] | {"vocab_size": 413}, tmp_path / "model")
+    config = _config(corpus, tmp_path / "model")
+    expected = [mixture.router.bias_E for mixture in mixtures_of(ours(tmp_path / "model"))]
+    assert len(expected) == 2
+    assert all(0.05 < bias_E.abs().max() < 0.3 for bias_E in expected)
+    trainer = Trainer(config, directory=tmp_path)
+    trainer.fit()
+    for run in (trainer, Trainer(config, directory=tmp_path, resume=True)):
+        held = [mixture.router.bias_E for mixture in mixtures_of(run.built.model)]
+        assert all(map(torch.equal, held, expected))
+
+
+def test_biases_of_routers_that_a_run_moved_are_exported(corpus: Path, tmp_path: Path) -> None:
+    make(MODELS[DOTS1] | {"vocab_size": 413}, tmp_path / "model", torch.bfloat16)
+    model = read_model(tmp_path / "model").model_dump()
+    model["moe"]["balancing"] = {"kind": "bias", "rate": 0.125}
+    path = _run(_config(corpus, tmp_path / "model", model=model), tmp_path / "run", steps=2)
+    export_checkpoint(path, tmp_path / "out", ExportOptions(dtype="bfloat16"))
+    before, after = (load_file(tmp_path / place / "model.safetensors") for place in ("model", "out"))
+    names = [name for name in before if name.endswith("e_score_correction_bias")]
+    assert len(names) == 2
+    for name in names:
+        assert after[name].dtype == torch.float32, "whatever the type of the weights"
+        steps = (after[name] - before[name]) / 0.125
+        assert set(steps.round(decimals=4).abs().tolist()) <= {0.0, 1.0, 2.0}
+        assert steps.abs().max() >= 1.0
+    assert (logits_of_transformers(tmp_path / "out") - our_logits(ours(tmp_path / "out"))).abs().max() <= 1e-4
 
 
 def test_a_run_from_scratch_is_exported_with_its_tokenizer(corpus: Path, tmp_path: Path) -> None:

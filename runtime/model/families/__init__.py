@@ -14,7 +14,8 @@ from pydantic import ValidationError
 from evermesh.checkpoint.naming import Naming, bind
 from evermesh.runtime.errors import UnsupportedModel
 from evermesh.runtime.model.config import ModelConfig, MoeConfig
-from evermesh.runtime.model.families.family import Family, options_of
+from evermesh.runtime.model.families.dots1 import DOTS1
+from evermesh.runtime.model.families.family import ROUTER_BIAS_NAME, Family, options_of
 from evermesh.runtime.model.families.llama import LLAMA
 from evermesh.runtime.model.families.mistral import MISTRAL
 from evermesh.runtime.model.families.mixtral import MIXTRAL
@@ -25,7 +26,9 @@ from evermesh.runtime.model.families.qwen3_moe import QWEN3_MOE
 from evermesh.runtime.model.families.settings import TRAINS_ONLY, Settings
 
 CONFIG = "config.json"
-FAMILIES = {family.model_type: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, MIXTRAL, QWEN2_MOE, QWEN3_MOE)}
+FAMILIES = {
+    family.model_type: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, MIXTRAL, QWEN2_MOE, QWEN3_MOE, DOTS1)
+}
 """By ``model_type``. A model is written as the first that fits it."""
 CHOICES = frozenset(
     {
@@ -121,7 +124,16 @@ def _fields(model: ModelConfig) -> dict[str, Any]:
 
 def _naming(family: Family, shapes: Mapping[str, Sequence[int]]) -> Naming:
     tied = "head.weight" not in shapes  # some checkpoints repeat the embedding as head
+    if ROUTER_BIAS_NAME in family.names:
+        shapes = {**shapes, **router_bias_shapes(shapes)}
     return bind(family.names, shapes, (_REPEATS_ROPE, *([family.names["head.weight"]] if tied else [])))
+
+
+def router_bias_shapes(shapes: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:
+    """Shapes of the biases of all routers, by their names in a ``Naming``, given those of a model's parameters."""
+    weight = ".router.weight"
+    biases = {n.removesuffix(weight) + ".router.bias": shape for n, shape in shapes.items() if n.endswith(weight)}
+    return {name: tuple(shape[:1]) for name, shape in biases.items()}
 
 
 def _family(values: Mapping[str, Any], directory: Path) -> Family:
@@ -157,6 +169,7 @@ __all__ = [
     "differences",
     "naming_of",
     "read_model",
+    "router_bias_shapes",
     "unused_settings",
     "written_form",
 ]

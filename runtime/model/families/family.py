@@ -11,8 +11,10 @@ from evermesh.runtime.model.families.settings import Settings
 OPTIONS = ("qk_norm", "qkv_bias", "sliding_window", "window_layers", "parallel_block", "moe")
 """Fields of ``ModelConfig`` that not every family has, off by default."""
 _OF_ALL_EXPERTS = ("experts", "top_k", "ffn", "balancing")
-BIAS = "moe.balancing: bias"
+ROUTER_BIAS = "moe.balancing: bias"
 """The option of a model whose routers choose by a bias too."""
+ROUTER_BIAS_NAME = "blocks.{layer}.mixture.router.bias"
+"""Of these biases in a table of names, although they are no parameters."""
 ATTENTION_NAMES = {
     "embedding.weight": "model.embed_tokens.weight",
     "blocks.{layer}.attention_norm.weight": "model.layers.{layer}.input_layernorm.weight",
@@ -61,6 +63,8 @@ class Family:
     """Options that every model of the family has."""
     may: frozenset[str] = field(default=frozenset())
     """Options that a model of it can have."""
+    cannot: Callable[[ModelConfig], list[str]] = lambda model: []
+    """Why it cannot say what a model is that has these options."""
     default_theta: float = 10_000.0
     """Where config.json gives no rope_theta."""
     default_head_dim: int | None = None
@@ -70,7 +74,8 @@ class Family:
         """Why its settings cannot say what ``model`` is; empty: they can."""
         used = options_of(model)
         lacking = [f"it always has {name}" for name in sorted(self.always - used)]
-        return lacking + [f"it has no {name}" for name in sorted(used - self.always - self.may)]
+        surplus = [f"it has no {name}" for name in sorted(used - self.always - self.may)]
+        return lacking + surplus or self.cannot(model)
 
     def model(self, settings: Settings) -> dict[str, Any]:
         """Values of ``ModelConfig``.
@@ -145,5 +150,5 @@ def options_of(model: ModelConfig) -> frozenset[str]:
         if name not in _OF_ALL_EXPERTS and getattr(model.moe, name) != field_info.default:
             used.add(f"moe.{name}")
     if isinstance(model.moe.balancing, BiasBalancing):
-        used.add(BIAS)
+        used.add(ROUTER_BIAS)
     return frozenset(used)
