@@ -27,6 +27,13 @@ SETTINGS = {
     "tie_word_embeddings": True,
 }
 
+MIXTRAL = {name: value for name, value in SETTINGS.items() if name not in ("architectures", "head_dim")} | {
+    "model_type": "mixtral",
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "router_aux_loss_coef": 0.02,
+}
+
 
 def _directory(folder: Path, **changes: object) -> Path:
     directory = folder / "model"
@@ -124,6 +131,46 @@ def test_a_job_starts_from_a_directory_resumes_without_it_and_is_exported(job_fi
     again = evermesh("export", run.directory, tmp_path / "out")
     assert again.returncode == 2
     assert "it is there already and not empty. Name a new directory" in again.stderr
+
+
+def test_a_job_chooses_how_experts_are_balanced_and_nothing_else_of_them(tmp_path: Path) -> None:
+    directory = _directory(tmp_path, **MIXTRAL, architectures=["MixtralForCausalLM"], head_dim=None)
+    model = load_job(_job(tmp_path, directory, moe={"balancing": {"kind": "document_loss"}})).train.model
+    assert model.moe is not None
+    assert (model.moe.experts, model.moe.top_k, model.moe.ffn) == (4, 2, 48)
+    assert model.moe.balancing.kind == "document_loss"
+    with pytest.raises(
+        JobFileInvalid, match=r"job\.yaml:\d+: train\.model\.moe\.top_k is 3, but .*model has 2\. Leave it out"
+    ):
+        load_job(_job(tmp_path, directory, moe={"top_k": 3}))
+
+
+def test_a_job_shares_the_experts_of_a_mixtral_and_exports_them(job_file: Path, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers", reason="the oracle is transformers: pip install 'evermesh[hf]'")
+    import torch
+
+    directory = tmp_path / "model"
+    settings = transformers.AutoConfig.for_model(**MIXTRAL)
+    before = transformers.AutoModelForCausalLM.from_config(settings)
+    before.save_pretrained(directory)
+    values = yaml.safe_load(job_file.read_text())
+    values["train"] |= {"init_from": str(directory), "model": {"moe": {"balancing": {"kind": "document_loss"}}}}
+    values["train"]["layout"]["ep"] = 2
+    job_file.write_text(yaml.safe_dump(values))
+
+    launched = evermesh("launch", job_file, "--set", "train.stop_at=2")
+    assert launched.returncode == 0, launched.stderr
+    run = Run.open(job_file.parent / "runs" / "small")
+    assert f"router_aux_loss_coef 0.02 of {directory} is not used" in run.events.read_text()
+    exported = evermesh("export", run.directory, tmp_path / "out")
+    assert exported.returncode == 0, exported.stderr
+    assert f"{tmp_path / 'out'}: mixtral, " in exported.stdout
+    after, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(report.values())
+    trained = dict(after.named_parameters())
+    for name, parameter in before.named_parameters():
+        assert parameter.shape == trained[name].shape
+        assert not torch.equal(parameter, trained[name]), f"{name} was not trained"
 
 
 def test_an_export_of_no_run_says_which_there_are(tmp_path: Path) -> None:
