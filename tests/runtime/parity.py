@@ -18,10 +18,10 @@ from evermesh.parallelism.experts.hot import HotExperts
 from evermesh.parallelism.pieces import share_of
 from evermesh.runtime import process_group
 from evermesh.runtime.config import OptimizerConfig, TrainConfig
-from evermesh.runtime.model.config import ModelConfig
 from evermesh.runtime.flat import AnyCut
 from evermesh.runtime.micro_batch import LocalBatch, LocalMicroBatch
 from evermesh.runtime.model.building import build_model, build_runner
+from evermesh.runtime.model.config import ModelConfig
 from evermesh.runtime.model.decoder import Decoder
 from evermesh.runtime.optimizer import ShardedAdamW
 from tests.cluster import run_ranks
