@@ -68,13 +68,8 @@ class Layout(BaseModel):
         Raises:
             LayoutDoesNotFit: they do not divide the ranks of a stage.
         """
+        check_folding(self.hdp, self.tp, self.ep, self.etp)
         size, ranks = self.ep * self.etp, self.hdp * self.tp
-        if ranks % size:
-            raise LayoutDoesNotFit(
-                f"ep {self.ep} x etp {self.etp} = {size} ranks that share experts do not divide the {ranks} ranks "
-                f"(hdp {self.hdp} x tp {self.tp}) of a pipeline stage. Set layout.ep to a divisor of {ranks // self.etp}.",
-                "ep",
-            )
         groups: list[set[int]] = []
         for first in range(0, ranks, size):
             members = {rank // self.tp for rank in range(first, first + size)}
@@ -118,3 +113,15 @@ class Layout(BaseModel):
                 f"pp {self.pp} x hdp {self.hdp} x tp {self.tp} = {self.world_size} ranks, but {world_size} were started. "
                 f"{way_out}tart {self.world_size} ranks."
             )
+
+
+def check_folding(hdp: int, tp: int, ep: int, etp: int) -> None:
+    """Raise ``LayoutDoesNotFit`` unless the ranks that share experts divide those of a pipeline stage."""
+    size, ranks = ep * etp, hdp * tp
+    if ranks % size:
+        legal = ", ".join(str(number) for number in range(1, ranks + 1) if ranks % number == 0)
+        raise LayoutDoesNotFit(
+            f"ep {ep} x etp {etp} = {size} ranks that share experts do not divide the hdp {hdp} x tp {tp} = {ranks} ranks of "
+            f"a pipeline stage. Their product can be {legal}.",
+            axis="ep" if ep > 1 else "etp",
+        )

@@ -3,8 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Self
 
-from evermesh.parallelism.errors import LayoutDoesNotFit
-from evermesh.parallelism.layout import Layout
+from evermesh.parallelism.layout import Layout, check_folding
 
 Axis = Literal["pp", "hdp", "tp", "edp", "ep", "etp"]
 RankGroup = tuple[int, ...]
@@ -46,13 +45,7 @@ class Mesh:
     etp: int = 1
 
     def __post_init__(self) -> None:
-        if self.stage_size % (self.ep * self.etp):
-            raise LayoutDoesNotFit(
-                f"ep {self.ep} x etp {self.etp} = {self.ep * self.etp} ranks per set of experts do not divide the hdp "
-                f"{self.hdp} x tp {self.tp} = {self.stage_size} ranks of a pipeline stage. Set ep x etp to a divisor of "
-                f"{self.stage_size}.",
-                axis="ep" if self.ep > 1 else "etp",
-            )
+        check_folding(self.hdp, self.tp, self.ep, self.etp)
 
     @classmethod
     def of(cls, layout: Layout) -> Self:

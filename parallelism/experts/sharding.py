@@ -87,16 +87,4 @@ def check_degrees(ep: int, etp: int, *, experts: int, ffn: int) -> None:
             )
 
 
-def check_folding(ep: int, etp: int, *, hdp: int, tp: int) -> None:
-    """Raise ``LayoutDoesNotFit`` unless ``ep`` x ``etp`` ranks divide the ``hdp`` x ``tp`` ranks of a pipeline stage."""
-    ranks = hdp * tp
-    if ranks % (ep * etp):
-        legal = ", ".join(str(number) for number in range(1, ranks + 1) if ranks % number == 0)
-        raise LayoutDoesNotFit(
-            f"layout.ep {ep} x layout.etp {etp} = {ep * etp} ranks do not divide the {ranks} ranks of hdp {hdp} x tp {tp}. "
-            f"Their product can be {legal}.",
-            axis="ep",
-        )
-
-
-__all__ = ["ExpertSharding", "GridCut", "check_degrees", "check_folding"]
+__all__ = ["ExpertSharding", "GridCut", "check_degrees"]

@@ -216,7 +216,7 @@ def test_a_layout_that_cannot_work_names_its_line(tmp_path: Path, line: str, mes
         ("ep: 3", "layout.ep is 3, which does not divide experts, 8. It can be 1, 2, 4, 8."),
         (
             "ep: 8",
-            "ep 8 x etp 1 = 8 ranks per set of experts do not divide the hdp 4 x tp 1 = 4 ranks of a pipeline stage.",
+            "ep 8 x etp 1 = 8 ranks that share experts do not divide the hdp 4 x tp 1 = 4 ranks of a pipeline stage.",
         ),
     ],
 )

@@ -19,7 +19,6 @@ from evermesh.parallelism.experts import ExpertSharding, GridCut, HotBudget, Pla
 from evermesh.parallelism.experts.balance import within_capacity
 from evermesh.parallelism.experts.dispatch import Point
 from evermesh.parallelism.experts.documents import TokenContext
-from evermesh.parallelism.experts.sharding import check_folding
 from evermesh.parallelism.experts.traffic import ExpertGroup, copy_traffic, expert_traffic
 from evermesh.parallelism.ledger import Traffic, add_up
 from tests.cluster import run_ranks
@@ -255,12 +254,6 @@ def test_degrees_that_do_not_divide_are_refused_with_those_that_do(ep: int, etp:
     sharding = ExpertSharding({"*.up": 1})
     with pytest.raises(LayoutDoesNotFit, match=message):
         sharding.cuts({"a.up": (8, 12, 4), "router": (8, 4)}, ep, etp)
-
-
-def test_a_folding_that_does_not_divide_the_stage_is_refused() -> None:
-    check_folding(4, 2, hdp=4, tp=4)
-    with pytest.raises(LayoutDoesNotFit, match="Their product can be 1, 2, 3, 6"):
-        check_folding(2, 2, hdp=3, tp=2)
 
 
 BUDGET = HotBudget(expert_bytes=100, memory_bytes=800, hidden_s=1.0, bytes_per_s=900.0)

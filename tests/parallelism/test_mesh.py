@@ -58,6 +58,6 @@ def test_experts_may_span_more_ranks_than_hold_a_sequence_or_a_model() -> None:
 
 def test_expert_degrees_that_do_not_divide_a_stage_are_refused() -> None:
     with pytest.raises(
-        LayoutDoesNotFit, match=r"ep 4 x etp 2 = 8 ranks .* do not divide the hdp 3 x tp 2 = 6 .* divisor of 6"
+        LayoutDoesNotFit, match=r"ep 4 x etp 2 = 8 ranks .* do not divide the hdp 3 x tp 2 = 6 .* can be 1, 2, 3, 6\."
     ):
         Mesh.of(Layout(hdp=3, tp=2, ep=4, etp=2))

@@ -128,7 +128,9 @@ def test_hdp_ranks_that_share_experts_keep_step(layout: Layout, groups: tuple[tu
 
 
 def test_experts_that_do_not_divide_the_ranks_of_a_stage_are_refused() -> None:
-    with pytest.raises(LayoutDoesNotFit, match="ep 3 x etp 1 = 3 ranks that share experts do not divide the 4 ranks"):
+    with pytest.raises(
+        LayoutDoesNotFit, match="ep 3 x etp 1 = 3 ranks that share experts do not divide the hdp 4 x tp 1 = 4 ranks"
+    ):
         _ = Layout(hdp=4, ep=3).lock_step_groups
 
 
