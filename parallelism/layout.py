@@ -32,6 +32,9 @@ class Layout(BaseModel):
     """In which order pipeline ranks run micro-batches forward and backward."""
     virtual_stages: PositiveInt = 1
     """Pipeline stages of every rank; more make smaller bubbles and more messages."""
+    split: Literal["flops", "measured"] | tuple[PositiveInt, ...] = "flops"
+    """How layers are divided among pipeline stages: evenly by the FLOPs of a token, or by times that rank 0 measures when an
+    attempt starts; or the number of layers of every stage."""
     capacity: PositiveInt = 2048
     """Tokens that one HDP rank holds in one micro-batch (bounds the activation memory)."""
     sharding: Literal["optimizer"] = "optimizer"

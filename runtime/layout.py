@@ -7,7 +7,7 @@ from evermesh.parallelism.experts.sharding import check_degrees
 from evermesh.parallelism.layout import Layout
 from evermesh.parallelism.mesh import Mesh
 from evermesh.runtime.model.sharding import DECODER_SHARDING
-from evermesh.runtime.model.stages import stage_parts
+from evermesh.runtime.model.stages import nominal_costs, stage_parts
 
 if TYPE_CHECKING:
     from evermesh.runtime.config import TrainConfig
@@ -36,7 +36,7 @@ def check_model(layout: Layout, model: "ModelConfig") -> None:
             axis="offload",
         )
     DECODER_SHARDING.check_degree(layout.tp, model.model_dump())
-    stage_parts(model, model.vocabulary or 1, layout)
+    stage_parts(model, layout, nominal_costs(model, model.vocabulary or 1))
     if layout.hot_experts and layout.ep == 1:
         raise LayoutDoesNotFit(
             f"layout.hot_experts is {layout.hot_experts}, but with layout.ep 1 every rank holds all experts. Leave it out, "

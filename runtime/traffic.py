@@ -25,7 +25,7 @@ from evermesh.parallelism.traffic import (
 from evermesh.runtime.config import TrainConfig
 from evermesh.runtime.flat import HeldSet
 from evermesh.runtime.model.config import ModelConfig
-from evermesh.runtime.model.stages import Part, parts_of_rank, stage_parts
+from evermesh.runtime.model.stages import Part, parts_of_rank
 
 OPERATIONS: tuple[tuple[str, Operation, str], ...] = (
     ("ring forward", "send", "hdp"),
@@ -100,10 +100,11 @@ def step_traffic(
     return add_up(parts)
 
 
-def trained_model(config: TrainConfig, vocabulary: int, held: Sequence[HeldSet]) -> TrainedModel:
-    """The sizes that decide the traffic; ``held`` are the sets of parameters of all stages."""
+def trained_model(
+    config: TrainConfig, vocabulary: int, parts: tuple[Part, ...], held: Sequence[HeldSet]
+) -> TrainedModel:
+    """The sizes that decide the traffic; ``parts`` are those of all stages, ``held`` their sets of parameters."""
     layout, model = config.layout, config.model
-    parts = stage_parts(model, vocabulary, layout)
     sets = iter(held)
     stages = tuple(_stage_sizes(model, parts_of_rank(parts, layout, pp), sets) for pp in range(layout.pp))
     ends = {layout.pipeline.rank_of(stage) for stage in (0, layout.pipeline.num_stages - 1)}

@@ -17,6 +17,7 @@ from evermesh.runtime.config import TrainConfig
 from evermesh.runtime.flat import FlatLayout, FlatParameters, HeldSet, ParameterSet, sum_gradients
 from evermesh.runtime.micro_batch import MicroBatchRunner
 from evermesh.runtime.model.decoder import Decoder
+from evermesh.runtime.model.measuring import layer_costs
 from evermesh.runtime.model.sharding import DECODER_EXPERTS, DECODER_SHARDING
 from evermesh.runtime.model.stages import Part, parts_of_rank, stage_parts
 from evermesh.runtime.model.tied import TiedHead
@@ -27,8 +28,10 @@ class BuiltModel(NamedTuple):
     """What one rank trains, and what all ranks hold."""
 
     model: Decoder
+    stages: tuple[Part, ...]
+    """The part of every pipeline stage."""
     parts: Mapping[int, Part]
-    """Of this rank, by pipeline stage."""
+    """Those of this rank, by stage."""
     sets: list[ParameterSet]
     """This rank's parameters."""
     held: list[HeldSet]
@@ -62,9 +65,9 @@ def build_runner(built: BuiltModel, layout: Layout, groups: Groups) -> MicroBatc
 
 
 def build_model(config: TrainConfig, vocabulary: int, groups: Groups, device: torch.device) -> BuiltModel:
-    """This rank's part of the model on ``device``, and the buffers that hold its parameters. Not collective."""
+    """This rank's part of the model on ``device``, and the buffers of its parameters. Collective, if the split is measured."""
     layout, mesh = config.layout, Mesh.of(config.layout)
-    all_parts = stage_parts(config.model, vocabulary, layout)
+    all_parts = stage_parts(config.model, layout, layer_costs(config, vocabulary, groups.world, device))
     parts = parts_of_rank(all_parts, layout, groups.place.pp)
     model = Decoder(config.model, vocabulary, list(parts.values()))
     model.initialize(config.seed)  # whole, so that the values do not depend on the layout
@@ -81,7 +84,7 @@ def build_model(config: TrainConfig, vocabulary: int, groups: Groups, device: to
         sharer = groups.ep.rank * groups.etp.size + groups.etp.rank
         sets.append(ParameterSet(FlatParameters(model, mesh.edp, expert_cuts), groups.edp, Communicator(), sharer))
     held = [of_stage for pp in range(mesh.pp) for of_stage in _held(config, vocabulary, mesh, all_parts, pp)]
-    return BuiltModel(model, parts, sets, held, tied, deferred)
+    return BuiltModel(model, all_parts, parts, sets, held, tied, deferred)
 
 
 def _held(config: TrainConfig, vocabulary: int, mesh: Mesh, parts: tuple[Part, ...], pp: int) -> list[HeldSet]:

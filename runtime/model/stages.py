@@ -1,9 +1,11 @@
 """Which part of a model is which stage of a pipeline; imports no torch."""
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, NamedTuple, Self
 
+from evermesh.parallelism.errors import LayoutDoesNotFit
 from evermesh.parallelism.layout import Layout
 from evermesh.parallelism.pipeline.split import split_layers
 
@@ -25,18 +27,42 @@ class Part:
         return cls(layers, layers.start == 0, layers.stop == config.layers)
 
 
-def stage_parts(config: "ModelConfig", vocabulary: int, layout: Layout) -> tuple[Part, ...]:
-    """The part of every pipeline stage: the slowest as fast as it can be, by the FLOPs of a token outside attention.
+class LayerCosts(NamedTuple):
+    """What stages share: time, or what stands for it, in any unit."""
 
-    Raises:
-        LayoutDoesNotFit: the model has fewer layers than there are stages.
-    """
+    layers: tuple[float, ...]
+    embedding: float
+    head: float
+    """With the loss."""
+
+
+def nominal_costs(config: "ModelConfig", vocabulary: int) -> LayerCosts:
+    """FLOPs of a token outside attention."""
     shape = config.shape(vocabulary)
-    head = 2.0 * shape.hidden * shape.vocabulary
     attention = 2.0 * shape.hidden * shape.head_dim * (2 * shape.heads + 2 * shape.kv_heads)
     widths = [config.active_ffn(layer) for layer in range(config.layers)]
-    costs = [attention + 6.0 * shape.hidden * width for width in widths]
-    return tuple(Part.of(config, layers) for layers in split_layers(costs, layout.pipeline.num_stages, head_s=head))
+    layers = tuple(attention + 6.0 * shape.hidden * width for width in widths)
+    return LayerCosts(layers, embedding=0.0, head=2.0 * shape.hidden * shape.vocabulary)
+
+
+def stage_parts(config: "ModelConfig", layout: Layout, costs: LayerCosts) -> tuple[Part, ...]:
+    """The part of every pipeline stage: as ``layout.split`` says, or with the slowest as fast as it can be.
+
+    Raises:
+        LayoutDoesNotFit: the model has fewer layers than there are stages, or ``split`` another number of either.
+    """
+    stages = layout.pipeline.num_stages
+    if isinstance(layout.split, tuple):
+        if len(layout.split) != stages or sum(layout.split) != config.layers:
+            raise LayoutDoesNotFit(
+                f"layout.split names {len(layout.split)} stages with {sum(layout.split)} layers together, but there are "
+                f"{stages} stages (pp {layout.pp} x virtual_stages {layout.virtual_stages}) and {config.layers} layers.",
+                axis="split",
+            )
+        ends = list(itertools.accumulate(layout.split, initial=0))
+        return tuple(Part.of(config, range(start, stop)) for start, stop in itertools.pairwise(ends))
+    split = split_layers(costs.layers, stages, embedding_s=costs.embedding, head_s=costs.head)
+    return tuple(Part.of(config, layers) for layers in split)
 
 
 def parts_of_rank(parts: tuple[Part, ...], layout: Layout, pp_rank: int) -> Mapping[int, Part]:

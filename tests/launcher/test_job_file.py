@@ -198,6 +198,10 @@ def test_the_keys_of_a_section_with_kinds_are_those_of_its_kind(tmp_path: Path) 
     ("line", "message"),
     [
         ("pp: 8", "8 pipeline stages, but the model has 4 layers, and every stage takes at least one. Set layout.pp"),
+        (
+            "split: [1, 2]",
+            "layout.split names 2 stages with 3 layers together, but there are 1 stages (pp 1 x virtual_stages 1)",
+        ),
         ("ep: 2", "layout.ep is 2, but the model has no experts to share. Leave it out, or describe"),
         ("etp: 2", "layout.etp is 2, but the model has no experts to share."),
         ("offload: 0.5", "layout.offload is 0.5, but this version keeps all activations on the device."),

@@ -18,8 +18,8 @@ MODELS: dict[str, dict[str, Any]] = {"tied": {"tied_embeddings": True}, "experts
 PIPELINE = {"pp": 2, "hdp": 2}
 LAYOUTS: dict[str, dict[str, Any]] = {
     "alone": {},
-    "pipeline": PIPELINE,
-    "no bubbles": {"pp": 2, "schedule": "zero-bubble"},
+    "pipeline": PIPELINE | {"split": "measured"},
+    "no bubbles": {"pp": 2, "schedule": "zero-bubble", "split": [1, 3]},
     "interleaved": PIPELINE | {"schedule": "interleaved-1f1b", "virtual_stages": 2},
     "experts": {"hdp": 2, "tp": 2, "ep": 4, "hot_experts": 1},
     "all": {"pp": 2, "hdp": 2, "tp": 2, "ep": 2, "etp": 2},

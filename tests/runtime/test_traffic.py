@@ -71,7 +71,7 @@ def _seen(rank: int, workers: int, config: TrainConfig, ranks_per_node: int | No
 
     trainer.train_step, trainer.runner.accumulate = train_step, accumulate  # type: ignore[method-assign]
     trainer.fit()
-    model = trained_model(config, trainer.corpora[0].vocabulary, trainer.built.held)
+    model = trained_model(config, trainer.corpora[0].vocabulary, trainer.built.stages, trainer.built.held)
     return Seen(model, plans, reports, routing, placements)
 
 
