@@ -65,7 +65,7 @@ def build_runner(built: BuiltModel, layout: Layout, groups: Groups) -> MicroBatc
 
 
 def build_model(config: TrainConfig, vocabulary: int, groups: Groups, device: torch.device) -> BuiltModel:
-    """This rank's part of the model on ``device``, and the buffers of its parameters. Collective, if the split is measured."""
+    """This rank's part of the model on ``device``, and its buffers. Collective, if the split is measured."""
     layout, mesh = config.layout, Mesh.of(config.layout)
     all_parts = stage_parts(config.model, layout, layer_costs(config, vocabulary, groups.world, device))
     parts = parts_of_rank(all_parts, layout, groups.place.pp)
