@@ -67,7 +67,7 @@ class Loaded(NamedTuple):
 
     bytes_read: int
     bytes_needed: int
-    """Of what the rank owns in the optimizer."""
+    """Of what the rank owns in the optimizer, and of the biases of routers."""
     copied: Counter[str]
     """How many elements of every parameter the rank owns."""
 
@@ -84,9 +84,11 @@ def _loaded(rank: int, workers: int, directory: Path, layout: Layout) -> Loaded:
     built = build_model(train, model_config.rows(0), groups, torch.device("cpu"))
     optimizer = ShardedAdamW(built.sets, train.optimizer, built.tied)
     shards = shard_map(built.held, torch.float32)
-    read = load_initial_weights(directory, model_config, optimizer, shards, groups.world).read
-    assert read.dtypes == ("bfloat16",)
+    read, router_biases = load_initial_weights(directory, model_config, optimizer, shards, groups.world)
+    assert read.dtypes == (("bfloat16", "float32") if router_biases else ("bfloat16",))
     whole = ours(directory).state_dict()
+    if router_biases:
+        assert router_biases == [whole[name].tolist() for name in whole if name.endswith("bias_E")]
     held = {name: parameter.detach().clone() for name, parameter in built.model.named_parameters()}
     for parameters in built.sets:
         for entry in parameters.flat.entries:
@@ -102,17 +104,22 @@ def _loaded(rank: int, workers: int, directory: Path, layout: Layout) -> Loaded:
     for name, tensors in optimizer.owned_state().items():
         if name.startswith("parameter."):
             owned[name.removeprefix("parameter.")] += sum(tensor.numel() for tensor in tensors)
-    return Loaded(read.bytes_read, 2 * owned.total(), owned)
+    return Loaded(read.bytes_read, 2 * owned.total() + 4 * sum(map(len, router_biases)), owned)
 
 
 def _check_bytes(results: list[Loaded], directory: Path, sharers: int = 1) -> None:
-    """Every rank read what it owns and no more; all of them together every weight once, and norms once per sharer."""
+    """Every rank read what it owns and no more; all of them together every weight once.
+
+    Norms are read once per sharer, and biases of routers by every rank.
+    """
     for loaded in results:
         assert loaded.bytes_needed <= loaded.bytes_read <= 1.05 * loaded.bytes_needed
     stored = load_file(directory / "model.safetensors")
     in_files = sum(t.nbytes for t in stored.values())
     norms = sum(t.nbytes for n, t in stored.items() if "norm" in n)
-    assert sum(loaded.bytes_read for loaded in results) == in_files + (sharers - 1) * norms
+    biases = sum(t.nbytes for n, t in stored.items() if n.endswith("e_score_correction_bias"))
+    everywhere = (sharers - 1) * norms + (len(results) - 1) * biases
+    assert sum(loaded.bytes_read for loaded in results) == in_files + everywhere
 
 
 @pytest.mark.parametrize(("hdp", "tp"), [(1, 1), pytest.param(3, 1, marks=pytest.mark.parity), (2, 2)])
@@ -126,7 +133,8 @@ def test_every_rank_reads_the_bytes_of_its_own_regions_and_holds_its_part(direct
     [
         ("mixtral with a window", Layout(hdp=4, ep=2, etp=2)),
         ("mixtral with a window", Layout(pp=2, hdp=2, ep=2)),
-        ("qwen2 with experts and a shared one", Layout(pp=2, hdp=2, ep=2)),
+        (DOTS1, Layout(pp=2, hdp=2, ep=2)),
+        pytest.param("qwen2 with experts and a shared one", Layout(pp=2, hdp=2, ep=2), marks=pytest.mark.parity),
         pytest.param("qwen3 with experts above a dense layer", Layout(hdp=4, ep=2, etp=2), marks=pytest.mark.parity),
     ],
     ids=lambda value: value if isinstance(value, str) else f"pp{value.pp} ep{value.ep} etp{value.etp}",
@@ -160,7 +168,15 @@ def _run(config: TrainConfig, directory: Path, steps: int) -> Path:
     return newest
 
 
-@pytest.mark.parametrize("model", ["qwen3 with windows in some layers", *EXPERTS])
+@pytest.mark.parametrize(
+    "model",
+    [
+        "qwen3 with windows in some layers",
+        EXPERTS[0],
+        DOTS1,
+        *(pytest.param(model, marks=pytest.mark.parity) for model in EXPERTS[1:-1]),
+    ],
+)
 def test_weights_that_go_in_come_out_bit_for_bit(model: str, corpus: Path, tmp_path: Path) -> None:
     directory = tmp_path / "model"
     make(MODELS[model] | {"vocab_size": 413}, directory, torch.bfloat16)

@@ -11,6 +11,7 @@ from evermesh.runtime.model.families.settings import Settings
 OPTIONS = ("qk_norm", "qkv_bias", "sliding_window", "window_layers", "parallel_block", "moe")
 """Fields of ``ModelConfig`` that not every family has, off by default."""
 _OF_ALL_EXPERTS = ("experts", "top_k", "ffn", "balancing")
+"""Fields of ``MoeConfig`` that every family has, and the one that counts as an option in one of its forms alone."""
 ROUTER_BIAS = "moe.balancing: bias"
 """The option of a model whose routers choose by a bias too."""
 ROUTER_BIAS_NAME = "blocks.{layer}.mixture.router.bias"
