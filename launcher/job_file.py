@@ -128,7 +128,7 @@ def _key_in_file(location: tuple[str | int, ...], values: Any) -> Key:
     """Where pydantic's location is in the file: it also names the chosen ``kind`` of a union, which the file does not."""
     key: list[str | int] = []
     for part in location:
-        if isinstance(values, dict) and part not in values and values.get("kind") == part:
+        if isinstance(values, dict) and part not in values and part in _kinds(tuple(key)):
             continue
         key.append(part)
         values = _child(values, part)
@@ -175,12 +175,13 @@ def _unknown(key: Key, values: Any) -> str:
         return f"{dotted(key)} is not a key. Did you mean {dotted((*section, close[0]))}?"
     owners = [kind for kind, names in _kinds(section).items() if name in names]
     if owners:
-        kind = _at(values, (*section, "kind"))
+        kind = _kind(section, values)
         return (
             f"{dotted(key)} is a key of kind {' and '.join(owners)}, but the kind is {kind}. Remove it, or replace the "
             f"section: --set '{dotted(section)}={{kind: {kind}}}'."
         )
-    elsewhere = [other for other in _all_keys(JobConfig.model_json_schema()) if other.split(".")[-1] == name]
+    keys = dict.fromkeys(_all_keys(JobConfig.model_json_schema()))  # kinds of a section share keys
+    elsewhere = [other for other in keys if other.split(".")[-1] == name]
     if elsewhere:
         return f"{dotted(key)} is not a key. Did you mean {' or '.join(elsewhere[:3])}?"
     return f"{dotted(key)} is not a key. {_known(section, values)}"
@@ -193,8 +194,13 @@ def _known(section: Key, values: Any) -> str:
 
 def _names(section: Key, values: Any) -> list[str]:
     """The keys of a section; where it has kinds, of the kind that was chosen."""
-    kinds = _kinds(section)
-    return kinds.get(_at(values, (*section, "kind")), list(_schema_at(section).get("properties", {})))
+    return _kinds(section).get(_kind(section, values), list(_schema_at(section).get("properties", {})))
+
+
+def _kind(section: Key, values: Any) -> Any:
+    """Which kind of a section was chosen, by default that of its default."""
+    default = _schema_at(section).get("default")
+    return _at(values, (*section, "kind")) or (default.get("kind") if isinstance(default, dict) else None)
 
 
 def _kinds(section: Key) -> dict[str, list[str]]:
@@ -207,9 +213,10 @@ def _schema_at(key: Key) -> dict[str, Any]:
     """The JSON schema of what stands at ``key``; a union of kinds is returned as a whole."""
     schema = JobConfig.model_json_schema()
     for part in key:
-        schema = _resolved(
-            schema.get("items", {}) if isinstance(part, int) else schema.get("properties", {}).get(part, {})
-        )
+        options = [schema, *map(_resolved, schema.get("oneOf", ()))]
+        found = [option.get("properties", {}).get(part) for option in options]
+        below = schema.get("items") if isinstance(part, int) else next(filter(None, found), None)
+        schema = _resolved(below or {})
     return schema
 
 
@@ -221,6 +228,7 @@ def _resolved(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def _all_keys(schema: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    for name, child in schema.get("properties", {}).items():
-        yield f"{prefix}{name}"
-        yield from _all_keys(_resolved(child), f"{prefix}{name}.")
+    for option in [schema, *map(_resolved, schema.get("oneOf", ()))]:
+        for name, child in option.get("properties", {}).items():
+            yield f"{prefix}{name}"
+            yield from _all_keys(_resolved(child), f"{prefix}{name}.")

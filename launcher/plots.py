@@ -72,6 +72,11 @@ def _draw_loss(axes: Any, reports: Sequence[StepReport]) -> None:
     steps, losses = [report.step for report in reports], [report.loss for report in reports]
     marker = "o" if len(steps) <= 100 else None
     axes.plot(steps, losses, color="#2456a6", linewidth=1.8, marker=marker, markersize=3.5, zorder=3)
+    evaluated = [(report.step, report.held_out_loss) for report in reports if report.held_out_loss is not None]
+    if evaluated:
+        style: dict[str, Any] = {"color": "#c2571a", "linewidth": 1.4, "marker": "s", "markersize": 4, "zorder": 3}
+        axes.plot(*zip(*evaluated, strict=True), **style, label="held out")
+        axes.legend(frameon=False, fontsize=8.5)
     axes.set_xlabel("step")
     axes.set_ylabel("mean loss per token, nats")
     axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)

@@ -62,7 +62,7 @@ def plain_line(report: StepReport) -> str:
     """One step in one line of text."""
     skipped = "" if report.committed else " | skipped"
     return (
-        f"step {report.step:>{len(str(report.steps))}}/{report.steps} | loss {report.loss:.4f} | "
+        f"step {report.step:>{len(str(report.steps))}}/{report.steps} | loss {report.loss:.4f}{_held_out(report)} | "
         f"{report.tokens_per_s:,.0f} tokens/s | {report.plan} | {duration(report.time_left_s)} left{skipped}"
     )
 
@@ -75,12 +75,16 @@ def live_line(report: StepReport) -> Text:
         f"step {report.step}/{report.steps} ",
         ("━" * done, "green"),
         ("━" * (_BAR_WIDTH - done), "bright_black"),
-        (f" loss {report.loss:.4f}", "bold"),
+        (f" loss {report.loss:.4f}{_held_out(report)}", "bold"),
         f" | {report.tokens_per_s:,.0f} tokens/s | {duration(report.time_left_s)} left | {report.plan}",
         skipped,
     )
     line.no_wrap, line.overflow = True, "ellipsis"
     return line
+
+
+def _held_out(report: StepReport) -> str:
+    return "" if report.held_out_loss is None else f" | held out {report.held_out_loss:.4f}"
 
 
 def duration(seconds: float) -> str:

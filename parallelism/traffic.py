@@ -47,6 +47,10 @@ class StageSizes:
     num_expert_parameters: int = 0
     """Elements of the experts of one rank."""
     expert_layers: tuple[int, ...] = ()
+    num_norms: int = 0
+    """Layers whose norms decide how far an update goes; 0: none do."""
+    num_expert_norms: int = 0
+    """Such layers among the experts of one rank."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +140,8 @@ def plan_traffic(
                 assert choices is not None
                 parts += _experts(plan, group, model, nodes, choices)
             parts += _documents(plan, pp, model, nodes)
+    if committed:
+        parts += _norms(model, nodes)
     if model.num_loads and committed:
         parts += collective_traffic("expert loads", "all_reduce", "world", 8 * model.num_loads, nodes)
     return parts
@@ -152,6 +158,17 @@ def _replicas(
     yield from collective_traffic("gradients", "all_reduce", axis, shard_bytes * len(group), own_nodes)
     if committed:
         yield from collective_traffic("parameters", "all_gather", axis, shard_bytes, own_nodes)
+
+
+def _norms(model: TrainedModel, nodes: Sequence[int]) -> Iterator[Traffic]:
+    """Squares of the norms of every layer and of its update, eight bytes each, over all that hold some of it."""
+    for axis in ("hdp", "tp", "edp", "etp"):
+        is_dense = axis in ("hdp", "tp")
+        for group in model.mesh.groups(axis) if is_dense or model.num_experts else ():
+            stage = model.stages[model.mesh.coordinates(group[0]).pp]
+            if layers := stage.num_norms if is_dense else stage.num_expert_norms:
+                own_nodes = [nodes[rank] for rank in group]
+                yield from collective_traffic("norms", "all_reduce", axis, 2 * 8 * layers, own_nodes)
 
 
 def _tp_traffic(

@@ -5,17 +5,19 @@
 
 from typing import TYPE_CHECKING, Any
 
-from evermesh.runtime.config import OptimizerConfig, TrainConfig
+from evermesh.runtime.config import TrainConfig
 from evermesh.runtime.model.config import ModelConfig
+from evermesh.runtime.optimizer_config import AdamWConfig, LambConfig
 from evermesh.runtime.telemetry import PlanSummary, StepReport, read_telemetry
 
 if TYPE_CHECKING:
     from evermesh.runtime.trainer import FitResult, Trainer
 
 __all__ = [
+    "AdamWConfig",
     "FitResult",
+    "LambConfig",
     "ModelConfig",
-    "OptimizerConfig",
     "PlanSummary",
     "StepReport",
     "TrainConfig",

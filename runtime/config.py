@@ -7,7 +7,6 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
@@ -19,6 +18,7 @@ from evermesh.parallelism.layout import Layout
 from evermesh.runtime.data.config import DataConfig
 from evermesh.runtime.layout import check_model
 from evermesh.runtime.model.config import ModelConfig
+from evermesh.runtime.optimizer_config import AdamWConfig, AnyOptimizer
 
 
 class _Frozen(BaseModel):
@@ -28,22 +28,6 @@ class _Frozen(BaseModel):
 _Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
-class OptimizerConfig(_Frozen):
-    """AdamW with linear warm-up and cosine decay."""
-
-    lr: PositiveFloat = 3e-3
-    """Peak learning rate."""
-    final_lr_ratio: NonNegativeFloat = 0.1
-    """Learning rate at the last step over the peak."""
-    warmup_steps: NonNegativeInt = 10
-    betas: tuple[_Beta, _Beta] = (0.9, 0.95)
-    eps: PositiveFloat = 1e-8
-    weight_decay: NonNegativeFloat = 0.1
-    """Decoupled weight decay of matrices; vectors (norm weights) are not decayed."""
-    clip_norm: PositiveFloat | None = 1.0
-    """Limit of the global gradient norm; null: no clipping."""
-
-
 class CheckpointConfig(_Frozen):
     """When checkpoints are written and how many stay."""
 
@@ -51,6 +35,15 @@ class CheckpointConfig(_Frozen):
     """Optimizer steps between two checkpoints; null: only at the end and when stopped."""
     keep: PositiveInt = 2
     """Newest committed checkpoints that stay on disk."""
+
+
+class EvaluationConfig(_Frozen):
+    """When a run is evaluated, and on how much."""
+
+    every: PositiveInt = 50
+    """Optimizer steps between two evaluations; there is one after the last step too."""
+    tokens: PositiveInt = 65_536
+    """Tokens that are held out of the corpora, of each by its weight; with their documents, which are never trained on."""
 
 
 class CpuDevice(_Frozen):
@@ -78,8 +71,11 @@ class TrainConfig(_Frozen):
     layout: Layout = Layout()
     cost: CostModel | None = None
     """Coefficients for the planner; null: derived from the model's sizes."""
-    optimizer: OptimizerConfig = OptimizerConfig()
+    optimizer: AnyOptimizer = AdamWConfig()
+    """How gradients become updates; AdamW where ``kind`` is not given."""
     checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluation: EvaluationConfig | None = None
+    """The loss on held-out documents; null: no document is held out."""
     steps: PositiveInt = 100
     """Optimizer steps of the whole run; also the length of the learning rate schedule."""
     stop_at: PositiveInt | None = None

@@ -69,10 +69,32 @@ class BatchFeed:
         # the batch under way needs the other ranks; after an error they may be gone, and nobody waits for it
         self._thread.shutdown(wait=error is None, cancel_futures=True)
 
+    def prepare_held_out(self, batches: Sequence[Batch]) -> list[LocalBatch]:
+        """What this rank processes of ``batches``, which are not of the sampler. Collective.
+
+        Planned behind the batch under way, so that all ranks use the control group in one order.
+
+        Raises:
+            PlanInvalid, SequenceTooLong: see ``next``.
+        """
+        return self._thread.submit(self._prepare_held_out, batches).result()
+
+    def _prepare_held_out(self, batches: Sequence[Batch]) -> list[LocalBatch]:
+        moment = self.control.moment
+        before, moment.phase = moment.phase, "evaluate"
+        planned = [self._planned(batch, step=0)[1] for batch in batches]
+        moment.phase = before
+        return planned
+
     def _prepare(self) -> PlannedBatch:
         step = self.control.moment.step + 1
         self.control.moment.begin_step(step)
         batch = self.sampler.next_batch()
+        plan, local = self._planned(batch, step)
+        return PlannedBatch(batch, plan, local, self.sampler.state_dict())
+
+    def _planned(self, batch: Batch, step: int) -> tuple[BatchPlan, LocalBatch]:
+        """The plan that all ranks agree on, and this rank's part with its tokens. Collective."""
         plan = self._agreed_plan(batch)
         own = Mesh.of(self.layout).coordinates(self.control.rank)
         rank_plan = plan.ranks[own.hdp]
@@ -82,8 +104,7 @@ class BatchFeed:
         counted = torch.tensor([sum(int(local.counts_T.sum()) for local in micro_batches) if counts else 0])
         self.control.all_reduce(counted, "loss weights")
         identities = tuple(sequence.identity for sequence in batch.sequences)
-        local = LocalBatch(micro_batches, batch.lengths, int(counted), identities, step, self.sampler.seed)
-        return PlannedBatch(batch, plan, local, self.sampler.state_dict())
+        return plan, LocalBatch(micro_batches, batch.lengths, int(counted), identities, step, self.sampler.seed)
 
     def _agreed_plan(self, batch: Batch) -> BatchPlan:
         payload: bytes | None = None

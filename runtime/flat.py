@@ -124,6 +124,8 @@ class ParameterSet(NamedTuple):
     """The ranks over which the gradients of what they hold alike are summed."""
     sharer: int = 0
     """Which sharer this rank is: it says which part of a parameter it holds."""
+    parts: Communicator | None = None
+    """The ranks that hold the parts of the same layers, an expert being a layer; None: the sharers."""
 
 
 def sum_gradients(sets: Sequence[ParameterSet]) -> Tensor:
@@ -132,7 +134,7 @@ def sum_gradients(sets: Sequence[ParameterSet]) -> Tensor:
     Collective over the axes of every set. What sharers hold alike counts once, on the first of them.
     """
     squares = []
-    for flat, owners, sharers, sharer in sets:
+    for flat, owners, sharers, sharer, _ in sets:
         owners.all_reduce(flat.gradients, "gradients")
         # each saw its own tokens only; last, so that these ranks have the same bits of what they hold alike
         if flat.replicated.stop > flat.replicated.start:

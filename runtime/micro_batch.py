@@ -98,6 +98,22 @@ class MicroBatchRunner:
         contexts = [run.context for run in runs]
         return (total if self.tp.rank == 0 else torch.zeros_like(total)), contexts
 
+    @torch.no_grad()
+    def evaluate(self, batch: LocalBatch) -> Tensor:
+        """This rank's part of the mean loss of ``batch``, as ``accumulate`` returns it; leaves nothing behind.
+
+        Collective as ``accumulate`` is, but only forward.
+        """
+        runs = [_Run(self, batch, micro_batch) for micro_batch in batch.micro_batches]
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        if self.pipeline is None:
+            for run in runs:
+                total += run.forward(self.parts[0], None)
+        else:
+            stages = {stage: _Stage(part, runs) for stage, part in self.parts.items()}
+            total = self.pipeline.evaluate(stages, self._activations(batch))
+        return total if self.tp.rank == 0 else torch.zeros_like(total)
+
     def _activations(self, batch: LocalBatch) -> Activations:
         """What the stages hand on: this rank's part of the tokens of every micro-batch, padded."""
         sizes = (padded_length(run.plan.num_tokens, self.tp.size) // self.tp.size for run in batch.micro_batches)

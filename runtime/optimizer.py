@@ -1,27 +1,27 @@
-"""AdamW on flat buffers, its state sharded over the ranks that hold the same parameters (ZeRO-1, Rajbhandari et al., arXiv
-1910.02054).
+"""Optimizers on flat buffers, their state sharded over the ranks that hold the same parameters (ZeRO-1, Rajbhandari et
+al., arXiv 1910.02054).
 
 The parameters of a set lie in one flat buffer, matrices first (they decay), vectors behind; every owner steps one equal
 part of it, and gathers the rest. AdamW works element by element, so the number of ranks changes nothing.
 """
 
-import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from evermesh.checkpoint.shard_map import Shard, ShardMap, TensorShards
-from evermesh.runtime.config import OptimizerConfig
 from evermesh.runtime.flat import HeldSet, ParameterSet
 from evermesh.runtime.model.tied import TiedHead
+from evermesh.runtime.optimizer_config import AdamWConfig, OptimizerConfig
 
 KINDS = ("parameter", "exp_avg", "exp_avg_sq")
 """What there is of every parameter in a checkpoint."""
 
 
-class ShardedAdamW:
-    """AdamW of one rank's part of the parameters. Every rank makes one and calls ``step`` together.
+class ShardedOptimizer(ABC):
+    """The optimizer of one rank's part of the parameters. Every rank makes one and calls ``step`` together.
 
     Args:
         sets: the parameters and gradients of this rank's model, and the ranks they are divided among.
@@ -30,39 +30,22 @@ class ShardedAdamW:
     """
 
     def __init__(self, sets: Sequence[ParameterSet], config: OptimizerConfig, tied: TiedHead | None = None) -> None:
-        self.tied = tied
-        self.shards = [_Shard(parameters) for parameters in sets]
-        self._adamw = torch.optim.AdamW(
-            [
-                {"params": [parameter], "weight_decay": config.weight_decay if decayed else 0.0}
-                for shard in self.shards
-                for parameter, decayed in zip(shard.parameters, (True, False), strict=True)
-            ],
-            lr=config.lr,
-            betas=config.betas,
-            eps=config.eps,
-            fused=True,
-        )
-        self.restore(steps=0)
+        self.config, self.tied = config, tied
+        self.shards = [OwnedShard(parameters) for parameters in sets]
+        """What this rank steps of every set."""
 
+    @abstractmethod
     def restore(self, steps: int) -> None:
         """Continue after ``steps`` updates with what the shards hold now."""
-        for shard in self.shards:
-            for parameter, part in zip(shard.parameters, shard.parts, strict=True):
-                self._adamw.state[parameter] = {
-                    "step": torch.tensor(float(steps), device=parameter.device),
-                    "exp_avg": shard.exp_avg[part],
-                    "exp_avg_sq": shard.exp_avg_sq[part],
-                }
+
+    @abstractmethod
+    def update(self, lr: float, gradient_scale: float) -> None:
+        """Update this rank's part with its gradients times ``gradient_scale``. Collective."""
 
     @torch.no_grad()
     def step(self, lr: float, gradient_scale: float) -> None:
         """Update this rank's part with its gradients times ``gradient_scale``, then gather all parts. Collective."""
-        for shard in self.shards:
-            shard.take_gradients(gradient_scale)
-        for group in self._adamw.param_groups:
-            group["lr"] = lr
-        self._adamw.step()
+        self.update(lr, gradient_scale)
         self.gather()
 
     @torch.no_grad()
@@ -80,7 +63,47 @@ class ShardedAdamW:
         return {name: tensors for shard in self.shards for name, tensors in shard.owned_state() if tensors}
 
 
-class _Shard:
+class ShardedAdamW(ShardedOptimizer):
+    """AdamW of one rank's part of the parameters; the arithmetic is torch's."""
+
+    def __init__(self, sets: Sequence[ParameterSet], config: AdamWConfig, tied: TiedHead | None = None) -> None:
+        super().__init__(sets, config, tied)
+        self._parameters = [[nn.Parameter(shard.master[part]) for part in shard.parts] for shard in self.shards]
+        self._adamw = torch.optim.AdamW(
+            [
+                {"params": [parameter], "weight_decay": config.weight_decay if decayed else 0.0}
+                for parameters in self._parameters
+                for parameter, decayed in zip(parameters, (True, False), strict=True)
+            ],
+            lr=config.lr,
+            betas=config.betas,
+            eps=config.eps,
+            fused=True,
+        )
+        self.restore(steps=0)
+
+    def restore(self, steps: int) -> None:
+        """Continue after ``steps`` updates with what the shards hold now."""
+        for shard, parameters in zip(self.shards, self._parameters, strict=True):
+            for parameter, part in zip(parameters, shard.parts, strict=True):
+                self._adamw.state[parameter] = {
+                    "step": torch.tensor(float(steps), device=parameter.device),
+                    "exp_avg": shard.exp_avg[part],
+                    "exp_avg_sq": shard.exp_avg_sq[part],
+                }
+
+    def update(self, lr: float, gradient_scale: float) -> None:
+        """Update this rank's part with its gradients times ``gradient_scale``."""
+        for shard, parameters in zip(self.shards, self._parameters, strict=True):
+            gradient = shard.gradient(gradient_scale)
+            for parameter, part in zip(parameters, shard.parts, strict=True):
+                parameter.grad = gradient[part]
+        for group in self._adamw.param_groups:
+            group["lr"] = lr
+        self._adamw.step()
+
+
+class OwnedShard:
     """What one rank owns of a set: master parameters and moments."""
 
     def __init__(self, parameters: ParameterSet) -> None:
@@ -93,13 +116,10 @@ class _Shard:
         decayed = min(max(flat.num_decayed - self.owned.start, 0), flat.shard_size)
         self.parts = (slice(0, decayed), slice(decayed, flat.shard_size))
         """What decays, and what does not."""
-        self.parameters = [nn.Parameter(self.master[part]) for part in self.parts]
 
-    def take_gradients(self, scale: float) -> None:
-        """Give the parameters the summed gradients times ``scale``."""
-        gradient = self.set.flat.gradients[self.owned].to(self.master.dtype) * scale
-        for parameter, part in zip(self.parameters, self.parts, strict=True):
-            parameter.grad = gradient[part]
+    def gradient(self, scale: float) -> Tensor:
+        """The summed gradient times ``scale``, in the type of the master parameters."""
+        return self.set.flat.gradients[self.owned].to(self.master.dtype) * scale
 
     def owned_state(self) -> Iterator[tuple[str, list[Tensor]]]:
         """By checkpoint name."""
@@ -136,12 +156,3 @@ def shard_map(sets: Sequence[HeldSet], dtype: torch.dtype) -> ShardMap:
             for parameter, shape in shapes.items()
         }
     )
-
-
-def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
-    """Rate of update ``step`` (from 1) of ``steps``: linear warm-up, then a cosine down to the final ratio."""
-    if step <= config.warmup_steps:
-        return config.lr * step / config.warmup_steps
-    progress = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
-    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-    return config.lr * (config.final_lr_ratio + (1 - config.final_lr_ratio) * cosine)

@@ -13,7 +13,7 @@ from evermesh.checkpoint.shard_map import ShardMap
 from evermesh.parallelism.collectives import Communicator
 from evermesh.runtime.errors import OtherRun
 from evermesh.runtime.model.config import ModelConfig
-from evermesh.runtime.optimizer import ShardedAdamW
+from evermesh.runtime.optimizer import ShardedOptimizer
 
 
 @dataclass
@@ -46,7 +46,7 @@ class TrainingState:
 
     def __init__(
         self,
-        optimizer: ShardedAdamW,
+        optimizer: ShardedOptimizer,
         shards: ShardMap,
         progress: Progress,
         identity: dict[str, Any],

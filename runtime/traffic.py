@@ -24,6 +24,7 @@ from evermesh.parallelism.traffic import (
 )
 from evermesh.runtime.config import TrainConfig
 from evermesh.runtime.flat import HeldSet
+from evermesh.runtime.lamb import num_layers
 from evermesh.runtime.model.config import ModelConfig
 from evermesh.runtime.model.stages import Part, parts_of_rank
 
@@ -55,6 +56,10 @@ OPERATIONS: tuple[tuple[str, Operation, str], ...] = (
     ("gradients", "all_reduce", "hdp"),
     ("gradients", "all_reduce", "tp"),
     ("gradients", "all_reduce", "edp"),
+    ("norms", "all_reduce", "hdp"),
+    ("norms", "all_reduce", "tp"),
+    ("norms", "all_reduce", "edp"),
+    ("norms", "all_reduce", "etp"),
     ("parameters", "all_gather", "hdp"),
     ("parameters", "all_gather", "edp"),
     ("scalars", "all_reduce", "world"),
@@ -106,7 +111,10 @@ def trained_model(
     """The sizes that decide the traffic; ``parts`` are those of all stages, ``held`` their sets of parameters."""
     layout, model = config.layout, config.model
     sets = iter(held)
-    stages = tuple(_stage_sizes(model, parts_of_rank(parts, layout, pp), sets) for pp in range(layout.pp))
+    with_norms = config.optimizer.kind == "lamb"
+    stages = tuple(
+        _stage_sizes(model, parts_of_rank(parts, layout, pp), sets, with_norms=with_norms) for pp in range(layout.pp)
+    )
     ends = {layout.pipeline.rank_of(stage) for stage in (0, layout.pipeline.num_stages - 1)}
     spans = [part_of(vocabulary, layout.tp, tp_rank) for tp_rank in range(layout.tp)]
     return TrainedModel(
@@ -137,11 +145,14 @@ def _expert_sizes(model: ModelConfig, layout: Layout) -> dict[str, Any]:
     }
 
 
-def _stage_sizes(model: ModelConfig, parts: Mapping[int, Part], sets: Iterator[HeldSet]) -> StageSizes:
+def _stage_sizes(
+    model: ModelConfig, parts: Mapping[int, Part], sets: Iterator[HeldSet], *, with_norms: bool
+) -> StageSizes:
     """Takes the sets of one pipeline rank from ``sets``."""
     layers = [layer for part in parts.values() for layer in part.layers]
     expert_layers = tuple(layer for layer in layers if model.has_experts(layer))
     dense = next(sets).layout
+    experts = next(sets).layout if expert_layers else None
     is_first, is_last = (any(getattr(part, name) for part in parts.values()) for name in ("is_first", "is_last"))
     return StageSizes(
         layers=len(layers),
@@ -149,8 +160,10 @@ def _stage_sizes(model: ModelConfig, parts: Mapping[int, Part], sets: Iterator[H
         has_head=is_last,
         num_parameters=dense.num_elements,
         num_replicated=dense.replicated.stop - dense.replicated.start,
-        num_expert_parameters=next(sets).layout.num_elements if expert_layers else 0,
+        num_expert_parameters=experts.num_elements if experts else 0,
         expert_layers=expert_layers,
+        num_norms=sum(map(num_layers, dense.entries)) if with_norms else 0,
+        num_expert_norms=sum(map(num_layers, experts.entries)) if with_norms and experts else 0,
     )
 
 

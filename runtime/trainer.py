@@ -18,14 +18,17 @@ from evermesh.parallelism.planner import HybridPlanner, Planner
 from evermesh.runtime import process_group
 from evermesh.runtime.config import TrainConfig
 from evermesh.runtime.cost import nominal_cost
-from evermesh.runtime.data import Sampler, open_sources
+from evermesh.runtime.data import HeldOut, Sampler, hold_out, open_sources
+from evermesh.runtime.evaluation import Evaluation
 from evermesh.runtime.expert_balance import ExpertBalance
 from evermesh.runtime.feed import BatchFeed, PlannedBatch
 from evermesh.runtime.guard import StepGuard
+from evermesh.runtime.lamb import build_optimizer
 from evermesh.runtime.layout import check_layout
 from evermesh.runtime.model.building import build_model, build_runner
 from evermesh.runtime.model.families import unused_settings
-from evermesh.runtime.optimizer import ShardedAdamW, learning_rate, shard_map
+from evermesh.runtime.optimizer import shard_map
+from evermesh.runtime.schedule import learning_rate
 from evermesh.runtime.state import Progress, TrainingState
 from evermesh.runtime.telemetry import PlanSummary, StepReport
 from evermesh.runtime.traffic import over_all_ranks, payload_bytes
@@ -118,11 +121,14 @@ class Trainer:
             torch.set_num_threads(config.device.threads)
 
         self.corpora = open_sources(config.data)
-        self.sampler = Sampler(self.corpora, config.data, config.seed)
+        evaluation = config.evaluation
+        held_out = hold_out(self.corpora, config.data, evaluation.tokens) if evaluation else HeldOut.none(self.corpora)
+        self.sampler = Sampler(self.corpora, config.data, config.seed, held_out.documents)
         vocabulary = model.rows(self.corpora[0].vocabulary)
         self.built = build_model(config, vocabulary, self.groups, self.device)
-        self.optimizer = ShardedAdamW(self.built.sets, config.optimizer, self.built.tied)
+        self.optimizer = build_optimizer(self.built.sets, config.optimizer, self.built.tied)
         self.runner = build_runner(self.built, config.layout, self.groups)
+        self.evaluation = Evaluation(held_out.batches, self.runner, self.groups)
         self.cost = config.cost or nominal_cost(config, model.shape(vocabulary))
         self.planner = planner or HybridPlanner(config.layout, self.cost)
 
@@ -161,7 +167,8 @@ class Trainer:
         while True:
             batch = feed.next(last=self.progress.step + 1 == last)
             outcome = self.train_step(batch)
-            self._report(batch, outcome, clock, last)
+            held_out_loss = self._evaluate(feed, clock, last)
+            self._report(batch, outcome, clock, last, held_out_loss)
             step, ends = self.progress.step, outcome.asked == "stop" or self.progress.step == last
             saved = self.save() if ends or outcome.asked or (every and step % every == 0) else None
             if ends:
@@ -185,6 +192,19 @@ class Trainer:
             self.experts.learn(contexts, self.groups.world, self.device)
         self.progress.sampler = batch.sampler_state
         return StepOutcome(loss, grad_norm, committed, asked)
+
+    def _evaluate(self, feed: BatchFeed, clock: "_Clock", last: int) -> float | None:
+        """The loss on the held-out documents, if this step is one to evaluate. Collective."""
+        config, step = self.config.evaluation, self.progress.step
+        if config is None or (step % config.every and step != last):
+            return None
+        started_s = time.monotonic()
+        result = self.evaluation.run(feed)
+        took_s = time.monotonic() - started_s
+        clock.leave_out(took_s)
+        text = f"loss {result.loss:.4f} on {result.num_tokens:,} held-out tokens in {took_s:.2f} s"
+        self._log("evaluated", text, loss=result.loss, num_tokens=result.num_tokens)
+        return result.loss
 
     def save(self) -> Path | None:
         """Write a checkpoint of this step; returns its directory, None when the trainer writes nothing. Collective."""
@@ -212,7 +232,9 @@ class Trainer:
         limit = self.config.optimizer.clip_norm
         return 1.0 if limit is None or grad_norm <= limit else limit / grad_norm
 
-    def _report(self, batch: PlannedBatch, outcome: StepOutcome, clock: "_Clock", last: int) -> None:
+    def _report(
+        self, batch: PlannedBatch, outcome: StepOutcome, clock: "_Clock", last: int, held_out_loss: float | None
+    ) -> None:
         own = self.ledger.take_step(self.progress.step)
         traffic = over_all_ranks(own, self.groups.world, self.device)
         step_s, smoothed_s = clock.tick()
@@ -237,6 +259,7 @@ class Trainer:
             bytes_by_site={site: payload_bytes(traffic, site) for site in TRAFFIC},
             batch=batch.batch.digest,
             traffic=traffic,
+            held_out_loss=held_out_loss,
         )
         if not outcome.committed:
             self._log("skipped", f"loss {outcome.loss}, gradient norm {outcome.grad_norm}: no update")
@@ -305,3 +328,7 @@ class _Clock:
         elapsed, self._last = now - self._last, now
         self._smoothed = elapsed if self._smoothed is None else 0.8 * self._smoothed + 0.2 * elapsed
         return elapsed, self._smoothed
+
+    def leave_out(self, seconds: float) -> None:
+        """Count the last ``seconds`` to no step."""
+        self._last += seconds

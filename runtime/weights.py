@@ -24,7 +24,7 @@ from evermesh.runtime.errors import UnsupportedModel
 from evermesh.runtime.model.config import ModelConfig
 from evermesh.runtime.model.families import CONFIG, Family, differences, naming_of, written_form
 from evermesh.runtime.model.families.family import ROUTER_BIAS_NAME
-from evermesh.runtime.optimizer import ShardedAdamW
+from evermesh.runtime.optimizer import ShardedOptimizer
 
 _PREFIX = "parameter."
 """Of the weights among the tensors of a training state."""
@@ -42,7 +42,7 @@ class InitialWeights(NamedTuple):
 
 
 def load_initial_weights(
-    directory: Path, model: ModelConfig, optimizer: ShardedAdamW, shards: ShardMap, communicator: Communicator
+    directory: Path, model: ModelConfig, optimizer: ShardedOptimizer, shards: ShardMap, communicator: Communicator
 ) -> InitialWeights:
     """Give a new run the weights of a Hugging Face directory. Collective over the ranks that share a set of parameters.
 

@@ -5,7 +5,7 @@ size that the batch plan gives it, also none.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -78,20 +78,35 @@ class PipelineExecutor:
             stages: the stages of this rank, by index (``schedule.stages_of``), made for this step's micro-batches.
             activations: sizes of the micro-batches.
         """
-        step = _Step(self, stages, activations)
+        step = _Step(self, stages, activations, self.schedule)
         for action in self.schedule.actions(self.rank, len(activations.num_tokens)):
             step.run(action)
         step.mail.close()
         assert not step.kept
         return StepOutcome(step.loss, step.peak)
 
+    @torch.no_grad()
+    def evaluate(self, stages: Mapping[int, Stage], activations: Activations) -> Tensor:
+        """Only forward; returns the sum of the losses, as ``StepOutcome.loss``. Arguments as for ``run``, as collective."""
+        step = _Step(self, stages, activations, replace(self.schedule, forward_only=True))
+        for action in step.schedule.actions(self.rank, len(activations.num_tokens)):
+            step.output(action)
+        step.mail.close()
+        return step.loss
+
 
 class _Step:
     """The state of one step."""
 
-    def __init__(self, executor: PipelineExecutor, stages: Mapping[int, Stage], activations: Activations) -> None:
-        self.schedule, self.deferred, self.stages = executor.schedule, executor.deferred, stages
-        self.mail = Mail(executor.schedule, executor.rank, activations, executor.links)
+    def __init__(
+        self,
+        executor: PipelineExecutor,
+        stages: Mapping[int, Stage],
+        activations: Activations,
+        schedule: PipelineSchedule,
+    ) -> None:
+        self.schedule, self.deferred, self.stages = schedule, executor.deferred, stages
+        self.mail = Mail(schedule, executor.rank, activations, executor.links)
         self.kept: dict[tuple[int, int], Any] = {}
         """By stage and micro-batch: a ``_Kept`` until the (first part of the) backward pass, then notes of weights."""
         self.loss = torch.zeros((), dtype=torch.float64, device=activations.device)
@@ -110,16 +125,24 @@ class _Step:
         else:
             accumulate(self.kept.pop(key))
 
-    def _forward(self, action: Action) -> _Kept:
+    def output(self, action: Action) -> tuple[Tensor | None, Tensor]:
+        """Input and output of a forward pass, which was handed on."""
         received, sent = self.schedule.received(action), self.schedule.sent(action)
-        x_tC = self.mail.receive(received).requires_grad_() if received is not None else None
+        x_tC = self.mail.receive(received) if received is not None else None
+        if x_tC is not None and torch.is_grad_enabled():
+            x_tC.requires_grad_()
         output = self.stages[action.stage].forward(action.micro_batch, x_tC)
-        edge = get_gradient_edge(output)  # not the tensor: its values are free as soon as the next stage has them
         if sent is None:
             self.loss += output.detach()
-            return _Kept(x_tC, edge, torch.ones_like(output))
-        self.mail.send(sent, output.detach())
-        return _Kept(x_tC, edge, None)
+        else:
+            self.mail.send(sent, output.detach())
+        return x_tC, output
+
+    def _forward(self, action: Action) -> _Kept:
+        x_tC, output = self.output(action)
+        edge = get_gradient_edge(output)  # not the tensor: its values are free as soon as the next stage has them
+        is_loss = action.stage == self.schedule.num_stages - 1
+        return _Kept(x_tC, edge, torch.ones_like(output) if is_loss else None)
 
     def _backward(self, action: Action, kept: _Kept) -> None:
         received, sent = self.schedule.received(action), self.schedule.sent(action)

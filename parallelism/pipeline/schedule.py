@@ -65,6 +65,8 @@ class PipelineSchedule:
     ranks: int = 1
     virtual_stages: int = 1
     """Stages of every rank."""
+    forward_only: bool = False
+    """Without backward passes: what is left of the order of a step still has no circle."""
 
     def __post_init__(self) -> None:
         wanted = {"gpipe": (1, 1), "1f1b": (1, 1), "interleaved-1f1b": (2, None), "zero-bubble-v": (2, 2)}
@@ -98,7 +100,8 @@ class PipelineSchedule:
 
     def actions(self, rank: int, num_micro_batches: int) -> Order:
         """What ``rank`` does for this many micro-batches, in order; imports torch for those that are torch's."""
-        return _orders(self, num_micro_batches)[rank]
+        actions = _orders(self, num_micro_batches)[rank]
+        return tuple(action for action in actions if action.kind == "forward") if self.forward_only else actions
 
     def received(self, action: Action) -> Message | None:
         """What ``action`` cannot start without; None when nobody hands it anything."""

@@ -11,12 +11,14 @@ from evermesh.runtime.data.errors import (
     DiskFull,
     DocumentInvalid,
     ExtraMissing,
+    HeldOutTooLarge,
     InputNotFound,
     OutOfRange,
     SamplerMismatch,
     TokenizerInvalid,
     TokenizerMismatch,
 )
+from evermesh.runtime.data.held_out import HeldOut, hold_out
 from evermesh.runtime.data.prepare import Progress, prepare
 from evermesh.runtime.data.sampler import Batch, Sampler, SequenceRef, read_pieces
 from evermesh.runtime.data.sources import open_sources
@@ -37,6 +39,8 @@ __all__ = [
     "DiskFull",
     "DocumentInvalid",
     "ExtraMissing",
+    "HeldOut",
+    "HeldOutTooLarge",
     "InputFile",
     "InputNotFound",
     "LengthBin",
@@ -54,6 +58,7 @@ __all__ = [
     "TokenizerMismatch",
     "TrainBpe",
     "corpus_stats",
+    "hold_out",
     "open_sources",
     "prepare",
     "read_pieces",

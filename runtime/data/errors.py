@@ -11,6 +11,7 @@ EvermeshError               (Exception)
 ├── DiskFull                (OSError)            no space left while a corpus was written
 ├── TokenizerInvalid        (ValueError)         a tokenizer cannot be read, or has no end token
 ├── TokenizerMismatch       (ValueError)         sources of one mixture were made with different tokenizers
+├── HeldOutTooLarge         (ValueError)         holding documents out would leave none of a corpus to train on
 ├── SamplerMismatch         (ValueError)         a sampler's state belongs to other data, seed or context
 └── OutOfRange              (IndexError)         a token range outside its document
 """
@@ -52,6 +53,10 @@ class DiskFull(EvermeshError, OSError):
 
 class TokenizerInvalid(EvermeshError, ValueError):
     """A tokenizer cannot be read, cannot be trained as asked, or its end token is unknown."""
+
+
+class HeldOutTooLarge(EvermeshError, ValueError):
+    """A corpus has too few tokens for what is to be held out of it."""
 
 
 class TokenizerMismatch(EvermeshError, ValueError):

@@ -94,6 +94,8 @@ class SourceState(BaseModel):
     """Sequences drawn in this epoch."""
     drawn: NonNegativeInt
     """Tokens drawn in all epochs."""
+    held_out: NonNegativeInt = 0
+    """Documents that are never drawn."""
 
 
 class SamplerState(BaseModel):
@@ -110,13 +112,21 @@ class SamplerState(BaseModel):
 class Sampler:
     """Yields batches without end; every sequence of a source once per epoch of that source."""
 
-    def __init__(self, corpora: Sequence[Corpus], config: DataConfig, seed: int) -> None:
-        """Start before the first batch; ``corpora[i]`` is the corpus of ``config.sources[i]``."""
+    def __init__(
+        self,
+        corpora: Sequence[Corpus],
+        config: DataConfig,
+        seed: int,
+        held_out: Sequence[NDArray[np.int64]] | None = None,
+    ) -> None:
+        """Start before the first batch; ``corpora[i]`` is the corpus of ``config.sources[i]``, and ``held_out[i]`` are
+        the documents of it that are never drawn (by default none)."""
+        held_out = held_out or [np.empty(0, np.int64)] * len(corpora)
         total = sum(source.weight for source in config.sources)
         self.seed, self._context, self._batch_tokens = seed, config.context, config.batch_tokens
         self._streams = [
-            _Stream(corpus, number, source.weight / total, config.context, seed)
-            for number, (corpus, source) in enumerate(zip(corpora, config.sources, strict=True))
+            _Stream(corpus, number, source.weight / total, config.context, seed, documents)
+            for number, (corpus, source, documents) in enumerate(zip(corpora, config.sources, held_out, strict=True))
         ]
         self._drawn = 0
 
@@ -173,7 +183,7 @@ class Sampler:
             return [*found, f"{len(own.sources)} sources here, {len(saved.sources)} in the state"]
         for number, (mine, theirs) in enumerate(zip(own.sources, saved.sources, strict=True)):
             place = f"source {number} ({theirs.corpus} in the state, {mine.corpus} here): "
-            found += _compare(place, mine, theirs, ("tokens", "digest", "share"))
+            found += _compare(place, mine, theirs, ("tokens", "digest", "share", "held_out"))
             if theirs.position >= self._streams[number].num_sequences:
                 found.append(f"{place}position {theirs.position} of {self._streams[number].num_sequences} sequences")
         return found
@@ -182,11 +192,16 @@ class Sampler:
 class _Stream:
     """The endless order of the sequences of one source."""
 
-    def __init__(self, corpus: Corpus, source: int, share: float, context: int, seed: int) -> None:
+    def __init__(
+        self, corpus: Corpus, source: int, share: float, context: int, seed: int, held_out: NDArray[np.int64]
+    ) -> None:
         self.share, self.drawn = share, 0
         self._corpus, self._source, self._context, self._seed = corpus, source, context, seed
         self._lengths = corpus.lengths
-        self._first = first_sequences(self._lengths, context)
+        self._num_held_out = len(held_out)
+        drawn_lengths = self._lengths.copy()
+        drawn_lengths[held_out] = 0  # a document without sequences
+        self._first = first_sequences(drawn_lengths, context)
         self.num_sequences = int(self._first[-1])
         self.seek(0, 0, 0)
 
@@ -218,6 +233,7 @@ class _Stream:
             epoch=self._epoch,
             position=self._position,
             drawn=self.drawn,
+            held_out=self._num_held_out,
         )
 
     def _read_ahead(self) -> None:

@@ -82,7 +82,8 @@ def build_model(config: TrainConfig, vocabulary: int, groups: Groups, device: to
     sets = [ParameterSet(FlatParameters(model, mesh.hdp, cuts), groups.hdp, groups.tp, groups.tp.rank)]
     if expert_cuts:
         sharer = groups.ep.rank * groups.etp.size + groups.etp.rank
-        sets.append(ParameterSet(FlatParameters(model, mesh.edp, expert_cuts), groups.edp, Communicator(), sharer))
+        flat = FlatParameters(model, mesh.edp, expert_cuts)
+        sets.append(ParameterSet(flat, groups.edp, Communicator(), sharer, parts=groups.etp))
     held = [of_stage for pp in range(mesh.pp) for of_stage in _held(config, vocabulary, mesh, all_parts, pp)]
     return BuiltModel(model, all_parts, parts, sets, held, tied, deferred)
 

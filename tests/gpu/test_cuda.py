@@ -15,11 +15,12 @@ from evermesh.parallelism.attention.ring import Ring, ring_backward, ring_forwar
 from evermesh.parallelism.attention.window import band_blocks
 from evermesh.parallelism.errors import UnsupportedKernel
 from evermesh.runtime import process_group
-from evermesh.runtime.config import CudaDevice, OptimizerConfig
+from evermesh.runtime.config import CudaDevice
 from evermesh.runtime.flat import FlatParameters, ParameterSet
 from evermesh.runtime.model.config import ModelConfig
 from evermesh.runtime.model.decoder import Decoder
 from evermesh.runtime.optimizer import ShardedAdamW
+from evermesh.runtime.optimizer_config import AdamWConfig
 from tests.oracle import gradient, plain_attention, relative_error
 
 pytestmark = [
@@ -227,9 +228,7 @@ def test_memory_of_rank_0_of_a_large_layout_is_what_its_buffers_say() -> None:
         config = ModelConfig(hidden=1024, layers=8, heads=16, kv_heads=4, ffn=2816)
         model = Decoder(config, 32_000).to("cuda", torch.bfloat16)
         flat = FlatParameters(model, ranks)
-        optimizer = ShardedAdamW(
-            [ParameterSet(flat, Communicator(dist.group.WORLD), Communicator())], OptimizerConfig()
-        )
+        optimizer = ShardedAdamW([ParameterSet(flat, Communicator(dist.group.WORLD), Communicator())], AdamWConfig())
         used = torch.cuda.memory_allocated() - before
     finally:
         dist.destroy_process_group()

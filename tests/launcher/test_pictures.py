@@ -1,6 +1,7 @@
 """Plots, plan pictures, progress lines and the summary."""
 
 import re
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 
@@ -155,6 +156,15 @@ def test_a_plain_line_tells_everything_about_a_step() -> None:
     assert plain_line(report(7)) == (
         "step  7/30 | loss 7.3000 | 2,000 tokens/s | rings 3x1 1x2 1x4 | fill 80% | makespan/bound 1.100 | 1:05 left"
     )
+
+
+def test_a_step_that_was_evaluated_shows_both_losses(tmp_path: Path) -> None:
+    evaluated = [replace(each, held_out_loss=each.loss + 0.5) if each.step % 10 == 0 else each for each in REPORTS]
+    assert "| loss 7.0000 | held out 7.5000 |" in plain_line(evaluated[9])
+    assert StepReport.from_json(evaluated[9].to_json()) == evaluated[9]
+    for reports, name in ((REPORTS, "without.png"), (evaluated, "with.png")):
+        loss_png(reports, [], tmp_path / name, title="run")
+    assert (tmp_path / "with.png").read_bytes() != (tmp_path / "without.png").read_bytes()
 
 
 def test_without_a_terminal_fast_steps_are_thinned_out_but_first_and_last_are_shown() -> None:

@@ -3,7 +3,7 @@
 import argparse
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -17,19 +17,20 @@ from evermesh.parallelism.experts.documents import TokenContext
 from evermesh.parallelism.experts.hot import HotExperts
 from evermesh.parallelism.pieces import share_of
 from evermesh.runtime import process_group
-from evermesh.runtime.config import OptimizerConfig, TrainConfig
-from evermesh.runtime.flat import AnyCut
+from evermesh.runtime.config import TrainConfig
+from evermesh.runtime.flat import AnyCut, ParameterSet
 from evermesh.runtime.micro_batch import LocalBatch, LocalMicroBatch
 from evermesh.runtime.model.building import build_model, build_runner
 from evermesh.runtime.model.config import ModelConfig
 from evermesh.runtime.model.decoder import Decoder
 from evermesh.runtime.optimizer import ShardedAdamW
+from evermesh.runtime.optimizer_config import AdamWConfig
 from tests.cluster import run_ranks
 from tests.oracle import gradient, plain_attention, relative_error
 
 VOCABULARY = 61
 STEP, SEED = 7, 3
-OPTIMIZER = OptimizerConfig(lr=0.1, eps=1e-3, clip_norm=0.05, weight_decay=0.3)
+OPTIMIZER = AdamWConfig(lr=0.1, eps=1e-3, clip_norm=0.05, weight_decay=0.3)
 """With an eps that keeps the first update from being the sign of gradients near zero."""
 MODEL = ModelConfig(hidden=32, layers=2, heads=4, kv_heads=2, ffn=48, initial_std=0.2)
 MANY_HEADS = ModelConfig(hidden=32, layers=2, heads=8, kv_heads=4, ffn=48, initial_std=0.2)
@@ -126,8 +127,16 @@ class Held(NamedTuple):
     owner: tuple[str, int]
     """Which of those that hold the same part, and of which set."""
     sharer: int
-    gradient: Tensor
-    updated: Tensor
+    part: Tensor
+
+
+class Result(NamedTuple):
+    """What one rank saw and holds after a step."""
+
+    loss: float
+    norm: float
+    gradients: list[Held]
+    updated: list[Held]
 
 
 def local_batch(plan: BatchPlan, hdp_rank: int) -> LocalBatch:
@@ -146,24 +155,24 @@ class Case(NamedTuple):
     config: ModelConfig
     layout: Layout
 
-    @property
-    def train_config(self) -> TrainConfig:
-        """It reads no data."""
-        data = {"sources": [{"kind": "corpus", "path": "nowhere"}]}
-        values = {"dtype": self.dtype, "model": self.config, "layout": self.layout, "data": data, "seed": 3}
-        return TrainConfig.model_validate(values)
+
+def train_config(dtype: str, config: ModelConfig, layout: Layout) -> TrainConfig:
+    """For what is trained here; it reads no data."""
+    data = {"sources": [{"kind": "corpus", "path": "nowhere"}]}
+    values = {"dtype": dtype, "model": config, "layout": layout, "data": data, "seed": 3}
+    return TrainConfig.model_validate(values)
 
 
-def _on_rank(rank: int, world_size: int, cases: list[Case]) -> list[tuple[float, float, list[Held]]]:
-    """For every case: loss, norm of the gradients, and what this rank holds."""
+def _on_rank(rank: int, world_size: int, cases: list[Case]) -> list[Result]:
     return [_run(case) for case in cases]
 
 
-def _run(case: Case) -> tuple[float, float, list[Held]]:
+def _run(case: Case) -> Result:
     groups = process_group.communicators(
         60.0, case.layout, experts=case.config.moe is not None, tied=case.config.tied_embeddings
     )
-    built = build_model(case.train_config, VOCABULARY, groups, torch.device("cpu"))
+    config = train_config(case.dtype, case.config, case.layout)
+    built = build_model(config, VOCABULARY, groups, torch.device("cpu"))
     optimizer = ShardedAdamW(built.sets, OPTIMIZER, built.tied)
     runner = build_runner(built, case.layout, groups)
     hot = HotExperts(built.model, groups.ep)
@@ -177,18 +186,19 @@ def _run(case: Case) -> tuple[float, float, list[Held]]:
     scalars = torch.stack([loss, square])
     groups.world.all_reduce(scalars, "scalars")
     named = dict(built.model.named_parameters())
-    places = [
-        (sets.flat.entries, (str(number), sets.owners.rank), sets.sharer) for number, sets in enumerate(built.sets)
-    ]
-    gradients = {name: gradient(parameter).clone() for name, parameter in named.items()}
+    gradients = _held(built.sets, {name: gradient(parameter) for name, parameter in named.items()})
     norm = scalars[1].item() ** 0.5
     optimizer.step(OPTIMIZER.lr, min(1.0, (OPTIMIZER.clip_norm or math.inf) / norm))
-    held = [
-        Held(entry.name, entry.cut, owner, sharer, gradients[entry.name], named[entry.name].detach().clone())
-        for entries, owner, sharer in places
-        for entry in entries
+    return Result(scalars[0].item(), norm, gradients, _held(built.sets, named))
+
+
+def _held(sets: list[ParameterSet], tensors: Mapping[str, Tensor]) -> list[Held]:
+    """Copies of what this rank holds, by name."""
+    return [
+        Held(entry.name, entry.cut, (str(number), of.owners.rank), of.sharer, tensors[entry.name].detach().clone())
+        for number, of in enumerate(sets)
+        for entry in of.flat.entries
     ]
-    return scalars[0].item(), norm, held
 
 
 def _copied(case: Case) -> Placement:
@@ -216,31 +226,27 @@ def worst_errors(cases: list[Case]) -> list[float]:
     return [_error_of(case, of_case) for case, of_case in zip(cases, zip(*results, strict=True), strict=True)]
 
 
-def _error_of(case: Case, results: Sequence[tuple[float, float, list[Held]]]) -> float:
+def _error_of(case: Case, results: Sequence[Result]) -> float:
     wanted = expected(case.plan.lengths, case.config)
-    errors = [abs(loss - wanted.loss) / wanted.loss for loss, _, _ in results]
-    errors += [abs(norm - wanted.norm) / wanted.norm for _, norm, _ in results]
-    held = [part for _, _, of_rank in results for part in of_rank]
-    for whole, expected_of in (
-        (joined([(part, part.gradient) for part in held]), wanted.gradients),
-        (joined([(part, part.updated) for part in held]), wanted.updated),
-    ):
+    errors = [abs(result.loss - wanted.loss) / wanted.loss for result in results]
+    errors += [abs(result.norm - wanted.norm) / wanted.norm for result in results]
+    gradients = joined([held for result in results for held in result.gradients])
+    updated = joined([held for result in results for held in result.updated])
+    for whole, expected_of in ((gradients, wanted.gradients), (updated, wanted.updated)):
         assert {name for _, name in whole} == expected_of.keys()
         errors += [relative_error(whole[owner, name].double(), expected_of[name]) for owner, name in whole]
     return max(errors)
 
 
-def joined(parts: list[tuple[Held, Tensor]]) -> dict[tuple[tuple[str, int], str], Tensor]:
+def joined(parts: list[Held]) -> dict[tuple[tuple[str, int], str], Tensor]:
     """The whole tensors of every owner; what all its sharers hold is the same, bit for bit."""
     whole: dict[tuple[tuple[str, int], str], Tensor] = {}
-    for held, part in parts:
-        place = held.owner, held.name
-        if held.cut.dim is None:
-            assert torch.equal(whole.setdefault(place, part), part), f"replicas of {held.name} differ"
+    for name, cut, owner, sharer, part in parts:
+        if cut.dim is None:
+            assert torch.equal(whole.setdefault((owner, name), part), part), f"replicas of {name} differ"
             continue
-        target = whole.setdefault(place, torch.full(held.cut.shape, float("nan"), dtype=part.dtype))
-        sizes = zip(held.cut.offsets(held.sharer), held.cut.local_shape(held.sharer), strict=True)
-        for dim, (start, size) in enumerate(sizes):
+        target = whole.setdefault((owner, name), torch.full(cut.shape, float("nan"), dtype=part.dtype))
+        for dim, (start, size) in enumerate(zip(cut.offsets(sharer), cut.local_shape(sharer), strict=True)):
             target = target.narrow(dim, start, size)
         target.copy_(part)
     return whole

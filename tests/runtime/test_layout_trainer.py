@@ -15,6 +15,7 @@ from tests.cluster import run_ranks
 SIZES = {"hidden": 32, "layers": 4, "heads": 4, "kv_heads": 2, "ffn": 48, "initial_std": 0.1}
 BIASED = {"experts": 4, "ffn": 16, "shared_ffn": 16, "router": "sigmoid", "balancing": {"kind": "bias", "rate": 0.01}}
 MODELS: dict[str, dict[str, Any]] = {"tied": {"tied_embeddings": True}, "experts": {"moe": BIASED}}
+MODELS["experts under LAMB"] = MODELS["experts"]
 PIPELINE = {"pp": 2, "hdp": 2}
 LAYOUTS: dict[str, dict[str, Any]] = {
     "alone": {},
@@ -33,7 +34,7 @@ def _config(corpus: Path, model: str, layout: str, **changes: Any) -> TrainConfi
         "model": SIZES | MODELS[model],
         "data": {"sources": [{"kind": "corpus", "path": str(corpus)}], "context": 512, "batch_tokens": 1700},
         "layout": degrees | {"capacity": 520 // degrees.get("hdp", 1)},
-        "optimizer": {"warmup_steps": 2, "clip_norm": 0.1},
+        "optimizer": {"kind": "lamb" if "LAMB" in model else "adamw", "warmup_steps": 2, "clip_norm": 0.1},
         "checkpoint": {"every": None},
         "dtype": "float64",
         "steps": 5,
@@ -82,6 +83,7 @@ def _assert_same(reports: list[StepReport], alone: list[StepReport]) -> None:
     [
         ("tied", "pipeline", "no bubbles"),
         ("experts", "all", "interleaved"),
+        ("experts under LAMB", "interleaved", "experts"),
         pytest.param("tied", "interleaved", "data", marks=pytest.mark.parity),
         pytest.param("experts", "experts", "pipeline", marks=pytest.mark.parity),
         pytest.param("experts", "data", "all", marks=pytest.mark.parity),

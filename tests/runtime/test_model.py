@@ -4,11 +4,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from evermesh.runtime.config import OptimizerConfig, TrainConfig
+from evermesh.runtime.config import TrainConfig
 from evermesh.runtime.cost import nominal_cost
 from evermesh.runtime.model.config import ModelConfig
 from evermesh.runtime.model.decoder import Decoder
 from evermesh.runtime.model.sharding import DECODER_SHARDING
+from evermesh.runtime.optimizer_config import AdamWConfig
 from tests.oracle import plain_attention, relative_error
 
 CONFIG = ModelConfig(hidden=32, layers=2, heads=4, kv_heads=2, ffn=40)
@@ -99,7 +100,7 @@ def test_sizes_that_do_not_go_together_are_refused(changes: dict[str, int], mess
 @pytest.mark.parametrize("changes", [{"betas": [0.9, 1.5]}, {"lr": float("inf")}, {"lr": float("nan")}, {"eps": 0.0}])
 def test_optimizer_values_that_cannot_train_are_refused(changes: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=next(iter(changes))):
-        OptimizerConfig.model_validate(changes)
+        AdamWConfig.model_validate(changes)
 
 
 def test_every_parameter_of_the_decoder_has_one_rule() -> None:

@@ -10,16 +10,16 @@ from evermesh.checkpoint.tensors import local_tensors
 from evermesh.parallelism import Communicator
 from evermesh.parallelism.mesh import Mesh
 from evermesh.parallelism.tensor.apply import apply_tensor_parallel
-from evermesh.runtime.config import OptimizerConfig
 from evermesh.runtime.flat import FlatParameters, HeldSet, ParameterSet
 from evermesh.runtime.model.config import ModelConfig
 from evermesh.runtime.model.decoder import Decoder
 from evermesh.runtime.model.sharding import DECODER_SHARDING
-from evermesh.runtime.optimizer import ShardedAdamW, learning_rate, shard_map
+from evermesh.runtime.optimizer import ShardedAdamW, shard_map
+from evermesh.runtime.optimizer_config import AdamWConfig
 from tests.cluster import run_ranks
 
 MODEL = ModelConfig(hidden=16, layers=1, heads=2, kv_heads=1, ffn=20)
-CONFIG = OptimizerConfig(lr=0.01, weight_decay=0.3)
+CONFIG = AdamWConfig(lr=0.01, weight_decay=0.3)
 
 
 def _model() -> Decoder:
@@ -93,7 +93,7 @@ def test_map_of_ranks_that_share_a_model_covers_every_tensor_once(hdp: int, tp: 
         model.initialize(2)
         tensor = _Place(rank % tp, tp)
         flat = FlatParameters(model, hdp, apply_tensor_parallel(model, DECODER_SHARDING, tensor))
-        optimizer = ShardedAdamW([ParameterSet(flat, _Place(rank // tp, hdp), tensor)], CONFIG)
+        optimizer = ShardedAdamW([ParameterSet(flat, _Place(rank // tp, hdp), tensor, rank % tp)], CONFIG)
         maps.append(shard_map([HeldSet(flat, Mesh(hdp, tp).holders(0))], torch.float32))
         assert local_tensors(
             maps[-1], rank, optimizer.owned_state()
@@ -113,12 +113,3 @@ def test_parameters_are_views_of_the_flat_buffer_with_their_values() -> None:
         assert torch.equal(parameter, before[name])
     flat.values.zero_()
     assert all(parameter.abs().max() == 0 for parameter in model.parameters())
-
-
-def test_learning_rate_warms_up_then_follows_the_cosine() -> None:
-    config = OptimizerConfig(lr=1.0, warmup_steps=4, final_lr_ratio=0.2)
-    rates = [learning_rate(config, step, 20) for step in range(1, 21)]
-    assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
-    assert rates[11] == pytest.approx(0.6)
-    assert rates[-1] == pytest.approx(0.2)
-    assert rates[4:] == sorted(rates[4:], reverse=True)

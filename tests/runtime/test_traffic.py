@@ -22,13 +22,21 @@ BY_DOCUMENT = {"moe": {"experts": 4, "ffn": 16, "balancing": {"kind": "document_
 EXPERTS = {"moe": {"experts": 4, "ffn": 16, "shared_ffn": 16, "first_dense_layers": 1, "balancing": {"kind": "bias"}}}
 
 
-def _config(corpus: Path, dtype: str = "float32", model: dict[str, Any] | None = None, **layout: Any) -> TrainConfig:
+def _config(
+    corpus: Path,
+    dtype: str = "float32",
+    model: dict[str, Any] | None = None,
+    optimizer: str = "adamw",
+    **layout: Any,
+) -> TrainConfig:
     return TrainConfig.model_validate(
         {
             "model": {"hidden": 32, "layers": 2, "heads": 4, "kv_heads": 2, "ffn": 48} | (model or {}),
             "data": {"sources": [{"kind": "corpus", "path": str(corpus)}], "context": 512, "batch_tokens": 1500},
             "layout": {"capacity": 520 // layout["hdp"]} | layout,
             "checkpoint": {"every": 2},
+            "optimizer": {"kind": optimizer},
+            "evaluation": {"every": 2, "tokens": 700},
             "dtype": dtype,
             "steps": STEPS,
         }
@@ -150,7 +158,7 @@ def test_the_ledger_equals_the_formula_where_ranks_share_a_model(
 def test_the_ledger_equals_the_formula_on_pipelines_and_where_ranks_share_experts(
     model: dict[str, Any], layout: dict[str, Any], ranks_per_node: int, axes: set[str], odd_corpus: Path
 ) -> None:
-    config = _config(odd_corpus, "float64", {"layers": 4} | model, **layout)
+    config = _config(odd_corpus, "float64", {"layers": 4} | model, optimizer="lamb", **layout)
     for _, report in _checked(config, ranks_per_node, bad_step=2):
         assert {part.axis for part in report.traffic} == {*axes, "world", "control"}
 
@@ -168,7 +176,8 @@ def _records(rank: int, workers: int, config: TrainConfig, directory: Path) -> l
 @pytest.fixture(scope="module")
 def records(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> list[list[CollectiveRecord]]:
     """Records of three ranks that stop after step 2 and resume up to step 3."""
-    return run_ranks(3, _records, _config(corpus, hdp=3), tmp_path_factory.mktemp("records"))
+    config = _config(corpus, hdp=3).model_copy(update={"evaluation": None})
+    return run_ranks(3, _records, config, tmp_path_factory.mktemp("records"))
 
 
 def test_records_of_every_group_tell_their_step_and_phase(records: list[list[CollectiveRecord]]) -> None:

@@ -15,10 +15,11 @@ from evermesh.checkpoint.errors import WeightsUnusable
 from evermesh.parallelism import Layout
 from evermesh.runtime import TrainConfig, process_group
 from evermesh.runtime.errors import OtherRun, UnsupportedModel, VocabularyTooSmall
+from evermesh.runtime.lamb import build_optimizer
 from evermesh.runtime.model.building import build_model
 from evermesh.runtime.model.experts import mixtures_of
 from evermesh.runtime.model.families import read_model
-from evermesh.runtime.optimizer import ShardedAdamW, shard_map
+from evermesh.runtime.optimizer import shard_map
 from evermesh.runtime.trainer import Trainer
 from evermesh.runtime.weights import ExportOptions, export_checkpoint, load_initial_weights
 from tests.cluster import run_ranks
@@ -82,7 +83,7 @@ def _loaded(rank: int, workers: int, directory: Path, layout: Layout) -> Loaded:
         60.0, layout, experts=model_config.moe is not None, tied=model_config.tied_embeddings
     )
     built = build_model(train, model_config.rows(0), groups, torch.device("cpu"))
-    optimizer = ShardedAdamW(built.sets, train.optimizer, built.tied)
+    optimizer = build_optimizer(built.sets, train.optimizer, built.tied)
     shards = shard_map(built.held, torch.float32)
     read, router_biases = load_initial_weights(directory, model_config, optimizer, shards, groups.world)
     assert read.dtypes == (("bfloat16", "float32") if router_biases else ("bfloat16",))

@@ -21,9 +21,9 @@ from evermesh.runtime.cost import nominal_cost
 from evermesh.runtime.data import Batch, Corpus, Sampler, open_sources
 from evermesh.runtime.feed import load_micro_batch
 from evermesh.runtime.flat import FlatParameters, ParameterSet
+from evermesh.runtime.lamb import build_optimizer
 from evermesh.runtime.micro_batch import LocalBatch, LocalMicroBatch, MicroBatchRunner
 from evermesh.runtime.model.decoder import Decoder
-from evermesh.runtime.optimizer import ShardedAdamW
 from tests.benchmarks.harness import Row, paired_row
 from tests.cluster import run_ranks
 
@@ -66,7 +66,7 @@ def _measure(rank: int, world_size: int, layout: Layout) -> list[dict[str, tuple
     model = Decoder(CONFIG.model, corpora[0].vocabulary)
     model.initialize(0)
     flat = FlatParameters(model, world_size)
-    optimizer = ShardedAdamW([ParameterSet(flat, communicator, Communicator())], CONFIG.optimizer)
+    optimizer = build_optimizer([ParameterSet(flat, communicator, Communicator())], CONFIG.optimizer)
     runner = MicroBatchRunner(model, communicator)
     sampler = Sampler(corpora, CONFIG.data, seed=1)
     cost = nominal_cost(CONFIG, CONFIG.model.shape(corpora[0].vocabulary))
