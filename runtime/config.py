@@ -85,6 +85,9 @@ class TrainConfig(_Frozen):
     device: Annotated[CpuDevice | CudaDevice, Field(discriminator="kind")] = CpuDevice()
     seed: NonNegativeInt = 0
     """Seed of the initial weights and of the order of the data."""
+    deterministic: bool = False
+    """Use only algorithms that give the same bits every time, at some cost in speed: two runs with one configuration then end
+    with the same digest of their parameters, which a run tells in its event log."""
     timeout_s: PositiveFloat = 120.0
     """Seconds after which a collective without answer fails."""
     max_skipped_steps: PositiveInt = 10

@@ -19,6 +19,7 @@ from evermesh.runtime import process_group
 from evermesh.runtime.config import TrainConfig
 from evermesh.runtime.cost import nominal_cost
 from evermesh.runtime.data import HeldOut, Sampler, hold_out, open_sources
+from evermesh.runtime.determinism import parameters_digest, use_deterministic_algorithms
 from evermesh.runtime.evaluation import Evaluation
 from evermesh.runtime.expert_balance import ExpertBalance
 from evermesh.runtime.feed import BatchFeed, PlannedBatch
@@ -117,6 +118,8 @@ class Trainer:
         )
         self.rank, self.workers = self.groups.world.rank, self.groups.world.size
         self.device = process_group.local_device(config.device)
+        if config.deterministic:
+            use_deterministic_algorithms(config.seed)
         if config.device.kind == "cpu":
             torch.set_num_threads(config.device.threads)
 
@@ -307,7 +310,10 @@ class Trainer:
         return checkpoint.latest(self.directory / "checkpoints") if self.directory else None
 
     def _end(self, reason: Reason, saved: Path | None) -> FitResult:
-        self._log("finished" if reason == "finished" else "stopped", f"after step {self.progress.step} ({reason})")
+        """Collective: says how the run ended, and with which parameters."""
+        digest = parameters_digest(self.optimizer.shards, self.groups.host)
+        text = f"after step {self.progress.step} ({reason}), parameters {digest}"
+        self._log("finished" if reason == "finished" else "stopped", text, parameters=digest)
         return FitResult(self.progress.step, reason, saved)
 
     def _log(self, kind: str, text: str, **fields: Any) -> None:

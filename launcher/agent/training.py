@@ -14,6 +14,7 @@ from evermesh.parallelism.layout import Layout
 from evermesh.parallelism.simulator import simulate
 from evermesh.runtime import process_group
 from evermesh.runtime.config import TrainConfig
+from evermesh.runtime.determinism import prepare_environment
 from evermesh.runtime.telemetry import StepReport
 from evermesh.runtime.trainer import Trainer
 
@@ -24,6 +25,10 @@ torch.optim.AdamW([torch.zeros(1)], fused=True)
 def train(worker: Worker, *, config: dict[str, Any], directory: str, resume: bool) -> dict[str, Any]:
     """Train until the run ends, is stopped, or the controller asks to stop. Collective over all workers."""
     train_config = TrainConfig.model_validate(config)
+    if train_config.deterministic:
+        # before the first use of CUDA and NCCL; the warm process, which this one is a copy of, has not used them
+        found = prepare_environment()
+        worker.log(f"deterministic, with {' '.join(f'{name}={value}' for name, value in found.items())}")
     store = worker.store(train_config.timeout_s)
     process_group.start(train_config.device, worker.rank, worker.world_size, store, train_config.timeout_s)
     trainer = Trainer(

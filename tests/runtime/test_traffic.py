@@ -195,6 +195,7 @@ def test_ranks_agree_on_every_collective_and_its_step(records: list[list[Collect
 
 
 def test_a_checkpoint_sends_a_few_numbers_whatever_the_size_of_the_state(records: list[list[CollectiveRecord]]) -> None:
+    """The digest of the parameters at the end of a run is sent over the same group."""
     ledger = ByteLedger()
     for of_rank in records:
         for record in of_rank:
@@ -202,6 +203,7 @@ def test_a_checkpoint_sends_a_few_numbers_whatever_the_size_of_the_state(records
     # prepare, write, manifest, commit: after each, did anyone fail?
     assert ledger.take_step(2, "checkpoint") == (
         Traffic("checkpoint", "all_reduce", "host", "node", 4 * 3 * 8, 4 * 2 * (3 - 1) * 8, 4 * 3),
+        Traffic("digest", "all_gather", "host", "node", 3 * 16, 3 * (3 - 1) * 16, 3),
     )
 
 
