@@ -32,11 +32,13 @@ class Evaluation:
 
     def run(self, feed: BatchFeed) -> EvaluationResult:
         """Evaluate the model as it is now. Collective; its traffic is of the phase "evaluate"."""
-        self._groups.moment.phase = "evaluate"
+        moment = self._groups.moment
+        before, moment.phase = moment.phase, "evaluate"
         if self._local is None:  # they never change: planned and read once
             self._local = feed.prepare_held_out(self._batches)
         counted = sum(batch.num_counted for batch in self._local)
         parts = [self._runner.evaluate(batch) * (batch.num_counted / max(1, counted)) for batch in self._local]
         loss = sum(parts[1:], start=parts[0])
         self._groups.world.all_reduce(loss, "scalars")
+        moment.phase = before
         return EvaluationResult(loss.item(), sum(batch.num_tokens for batch in self._batches))
