@@ -10,7 +10,6 @@ from pydantic import (
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
-    model_validator,
 )
 
 
@@ -78,15 +77,6 @@ class _Optimizer(_Frozen):
     """Decoupled weight decay of matrices; vectors (norm weights) are not decayed."""
     clip_norm: PositiveFloat | None = 1.0
     """Limit of the global gradient norm; null: no clipping."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _with_the_cosine_of_older_runs(cls, values: Any) -> Any:
-        """Runs that were started before there were other schedules have the final rate beside the peak."""
-        if isinstance(values, dict) and "final_lr_ratio" in values and "schedule" not in values:
-            values = {**values, "schedule": {"kind": "cosine", "final_lr_ratio": values["final_lr_ratio"]}}
-            del values["final_lr_ratio"]
-        return values
 
 
 class AdamWConfig(_Optimizer):
