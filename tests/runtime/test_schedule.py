@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from evermesh.runtime import AdamWConfig, LambConfig, TrainConfig
+from evermesh.runtime import AdamWConfig
 from evermesh.runtime.schedule import learning_rate
 
 STEPS, WARMUP, PEAK = 20, 4, 0.5
@@ -51,14 +51,3 @@ def test_a_longer_wsd_run_shares_the_rates_before_the_decay_with_a_shorter_one()
 def test_a_run_that_is_all_warm_up_never_leaves_it(kind: str) -> None:
     config = AdamWConfig.model_validate({"lr": PEAK, "warmup_steps": 8, "schedule": {"kind": kind}})
     assert [learning_rate(config, update, 8) for update in range(1, 9)] == [PEAK * u / 8 for u in range(1, 9)]
-
-
-def test_without_a_kind_it_is_adamw_with_a_cosine_as_in_runs_of_older_versions() -> None:
-    def optimizer(values: dict[str, Any]) -> Any:
-        return TrainConfig.model_validate({"data": DATA, "optimizer": values}).optimizer
-
-    older = optimizer({"lr": 0.1, "final_lr_ratio": 0.3})
-    assert older == AdamWConfig.model_validate({"lr": 0.1, "schedule": {"kind": "cosine", "final_lr_ratio": 0.3}})
-    assert isinstance(optimizer({"kind": "lamb", "schedule": {"kind": "wsd"}}), LambConfig)
-    resolved = TrainConfig.model_validate({"data": DATA}).model_dump(mode="json")
-    assert TrainConfig.model_validate(resolved).optimizer == AdamWConfig()
