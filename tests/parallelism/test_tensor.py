@@ -107,12 +107,13 @@ def test_loss_of_a_shared_vocabulary_equals_that_of_all_logits(ranks: int, dtype
 def test_padding_reaches_no_attention() -> None:
     seen: list[int] = []
 
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(q: Tensor, k: Tensor, v: Tensor, *, window: int | None) -> Tensor:
+        assert window == 3
         seen.append(q.shape[0] + k.shape[0] + v.shape[0])
         return q + 1
 
     q = torch.zeros(pad_tokens(torch.arange(5), 4).shape[0], 2, 3)
-    out = without_padding(attend, 5)(q, q, q)
+    out = without_padding(attend, 5)(q, q, q, window=3)
     assert seen == [15]
     assert torch.equal(out, F.pad(torch.ones(5, 2, 3), (0, 0, 0, 0, 0, 3)))
 

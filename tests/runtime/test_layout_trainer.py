@@ -98,4 +98,4 @@ def test_a_run_that_is_stopped_and_goes_on_with_another_layout_is_the_run_of_one
     expected, biases = alone(model)
     _assert_same(_train(_config(odd_corpus, model, then), tmp_path, resume=True), expected)
     assert (tmp_path / "biases.json").read_text() == biases
-    assert any(any(of_layer) for of_layer in json.loads(biases)) == (model == "experts")
+    assert any(any(of_layer) for of_layer in json.loads(biases)) == model.startswith("experts")
