@@ -134,6 +134,17 @@ class Communicator:
         gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
         gather(output, tensor, group=self.group)
 
+    def start_all_gather(self, output: "torch.Tensor", tensor: "torch.Tensor", call_site: str) -> "dist.Work | None":
+        """As ``all_gather``, but only begin it; both stay untouched until the handle is waited for. None: it is done."""
+        if self.group is None:
+            output.copy_(tensor.view_as(output))
+            return None
+        import torch.distributed as dist
+
+        self._emit("all_gather", tensor, call_site)
+        gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+        return _started(gather(output, tensor, group=self.group, async_op=True))
+
     def reduce_scatter(self, output: "torch.Tensor", tensor: "torch.Tensor", call_site: str) -> None:
         """Sum ``tensor`` over the group and keep this rank's part, along dim 0, in ``output``. Collective; equal shapes."""
         if self.group is None:
@@ -144,6 +155,19 @@ class Communicator:
         self._emit("reduce_scatter", tensor, call_site)
         reduce = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
         reduce(output, tensor, group=self.group)
+
+    def start_reduce_scatter(
+        self, output: "torch.Tensor", tensor: "torch.Tensor", call_site: str
+    ) -> "dist.Work | None":
+        """As ``reduce_scatter``, but only begin it; as ``start_all_gather``."""
+        if self.group is None:
+            output.copy_(tensor.view_as(output))
+            return None
+        import torch.distributed as dist
+
+        self._emit("reduce_scatter", tensor, call_site)
+        reduce = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+        return _started(reduce(output, tensor, group=self.group, async_op=True))
 
     def all_to_all(
         self,

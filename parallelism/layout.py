@@ -6,6 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, 
 
 from evermesh.parallelism.errors import LayoutDoesNotFit
 from evermesh.parallelism.pipeline.schedule import PipelineSchedule, ScheduleName
+from evermesh.parallelism.tiers import Division, Tiers
 
 
 class Layout(BaseModel):
@@ -37,8 +38,8 @@ class Layout(BaseModel):
     attempt starts; or the number of layers of every stage."""
     capacity: PositiveInt = 2048
     """Tokens that one HDP rank holds in one micro-batch (bounds the activation memory)."""
-    sharding: Literal["optimizer"] = "optimizer"
-    """What is sharded over the HDP ranks: the optimizer state (ZeRO-1); parameters and gradients are replicated."""
+    sharding: Tiers = Tiers()
+    """What the HDP ranks divide among them of parameters, gradients and optimizer states; by default the states (ZeRO-1)."""
     recompute: Literal["none", "block"] = "none"
     """What the backward pass computes again instead of keeping: nothing, or every transformer block."""
     offload: float = Field(default=0.0, ge=0.0, le=1.0)
@@ -64,23 +65,48 @@ class Layout(BaseModel):
 
     @property
     def lock_step_groups(self) -> tuple[tuple[int, ...], ...]:
-        """The sets of HDP ranks that share experts and therefore run every micro-batch together; no set of one.
+        """The sets of HDP ranks that communicate in every micro-batch and therefore run all of them together; no set of one.
 
-        Within a pipeline stage ``ep x etp`` consecutive ranks share the experts.
+        They share experts, ``ep x etp`` consecutive ranks of a pipeline stage, or exchange parameters and gradients.
 
         Raises:
             LayoutDoesNotFit: they do not divide the ranks of a stage.
         """
         check_folding(self.hdp, self.tp, self.ep, self.etp)
-        size, ranks = self.ep * self.etp, self.hdp * self.tp
-        groups: list[set[int]] = []
-        for first in range(0, ranks, size):
-            members = {rank // self.tp for rank in range(first, first + size)}
-            if groups and groups[-1] & members:  # an HDP rank with a part in both: all of them keep step
-                groups[-1] |= members
-            else:
-                groups.append(members)
-        return tuple(tuple(sorted(group)) for group in groups if len(group) > 1)
+        size = self.ep * self.etp
+        sharing = [
+            {rank // self.tp for rank in range(first, first + size)} for first in range(0, self.stage_size, size)
+        ]
+        together = list(sharing)
+        if self.sharding.in_lock_step:
+            dense, experts = self.division.gradients, self.expert_division.gradients
+            together += [set(range(first, first + dense)) for first in range(0, self.hdp, dense)]
+            together += [set().union(*sharing[first : first + experts]) for first in range(0, self.edp, experts)]
+        return tuple(tuple(sorted(group)) for group in _merged(together) if len(group) > 1)
+
+    @property
+    def stage_size(self) -> int:
+        """Ranks of a pipeline stage."""
+        return self.hdp * self.tp
+
+    @property
+    def edp(self) -> int:
+        """Ranks of a stage that hold the same part of the same experts."""
+        return self.stage_size // (self.ep * self.etp)
+
+    @property
+    def division(self) -> Division:
+        """How the HDP ranks divide what all of them train.
+
+        Raises:
+            LayoutDoesNotFit: ``sharding`` does not fit ``hdp``.
+        """
+        return self.sharding.division(self.hdp)
+
+    @property
+    def expert_division(self) -> Division:
+        """How the ranks that hold the same experts divide them; raises as ``division`` does."""
+        return self.sharding.expert_division(self.hdp, self.edp)
 
     @property
     def runs_in_waves(self) -> bool:
@@ -116,6 +142,15 @@ class Layout(BaseModel):
                 f"pp {self.pp} x hdp {self.hdp} x tp {self.tp} = {self.world_size} ranks, but {world_size} were started. "
                 f"{way_out}tart {self.world_size} ranks."
             )
+
+
+def _merged(groups: list[set[int]]) -> list[set[int]]:
+    """Sets without common members, in order: those with one are joined."""
+    merged: list[set[int]] = []
+    for group in groups:
+        apart = [other for other in merged if not other & group]
+        merged = [*apart, group.union(*(other for other in merged if other & group))]
+    return sorted(merged, key=min)
 
 
 def check_folding(hdp: int, tp: int, ep: int, etp: int) -> None:

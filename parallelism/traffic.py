@@ -18,6 +18,7 @@ from evermesh.parallelism.links import Operation, Tier, tiers_from
 from evermesh.parallelism.mesh import Mesh
 from evermesh.parallelism.pieces import share_of
 from evermesh.parallelism.pipeline.schedule import PipelineSchedule
+from evermesh.parallelism.tiers_traffic import Rounds, SetSizes, alike, owners_traffic
 
 AXIS, TENSOR_AXIS, PIPELINE_AXIS = "hdp", "tp", "pp"
 
@@ -40,17 +41,9 @@ class StageSizes:
     """Layers with attention."""
     calls: TensorCalls
     has_head: bool
-    num_parameters: int
-    """Elements that one rank trains, experts apart: all, or its largest part of each parameter."""
-    num_replicated: int = 0
-    """Of these, elements that all ranks of a tensor-parallel group train."""
-    num_expert_parameters: int = 0
-    """Elements of the experts of one rank."""
+    sets: tuple[SetSizes, ...]
+    """Its parameters, those of experts apart."""
     expert_layers: tuple[int, ...] = ()
-    num_norms: int = 0
-    """Layers whose norms decide how far an update goes; 0: none do."""
-    num_expert_norms: int = 0
-    """Such layers among the experts of one rank."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +55,7 @@ class TrainedModel:
     key_value_elements: int
     """Of keys and values of one token in one layer, all heads."""
     bytes_per_element: int
-    """Of parameters, gradients and activations; the gradients of a block, and the loss, take at least four bytes."""
+    """Of parameters and activations; gradients that add up, and the loss, take at least four bytes."""
     stages: tuple[StageSizes, ...]
     """Of every pipeline rank."""
     num_experts: int = 0
@@ -84,6 +77,11 @@ class TrainedModel:
     def mesh(self) -> Mesh:
         """Where its ranks stand."""
         return Mesh.of(self.layout)
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Of an element of a gradient that adds up."""
+        return max(4, self.bytes_per_element)
 
     @property
     def token_bytes(self) -> int:
@@ -121,10 +119,10 @@ def plan_traffic(
     for group in mesh.groups("hdp"):
         stage = model.stages[mesh.coordinates(group[0]).pp]
         parts += _rings(plan, model, stage.layers, [nodes[rank] for rank in group])
-        parts += _replicas(stage.num_parameters, AXIS, group, nodes, model, committed=committed)
+        parts += _owners(plan, AXIS, group, model, nodes, choices, committed=committed)
     for group in mesh.groups("tp"):
         place = mesh.coordinates(group[0])
-        parts += _tp_traffic(plan.ranks[place.hdp], model, model.stages[place.pp], [nodes[rank] for rank in group])
+        parts += _tp_traffic(plan, place.hdp, model, model.stages[place.pp], [nodes[rank] for rank in group])
     for group in mesh.groups("pp"):
         place = mesh.coordinates(group[0])
         sizes = [-(-mb.num_tokens // mesh.tp) for mb in plan.ranks[place.hdp]]
@@ -133,8 +131,7 @@ def plan_traffic(
         parts += _tied(place.tp, model, own_nodes, committed=committed)
     if model.num_experts:
         for group in mesh.groups("edp"):
-            elements = model.stages[mesh.coordinates(group[0]).pp].num_expert_parameters
-            parts += _replicas(elements, "edp", group, nodes, model, committed=committed)
+            parts += _owners(plan, "edp", group, model, nodes, choices, committed=committed)
         for pp in range(mesh.pp):
             for group in mesh.expert_holders(pp):
                 assert choices is not None
@@ -147,17 +144,35 @@ def plan_traffic(
     return parts
 
 
-def _replicas(
-    elements: int, axis: str, group: Sequence[int], nodes: Sequence[int], model: TrainedModel, *, committed: bool
+def _owners(
+    plan: BatchPlan,
+    axis: str,
+    group: Sequence[int],
+    model: TrainedModel,
+    nodes: Sequence[int],
+    choices: Choices | None,
+    *,
+    committed: bool,
 ) -> Iterator[Traffic]:
-    """Sum of the gradients of what the ranks of a group all hold, and the parameters that each of them has stepped."""
+    """What the ranks that hold the same parameters exchange of them, and of their gradients."""
+    layout, place = model.layout, model.mesh.coordinates(group[0])
+    division = layout.division if axis == AXIS else layout.expert_division
     own_nodes = [nodes[rank] for rank in group]
-    shard_bytes = -(-elements // len(group)) * model.bytes_per_element
-    if not shard_bytes:
-        return
-    yield from collective_traffic("gradients", "all_reduce", axis, shard_bytes * len(group), own_nodes)
-    if committed:
-        yield from collective_traffic("parameters", "all_gather", axis, shard_bytes, own_nodes)
+    copied = choices.placements[group[0]] if choices is not None else {}
+    for sizes in model.stages[place.pp].sets:
+        if sizes.of_experts == (axis == AXIS):
+            continue
+        placement = copied.get(sizes.layer) if sizes.of_experts and sizes.layer is not None else None
+        has_copies = placement is not None and bool(placement.copies)
+        gathers = reduces = 1
+        if layout.sharding.in_lock_step:
+            passes = len(plan.ranks[place.hdp])
+            gathers = sizes.gathers * passes + has_copies
+            if not layout.pipeline.splits_backward:
+                reduces = passes + has_copies + (sizes.has_embedding and bool(model.tied_elements))
+        gathers += committed and sizes.has_embedding and bool(model.tied_elements)
+        rounds = Rounds(gathers, reduces, publishes=committed)
+        yield from owners_traffic(sizes, division, rounds, axis, own_nodes, model.bytes_per_element)
 
 
 def _norms(model: TrainedModel, nodes: Sequence[int]) -> Iterator[Traffic]:
@@ -165,19 +180,22 @@ def _norms(model: TrainedModel, nodes: Sequence[int]) -> Iterator[Traffic]:
     for axis in ("hdp", "tp", "edp", "etp"):
         is_dense = axis in ("hdp", "tp")
         for group in model.mesh.groups(axis) if is_dense or model.num_experts else ():
-            stage = model.stages[model.mesh.coordinates(group[0]).pp]
-            if layers := stage.num_norms if is_dense else stage.num_expert_norms:
-                own_nodes = [nodes[rank] for rank in group]
-                yield from collective_traffic("norms", "all_reduce", axis, 2 * 8 * layers, own_nodes)
+            own_nodes = [nodes[rank] for rank in group]
+            for sizes in model.stages[model.mesh.coordinates(group[0]).pp].sets:
+                if sizes.num_norms and sizes.of_experts != is_dense:
+                    yield from collective_traffic("norms", "all_reduce", axis, 2 * 8 * sizes.num_norms, own_nodes)
 
 
 def _tp_traffic(
-    micro_batches: Sequence[MicroBatch], model: TrainedModel, stage: StageSizes, nodes: Sequence[int]
+    plan: BatchPlan, hdp_rank: int, model: TrainedModel, stage: StageSizes, nodes: Sequence[int]
 ) -> Iterator[Traffic]:
     """What the ranks that share one model send."""
-    replicated_bytes = stage.num_replicated * model.bytes_per_element
-    yield from collective_traffic("gradients", "all_reduce", TENSOR_AXIS, replicated_bytes, nodes)
-    for micro_batch in micro_batches:
+    for sizes in stage.sets:
+        elements = 0 if sizes.of_experts else alike(sizes, model.layout.division, hdp_rank)
+        if elements:
+            num_bytes = elements * model.gradient_bytes
+            yield from collective_traffic("gradients", "all_reduce", TENSOR_AXIS, num_bytes, nodes)
+    for micro_batch in plan.ranks[hdp_rank]:
         recomputed = micro_batch.recompute == "block"
         yield from tensor_traffic(micro_batch.num_tokens, model, stage, nodes, recomputed=recomputed)
 
@@ -214,11 +232,12 @@ def _tied(tp_rank: int, model: TrainedModel, nodes: Sequence[int], *, committed:
     """What an embedding and the head that copies it exchange, given the nodes of a pipeline."""
     if not model.tied_elements:
         return
-    schedule, num_bytes = model.layout.pipeline, model.tied_elements[tp_rank] * model.bytes_per_element
+    schedule, elements = model.layout.pipeline, model.tied_elements[tp_rank]
     pair = [nodes[schedule.rank_of(stage)] for stage in (0, schedule.num_stages - 1)]
-    yield from collective_traffic("tied embeddings", "all_reduce", PIPELINE_AXIS, num_bytes, pair)
+    gradient_bytes, weight_bytes = elements * model.gradient_bytes, elements * model.bytes_per_element
+    yield from collective_traffic("tied embeddings", "all_reduce", PIPELINE_AXIS, gradient_bytes, pair)
     if committed:
-        yield from collective_traffic("tied embeddings", "broadcast", PIPELINE_AXIS, num_bytes, pair)
+        yield from collective_traffic("tied embeddings", "broadcast", PIPELINE_AXIS, weight_bytes, pair)
 
 
 def _experts(
@@ -231,7 +250,10 @@ def _experts(
         owners = Placement(model.num_experts, layout.ep)
         placement = choices.placements[ranks[0]].get(layer, owners)
         group = ExpertGroup(placement, layout.etp, own_nodes, model.token_bytes)
-        yield from copy_traffic(group, [model.expert_matrix_elements * model.bytes_per_element] * 3)
+        weight_bytes, gradient_bytes = (
+            [model.expert_matrix_elements * each] * 3 for each in (model.bytes_per_element, model.gradient_bytes)
+        )
+        yield from copy_traffic(group, weight_bytes, gradient_bytes)
         for index, micro_batch in enumerate(plan.ranks[place.hdp]):
             counts = [choices.routing[rank][index][layer] for rank in ranks]
             yield from expert_traffic(counts, group, recomputed=micro_batch.recompute == "block")

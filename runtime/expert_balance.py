@@ -9,8 +9,8 @@ from evermesh.parallelism.experts.balance import ExpertLoads, moved_bias
 from evermesh.parallelism.experts.documents import TokenContext
 from evermesh.parallelism.experts.hot import HotExperts
 from evermesh.parallelism.experts.placement import HotBudget, Placement, choose_hot
+from evermesh.runtime.model.building import BuiltModel
 from evermesh.runtime.model.config import BiasBalancing, ModelConfig
-from evermesh.runtime.model.decoder import Decoder
 from evermesh.runtime.model.experts import mixtures_of
 from evermesh.runtime.state import Progress
 
@@ -25,7 +25,7 @@ class ExpertBalance:
     hot experts (Hecate, arXiv 2502.02581) live for a step, and never change the result.
 
     Args:
-        model: this rank's model, after ``apply_expert_parallel``.
+        built: this rank's model.
         config: of the whole model.
         ep: the ranks that share the experts.
         most_copies: copies that a rank may hold of the experts of one layer; 0: no expert is copied.
@@ -33,12 +33,13 @@ class ExpertBalance:
     """
 
     def __init__(
-        self, model: Decoder, config: ModelConfig, ep: Communicator, most_copies: int, progress: Progress
+        self, built: BuiltModel, config: ModelConfig, ep: Communicator, most_copies: int, progress: Progress
     ) -> None:
-        self._mixtures, self._moe, self._ep, self._progress = mixtures_of(model), config.moe, ep, progress
+        self._built, self._mixtures = built, mixtures_of(built.model)
+        self._moe, self._ep, self._progress = config.moe, ep, progress
         self._layers = [layer for layer in range(config.layers) if config.has_experts(layer)]
         self._most_copies = most_copies if ep.size > 1 else 0
-        self._hot = HotExperts(model, ep)
+        self._hot = HotExperts(built.model, ep)
         self.placements: dict[int, Placement] = {}
         """By layer: who holds which experts in the step under way, where any has copies."""
         if self._moves_bias and not progress.router_biases:
@@ -66,12 +67,14 @@ class ExpertBalance:
             rows = {layer: row for row, layer in enumerate(self._layers)}
             self.placements = {mixture.layer: self._placement(rows[mixture.layer]) for mixture in self._mixtures}
             by_name = dict(zip(self._hot.names, (mixture.layer for mixture in self._mixtures), strict=True))
-            self._hot.begin_step({name: self.placements[layer] for name, layer in by_name.items()})
+            with self._built.gathered_experts(self._copied_layers):
+                self._hot.begin_step({name: self.placements[layer] for name, layer in by_name.items()})
 
     def end_step(self) -> None:
         """Bring the gradients of copies home, before any other sum. Collective over the ranks that share the experts."""
         if self._most_copies:
             self._hot.end_step()
+            self._built.reduce_experts(self._copied_layers)
 
     def learn(self, contexts: Iterable[TokenContext], world: Communicator, device: torch.device) -> None:
         """Take note of how the tokens of a committed step chose. Collective over all ranks, if ``is_needed``."""
@@ -88,6 +91,10 @@ class ExpertBalance:
             pairs, rate = zip(bias_LE, loads_LE, strict=True), self._moe.balancing.rate
             self._progress.router_biases = [moved_bias(bias_E, load_E, rate).tolist() for bias_E, load_E in pairs]
             self.tell_routers()
+
+    @property
+    def _copied_layers(self) -> list[int]:
+        return [layer for layer, placement in self.placements.items() if placement.copies]
 
     @property
     def _moves_bias(self) -> bool:

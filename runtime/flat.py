@@ -1,21 +1,19 @@
-"""The parameters and gradients of one rank's model in flat buffers, and who holds what of them.
+"""Where the parameters of a model lie in flat buffers, and who holds what of them. No tensors.
 
 *Owners* are ranks that hold the same parameters: each steps a part of them. *Sharers* are ranks that hold different parts
 of the same model.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from typing import NamedTuple
-
-import torch
-from torch import Tensor, nn
 
 from evermesh.checkpoint.cutting import regions_of_interval
 from evermesh.checkpoint.regions import Box, Region
 from evermesh.checkpoint.shard_map import Shard
-from evermesh.parallelism.collectives import Communicator
 from evermesh.parallelism.experts import GridCut
 from evermesh.parallelism.tensor import Cut
+from evermesh.parallelism.tiers import Division
 
 AnyCut = Cut | GridCut
 
@@ -44,22 +42,23 @@ class OwnedPart(NamedTuple):
 
 
 class FlatLayout:
-    """Where every parameter of a set lies in a flat buffer, and which part of it each of ``ranks`` owns. No tensors.
+    """Where every parameter of a set lies in a flat buffer, and which part of it each owner steps.
 
     The order is: matrices that sharers cut, matrices and vectors that they all hold, vectors that they cut. So one
-    stretch decays, and one is replicated. The buffer is padded to a multiple of ``ranks``; all sharers have the same
-    slots, so that what is replicated is owned by the same rank in all of them.
+    stretch decays, and one is replicated. The buffer is padded so that all intervals are equal; all sharers have the
+    same slots, so that what is replicated is owned by the same rank in all of them.
 
     Args:
         cuts: of every parameter, by name.
-        ranks: owners, among whom the buffer is divided evenly.
+        division: of the buffer among its owners.
     """
 
-    def __init__(self, cuts: Mapping[str, AnyCut], ranks: int) -> None:
-        self.entries = _entries(cuts)
+    def __init__(self, cuts: Mapping[str, AnyCut], division: Division) -> None:
+        self.entries, self.division = _entries(cuts), division
         self.num_elements = self.entries[-1].stop if self.entries else 0
         self.num_decayed = max((entry.stop for entry in self.entries if len(entry.cut.shape) >= 2), default=0)
-        self.shard_size = -(-self.num_elements // ranks)
+        self.shard_size = -(-self.num_elements // division.states)
+        """Elements that a rank steps."""
 
     @property
     def replicated(self) -> slice:
@@ -67,9 +66,26 @@ class FlatLayout:
         replicated = [entry for entry in self.entries if entry.cut.dim is None]
         return slice(replicated[0].start, replicated[-1].stop) if replicated else slice(0, 0)
 
+    @property
+    def padded(self) -> int:
+        """Elements of a whole buffer."""
+        return self.shard_size * self.division.states
+
     def owned(self, rank: int) -> slice:
-        """The part of the flat buffers that ``rank`` steps (for the last ranks it may reach into the padding)."""
-        return slice(rank * self.shard_size, (rank + 1) * self.shard_size)
+        """The part of the flat buffers that ``rank`` steps (the last ones may reach into the padding)."""
+        return self._part(self.division.interval(rank), self.division.states)
+
+    def gradient_part(self, rank: int) -> slice:
+        """The part of the flat buffers whose summed gradients ``rank`` holds."""
+        return self._part(self.division.gradient_part(rank), self.division.gradients)
+
+    def parameter_part(self, rank: int) -> slice:
+        """The part of the flat buffers that ``rank`` holds while nobody computes with them."""
+        return self._part(self.division.parameter_part(rank), self.division.parameters)
+
+    def _part(self, index: int, parts: int) -> slice:
+        size = self.padded // parts
+        return slice(index * size, (index + 1) * size)
 
     def owned_parts(self, rank: int) -> Iterator[OwnedPart]:
         """What ``rank`` owns of every parameter that it owns a part of."""
@@ -81,68 +97,6 @@ class FlatLayout:
                 yield OwnedPart(entry, start - entry.start, stop - entry.start, local)
 
 
-class FlatParameters(FlatLayout):
-    """The parameters and gradients of a model, or of some of it, as views of two flat buffers.
-
-    Args:
-        model: holds its parameters, one sharer's part of each.
-        ranks: owners.
-        cuts: of the parameters to take; None: all of them, and nothing is cut.
-    """
-
-    def __init__(self, model: nn.Module, ranks: int, cuts: Mapping[str, AnyCut] | None = None) -> None:
-        named = dict(model.named_parameters())
-        whole: dict[str, AnyCut] = {name: Cut(tuple(parameter.shape)) for name, parameter in named.items()}
-        super().__init__(whole if cuts is None else cuts, ranks)
-        like = next(iter(named.values()))
-        self.values = torch.zeros(self.shard_size * ranks, dtype=like.dtype, device=like.device)
-        self.gradients = torch.zeros_like(self.values)
-        for entry in self.entries:
-            parameter = named[entry.name]
-            part, shape = slice(entry.start, entry.start + parameter.numel()), parameter.shape
-            self.values[part] = parameter.detach().flatten()
-            parameter.data = self.values[part].view(shape)
-            parameter.grad = self.gradients[part].view(shape)
-
-    def square_of_gradients(self, rank: int, *, with_replicated: bool) -> Tensor:
-        """Sum of the squares of the gradients that ``rank`` owns, with the replicated ones or without; a float64 scalar."""
-        owned, replicated = self.owned(rank), self.replicated
-        start, stop = (min(max(edge, owned.start), owned.stop) for edge in (replicated.start, replicated.stop))
-        if with_replicated:
-            start = stop = owned.stop
-        parts = (self.gradients[owned.start : start], self.gradients[stop : owned.stop])
-        return torch.stack([part.to(torch.float64).square().sum() for part in parts]).sum()
-
-
-class ParameterSet(NamedTuple):
-    """Parameters that are cut and replicated over the same axes: all of a dense model, or its experts apart."""
-
-    flat: FlatParameters
-    owners: Communicator
-    """The ranks that hold the same part: they sum its gradients and divide its optimizer state."""
-    sharers: Communicator
-    """The ranks over which the gradients of what they hold alike are summed."""
-    sharer: int = 0
-    """Which sharer this rank is: it says which part of a parameter it holds."""
-    parts: Communicator | None = None
-    """The ranks that hold the parts of the same layers, an expert being a layer; None: the sharers."""
-
-
-def sum_gradients(sets: Sequence[ParameterSet]) -> Tensor:
-    """Sum the gradients of all ranks; returns this rank's part of the square of their norm, a float64 scalar.
-
-    Collective over the axes of every set. What sharers hold alike counts once, on the first of them.
-    """
-    squares = []
-    for flat, owners, sharers, sharer, _ in sets:
-        owners.all_reduce(flat.gradients, "gradients")
-        # each saw its own tokens only; last, so that these ranks have the same bits of what they hold alike
-        if flat.replicated.stop > flat.replicated.start:
-            sharers.all_reduce(flat.gradients[flat.replicated], "gradients")
-        squares.append(flat.square_of_gradients(owners.rank, with_replicated=sharer == 0))
-    return torch.stack(squares).sum()
-
-
 class HeldSet(NamedTuple):
     """A set of parameters of one pipeline stage, and who holds it."""
 
@@ -152,9 +106,12 @@ class HeldSet(NamedTuple):
 
     def shards(self) -> Iterator[tuple[FlatEntry, Shard]]:
         """Who holds what of every parameter: every sharer its own part, or all of them the same."""
-        for owner, sharers in enumerate(self.holders):
-            for part in self.layout.owned_parts(owner):
-                row = [tuple(sharers)] if part.entry.cut.dim is None else [(rank,) for rank in sharers]
+        division = self.layout.division
+        for interval in range(division.states):
+            owners = division.holders(interval)
+            replicas = [self.holders[owner] for owner in owners]
+            for part in self.layout.owned_parts(owners[0]):
+                row = [tuple(chain(*replicas))] if part.entry.cut.dim is None else list(zip(*replicas, strict=True))
                 for sharer, ranks in enumerate(row):
                     for region in part.entry.regions(sharer, part.start, part.stop):
                         yield part.entry, Shard(region, ranks)

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from evermesh.parallelism.experts import GridCut
-from evermesh.runtime.flat import FlatEntry, ParameterSet
+from evermesh.runtime.flat import FlatEntry
 from evermesh.runtime.model.tied import TiedHead
 from evermesh.runtime.optimizer import OwnedShard, ShardedAdamW, ShardedOptimizer
 from evermesh.runtime.optimizer_config import LambConfig, OptimizerConfig
+from evermesh.runtime.parameter_set import ParameterSet
 
 CALL_SITE = "norms"
 
@@ -80,9 +81,11 @@ class LayerNorms:
     """The norms of the layers of a set, of which every rank owns some elements."""
 
     def __init__(self, parameters: ParameterSet) -> None:
-        self._owners = parameters.owners
-        self._parts = parameters.sharers if parameters.parts is None else parameters.parts
-        self.num_layers = sum(num_layers(entry, parameters.sharer) for entry in parameters.flat.entries)
+        owners, sharers = parameters.owners, parameters.sharers
+        self._owners = owners.all
+        self._parts = sharers.all if sharers.parts is None else sharers.parts
+        self.num_layers = sum(num_layers(entry, sharers.number) for entry in parameters.flat.entries)
+        self._counts = owners.division.is_first_replica(owners.rank)
         self.held = list(_held(parameters, is_first=self._parts.rank == 0))
 
     def trust_ratios(self, weights: Tensor, update: Tensor) -> Tensor:
@@ -92,7 +95,7 @@ class LayerNorms:
         """
         squares_L2 = torch.zeros(self.num_layers, 2, dtype=torch.float64, device=weights.device)
         for layer, local, counts in self.held:
-            if counts:
+            if counts and self._counts:
                 squares_L2[layer] += torch.stack([_square(weights[local]), _square(update[local])])
         self._owners.all_reduce(squares_L2, CALL_SITE)
         self._parts.all_reduce(
@@ -109,7 +112,7 @@ def num_layers(entry: FlatEntry, sharer: int = 0) -> int:
 
 def _held(parameters: ParameterSet, *, is_first: bool) -> Iterator[HeldLayer]:
     """What this rank owns of every layer; ``is_first``: it counts what the ranks with parts of a layer hold alike."""
-    flat, rank, sharer = parameters.flat, parameters.owners.rank, parameters.sharer
+    flat, rank, sharer = parameters.flat, parameters.owners.rank, parameters.sharers.number
     owned = {part.entry.name: part for part in flat.owned_parts(rank)}
     first = 0
     for entry in flat.entries:

@@ -22,6 +22,7 @@ def check_layout(config: "TrainConfig") -> None:
     """
     check_model(config.layout, config.model)
     Mesh.of(config.layout)
+    _ = config.layout.division  # refuses tiers that do not divide the ranks
 
 
 def check_model(layout: Layout, model: "ModelConfig") -> None:

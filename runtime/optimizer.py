@@ -2,7 +2,7 @@
 al., arXiv 1910.02054).
 
 The parameters of a set lie in one flat buffer, matrices first (they decay), vectors behind; every owner steps one equal
-part of it, and gathers the rest. AdamW works element by element, so the number of ranks changes nothing.
+part of it, and publishes it. AdamW works element by element, so the number of ranks changes nothing.
 """
 
 from abc import ABC, abstractmethod
@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from evermesh.checkpoint.shard_map import Shard, ShardMap, TensorShards
-from evermesh.runtime.flat import HeldSet, ParameterSet
+from evermesh.runtime.flat import HeldSet
 from evermesh.runtime.model.tied import TiedHead
 from evermesh.runtime.optimizer_config import AdamWConfig, OptimizerConfig
+from evermesh.runtime.parameter_set import ParameterSet
 
 KINDS = ("parameter", "exp_avg", "exp_avg_sq")
 """What there is of every parameter in a checkpoint."""
@@ -44,16 +45,14 @@ class ShardedOptimizer(ABC):
 
     @torch.no_grad()
     def step(self, lr: float, gradient_scale: float) -> None:
-        """Update this rank's part with its gradients times ``gradient_scale``, then gather all parts. Collective."""
+        """Update this rank's part with its gradients times ``gradient_scale``, then publish it. Collective."""
         self.update(lr, gradient_scale)
-        self.gather()
+        self.publish()
 
-    @torch.no_grad()
-    def gather(self) -> None:
-        """Copy every rank's part into the parameters of all. Collective."""
+    def publish(self) -> None:
+        """Let all ranks compute with the parameters that each of them holds of. Collective."""
         for shard in self.shards:
-            flat, owners = shard.set.flat, shard.set.owners
-            owners.all_gather(flat.values, shard.master.to(flat.values.dtype), "parameters")
+            shard.set.publish(shard.master)
         if self.tied is not None:
             self.tied.copy()
 
@@ -108,25 +107,24 @@ class OwnedShard:
 
     def __init__(self, parameters: ParameterSet) -> None:
         self.set = parameters
-        flat, owners = parameters.flat, parameters.owners
-        self.owned = flat.owned(owners.rank)
-        self.master = flat.values[self.owned].to(state_dtype(flat.values.dtype), copy=True)
+        flat, values = parameters.flat, parameters.owned_values
+        self.master = values.to(state_dtype(values.dtype), copy=True)
         self.exp_avg = torch.zeros_like(self.master)
         self.exp_avg_sq = torch.zeros_like(self.master)
-        decayed = min(max(flat.num_decayed - self.owned.start, 0), flat.shard_size)
+        decayed = min(max(flat.num_decayed - parameters.owned.start, 0), flat.shard_size)
         self.parts = (slice(0, decayed), slice(decayed, flat.shard_size))
         """What decays, and what does not."""
 
     def gradient(self, scale: float) -> Tensor:
         """The summed gradient times ``scale``, in the type of the master parameters."""
-        return self.set.flat.gradients[self.owned].to(self.master.dtype) * scale
+        return self.set.owned_gradient.to(self.master.dtype) * scale
 
     def owned_state(self) -> Iterator[tuple[str, list[Tensor]]]:
         """By checkpoint name."""
         flat, owners = self.set.flat, self.set.owners
         states = (self.master, self.exp_avg, self.exp_avg_sq)
         for part in flat.owned_parts(owners.rank):
-            regions = part.entry.regions(self.set.sharer, part.start, part.stop)
+            regions = part.entry.regions(self.set.sharers.number, part.start, part.stop)
             sizes = [region.num_elements for region in regions]
             for kind, state in zip(KINDS, states, strict=True):
                 # a slot may be longer than what this rank holds

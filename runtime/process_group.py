@@ -15,7 +15,9 @@ from evermesh.parallelism.layout import Layout
 from evermesh.parallelism.mesh import Axis, Coordinates, Mesh
 from evermesh.parallelism.pipeline.links import Links
 from evermesh.parallelism.pipeline.schedule import PipelineSchedule
+from evermesh.parallelism.tiers import LEVELS, Division
 from evermesh.runtime.config import CpuDevice, CudaDevice
+from evermesh.runtime.parameter_set import Owners
 
 
 def start(device: CpuDevice | CudaDevice, rank: int, world_size: int, store: Store, timeout_s: float) -> None:
@@ -73,6 +75,10 @@ class Groups(NamedTuple):
     """The ranks that share the experts among them: tokens."""
     etp: Communicator
     """The ranks that share the matrices of the same experts."""
+    owners: Owners
+    """The ranks of ``hdp``, and how they divide parameters, gradients and optimizer states."""
+    expert_owners: Owners
+    """The ranks of ``edp``, likewise."""
     place: Coordinates
     """Of this rank."""
     links: Links
@@ -94,7 +100,9 @@ class Groups(NamedTuple):
         """Send a record of every operation of all of them to ``sink``, on the thread that issues it, until the block ends."""
         with ExitStack() as stack:
             axes = (self.world, self.hdp, self.tp, self.edp, self.ep, self.etp, self.control, self.host)
-            for communicator in (*axes, *self.links.values(), *([self.tied] if self.tied else [])):
+            levels = (owners.at(level) for owners in (self.owners, self.expert_owners) for level in LEVELS)
+            found = (*axes, *levels, *self.links.values(), *([self.tied] if self.tied else []))
+            for communicator in {id(communicator): communicator for communicator in found}.values():
                 stack.enter_context(communicator.listen(sink))
             yield
 
@@ -120,7 +128,13 @@ def communicators(timeout_s: float, layout: Layout, *, experts: bool = False, ti
         control, host = (dist.new_group(backend="gloo", timeout=timeout) for _ in range(2))
     axes = {axis: _along(axis, mesh, nodes, moment, timeout) for axis in (*_DENSE, *(_EXPERTS if experts else ()))}
     alone = {axis: Communicator(name=axis, moment=moment) for axis in _EXPERTS if not experts}
+    owners = _owners("hdp", axes["hdp"], layout.division, mesh, nodes, timeout)
+    expert_owners = Owners()
+    if experts:
+        expert_owners = _owners("edp", axes["edp"], layout.expert_division, mesh, nodes, timeout)
     return Groups(
+        owners=owners,
+        expert_owners=expert_owners,
         world=Communicator(world, name="world", nodes=nodes, moment=moment),
         control=Communicator(control, name="control", nodes=nodes),
         host=Communicator(host, name="host", nodes=nodes, moment=moment),
@@ -178,6 +192,27 @@ def _along(axis: Axis, mesh: Mesh, nodes: Sequence[int], moment: Moment, timeout
     own = next(index for index, ranks in enumerate(groups) if dist.get_rank() in ranks)
     own_nodes = tuple(nodes[rank] for rank in groups[own])
     return Communicator(made[own], name=f"{axis} {own}", axis=axis, nodes=own_nodes, moment=moment)
+
+
+def _owners(
+    axis: Axis, along: Communicator, division: Division, mesh: Mesh, nodes: Sequence[int], timeout: timedelta
+) -> Owners:
+    """The groups of every level. Every rank makes every group, in one order, and those of all owners once."""
+    levels: dict[str, Communicator] = {}
+    for level in LEVELS:
+        size = division.size(level)
+        if size in (1, division.ranks):
+            levels[level] = along if size > 1 else Communicator(moment=along.moment)
+            continue
+        for owners in mesh.groups(axis):
+            for number, places in enumerate(division.groups(level)):
+                ranks = [owners[place] for place in places]
+                group = dist.new_group(ranks, timeout=timeout)
+                if dist.get_rank() in ranks:
+                    own_nodes = tuple(nodes[rank] for rank in ranks)
+                    name = f"{along.name} {level} {number}"
+                    levels[level] = Communicator(group, name=name, axis=axis, nodes=own_nodes, moment=along.moment)
+    return Owners(along, division, **levels)
 
 
 def nodes_of_ranks() -> tuple[int, ...]:

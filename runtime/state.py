@@ -90,7 +90,7 @@ class TrainingState:
         loaded = checkpoint.load(path, wanted, shard_map=shard_map)
         self.registry.restore(loaded.objects, self.communicator.rank, self.communicator.size)
         self.optimizer.restore(self.progress.updates)
-        self.optimizer.gather()
+        self.optimizer.publish()
         return loaded
 
     def _check_identity(self, path: Path) -> None:

@@ -4,17 +4,19 @@ Everything that a step sends is in both, with one exception: the ``all_reduce`` 
 (call site ``bookkeeping``). Batch plans count for the step that they are made for, although they are sent before it.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from evermesh.parallelism.batch_plan import DIGEST_BYTES, BatchPlan
 from evermesh.parallelism.collectives import Communicator
+from evermesh.parallelism.experts import GridCut
 from evermesh.parallelism.layout import Layout
 from evermesh.parallelism.ledger import Cell, Traffic, add_up, collective_traffic
 from evermesh.parallelism.links import TIERS, Operation
 from evermesh.parallelism.tensor import part_of
+from evermesh.parallelism.tiers_traffic import SetSizes
 from evermesh.parallelism.traffic import (
     Choices,
     StageSizes,
@@ -23,7 +25,7 @@ from evermesh.parallelism.traffic import (
     plan_traffic,
 )
 from evermesh.runtime.config import TrainConfig
-from evermesh.runtime.flat import HeldSet
+from evermesh.runtime.flat import FlatLayout, HeldSet
 from evermesh.runtime.lamb import num_layers
 from evermesh.runtime.model.config import ModelConfig
 from evermesh.runtime.model.stages import Part, parts_of_rank
@@ -54,8 +56,12 @@ OPERATIONS: tuple[tuple[str, Operation, str], ...] = (
     ("expert loads", "all_reduce", "world"),
     ("loss", "all_reduce", "tp"),
     ("gradients", "all_reduce", "hdp"),
+    ("gradients", "reduce_scatter", "hdp"),
     ("gradients", "all_reduce", "tp"),
     ("gradients", "all_reduce", "edp"),
+    ("gradients", "reduce_scatter", "edp"),
+    ("sharded parameters", "all_gather", "hdp"),
+    ("sharded parameters", "all_gather", "edp"),
     ("norms", "all_reduce", "hdp"),
     ("norms", "all_reduce", "tp"),
     ("norms", "all_reduce", "edp"),
@@ -106,14 +112,15 @@ def step_traffic(
 
 
 def trained_model(
-    config: TrainConfig, vocabulary: int, parts: tuple[Part, ...], held: Sequence[HeldSet]
+    config: TrainConfig, vocabulary: int, parts: tuple[Part, ...], held: Sequence[Sequence[HeldSet]]
 ) -> TrainedModel:
-    """The sizes that decide the traffic; ``parts`` are those of all stages, ``held`` their sets of parameters."""
+    """The sizes that decide the traffic; ``parts`` are those of all stages, ``held`` the sets of every pipeline
+    rank."""
     layout, model = config.layout, config.model
-    sets = iter(held)
     with_norms = config.optimizer.kind == "lamb"
     stages = tuple(
-        _stage_sizes(model, parts_of_rank(parts, layout, pp), sets, with_norms=with_norms) for pp in range(layout.pp)
+        _stage_sizes(model, parts_of_rank(parts, layout, pp), of_rank, with_norms=with_norms)
+        for pp, of_rank in enumerate(held)
     )
     ends = {layout.pipeline.rank_of(stage) for stage in (0, layout.pipeline.num_stages - 1)}
     spans = [part_of(vocabulary, layout.tp, tp_rank) for tp_rank in range(layout.tp)]
@@ -146,24 +153,39 @@ def _expert_sizes(model: ModelConfig, layout: Layout) -> dict[str, Any]:
 
 
 def _stage_sizes(
-    model: ModelConfig, parts: Mapping[int, Part], sets: Iterator[HeldSet], *, with_norms: bool
+    model: ModelConfig, parts: Mapping[int, Part], sets: Sequence[HeldSet], *, with_norms: bool
 ) -> StageSizes:
-    """Takes the sets of one pipeline rank from ``sets``."""
     layers = [layer for part in parts.values() for layer in part.layers]
     expert_layers = tuple(layer for layer in layers if model.has_experts(layer))
-    dense = next(sets).layout
-    experts = next(sets).layout if expert_layers else None
     is_first, is_last = (any(getattr(part, name) for part in parts.values()) for name in ("is_first", "is_last"))
     return StageSizes(
         layers=len(layers),
         calls=_tensor_calls(model, len(layers), len(expert_layers), is_first=is_first, is_last=is_last),
         has_head=is_last,
-        num_parameters=dense.num_elements,
-        num_replicated=dense.replicated.stop - dense.replicated.start,
-        num_expert_parameters=experts.num_elements if experts else 0,
+        sets=tuple(_set_sizes(model, parts, held.layout, with_norms=with_norms) for held in sets),
         expert_layers=expert_layers,
-        num_norms=sum(map(num_layers, dense.entries)) if with_norms else 0,
-        num_expert_norms=sum(map(num_layers, experts.entries)) if with_norms and experts else 0,
+    )
+
+
+def _set_sizes(model: ModelConfig, parts: Mapping[int, Part], layout: FlatLayout, *, with_norms: bool) -> SetSizes:
+    names = [entry.name for entry in layout.entries]
+    layers = {name.split(".")[1] for name in names if name.startswith("blocks.")}
+    has_embedding, is_last = "embedding.weight" in names, any(part.is_last for part in parts.values())
+    is_whole = len(parts) == 1 and all(part.is_first and part.is_last for part in parts.values())
+    of_head = 1 if is_whole else 2  # there it waits for its backward pass, which follows at once
+    gathers = of_head
+    if layers:
+        gathers = 2
+    elif has_embedding:
+        gathers = 1 + (of_head if model.tied_embeddings and is_last else 0)
+    return SetSizes(
+        padded=layout.padded,
+        replicated=(layout.replicated.start, layout.replicated.stop),
+        of_experts=isinstance(layout.entries[0].cut, GridCut),
+        layer=int(layers.pop()) if len(layers) == 1 else None,
+        has_embedding=has_embedding,
+        gathers=gathers,
+        num_norms=sum(map(num_layers, layout.entries)) if with_norms else 0,
     )
 
 

@@ -47,6 +47,7 @@ TRAFFIC = (
     "expert backward",
     "loss",
     "gradients",
+    "sharded parameters",
     "parameters",
 )
 """Call sites whose payload a step reports in ``bytes_by_site``."""
@@ -131,15 +132,16 @@ class Trainer:
         self.built = build_model(config, vocabulary, self.groups, self.device)
         self.optimizer = build_optimizer(self.built.sets, config.optimizer, self.built.tied)
         self.runner = build_runner(self.built, config.layout, self.groups)
-        self.evaluation = Evaluation(held_out.batches, self.runner, self.groups)
+        self.evaluation = Evaluation(held_out.batches, self.built, self.runner, self.groups)
         self.cost = config.cost or nominal_cost(config, model.shape(vocabulary))
         self.planner = planner or HybridPlanner(config.layout, self.cost)
 
         self.ledger = ByteLedger()
         self.events = EventLog(directory / "events.jsonl") if directory and self.rank == 0 else None
         self.progress = Progress(sampler=self.sampler.state_dict())
-        self.experts = ExpertBalance(self.built.model, model, self.groups.ep, config.layout.hot_experts, self.progress)
-        self.shards = shard_map(self.built.held, getattr(torch, config.dtype))
+        self.experts = ExpertBalance(self.built, model, self.groups.ep, config.layout.hot_experts, self.progress)
+        held = [of for of_rank in self.built.held for of in of_rank]
+        self.shards = shard_map(held, getattr(torch, config.dtype))
         self.state = TrainingState(self.optimizer, self.shards, self.progress, self._identity(), self.groups.host)
         if resume:
             self._resume()
@@ -182,7 +184,7 @@ class Trainer:
         began_s, self.plan = time.monotonic(), batch.plan
         self.progress.step += 1
         self.groups.moment.begin_step(self.progress.step)
-        self.built.zero_gradients()
+        self.built.begin_step()
         self.experts.begin_step()
         local_loss, contexts = self.runner.accumulate(batch.local)
         self.experts.end_step()
@@ -193,6 +195,7 @@ class Trainer:
             self.progress.updates += 1
             self.optimizer.step(self._learning_rate(), self._clip(grad_norm))
             self.experts.learn(contexts, self.groups.world, self.device)
+        self.built.end_step()
         self.progress.sampler = batch.sampler_state
         return StepOutcome(loss, grad_norm, committed, asked)
 

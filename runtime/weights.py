@@ -70,7 +70,7 @@ def load_initial_weights(
         targets[name] = [(Box((0,), tuple(bias_E.shape)), bias_E)]  # every rank: they are the same everywhere
     read = read_weights(directory, naming, targets)
     optimizer.restore(steps=0)
-    optimizer.gather()
+    optimizer.publish()
     return InitialWeights(read, [bias_E.tolist() for bias_E in biases.values()])
 
 

@@ -17,6 +17,7 @@ from evermesh.parallelism.collectives import Communicator
 from evermesh.parallelism.experts.apply import mixtures
 from evermesh.parallelism.experts.dispatch import Dispatcher
 from evermesh.parallelism.experts.placement import Placement
+from evermesh.parallelism.gradients import gradient_of, keep_gradient
 
 WEIGHTS, GRADIENTS = "expert copies", "expert copy gradients"
 """Call sites."""
@@ -85,7 +86,11 @@ class HotExperts:
                 elif holder == self.ep.rank:
                     receives.append((copies[name][held.index(expert) - own], owner))
         self._exchange(sends, receives, WEIGHTS)
-        return {name: stack.requires_grad_() for name, stack in copies.items()}
+        for stack in copies.values():
+            stack.requires_grad_()
+            if (wide := torch.promote_types(stack.dtype, torch.float32)) != stack.dtype:
+                keep_gradient(stack, torch.zeros_like(stack, dtype=wide))
+        return copies
 
     @torch.no_grad()
     def _return_gradients(self, layer: _Layer) -> None:
@@ -95,9 +100,9 @@ class HotExperts:
         for expert, owner, holder in _trips(placement):
             for name, parameter in layer.experts.named_parameters():
                 if holder == self.ep.rank:
-                    sends.append((_gradient(layer.copies[name])[held.index(expert) - own], owner))
+                    sends.append((gradient_of(layer.copies[name])[held.index(expert) - own], owner))
                 elif owner == self.ep.rank:
-                    target = _gradient(parameter)[expert % own]
+                    target = gradient_of(parameter)[expert % own]
                     came = torch.empty_like(target)
                     receives.append((came, holder))
                     sums.append((target, came))
@@ -116,13 +121,6 @@ def _trips(placement: Placement) -> Iterator[tuple[int, int, int]]:
     for expert, holders in sorted(placement.copies.items()):
         for holder in holders:
             yield expert, placement.owner(expert), holder
-
-
-def _gradient(tensor: Tensor) -> Tensor:
-    """The gradient of ``tensor``; zeros where no backward pass left one."""
-    if tensor.grad is None:
-        tensor.grad = torch.zeros_like(tensor)
-    return tensor.grad
 
 
 __all__ = ["GRADIENTS", "WEIGHTS", "HotExperts"]

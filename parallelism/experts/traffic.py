@@ -63,16 +63,19 @@ def expert_traffic(
             yield from _over_etp(rows, group, call_site)
 
 
-def copy_traffic(group: ExpertGroup, expert_bytes: Sequence[int]) -> Iterator[Traffic]:
+def copy_traffic(
+    group: ExpertGroup, expert_bytes: Sequence[int], gradient_bytes: Sequence[int] | None = None
+) -> Iterator[Traffic]:
     """What the copies of hot experts cost in a step: weights out, gradients home.
 
-    ``expert_bytes`` of one rank's part of one expert, by parameter.
+    ``expert_bytes`` of one rank's part of one expert, by parameter; ``gradient_bytes`` where these are others.
     """
+    both = list(zip(expert_bytes, gradient_bytes or expert_bytes, strict=True))
     for expert, holders in group.placement.copies.items():
         owner = group.placement.owner(expert)
-        for holder, etp_rank, num_bytes in itertools.product(holders, range(group.etp), expert_bytes):
+        for holder, etp_rank, (weight_bytes, num_bytes) in itertools.product(holders, range(group.etp), both):
             home, away = group.rank(owner, etp_rank), group.rank(holder, etp_rank)
-            yield _message("expert copies", EP_AXIS, home, away, num_bytes, group)
+            yield _message("expert copies", EP_AXIS, home, away, weight_bytes, group)
             yield _message("expert copy gradients", EP_AXIS, away, home, num_bytes, group)
 
 

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from evermesh.parallelism.gradients import gradient_of
+
 
 class _Note(NamedTuple):
     """What the gradient of one weight [O, I] needs: the input [T, I] and the gradient of the output [T, O]."""
@@ -67,10 +69,11 @@ def accumulate(notes: list[_Note]) -> None:
     """Add the gradients that were put off to those of the parameters, in place, and forget the notes."""
     while notes:
         weight, x_TI, grad_TO = notes.pop()
-        if weight.grad is None:
-            weight.grad = grad_TO.T @ x_TI
+        gradient = gradient_of(weight)
+        if gradient.dtype == x_TI.dtype:
+            gradient.addmm_(grad_TO.T, x_TI)
         else:
-            weight.grad.addmm_(grad_TO.T, x_TI)
+            gradient.add_(grad_TO.T @ x_TI)
 
 
 def _forward(module: nn.Linear, deferred: DeferredWeights) -> Any:

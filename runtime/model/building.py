@@ -1,11 +1,11 @@
 """The model of one rank: made, shared, and laid into flat buffers, in the only order that works."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 
-from evermesh.parallelism.collectives import Communicator
 from evermesh.parallelism.experts.apply import apply_expert_parallel
 from evermesh.parallelism.layout import Layout
 from evermesh.parallelism.mesh import Mesh
@@ -14,13 +14,15 @@ from evermesh.parallelism.pipeline.executor import PipelineExecutor
 from evermesh.parallelism.pipeline.links import open_links
 from evermesh.parallelism.tensor.apply import apply_tensor_parallel
 from evermesh.runtime.config import TrainConfig
-from evermesh.runtime.flat import FlatLayout, FlatParameters, HeldSet, ParameterSet, sum_gradients
+from evermesh.runtime.flat import AnyCut, FlatLayout, HeldSet
 from evermesh.runtime.micro_batch import MicroBatchRunner
 from evermesh.runtime.model.decoder import Decoder
+from evermesh.runtime.model.gathering import apply_gathering, names_by_module
 from evermesh.runtime.model.measuring import layer_costs
 from evermesh.runtime.model.sharding import DECODER_EXPERTS, DECODER_SHARDING
 from evermesh.runtime.model.stages import Part, parts_of_rank, stage_parts
 from evermesh.runtime.model.tied import TiedHead
+from evermesh.runtime.parameter_set import Owners, ParameterSet, Sharers, sum_gradients
 from evermesh.runtime.process_group import Groups
 
 
@@ -34,19 +36,53 @@ class BuiltModel(NamedTuple):
     """Those of this rank, by stage."""
     sets: list[ParameterSet]
     """This rank's parameters."""
-    held: list[HeldSet]
-    """Those of all ranks."""
+    held: list[list[HeldSet]]
+    """Those of all ranks, by pipeline rank."""
     tied: TiedHead | None
     """The copy of an embedding that another stage holds, or that embedding; None: there is no such copy."""
     deferred: DeferredWeights | None
     """Where linear layers leave what a schedule without bubbles computes later."""
 
-    def zero_gradients(self) -> None:
-        """Before a step."""
+    gathers_for_step: bool
+    """Whether parameters that ranks divide are gathered for the length of a step; else a block at a time."""
+
+    def begin_step(self) -> None:
+        """Forget the gradients of the last step, and begin to gather the parameters of this one. Collective."""
         for parameters in self.sets:
-            parameters.flat.gradients.zero_()
+            parameters.begin_step()
         if self.tied is not None:
             self.tied.begin_step()
+        self.begin_forward()
+
+    def begin_forward(self) -> None:
+        """Begin to gather what stays until ``end_step``, in the order in which it is needed. Collective."""
+        for parameters in self.sets if self.gathers_for_step else ():
+            parameters.start_gather()
+
+    def end_step(self) -> None:
+        """Give the memory of gathered parameters back."""
+        for parameters in self.sets:
+            parameters.free()
+
+    @contextmanager
+    def gathered_experts(self, layers: Iterable[int]) -> Iterator[None]:
+        """The experts of these layers are there until the block ends. Collective over those that divide them."""
+        found = self._experts(layers)
+        for parameters in found:
+            parameters.gather()
+        yield
+        for parameters in found if not self.gathers_for_step else ():
+            parameters.free()
+
+    def reduce_experts(self, layers: Iterable[int]) -> None:
+        """Take note of gradients that others have added to those of the experts of these layers. Collective likewise."""
+        for parameters in self._experts(layers):
+            if not parameters.keeps_gradients:
+                parameters.reduce()
+
+    def _experts(self, layers: Iterable[int]) -> list[ParameterSet]:
+        prefixes = tuple(f"blocks.{layer}.mixture.experts." for layer in layers)
+        return [of for of in self.sets if any(name.startswith(prefixes) for name in of.parameters)]
 
     def sum_gradients(self) -> torch.Tensor:
         """Sum those of all ranks; returns this rank's part of the square of their norm, a float64 scalar. Collective."""
@@ -78,14 +114,50 @@ def build_model(config: TrainConfig, vocabulary: int, groups: Groups, device: to
         deferred.apply(model)
     model = model.to(device, getattr(torch, config.dtype))
     tied = TiedHead.of(model, cuts, groups)  # before the sets: a copy is in none of them
+    sharers = Sharers(groups.tp, groups.tp.rank)
+    expert_sharers = Sharers(number=groups.ep.rank * groups.etp.size + groups.etp.rank, parts=groups.etp)
     # last: a parameter that is moved leaves its buffer
-    sets = [ParameterSet(FlatParameters(model, mesh.hdp, cuts), groups.hdp, groups.tp, groups.tp.rank)]
-    if expert_cuts:
-        sharer = groups.ep.rank * groups.etp.size + groups.etp.rank
-        flat = FlatParameters(model, mesh.edp, expert_cuts)
-        sets.append(ParameterSet(flat, groups.edp, Communicator(), sharer, parts=groups.etp))
-    held = [of_stage for pp in range(mesh.pp) for of_stage in _held(config, vocabulary, mesh, all_parts, pp)]
-    return BuiltModel(model, all_parts, parts, sets, held, tied, deferred)
+    sets = _sets(model, cuts, groups.owners, sharers, config)
+    sets += _sets(model, expert_cuts, groups.expert_owners, expert_sharers, config)
+    if tied is not None:
+        tied.trained = next((of for of in sets if "embedding.weight" in of.parameters), None)
+    if layout.sharding.by_block:
+        apply_gathering(model, sets, parts, for_step=not layout.sharding.in_lock_step)
+    held = [_held(config, vocabulary, mesh, all_parts, pp) for pp in range(mesh.pp)]
+    for_step = not layout.sharding.in_lock_step
+    return BuiltModel(model, all_parts, parts, sets, held, tied, deferred, for_step)
+
+
+def _sets(
+    model: Decoder, cuts: Mapping[str, AnyCut], owners: Owners, sharers: Sharers, config: TrainConfig
+) -> list[ParameterSet]:
+    """What is gathered and summed together: all of them, or those of a block."""
+    layout = config.layout
+    keeps_gradients = keeps_gradients_of(layout) or owners.division.gradients == 1
+    return [
+        ParameterSet(
+            {name: model.get_parameter(name) for name in names},
+            {name: cuts[name] for name in names},
+            owners,
+            sharers,
+            keeps_gradients=keeps_gradients,
+        )
+        for names in _together(cuts, layout)
+    ]
+
+
+def keeps_gradients_of(layout: Layout) -> bool:
+    """Whether whole gradients add up until the end of a step.
+
+    A schedule that computes the gradients of weights behind the backward pass has them together only then.
+    """
+    return not layout.sharding.in_lock_step or layout.pipeline.splits_backward
+
+
+def _together(cuts: Mapping[str, AnyCut], layout: Layout) -> list[list[str]]:
+    if layout.sharding.by_block:
+        return names_by_module(list(cuts))
+    return [list(cuts)] if cuts else []
 
 
 def _held(config: TrainConfig, vocabulary: int, mesh: Mesh, parts: tuple[Part, ...], pp: int) -> list[HeldSet]:
@@ -95,8 +167,13 @@ def _held(config: TrainConfig, vocabulary: int, mesh: Mesh, parts: tuple[Part, .
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     if model.copies_embedding:
         del shapes["head.weight"]
-    held = [HeldSet(FlatLayout(DECODER_SHARDING.cuts(shapes, mesh.tp), mesh.hdp), mesh.holders(pp))]
-    expert_cuts = DECODER_EXPERTS.cuts(shapes, mesh.ep, mesh.etp)
-    if expert_cuts:
-        held.append(HeldSet(FlatLayout(expert_cuts, mesh.edp), mesh.expert_holders(pp)))
-    return held
+    layout = config.layout
+    sides = (
+        (DECODER_SHARDING.cuts(shapes, mesh.tp), layout.division, mesh.holders(pp)),
+        (DECODER_EXPERTS.cuts(shapes, mesh.ep, mesh.etp), layout.expert_division, mesh.expert_holders(pp)),
+    )
+    return [
+        HeldSet(FlatLayout({name: cuts[name] for name in names}, division), holders)
+        for cuts, division, holders in sides
+        for names in _together(cuts, layout)
+    ]

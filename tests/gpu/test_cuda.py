@@ -16,11 +16,11 @@ from evermesh.parallelism.attention.window import band_blocks
 from evermesh.parallelism.errors import UnsupportedKernel
 from evermesh.runtime import process_group
 from evermesh.runtime.config import CudaDevice
-from evermesh.runtime.flat import FlatParameters, ParameterSet
 from evermesh.runtime.model.config import ModelConfig
 from evermesh.runtime.model.decoder import Decoder
 from evermesh.runtime.optimizer import ShardedAdamW
 from evermesh.runtime.optimizer_config import AdamWConfig
+from evermesh.runtime.parameter_set import ParameterSet
 from tests.oracle import gradient, plain_attention, relative_error
 
 pytestmark = [
@@ -227,11 +227,12 @@ def test_memory_of_rank_0_of_a_large_layout_is_what_its_buffers_say() -> None:
         before = torch.cuda.memory_allocated()
         config = ModelConfig(hidden=1024, layers=8, heads=16, kv_heads=4, ffn=2816)
         model = Decoder(config, 32_000).to("cuda", torch.bfloat16)
-        flat = FlatParameters(model, ranks)
-        optimizer = ShardedAdamW([ParameterSet(flat, Communicator(dist.group.WORLD), Communicator())], AdamWConfig())
+        parameters = ParameterSet.whole(model, Communicator(dist.group.WORLD))
+        optimizer = ShardedAdamW([parameters], AdamWConfig())
         used = torch.cuda.memory_allocated() - before
     finally:
         dist.destroy_process_group()
-    expected = 2 * flat.values.numel() * 2 + 3 * optimizer.shards[0].master.numel() * 4
-    print(f"{flat.num_elements:,} parameters: {used / 2**20:.0f} MiB, formula {expected / 2**20:.0f} MiB")
+    # values in bfloat16, gradients in float32
+    expected = parameters.flat.padded * (2 + 4) + 3 * optimizer.shards[0].master.numel() * 4
+    print(f"{parameters.flat.num_elements:,} parameters: {used / 2**20:.0f} MiB, formula {expected / 2**20:.0f} MiB")
     assert used <= 1.02 * expected

@@ -11,6 +11,7 @@ from evermesh.parallelism import ByteLedger, CollectiveRecord, Communicator, Lay
 from evermesh.parallelism.cost import CostModel
 from evermesh.parallelism.ledger import Traffic, add_up
 from evermesh.parallelism.links import Operation, Tier, tiers_from, wire_bytes
+from evermesh.parallelism.tiers_traffic import SetSizes
 from evermesh.parallelism.traffic import StageSizes, TensorCalls, TrainedModel, plan_traffic, tensor_traffic
 from tests.cluster import run_ranks
 
@@ -20,7 +21,8 @@ HIDDEN, LAYERS, KEY_VALUE_ELEMENTS = 32, 3, 2 * 2 * 8
 
 def _model(layout: Layout, num_parameters: int, bytes_per_element: int) -> TrainedModel:
     calls = TensorCalls(2 * LAYERS + 1, 2 * LAYERS + 1, 2 * LAYERS, LAYERS)
-    stage = StageSizes(LAYERS, calls, has_head=True, num_parameters=num_parameters)
+    padded = -(-num_parameters // layout.hdp) * layout.hdp
+    stage = StageSizes(LAYERS, calls, has_head=True, sets=(SetSizes(padded),))
     return TrainedModel(layout, HIDDEN, KEY_VALUE_ELEMENTS, bytes_per_element, (stage,))
 
 

@@ -15,16 +15,18 @@ from evermesh.parallelism import BatchPlan, Certificate, CostModel, Layout, Micr
 from evermesh.parallelism.experts import Placement
 from evermesh.parallelism.experts.documents import TokenContext
 from evermesh.parallelism.experts.hot import HotExperts
+from evermesh.parallelism.gradients import gradient_of
 from evermesh.parallelism.pieces import share_of
 from evermesh.runtime import process_group
 from evermesh.runtime.config import TrainConfig
-from evermesh.runtime.flat import AnyCut, ParameterSet
+from evermesh.runtime.flat import AnyCut
 from evermesh.runtime.micro_batch import LocalBatch, LocalMicroBatch
 from evermesh.runtime.model.building import build_model, build_runner
 from evermesh.runtime.model.config import ModelConfig
 from evermesh.runtime.model.decoder import Decoder
 from evermesh.runtime.optimizer import ShardedAdamW
 from evermesh.runtime.optimizer_config import AdamWConfig
+from evermesh.runtime.parameter_set import ParameterSet
 from tests.cluster import run_ranks
 from tests.oracle import gradient, plain_attention, relative_error
 
@@ -177,26 +179,52 @@ def _run(case: Case) -> Result:
     runner = build_runner(built, case.layout, groups)
     hot = HotExperts(built.model, groups.ep)
     for _ in range(2):  # what a step leaves behind must not change the next
-        built.zero_gradients()
-        if case.layout.hot_experts:
-            hot.begin_step({name: _copied(case) for name in hot.names})
+        built.begin_step()
+        copied = range(case.config.layers) if case.layout.hot_experts else range(0)
+        with built.gathered_experts(copied):
+            hot.begin_step({name: _copied(case) for name in hot.names if copied})
         loss, _ = runner.accumulate(local_batch(case.plan, groups.place.hdp))
         hot.end_step()
+        built.reduce_experts(copied)
         square = built.sum_gradients()
     scalars = torch.stack([loss, square])
     groups.world.all_reduce(scalars, "scalars")
-    named = dict(built.model.named_parameters())
-    gradients = _held(built.sets, {name: gradient(parameter) for name, parameter in named.items()})
+    gradients = _held(built.sets, [_whole_gradient(parameters) for parameters in built.sets])
     norm = scalars[1].item() ** 0.5
     optimizer.step(OPTIMIZER.lr, min(1.0, (OPTIMIZER.clip_norm or math.inf) / norm))
-    return Result(scalars[0].item(), norm, gradients, _held(built.sets, named))
+    built.end_step()
+    for parameters in built.sets:
+        parameters.gather()
+    return Result(scalars[0].item(), norm, gradients, _held(built.sets, [dict(of.parameters) for of in built.sets]))
 
 
-def _held(sets: list[ParameterSet], tensors: Mapping[str, Tensor]) -> list[Held]:
+def _whole_gradient(parameters: ParameterSet) -> Mapping[str, Tensor]:
+    """The summed gradients, by name; from all that hold a part of them, where they are divided. Collective."""
+    flat, owners = parameters.flat, parameters.owners
+    if owners.division.gradients == 1:
+        return {name: gradient_of(parameter) for name, parameter in parameters.parameters.items()}
+    whole = torch.zeros(flat.padded, dtype=parameters.gradients.dtype)
+    whole[flat.owned(owners.rank)] = parameters.owned_gradient
+    owners.all.all_reduce(whole, "test")
+    whole /= owners.division.ranks // owners.division.states
+    entries = {entry.name: entry for entry in flat.entries}
+    return {
+        name: whole[entries[name].start :][: parameter.numel()].view(parameter.shape)
+        for name, parameter in parameters.parameters.items()
+    }
+
+
+def _held(sets: list[ParameterSet], tensors: Sequence[Mapping[str, Tensor]]) -> list[Held]:
     """Copies of what this rank holds, by name."""
     return [
-        Held(entry.name, entry.cut, (str(number), of.owners.rank), of.sharer, tensors[entry.name].detach().clone())
-        for number, of in enumerate(sets)
+        Held(
+            entry.name,
+            entry.cut,
+            (str(number), of.owners.rank),
+            of.sharers.number,
+            of_set[entry.name].detach().clone(),
+        )
+        for number, (of, of_set) in enumerate(zip(sets, tensors, strict=True))
         for entry in of.flat.entries
     ]
 

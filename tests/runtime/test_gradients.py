@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from evermesh.parallelism import Communicator, Layout, plan_batch
-from evermesh.runtime.flat import FlatParameters
 from evermesh.runtime.micro_batch import LocalBatch, MicroBatchRunner
+from evermesh.runtime.parameter_set import ParameterSet
 from tests.runtime.parity import (
     COST,
     TOLERANCE,
@@ -55,9 +55,9 @@ def test_recomputation_of_blocks_changes_nothing() -> None:
 
 def test_batch_that_no_token_counts_in_gives_zero_gradients() -> None:
     model = small_model("float64")
-    flat = FlatParameters(model, 1)
+    parameters = ParameterSet.whole(model)
     plan = plan_by_hand((4,), [[(0, (0,))]], ranks=1)
     local = dataclasses.replace(local_micro_batch(plan.ranks[0][0], plan.lengths), counts_T=torch.zeros(4))
     loss, _ = MicroBatchRunner(model, Communicator()).accumulate(LocalBatch((local,), plan.lengths, 0))
     assert loss.item() == 0.0
-    assert flat.gradients.abs().max().item() == 0.0
+    assert parameters.gradients.abs().max().item() == 0.0

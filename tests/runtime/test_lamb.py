@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from evermesh.parallelism import Layout
+from evermesh.parallelism.gradients import gradient_of
 from evermesh.runtime import LambConfig, process_group
 from evermesh.runtime.flat import AnyCut
 from evermesh.runtime.lamb import build_optimizer
@@ -96,17 +97,15 @@ def _stepped(rank: int, world_size: int, config: ModelConfig, layout: Layout) ->
     entries = [(owner, parameters, entry) for owner, parameters in sets for entry in parameters.flat.entries]
     initial = _initial(config)
     for _, parameters, entry in entries:
-        named[entry.name].data.copy_(_part(initial[entry.name], entry.cut, parameters.sharer))
+        named[entry.name].data.copy_(_part(initial[entry.name], entry.cut, parameters.sharers.number))
     optimizer = build_optimizer(built.sets, CONFIG, built.tied)
     for step, rate in enumerate(RATES):
         gradients = _gradients(config, step)
         for _, parameters, entry in entries:
-            gradient = named[entry.name].grad
-            assert gradient is not None
-            gradient.copy_(_part(gradients[entry.name], entry.cut, parameters.sharer))
+            gradient_of(named[entry.name]).copy_(_part(gradients[entry.name], entry.cut, parameters.sharers.number))
         optimizer.step(rate, GRADIENT_SCALE)
     return [
-        Held(entry.name, entry.cut, (owner, p.owners.rank), p.sharer, named[entry.name].detach())
+        Held(entry.name, entry.cut, (owner, p.owners.rank), p.sharers.number, named[entry.name].detach())
         for owner, p, entry in entries
     ]
 

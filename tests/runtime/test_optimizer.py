@@ -10,12 +10,13 @@ from evermesh.checkpoint.tensors import local_tensors
 from evermesh.parallelism import Communicator
 from evermesh.parallelism.mesh import Mesh
 from evermesh.parallelism.tensor.apply import apply_tensor_parallel
-from evermesh.runtime.flat import FlatParameters, HeldSet, ParameterSet
+from evermesh.runtime.flat import HeldSet
 from evermesh.runtime.model.config import ModelConfig
 from evermesh.runtime.model.decoder import Decoder
 from evermesh.runtime.model.sharding import DECODER_SHARDING
 from evermesh.runtime.optimizer import ShardedAdamW, shard_map
 from evermesh.runtime.optimizer_config import AdamWConfig
+from evermesh.runtime.parameter_set import Owners, ParameterSet, Sharers
 from tests.cluster import run_ranks
 
 MODEL = ModelConfig(hidden=16, layers=1, heads=2, kv_heads=1, ffn=20)
@@ -35,8 +36,7 @@ def _gradients(step: int, model: Decoder) -> dict[str, torch.Tensor]:
 
 def _stepped(rank: int, world_size: int) -> dict[str, torch.Tensor]:
     model = _model()
-    flat = FlatParameters(model, world_size)
-    optimizer = ShardedAdamW([ParameterSet(flat, Communicator(dist.group.WORLD), Communicator())], CONFIG)
+    optimizer = ShardedAdamW([ParameterSet.whole(model, Communicator(dist.group.WORLD))], CONFIG)
     for step in range(3):
         for name, gradient in _gradients(step, model).items():
             model.get_parameter(name).grad.copy_(gradient)  # type: ignore[union-attr]
@@ -67,12 +67,13 @@ def test_sharded_updates_equal_torch_adamw_on_the_whole_model(ranks: int) -> Non
 
 @pytest.mark.parametrize("ranks", [1, 2, 7, 1024])
 def test_map_of_any_number_of_ranks_covers_every_tensor_once(ranks: int) -> None:
-    flat = FlatParameters(_model(), ranks)
+    parameters = ParameterSet.whole(_model(), _Place(ranks - 1, ranks))
+    flat = parameters.flat
     whole = shard_map([HeldSet(flat, Mesh(ranks).holders(0))], torch.float64)
     whole.check()
     assert len(whole.tensors) == 3 * len(flat.entries)
     assert whole.num_bytes == 3 * flat.num_elements * 8
-    optimizer = ShardedAdamW([ParameterSet(flat, _Place(ranks - 1, ranks), _Place(0, 1))], CONFIG)
+    optimizer = ShardedAdamW([parameters], CONFIG)
     assert optimizer.shards[0].master.numel() == -(-flat.num_elements // ranks)
 
 
@@ -92,9 +93,11 @@ def test_map_of_ranks_that_share_a_model_covers_every_tensor_once(hdp: int, tp: 
         model = Decoder(config, 37)  # no degree divides it
         model.initialize(2)
         tensor = _Place(rank % tp, tp)
-        flat = FlatParameters(model, hdp, apply_tensor_parallel(model, DECODER_SHARDING, tensor))
-        optimizer = ShardedAdamW([ParameterSet(flat, _Place(rank // tp, hdp), tensor, rank % tp)], CONFIG)
-        maps.append(shard_map([HeldSet(flat, Mesh(hdp, tp).holders(0))], torch.float32))
+        cuts = apply_tensor_parallel(model, DECODER_SHARDING, tensor)
+        owners = Owners.of_states(_Place(rank // tp, hdp))
+        parameters = ParameterSet(dict(model.named_parameters()), cuts, owners, Sharers(tensor, rank % tp))
+        optimizer = ShardedAdamW([parameters], CONFIG)
+        maps.append(shard_map([HeldSet(parameters.flat, Mesh(hdp, tp).holders(0))], torch.float32))
         assert local_tensors(
             maps[-1], rank, optimizer.owned_state()
         )  # refuses what is missing, unknown, or of another size
@@ -107,9 +110,8 @@ def test_map_of_ranks_that_share_a_model_covers_every_tensor_once(hdp: int, tp: 
 def test_parameters_are_views_of_the_flat_buffer_with_their_values() -> None:
     model = _model()
     before = copy.deepcopy(model.state_dict())
-    flat = FlatParameters(model, 5)
-    assert flat.values.numel() % 5 == 0
+    parameters = ParameterSet.whole(model)
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name])
-    flat.values.zero_()
+    parameters.owned_values.zero_()
     assert all(parameter.abs().max() == 0 for parameter in model.parameters())

@@ -163,6 +163,41 @@ def test_the_ledger_equals_the_formula_on_pipelines_and_where_ranks_share_expert
         assert {part.axis for part in report.traffic} == {*axes, "world", "control"}
 
 
+@pytest.mark.parametrize(
+    ("model", "layout", "sharding", "ranks_per_node"),
+    [
+        ({"tied_embeddings": True}, {"hdp": 4}, {"parameters": 2, "gradients": 4, "keep_for": "micro_batch"}, 2),
+        ({}, {"hdp": 4, "recompute": "block"}, {"parameters": 2, "gradients": 2, "states": 2}, 2),
+        (
+            {"tied_embeddings": True},
+            {"pp": 2, "hdp": 2, "tp": 2},
+            {"parameters": "all", "gradients": "all", "keep_for": "micro_batch"},
+            4,
+        ),
+        (
+            EXPERTS,
+            {"hdp": 8, "ep": 2, "etp": 2, "hot_experts": 1, "recompute": "block"},
+            {"parameters": "all", "gradients": "all", "keep_for": "micro_batch"},
+            4,
+        ),
+        pytest.param(
+            EXPERTS | {"tied_embeddings": True},
+            {"pp": 2, "hdp": 4, "ep": 2, "schedule": "zero-bubble-v", "virtual_stages": 2, "hot_experts": 1},
+            {"parameters": 2, "gradients": "all", "keep_for": "micro_batch"},
+            4,
+            marks=pytest.mark.parity,
+        ),
+    ],
+)
+def test_the_ledger_equals_the_formula_where_ranks_divide_what_they_train(
+    model: dict[str, Any], layout: dict[str, Any], sharding: dict[str, Any], ranks_per_node: int, odd_corpus: Path
+) -> None:
+    values = {**layout, "sharding": sharding}
+    config = _config(odd_corpus, "float64", {"layers": 4} | model, optimizer="lamb", **values)
+    for _, report in _checked(config, ranks_per_node, bad_step=2):
+        assert any(part.call_site == "sharded parameters" for part in report.traffic)
+
+
 def _records(rank: int, workers: int, config: TrainConfig, directory: Path) -> list[CollectiveRecord]:
     """Every record of a run and of one that resumes it."""
     records: list[CollectiveRecord] = []

@@ -159,7 +159,7 @@ def _poisoned(rank: int, workers: int, values: dict[str, Any], bad_steps: set[in
     def accumulate(batch: LocalBatch) -> Any:
         loss = run(batch)
         if rank == 1 and trainer.progress.step in bad_steps:
-            trainer.built.sets[0].flat.gradients[0] = float("nan")
+            trainer.built.sets[0].gradients[0] = float("nan")
         return loss
 
     step = trainer.train_step
@@ -171,7 +171,7 @@ def _poisoned(rank: int, workers: int, values: dict[str, Any], bad_steps: set[in
 
     trainer.runner.accumulate, trainer.train_step = accumulate, train_step  # type: ignore[method-assign]
     trainer.fit()
-    assert torch.isfinite(trainer.built.sets[0].flat.values).all()
+    assert torch.isfinite(trainer.built.sets[0].owned_values).all()
     return outcomes
 
 

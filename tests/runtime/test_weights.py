@@ -84,7 +84,7 @@ def _loaded(rank: int, workers: int, directory: Path, layout: Layout) -> Loaded:
     )
     built = build_model(train, model_config.rows(0), groups, torch.device("cpu"))
     optimizer = build_optimizer(built.sets, train.optimizer, built.tied)
-    shards = shard_map(built.held, torch.float32)
+    shards = shard_map([of for of_rank in built.held for of in of_rank], torch.float32)
     read, router_biases = load_initial_weights(directory, model_config, optimizer, shards, groups.world)
     assert read.dtypes == (("bfloat16", "float32") if router_biases else ("bfloat16",))
     whole = ours(directory).state_dict()
@@ -94,7 +94,10 @@ def _loaded(rank: int, workers: int, directory: Path, layout: Layout) -> Loaded:
     for parameters in built.sets:
         for entry in parameters.flat.entries:
             part = whole[entry.name]
-            offsets, sizes = entry.cut.offsets(parameters.sharer), entry.cut.local_shape(parameters.sharer)
+            offsets, sizes = (
+                entry.cut.offsets(parameters.sharers.number),
+                entry.cut.local_shape(parameters.sharers.number),
+            )
             for dim, (start, size) in enumerate(zip(offsets, sizes, strict=True)):
                 part = part.narrow(dim, start, size)
             assert torch.equal(held.pop(entry.name), part), entry.name

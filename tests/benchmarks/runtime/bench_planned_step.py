@@ -20,10 +20,10 @@ from evermesh.parallelism.planner import plan_batch
 from evermesh.runtime.cost import nominal_cost
 from evermesh.runtime.data import Batch, Corpus, Sampler, open_sources
 from evermesh.runtime.feed import load_micro_batch
-from evermesh.runtime.flat import FlatParameters, ParameterSet
 from evermesh.runtime.lamb import build_optimizer
 from evermesh.runtime.micro_batch import LocalBatch, LocalMicroBatch, MicroBatchRunner
 from evermesh.runtime.model.decoder import Decoder
+from evermesh.runtime.parameter_set import ParameterSet
 from tests.benchmarks.harness import Row, paired_row
 from tests.cluster import run_ranks
 
@@ -65,8 +65,8 @@ def _measure(rank: int, world_size: int, layout: Layout) -> list[dict[str, tuple
     corpora = open_sources(CONFIG.data)
     model = Decoder(CONFIG.model, corpora[0].vocabulary)
     model.initialize(0)
-    flat = FlatParameters(model, world_size)
-    optimizer = build_optimizer([ParameterSet(flat, communicator, Communicator())], CONFIG.optimizer)
+    parameters = ParameterSet.whole(model, communicator)
+    optimizer = build_optimizer([parameters], CONFIG.optimizer)
     runner = MicroBatchRunner(model, communicator)
     sampler = Sampler(corpora, CONFIG.data, seed=1)
     cost = nominal_cost(CONFIG, CONFIG.model.shape(corpora[0].vocabulary))
@@ -84,9 +84,9 @@ def _measure(rank: int, world_size: int, layout: Layout) -> list[dict[str, tuple
                 communicator.barrier("start")
                 ledger.take()
                 started = time.monotonic()
-                flat.gradients.zero_()
+                parameters.begin_step()
                 loss, _ = runner.accumulate(LocalBatch(tuple(micro_batches), lengths, sum(batch.lengths)))
-                communicator.all_reduce(flat.gradients, "gradients")
+                parameters.sum_gradients()
                 optimizer.step(lr=0.0, gradient_scale=1.0)  # the full update, with the parameters left where they are
                 communicator.barrier("end")
                 seconds = time.monotonic() - started
