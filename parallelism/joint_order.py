@@ -1,8 +1,8 @@
 """Proves that the ranks of a plan do not wait for each other in a circle.
 
 Every pipeline rank of every HDP rank runs its actions in the order of the schedule. An exchange (a ring, the collectives
-of shared experts; in a forward pass, a recomputation, a backward pass; of one layer) goes on when all its members are there.
-A message to the next stage is waited for by its receiver only.
+of ranks that keep step; in a forward pass, a recomputation, a backward pass; of one layer) goes on when all its members
+are there. A message to the next stage is waited for by its receiver only.
 """
 
 import itertools
@@ -79,22 +79,22 @@ def _nodes(
     hdp_rank: int,
     micro_batches: Sequence[MicroBatch],
     schedule: PipelineSchedule,
-    experts: int | None,
+    group: int | None,
 ) -> Iterator[Hashable]:
     """Where one rank waits for others or lets them go on, in the order in which it gets there."""
     for action in schedule.actions(pipeline_rank, len(micro_batches)):
         received, sent = schedule.received(action), schedule.sent(action)
         if received is not None:
             yield _Received(_Sent(received, hdp_rank))
-        yield from _exchanges(micro_batches[action.micro_batch], action, experts)
+        yield from _exchanges(micro_batches[action.micro_batch], action, group)
         if sent is not None:
             yield _Sent(sent, hdp_rank)
 
 
-def _exchanges(micro_batch: MicroBatch, action: Action, experts: int | None) -> Iterator[Hashable]:
+def _exchanges(micro_batch: MicroBatch, action: Action, group: int | None) -> Iterator[Hashable]:
     """The blocking exchanges of one action in the order in which it reaches them."""
     rings = [piece.sequence for piece in micro_batch.pieces if len(piece.ring) > 1]
-    collective = [f"lock-step {micro_batch.lock_step} of the experts of {experts}"] if experts is not None else []
+    collective = [f"lock-step {micro_batch.lock_step} of the group of {group}"] if group is not None else []
     names = [f"ring of sequence {sequence}" for sequence in rings] + collective
     if action.kind == "forward":
         for layer in range(_LAYERS):

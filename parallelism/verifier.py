@@ -5,10 +5,10 @@ What is proved:
 - all members of a ring know it and each other, in the same order, and each holds one piece;
 - the members of a ring differ by at most 2 tokens and L (query, key) pairs;
 - no micro-batch exceeds the capacity; members of a ring agree on recomputation;
-- HDP ranks that share experts have equally many micro-batches, numbered as lock-steps, with one choice of recomputation
-  at each number; nobody else has lock-steps;
-- with a pipeline or shared experts, a ring is the micro-batch of the same index on all its members;
-- the joint order of all ranks' actions (forward, recomputation, backward of every ring and of all experts, layer by layer,
+- HDP ranks that communicate in every micro-batch (they share experts, or gather parameters block by block) have equally many
+  of them, numbered as lock-steps, with one choice of recomputation at each number; nobody else has lock-steps;
+- with a pipeline or lock-steps, a ring is the micro-batch of the same index on all its members;
+- the joint order of all ranks' actions (forward, recomputation, backward of every ring and lock-step, layer by layer,
   with blocking exchanges, in every pipeline stage, and the messages between stages) has no cycle, so nobody waits for
   ever;
 - the certificate does not promise less than its own lower bound.
@@ -122,13 +122,15 @@ def _check_lock_steps(plan: BatchPlan, layout: Layout) -> None:
         steps = [micro_batch.lock_step for micro_batch in micro_batches]
         if rank not in group_of:
             if any(step is not None for step in steps):
-                raise PlanInvalid(f"rank {rank} joins the lock-step collectives {steps}, but it shares no experts.")
+                raise PlanInvalid(
+                    f"rank {rank} joins the lock-step collectives {steps}, but it keeps step with nobody."
+                )
             continue
         longest = max(len(plan.ranks[member]) for member in group_of[rank])
         if steps != list(range(longest)):
             raise PlanInvalid(
-                f"rank {rank} joins the lock-step collectives {steps}; the HDP ranks {group_of[rank]}, which share "
-                f"experts, join 0 to {longest - 1}."
+                f"rank {rank} joins the lock-step collectives {steps}; the HDP ranks {group_of[rank]}, which keep "
+                f"step, join 0 to {longest - 1}."
             )
     for group in layout.lock_step_groups:
         for index, together in enumerate(zip(*(plan.ranks[rank] for rank in group), strict=True)):

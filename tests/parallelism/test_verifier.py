@@ -26,6 +26,7 @@ from evermesh.parallelism.errors import PlanInvalid
 from evermesh.parallelism.pieces import share_of
 from evermesh.parallelism.pipeline import Action, PipelineSchedule
 from evermesh.parallelism.simulator import simulate
+from evermesh.parallelism.tiers import Tiers
 
 COST = CostModel(token_s=1e-5, pair_s=2e-9, micro_batch_s=1e-3)
 LENGTHS = (4000, 2500, 900, 400, 300, 20)
@@ -211,6 +212,7 @@ WAVES = [
     Layout(hdp=HDP, capacity=CAPACITY, pp=2, schedule="zero-bubble-v", virtual_stages=2, ep=4),
     Layout(hdp=HDP, capacity=CAPACITY, ep=2),
     Layout(hdp=HDP, capacity=CAPACITY, tp=2, ep=4, etp=2),
+    Layout(hdp=HDP, capacity=CAPACITY, sharding=Tiers(parameters=2, gradients=2, keep_for="micro_batch")),
 ]
 waves = pytest.mark.parametrize("layout", WAVES, ids=str)
 
@@ -262,7 +264,7 @@ def test_unequal_lock_steps_of_ranks_that_share_experts_are_refused(layout: Layo
     with pytest.raises(PlanInvalid, match="joins the lock-step collectives"):
         verify_plan(_with_rank(plan, 0, [*plan.ranks[0], extra]), plan.lengths, layout)
     unnumbered = [dataclasses.replace(micro_batch, lock_step=None) for micro_batch in plan.ranks[0]]
-    with pytest.raises(PlanInvalid, match="which share experts, join 0 to"):
+    with pytest.raises(PlanInvalid, match="which keep step, join 0 to"):
         verify_plan(_with_rank(plan, 0, unnumbered), plan.lengths, layout)
 
 

@@ -10,6 +10,7 @@ from evermesh.parallelism import BatchPlan, CostModel, Layout, MicroBatch, Piece
 from evermesh.parallelism.errors import LayoutDoesNotFit, PlanInvalid
 from evermesh.parallelism.pieces import share_of
 from evermesh.parallelism.planner.waves import align
+from evermesh.parallelism.tiers import Tiers
 
 COST = CostModel(token_s=1e-5, pair_s=2e-9, micro_batch_s=1e-3)
 CAPACITY = 500
@@ -20,6 +21,8 @@ LAYOUTS = (
     {"ep": 2},
     {"ep": 2, "etp": 2, "recompute": "block"},
     {"tp": 2, "ep": 2, "etp": 2, "pp": 2, "schedule": "zero-bubble-v", "virtual_stages": 2},
+    {"sharding": {"parameters": 2, "gradients": 4, "keep_for": "micro_batch"}},
+    {"pp": 2, "ep": 2, "sharding": {"parameters": "all", "gradients": "all", "keep_for": "micro_batch"}},
 )
 
 
@@ -121,9 +124,18 @@ def test_two_micro_batches_of_one_rank_that_rings_join_fit_no_wave() -> None:
         (Layout(hdp=4, tp=2, ep=8), ((0, 1, 2, 3),)),
         (Layout(hdp=3, tp=4, ep=6), ((0, 1, 2),)),
         (Layout(hdp=4, tp=3, ep=2), ((0, 1), (2, 3))),
+        (Layout(hdp=4, sharding=Tiers(parameters=2, gradients=2)), ()),
+        (Layout(hdp=4, sharding=Tiers(states=2, keep_for="micro_batch")), ()),
+        (Layout(hdp=4, sharding=Tiers(parameters=2, gradients=2, keep_for="micro_batch")), ((0, 1), (2, 3))),
+        (Layout(hdp=4, sharding=Tiers(gradients="all", keep_for="micro_batch")), ((0, 1, 2, 3),)),
+        # edp 4: the experts are divided among neighbours along it, ranks 0 and 2, which are both halves of two models
+        (Layout(hdp=4, tp=2, ep=2, sharding=Tiers(gradients=2, keep_for="micro_batch")), ((0, 1), (2, 3))),
+        (Layout(hdp=8, ep=2, sharding=Tiers(gradients=2, keep_for="micro_batch")), ((0, 1, 2, 3), (4, 5, 6, 7))),
     ],
 )
-def test_hdp_ranks_that_share_experts_keep_step(layout: Layout, groups: tuple[tuple[int, ...], ...]) -> None:
+def test_hdp_ranks_that_communicate_in_every_micro_batch_keep_step(
+    layout: Layout, groups: tuple[tuple[int, ...], ...]
+) -> None:
     assert layout.lock_step_groups == groups
 
 

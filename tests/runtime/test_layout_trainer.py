@@ -25,6 +25,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "experts": {"hdp": 2, "tp": 2, "ep": 4, "hot_experts": 1},
     "all": {"pp": 2, "hdp": 2, "tp": 2, "ep": 2, "etp": 2},
     "data": {"hdp": 3},
+    "divided": {"hdp": 4, "ep": 2, "sharding": {"parameters": "all", "gradients": "all", "keep_for": "micro_batch"}},
+    "three levels": {"pp": 2, "hdp": 4, "sharding": {"parameters": 2, "gradients": 2}},
 }
 
 
@@ -82,8 +84,10 @@ def _assert_same(reports: list[StepReport], alone: list[StepReport]) -> None:
     ("model", "first", "then"),
     [
         ("tied", "pipeline", "no bubbles"),
-        ("experts", "all", "interleaved"),
-        ("experts under LAMB", "interleaved", "experts"),
+        ("experts", "all", "divided"),
+        ("experts under LAMB", "divided", "experts"),
+        pytest.param("experts", "divided", "interleaved", marks=pytest.mark.parity),
+        pytest.param("tied", "three levels", "pipeline", marks=pytest.mark.parity),
         pytest.param("tied", "interleaved", "data", marks=pytest.mark.parity),
         pytest.param("experts", "experts", "pipeline", marks=pytest.mark.parity),
         pytest.param("experts", "data", "all", marks=pytest.mark.parity),

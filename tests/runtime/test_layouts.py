@@ -35,6 +35,19 @@ SCHEDULES = (
 )
 
 
+TIERS: tuple[dict[str, Any], ...] = (
+    {},
+    {"gradients": "all"},
+    {"gradients": "all", "keep_for": "micro_batch"},
+    {"parameters": "all", "gradients": "all"},
+    {"parameters": "all", "gradients": "all", "keep_for": "micro_batch"},
+    {"parameters": 2, "gradients": 2, "states": 2, "keep_for": "micro_batch"},
+    {"parameters": 2, "gradients": 4, "states": "all"},
+    {"parameters": 2, "gradients": 2, "states": "all", "keep_for": "micro_batch"},
+)
+"""What the HDP ranks divide: ZeRO-1, -2, -3, hybrid sharding, three levels."""
+
+
 class Choice(NamedTuple):
     """One point of the matrix."""
 
@@ -63,11 +76,17 @@ def _choices() -> list[Choice]:
     found = []
     for model, recompute in itertools.product(MODELS, (False, True)):
         has_experts = CONFIGS[model].moe is not None
-        for degrees, (schedule, stages) in itertools.product(_factorisations(experts=has_experts), SCHEDULES):
+        spreads = itertools.product(_factorisations(experts=has_experts), SCHEDULES, TIERS)
+        for degrees, (schedule, stages), tiers in spreads:
             if degrees["pp"] * stages > SIZES["layers"] or (degrees["pp"] == 1 and schedule != "1f1b"):
+                continue
+            if any(degrees["hdp"] % size for size in tiers.values() if isinstance(size, int)):
+                continue
+            if degrees["hdp"] == 1 and tiers:
                 continue
             hot = 1 if degrees["ep"] > 1 and recompute else 0
             values: dict[str, Any] = degrees | {"schedule": schedule, "virtual_stages": stages, "hot_experts": hot}
+            values["sharding"] = tiers
             layout = Layout.model_validate(values | {"capacity": max(41, -(-97 // degrees["hdp"]))})
             found.append(Choice(model, layout, recompute))
     return found
@@ -84,12 +103,13 @@ def _every_factorisation() -> list[Choice]:
 
 
 def _every_pair() -> list[Choice]:
-    """Choices that together have every pair of values of any two of: model, degrees, schedule, recomputation."""
+    """Choices that together have every pair of values of any two of: model, degrees, schedule, recomputation, tiers."""
     choices = random.Random(2).sample(_choices(), len(_choices()))
     missing = {pair for choice in choices for pair in _pairs(choice)}
     chosen = []
     while missing:
-        best = max(choices, key=lambda choice: len(missing & _pairs(choice)))
+        candidates = [choice for choice in choices if missing & _pairs(choice)][:200]
+        best = max(candidates, key=lambda choice: len(missing & _pairs(choice)))
         missing -= _pairs(best)
         chosen.append(best)
     return chosen
@@ -105,8 +125,9 @@ def _pairs(choice: Choice) -> set[Any]:
         "etp": layout.etp,
         "schedule": (layout.schedule, layout.virtual_stages),
         "recompute": choice.recompute,
+        "sharding": layout.sharding,
     }
-    return set(itertools.combinations(sorted(values.items()), 2))
+    return set(itertools.combinations(sorted(values.items(), key=lambda item: item[0]), 2))
 
 
 def _check(choices: list[Choice]) -> None:
