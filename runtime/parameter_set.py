@@ -60,6 +60,19 @@ class Sharers(NamedTuple):
     """The ranks that hold the parts of the same layers, an expert being a layer; None: ``all``."""
 
 
+class Reductions:
+    """Sums of gradients that begin during a backward pass: one is on its way while the next block computes."""
+
+    def __init__(self) -> None:
+        self._last: ParameterSet | None = None
+
+    def begin(self, parameters: "ParameterSet") -> None:
+        """Finish the one before; ``parameters`` is about to start the next."""
+        if self._last is not None:
+            self._last.finish_reduce()
+        self._last = parameters
+
+
 class ParameterSet:
     """Parameters that are cut and replicated over the same axes: of a model, or of a block of it.
 
@@ -101,6 +114,8 @@ class ParameterSet:
             for entry in self.flat.entries:
                 parameter = parameters[entry.name]
                 keep_gradient(parameter, self._view(self.gradients, entry.start, parameter))
+        self.reductions = Reductions()
+        """Shared by the sets of a model."""
         self.reduces_itself = False
         """Whether a hook calls ``reduce`` when the gradients are there."""
         self.is_divided = owners.division.parameters > 1
@@ -124,6 +139,21 @@ class ParameterSet:
     @staticmethod
     def _view(buffer: Tensor, start: int, like: Tensor) -> Tensor:
         return buffer[start : start + like.numel()].view(like.shape)
+
+    @property
+    def held_bytes(self) -> dict[str, int]:
+        """Bytes of tensors that this rank holds now: its part of the values, those it has gathered, and gradients."""
+        gathered = self._values.untyped_storage().nbytes() if self.is_divided else 0
+        gradients = [parameter.grad for parameter in self.parameters.values() if not self.keeps_gradients]
+        passing = [gradient for gradient in (*gradients, self._reducing and self._reducing[1]) if gradient is not None]
+        if self._summed is not self.gradients:
+            passing.append(self._summed)
+        return {
+            "parameters": self._part.nbytes,
+            "gathered": gathered,
+            "gradients": self.gradients.nbytes,
+            "passing": sum(tensor.nbytes for tensor in passing),
+        }
 
     @property
     def owned_values(self) -> Tensor:
@@ -169,6 +199,10 @@ class ParameterSet:
     def begin_step(self) -> None:
         """Forget the gradients of the last step."""
         self.gradients.zero_()
+
+    def end_step(self) -> None:
+        """Give memory back: of gathered values, and of the sum of the gradients."""
+        self.free()
         self._summed = self.gradients
 
     @torch.no_grad()
@@ -176,9 +210,10 @@ class ParameterSet:
         """Begin to add gradients to this rank's part of their sum; by default what backward passes left in the parameters,
         which is taken from them.
 
-        Collective over the owners that divide gradients; they call ``finish_reduce`` before anything else they do together.
+        Collective over the owners that divide gradients. The sum is finished when the next one of the model begins, or by
+        ``finish_reduce``.
         """
-        self.finish_reduce()
+        self.reductions.begin(self)
         whole = torch.zeros(self.flat.padded, dtype=self.gradients.dtype, device=self.gradients.device)
         for entry in self.flat.entries:
             parameter = self.parameters[entry.name]

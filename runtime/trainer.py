@@ -1,5 +1,6 @@
 """The training loop of one process: plan, run micro-batches, synchronise, guard, update, save."""
 
+import dataclasses
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from evermesh.checkpoint.errors import CheckpointNotFound
 from evermesh.fault.events import EventLog
 from evermesh.parallelism.batch_plan import BatchPlan
 from evermesh.parallelism.ledger import ByteLedger
+from evermesh.parallelism.memory import StateMemory, state_memory
 from evermesh.parallelism.planner import HybridPlanner, Planner
 from evermesh.runtime import process_group
 from evermesh.runtime.config import TrainConfig
@@ -32,7 +34,7 @@ from evermesh.runtime.optimizer import shard_map
 from evermesh.runtime.schedule import learning_rate
 from evermesh.runtime.state import Progress, TrainingState
 from evermesh.runtime.telemetry import PlanSummary, StepReport
-from evermesh.runtime.traffic import over_all_ranks, payload_bytes
+from evermesh.runtime.traffic import over_all_ranks, payload_bytes, trained_model
 from evermesh.runtime.weights import load_initial_weights
 
 TRAFFIC = (
@@ -157,6 +159,7 @@ class Trainer:
         last = min(self.config.steps, self.config.stop_at or self.config.steps)
         reason: Reason = "finished" if last == self.config.steps else "stop_at"
         self._log("started", f"step {self.progress.step} of {self.config.steps}, {self.workers} workers")
+        self._log("memory", f"{self.memory}", **dataclasses.asdict(self.memory))
         if self.progress.step >= last:
             return self._end(reason, self._newest_checkpoint())
         self.groups.control.moment.step = self.progress.step
@@ -178,6 +181,12 @@ class Trainer:
             saved = self.save() if ends or outcome.asked or (every and step % every == 0) else None
             if ends:
                 return self._end("asked" if step < last else reason, saved)
+
+    @property
+    def memory(self) -> StateMemory:
+        """Bytes of parameters, gradients and optimizer states that this rank needs."""
+        trained = trained_model(self.config, self.corpora[0].vocabulary, self.built.stages, self.built.held)
+        return state_memory(trained.stages[self.groups.place.pp].sets, self.config.layout, trained.bytes_per_element)
 
     def train_step(self, batch: PlannedBatch) -> StepOutcome:
         """Run one optimizer step. Collective; all ranks agree on the outcome."""

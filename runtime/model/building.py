@@ -22,7 +22,7 @@ from evermesh.runtime.model.measuring import layer_costs
 from evermesh.runtime.model.sharding import DECODER_EXPERTS, DECODER_SHARDING
 from evermesh.runtime.model.stages import Part, parts_of_rank, stage_parts
 from evermesh.runtime.model.tied import TiedHead
-from evermesh.runtime.parameter_set import Owners, ParameterSet, Sharers, sum_gradients
+from evermesh.runtime.parameter_set import Owners, ParameterSet, Reductions, Sharers, sum_gradients
 from evermesh.runtime.process_group import Groups
 
 
@@ -60,9 +60,9 @@ class BuiltModel(NamedTuple):
             parameters.start_gather()
 
     def end_step(self) -> None:
-        """Give the memory of gathered parameters back."""
+        """Give memory back that is needed only while a batch is trained or evaluated."""
         for parameters in self.sets:
-            parameters.free()
+            parameters.end_step()
 
     @contextmanager
     def gathered_experts(self, layers: Iterable[int]) -> Iterator[None]:
@@ -119,6 +119,9 @@ def build_model(config: TrainConfig, vocabulary: int, groups: Groups, device: to
     # last: a parameter that is moved leaves its buffer
     sets = _sets(model, cuts, groups.owners, sharers, config)
     sets += _sets(model, expert_cuts, groups.expert_owners, expert_sharers, config)
+    reductions = Reductions()
+    for parameters in sets:
+        parameters.reductions = reductions
     if tied is not None:
         tied.trained = next((of for of in sets if "embedding.weight" in of.parameters), None)
     if layout.sharding.by_block:
