@@ -12,7 +12,7 @@ from evermesh.parallelism.collectives import CollectiveRecord
 from evermesh.parallelism.gradients import gradient_of
 from evermesh.parallelism.memory import StateMemory, state_memory
 from evermesh.runtime import process_group
-from evermesh.runtime.model.building import BuiltModel, build_model, build_runner
+from evermesh.runtime.model.building import build_model, build_runner
 from evermesh.runtime.model.config import ModelConfig
 from evermesh.runtime.optimizer import ShardedAdamW
 from evermesh.runtime.optimizer_config import AdamWConfig
@@ -20,38 +20,11 @@ from evermesh.runtime.parameter_set import GATHER, ParameterSet
 from evermesh.runtime.traffic import trained_model
 from tests.cluster import run_ranks
 from tests.runtime.parity import COST, OPTIMIZER, VOCABULARY, local_batch, train_config
+from tests.runtime.watched import WatchedSets
 
 LENGTHS = (97, 40, 13, 2, 61, 29, 7, 22, 5, 33)
 MODEL = ModelConfig(hidden=32, layers=4, heads=4, kv_heads=2, ffn=64, initial_std=0.2)
 EXPERTS = ModelConfig.model_validate(MODEL.model_dump() | {"moe": {"experts": 4, "ffn": 32}})
-
-
-class _Watched:
-    """A model whose sets tell how many bytes they hold together, whenever that changes."""
-
-    def __init__(self, built: BuiltModel) -> None:
-        self.sets, self.most = built.sets, Counter[str]()
-        for parameters in self.sets:
-            for name in ("start_gather", "free", "reduce", "sum_gradients"):
-                self._watch(parameters, name)
-
-    def _watch(self, parameters: ParameterSet, name: str) -> None:
-        called = getattr(parameters, name)
-
-        def watched(*arguments: Any) -> Any:
-            self.look()
-            result = called(*arguments)
-            self.look()
-            return result
-
-        setattr(parameters, name, watched)
-
-    def look(self) -> None:
-        """Note the most of each kind."""
-        now: Counter[str] = Counter()
-        for parameters in self.sets:
-            now.update(parameters.held_bytes)
-        self.most |= now
 
 
 def _stepped(
@@ -61,7 +34,7 @@ def _stepped(
     config = train_config(dtype, model, layout)
     built = build_model(config, VOCABULARY, groups, torch.device("cpu"))
     optimizer = ShardedAdamW(built.sets, OPTIMIZER)
-    runner, watched = build_runner(built, layout, groups), _Watched(built)
+    runner, watched = build_runner(built, layout, groups), WatchedSets(built.sets)
     plan = plan_batch(LENGTHS, layout, COST)
     for _ in range(2):
         built.begin_step()
