@@ -1,6 +1,7 @@
 """Coefficients for the planner when nobody has measured them; imports no torch."""
 
 from evermesh.parallelism.cost import CostModel, ModelShape
+from evermesh.parallelism.layout import Layout
 from evermesh.runtime.config import TrainConfig
 
 _BYTES = {"float64": 8, "float32": 4, "bfloat16": 2}
@@ -12,8 +13,14 @@ def nominal_cost(config: TrainConfig, shape: ModelShape) -> CostModel:
     The ``layout.tp`` devices of an HDP rank share its work and its ring traffic; what they send to each other is not
     counted. Set ``train.cost`` to measured coefficients.
     """
-    recompute, devices = config.layout.recompute == "block", config.layout.tp
-    if config.device.kind == "cuda":
+    threads = None if config.device.kind == "cuda" else config.device.threads
+    return cost_of_shape(shape, config.layout, threads, _BYTES[config.dtype])
+
+
+def cost_of_shape(shape: ModelShape, layout: Layout, threads: int | None, bytes_per_element: int) -> CostModel:
+    """As ``nominal_cost``; on a CPU with so many ``threads`` per device, on a GPU where they are None."""
+    recompute, devices = layout.recompute == "block", layout.tp
+    if threads is None:
         return CostModel.from_model(
             shape,
             flops_per_s=400e12 * devices,
@@ -21,13 +28,12 @@ def nominal_cost(config: TrainConfig, shape: ModelShape) -> CostModel:
             bytes_per_s=25e9 * devices,
             recompute=recompute,
         )
-    threads = config.device.threads * devices
     compute = CostModel.from_model(
         shape,
-        flops_per_s=55e9 * threads,
-        attention_flops_per_s=55e9 * threads,
+        flops_per_s=55e9 * threads * devices,
+        attention_flops_per_s=55e9 * threads * devices,
         bytes_per_s=1e9 * devices,
-        bytes_per_element=_BYTES[config.dtype],
+        bytes_per_element=bytes_per_element,
         recompute=recompute,
     )
     # measured on 2 cores with gloo over loopback; a ring step is three messages and two kernels

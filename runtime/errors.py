@@ -3,7 +3,8 @@
 EvermeshError
 ├── TrainingDiverged    (ArithmeticError)  too many steps in a row with values that are not finite
 ├── VocabularyTooSmall  (ValueError)       the tokenizer has more entries than the model has rows
-├── UnsupportedModel    (ValueError)       a model of another project that this version cannot build or write
+├── UnsupportedModel    (ValueError)       a model of another project that this version cannot build, write or train
+├── BatchInvalid        (ValueError)       documents of a script that cannot be trained on, or that differ among ranks
 └── OtherRun            (ValueError)       a checkpoint of another model, tokenizer or data order
 """
 
@@ -24,3 +25,7 @@ class VocabularyTooSmall(EvermeshError, ValueError):
 
 class UnsupportedModel(EvermeshError, ValueError):
     """A model of another project has a family or a setting that this version does not know, or ours cannot be one of them."""
+
+
+class BatchInvalid(EvermeshError, ValueError):
+    """A document has nothing to predict, or the ranks were given different documents."""
