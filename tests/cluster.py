@@ -14,8 +14,15 @@ from pathlib import Path
 from typing import Any
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "torch.distributed", "numpy"])
+_PRELOADED = ["torch", "torch.distributed", "numpy"]
+_CONTEXT.set_forkserver_preload(_PRELOADED)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # inherited by the fork server, which starts later
+
+
+def preload(*modules: str) -> None:
+    """Have ranks start with these modules loaded too; called where tests are collected, before the first rank starts."""
+    _PRELOADED.extend(module for module in modules if module not in _PRELOADED)
+    _CONTEXT.set_forkserver_preload(_PRELOADED)
 
 
 class RankFailed(AssertionError):

@@ -131,7 +131,7 @@ class ParallelModule:
             loss = self._loss(micro_batch, batch)
             loss.backward()
             total += loss.detach()
-        self._slot.attend = None
+            self._end_micro_batch()
         self._sharded.reduce()
         self._gradients.end_step()
         return self._summed(total)
@@ -146,7 +146,7 @@ class ParallelModule:
         total = self._zero()
         for micro_batch in batch.micro_batches:
             total += self._loss(micro_batch, batch)
-        self._slot.attend = None
+            self._end_micro_batch()
         self._sharded.release()
         loss = self._summed(total)
         moment.phase = before
@@ -187,13 +187,17 @@ class ParallelModule:
             for tensor in (micro_batch.tokens_T, micro_batch.targets_T, micro_batch.positions_T, micro_batch.counts_T)
         )
         output = self.model(input_ids=tokens_T.unsqueeze(0), position_ids=positions_T.unsqueeze(0), use_cache=False)
-        self._slot.calls.clear()
         logits_TV = output.logits.squeeze(0)
         logits_TV = logits_TV.to(torch.promote_types(logits_TV.dtype, torch.float32))
         vocabulary = self._tensor.vocabulary or logits_TV.shape[-1]
         sharers = self.mesh.tp if self._tensor.vocabulary else Communicator()
         losses_T = cross_entropy(logits_TV, targets_T, vocabulary, sharers)
         return (losses_T * counts_T).sum() / max(1, batch.num_counted)
+
+    def _end_micro_batch(self) -> None:
+        self._slot.attend = None
+        self._slot.calls.clear()
+        self._tensor.end_micro_batch()
 
     def _zero(self) -> Tensor:
         return torch.zeros((), dtype=torch.float64, device=self.device)

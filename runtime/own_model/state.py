@@ -78,7 +78,7 @@ def save_state(
     if optimizer is not None:
         names = {id(parameter): name for name, parameter in parameters.items()}
         objects[_SCALARS] = _add_optimizer(held, names, optimizer, tensor, groups)
-        objects[_GROUPS] = [{key: v for key, v in group.items() if _is_json(v)} for group in optimizer.param_groups]
+        objects[_GROUPS] = [_as_json(group) for group in optimizer.param_groups]
     phase, groups.moment.phase = groups.moment.phase, "checkpoint"
     path = checkpoint.save(directory, step, held.shard_map, held.tensors, objects, communicator=groups.host)
     groups.moment.phase = phase
@@ -197,7 +197,9 @@ def _restore_optimizer(
 ) -> None:
     for group, saved in zip(optimizer.param_groups, objects[_GROUPS], strict=True):
         group.update({key: tuple(value) if isinstance(value, list) else value for key, value in saved.items()})
-    on_device = {id(p) for group in optimizer.param_groups if group.get("fused") or group.get("capturable") for p in group["params"]}
+    # where torch wants steps beside the parameters
+    fused = [group for group in optimizer.param_groups if group.get("fused") or group.get("capturable")]
+    on_device = {id(parameter) for group in fused for parameter in group["params"]}
     optimizer.state.clear()
     for name, parameter in parameters.items():
         device = parameter.device if id(parameter) in on_device else torch.device("cpu")
@@ -213,7 +215,11 @@ def _persistent_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 yield f"{prefix}.{own}" if prefix else own, buffer
 
 
-def _is_json(value: Any) -> bool:
-    if isinstance(value, list | tuple):
-        return all(isinstance(part, int | float | str | bool | None) for part in value)
-    return isinstance(value, int | float | str | bool | None)
+def _as_json(group: Mapping[str, Any]) -> dict[str, Any]:
+    """The rates of a parameter group; what is no number, text or list of them is left out."""
+    plain = {key: list(value) if isinstance(value, tuple) else value for key, value in group.items()}
+    return {
+        key: value
+        for key, value in plain.items()
+        if all(isinstance(part, int | float | str | None) for part in (value if isinstance(value, list) else [value]))
+    }

@@ -58,15 +58,21 @@ class TensorParallelModel:
         """Parameters that all ranks hold and whose gradients are summed over them."""
         self.vocabulary: int | None = None
         """Entries of the vocabulary, where the model returns the logits of this rank's part of them; None: of all."""
+        self._inputs = _SharedInput(tp)
         if mesh is None:
             return
+        rules = _rules(model)
         _check_degree(tp.size, config)
-        for name, rule in _rules(model).items():
+        for name, rule in rules.items():
             self._apply(model, name, rule, mesh)
 
     def cut(self, name: str) -> Cut:
         """What every rank of the group holds of a parameter."""
         return Cut(self.shapes[name], self.dims.get(name), self.tp.size)
+
+    def end_micro_batch(self) -> None:
+        """Let go of activations."""
+        self._inputs.clear()
 
     def _apply(self, model: nn.Module, name: str, rule: Rule, mesh: DeviceMesh) -> None:
         module = model.get_submodule(name)
@@ -86,8 +92,8 @@ class TensorParallelModel:
             if parameter is not None and dim is not None:
                 self._share(module, own, parameter, dim, mesh)
                 self.dims[f"{name}.{own}"] = dim
-        forward = _column if rule == "column" else _row
-        module.forward = forward(module, self.tp)  # type: ignore[method-assign]
+        forward = _column(module, self._inputs) if rule == "column" else _row(module, self.tp)
+        module.forward = forward  # type: ignore[method-assign]
         if is_head:
             self.vocabulary = module.out_features
 
@@ -154,9 +160,28 @@ def _can_share_head(model: Any, head: nn.Module, ranks: int) -> bool:
     return model.get_input_embeddings().weight is not head.weight and head.weight.shape[0] % ranks == 0
 
 
-def _column(module: nn.Linear, tp: Communicator) -> Callable[[Tensor], Tensor]:
+class _SharedInput:
+    """Column layers that take one tensor, such as those of queries, keys and values, sum its gradient once, together."""
+
+    def __init__(self, tp: Communicator) -> None:
+        self.tp = tp
+        self.clear()
+
+    def __call__(self, x_BTC: Tensor) -> Tensor:
+        if x_BTC is not self._given or self._summed is None or torch.is_grad_enabled() != self._with_gradient:
+            self._given, self._summed = x_BTC, sum_backward(x_BTC, self.tp)
+            self._with_gradient = torch.is_grad_enabled()
+        return self._summed
+
+    def clear(self) -> None:
+        self._given: Tensor | None = None
+        self._summed: Tensor | None = None
+        self._with_gradient = False
+
+
+def _column(module: nn.Linear, inputs: _SharedInput) -> Callable[[Tensor], Tensor]:
     def forward(x_BTC: Tensor) -> Tensor:
-        return F.linear(sum_backward(x_BTC, tp), _local(module.weight), _local(module.bias))
+        return F.linear(inputs(x_BTC), _local(module.weight), _local(module.bias))
 
     return forward
 

@@ -13,10 +13,15 @@ from torch import Tensor, nn
 import evermesh
 from evermesh.parallelism import BatchPlan, CostModel, Layout
 from evermesh.runtime.own_model.module import ParallelModule
-from tests.cluster import run_ranks
+from tests.cluster import preload, run_ranks
 from tests.oracle import gradient, relative_error
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+preload(
+    "evermesh.runtime.own_model.module",
+    "transformers",
+    *(f"transformers.models.{family}.modeling_{family}" for family in ("llama", "qwen3", "mistral", "mixtral", "gpt2")),
+)
 VOCABULARY = 64
 CLIP, LR = 0.05, 0.1
 _SIZES = {
@@ -48,18 +53,21 @@ MODELS: dict[str, dict[str, Any]] = {
         "layer_types": ["sliding_attention", "full_attention"],
     },
     "mixtral": {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2},
-    "gpt2": {"model_type": "gpt2", "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+    "gpt2": {"model_type": "gpt2", "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": 0, "eos_token_id": 0},
 }
-COST = CostModel(token_s=1e-5, pair_s=1e-7, micro_batch_s=1e-4, piece_s=1e-5, ring_step_s=1e-5, ring_token_s=1e-7)
+COST = CostModel(token_s=1e-5, pair_s=1e-7, micro_batch_s=1e-5, piece_s=1e-5, ring_step_s=1e-3, ring_token_s=1e-7)
 
 
-def make_model(name: str, dtype: torch.dtype = torch.float64, **changes: Any) -> Any:
+def make_model(name: str, dtype: torch.dtype = torch.float64, attention: str = "sdpa", **changes: Any) -> Any:
     """A model with random weights that are the same in every process."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     settings = {**_SIZES, **MODELS[name], **changes}
     torch.manual_seed(3)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings), attn_implementation="sdpa")
+    config = AutoConfig.for_model(**settings)
+    # grouped products of experts know no float64
+    options = {"experts_implementation": "eager"} if name == "mixtral" else {}
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, **options)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() < 2:  # norms and biases that are all one or zero hide mistakes
