@@ -33,6 +33,7 @@ def test_no_import_runs_upwards(room: str) -> None:
     "module",
     [
         *(f"evermesh.{room}" for room in ROOMS),
+        "evermesh",
         "evermesh.launcher.agent.agent",
         "evermesh.launcher.agent.worker",
         "evermesh.launcher.cli",
@@ -44,6 +45,7 @@ def test_no_import_runs_upwards(room: str) -> None:
         "evermesh.runtime.model.config",
         "evermesh.runtime.data",
         "evermesh.runtime.model.families",
+        "evermesh.runtime.own_model",
     ],
 )
 def test_packages_and_configuration_never_import_torch(module: str) -> None:

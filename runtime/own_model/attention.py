@@ -112,11 +112,17 @@ def attention_forward(
         [
             ("an attention mask", attention_mask is not None),
             (f"dropout {dropout}", dropout > 0),
-            ("attention to later tokens", getattr(module, "is_causal", True) is False or others.get("is_causal") is False),
+            (
+                "attention to later tokens",
+                getattr(module, "is_causal", True) is False or others.get("is_causal") is False,
+            ),
             (f"a batch of {query.shape[0]} rows", query.shape[0] != 1),
             (f"{query.shape[2]} queries for {key.shape[2]} keys", query.shape[2] != key.shape[2]),
             (f"values of size {value.shape[-1]} with keys of {key.shape[-1]}", value.shape[-1] != key.shape[-1]),
-            *((name, given is not None and given is not False and name not in _HARMLESS) for name, given in others.items()),
+            *(
+                (name, given is not None and given is not False and name not in _HARMLESS)
+                for name, given in others.items()
+            ),
         ],
     )
     if scaling is not None and scaling != query.shape[-1] ** -0.5:
@@ -128,7 +134,7 @@ def _refuse(module: nn.Module, asked: Sequence[tuple[str, bool]]) -> None:
     found = [what for what, is_asked in asked if is_asked]
     if found:
         raise UnsupportedModel(
-            f"{type(module).__name__} asks its attention for {', '.join(found)}; packs and rings know causal attention with or "
-            "without a sliding window, and nothing else. Set what asks for it to zero or none in the model's configuration, "
-            "or train another model."
+            f"{type(module).__name__} asks its attention for {', '.join(found)}; packs and rings know causal attention "
+            "with or without a sliding window, and nothing else. Set what asks for it to zero or none in the model's "
+            "configuration, or train another model."
         )

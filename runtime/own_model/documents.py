@@ -31,9 +31,16 @@ class Documents:
     def __init__(self, tokens: Sequence[Tensor], labels: Sequence[Tensor] | None = None) -> None:
         labels = tokens if labels is None else labels
         if not tokens or len(tokens) != len(labels):
-            raise BatchInvalid(f"{len(tokens)} documents with {len(labels)} labels. Give at least one, and labels of each.")
+            raise BatchInvalid(
+                f"{len(tokens)} documents with {len(labels)} labels. Give at least one, and labels of each."
+            )
         for number, (document, label) in enumerate(zip(tokens, labels, strict=True)):
-            if document.dim() != 1 or document.is_floating_point() or len(document) < 2 or label.shape != document.shape:
+            if (
+                document.dim() != 1
+                or document.is_floating_point()
+                or len(document) < 2
+                or label.shape != document.shape
+            ):
                 raise BatchInvalid(
                     f"document {number} is {document.dtype} of shape {list(document.shape)}, its labels have shape "
                     f"{list(label.shape)}. A document is a 1-D tensor of at least 2 token ids, and has as many labels."
@@ -56,7 +63,7 @@ class Documents:
         """
         digest = xxhash.xxh3_64(plan.to_json())
         for tensor in (*self.inputs, *self.targets):
-            digest.update(tensor.contiguous().numpy())
+            digest.update(tensor.contiguous().numpy().data)
         number = digest.intdigest() >> 2  # so that its negative fits too
         extremes = torch.tensor([number, -number])
         communicator.all_reduce(extremes, "batch", maximum=True)

@@ -4,7 +4,7 @@ Everything that would depend on what else is in a micro-batch, or that our atten
 at once, on every rank alike. What configurations do not say is found by a forward pass of two tokens without kernels.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -32,9 +32,9 @@ def check_layout(layout: Layout) -> None:
         degree = getattr(layout, axis)
         if degree > 1:
             raise LayoutDoesNotFit(
-                f"layout.{axis} is {degree}, but a model of transformers is spread over hdp and tp only: its layers and experts "
-                f"stay on every rank of hdp, its parameters are sharded. Set layout.{axis} to 1; {layout.world_size} ranks can "
-                f"be hdp {layout.world_size // layout.tp} x tp {layout.tp}.",
+                f"layout.{axis} is {degree}, but a model of transformers is spread over hdp and tp only, its parameters "
+                f"sharded over hdp. Set layout.{axis} to 1; {layout.world_size} ranks can be "
+                f"hdp {layout.world_size // layout.tp} x tp {layout.tp}.",
                 axis=axis,
             )
     for axis in ("hot_experts", "offload"):
@@ -73,11 +73,13 @@ def examine(model: nn.Module, config: Any, layout: Layout) -> AttentionSlot:
         UnsupportedModel: names what the model has that would give another result here, and the way out.
     """
     _check_config(config)
-    dropouts = [f"{name} {part.p}" for name, part in model.named_modules() if isinstance(part, nn.Dropout) and part.p > 0]
+    dropouts = [
+        f"{name} {part.p}" for name, part in model.named_modules() if isinstance(part, nn.Dropout) and part.p > 0
+    ]
     if dropouts:
         raise UnsupportedModel(
-            f"{type(model).__name__} has dropout ({', '.join(dropouts[:3])}{', ...' if len(dropouts) > 3 else ''}), which would "
-            "depend on how documents are packed. Set it to 0 in the model's configuration."
+            f"{type(model).__name__} has dropout ({first_few(dropouts)}), which would depend on how "
+            "documents are packed. Set it to 0 in the model's configuration."
         )
     _set_attention(model)
     slot = AttentionSlot(model)
@@ -153,8 +155,8 @@ def _check_calls(calls: list[AttentionCall], model: nn.Module, config: Any) -> N
         window = _window(config, call.index)
         if call.window != window:
             raise UnsupportedModel(
-                f"{call.layer} asks its attention for a window of {call.window} tokens, its configuration says {window}. The mask "
-                "that would have settled it is not built here, so the layer would see other tokens than alone."
+                f"{call.layer} asks its attention for a window of {call.window} tokens, its configuration says {window}. "
+                "The mask that would have settled it is not built here, so the layer would see other tokens than alone."
             )
 
 
@@ -171,9 +173,15 @@ def _set_recompute(model: Any, layout: Layout) -> None:
         return
     if not model.supports_gradient_checkpointing:
         raise UnsupportedModel(
-            f"layout.recompute is {layout.recompute!r}, but {type(model).__name__} cannot recompute its layers. Set it to 'none'."
+            f"layout.recompute is {layout.recompute!r}, but {type(model).__name__} cannot recompute its layers. "
+            "Set it to 'none'."
         )
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def first_few(names: Sequence[str]) -> str:
+    """Three of them, and whether there are more."""
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def _not_through_registry(model: nn.Module, fact: str) -> UnsupportedModel:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from evermesh.runtime.errors import UnsupportedModel
+from evermesh.runtime.own_model.examining import first_few
 from evermesh.runtime.own_model.tensor import TensorParallelModel
 from evermesh.runtime.process_group import Groups
 
@@ -98,7 +99,7 @@ class Gradients:
         names = [name for name, found in zip(self.whole, differs[1:].tolist(), strict=True) if found]
         if names:
             raise UnsupportedModel(
-                f"tensor-parallel ranks have different gradients of {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}, "
+                f"tensor-parallel ranks have different gradients of {first_few(names)}, "
                 "which the model's plan does not say how to sum. Add them to it as 'replicated_with_grad_allreduce', or set "
                 "layout.tp to 1."
             )

@@ -70,8 +70,8 @@ def parallelize(
     config, device = text_config(model), _device_of(mesh)
     if any(parameter.is_meta for parameter in model.parameters()):
         raise UnsupportedModel(
-            f"{type(model).__name__} has parameters on the meta device, without values. Make it on the CPU; a checkpoint can be "
-            "loaded into it later."
+            f"{type(model).__name__} has parameters on the meta device, without values. Make it on the CPU; "
+            "a checkpoint can be loaded into it later."
         )
     slot, shape = examine(model, config, layout), model_shape(model, config)
     _send_weights(model, mesh)

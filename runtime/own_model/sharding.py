@@ -2,8 +2,9 @@
 
 The ranks of a plan run different numbers of micro-batches, some none, and meet in rings in between. So nothing here
 communicates inside a micro-batch: parameters are gathered once before the first and gradients are summed once behind the
-last, in one order on all ranks. In between every rank holds the parameters of the whole model (of its tensor-parallel part), as
-in ZeRO-2; gradients are summed, not averaged, because tokens are already weighted (Rajbhandari et al., arXiv 1910.02054).
+last, in one order on all ranks. In between every rank holds the parameters and gradients of the whole model (of its
+tensor-parallel part); between steps it holds its share of them, as in ZeRO-3 (Rajbhandari et al., arXiv 1910.02054).
+Gradients are summed, not averaged: tokens are already weighted.
 """
 
 from collections.abc import Sequence
@@ -11,9 +12,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from evermesh.parallelism.collectives import Communicator
 from evermesh.runtime.errors import UnsupportedModel
@@ -46,14 +47,19 @@ class ShardedModel:
     """
 
     def __init__(
-        self, model: nn.Module, layers: Sequence[nn.Module], mesh: DeviceMesh, hdp: Communicator, dtype: torch.dtype | None
+        self,
+        model: Any,
+        layers: Sequence[Any],
+        mesh: DeviceMesh,
+        hdp: Communicator,
+        dtype: torch.dtype | None,
     ) -> None:
         stored = next(model.parameters()).dtype
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=stored) if dtype else MixedPrecisionPolicy()
-        for unit in (*layers, model):
+        units = (*layers, model)  # the inner ones first
+        for unit in units:
             fully_shard(unit, mesh=mesh, reshard_after_forward=False, mp_policy=policy)
-        self._root: Any = model
-        self._units: list[Any] = [unit for unit in model.modules() if isinstance(unit, FSDPModule)]
+        self._root, self._units = model, units
         _check_release(self._root)
         for unit in self._units:
             unit.set_gradient_divide_factor(1.0)
@@ -83,11 +89,6 @@ class ShardedModel:
         self._hold(True)
         self.release()
 
-    def abandon(self) -> None:
-        """Forget a step that an exception ended; the next one begins clean."""
-        self._root.reset_iter_state()
-        self._hold(True)
-
     def _hold(self, hold: bool) -> None:
         """Whether a backward pass leaves gradients and parameters where they are."""
         self._root.set_requires_gradient_sync(not hold)
@@ -95,7 +96,7 @@ class ShardedModel:
 
 
 def _check_release(model: Any) -> None:
-    needed = ("set_custom_all_gather", "set_custom_reduce_scatter", "set_reduce_scatter_unused_params", "reset_iter_state")
+    needed = ("set_custom_all_gather", "set_custom_reduce_scatter", "set_reduce_scatter_unused_params")
     missing = [name for name in needed if not hasattr(model, name)]
     state = model._get_fsdp_state()
     missing += [name for name in ("_lazy_init", "_root_post_backward_final_callback") if not hasattr(state, name)]

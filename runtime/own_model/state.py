@@ -1,7 +1,7 @@
 """Checkpoints of a model of transformers and its optimizer: any layout loads what any other saved.
 
-A tensor is named ``parameter.NAME``, ``buffer.NAME`` or ``optimizer.KEY.NAME`` with NAME as transformers says it; what a rank holds
-is a box of it: its part over tp, and of that its rows over hdp.
+A tensor is named ``parameter.NAME``, ``buffer.NAME`` or ``optimizer.KEY.NAME`` with NAME as transformers says it; what a rank
+holds is a box of it: its part over tp, and of that its rows over hdp.
 """
 
 from collections.abc import Iterator, Mapping

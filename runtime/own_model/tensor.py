@@ -1,8 +1,8 @@
 """Tensor parallelism from the plan that a model of transformers declares (``base_model_tp_plan``, ``_tp_plan``).
 
-Every rank of the group sees all tokens of the micro-batch. A *column* layer gives its part of the outputs, a *row* layer takes
-them and its outputs are summed (Shoeybi et al., Megatron-LM, arXiv 1909.08053). Parameters that are cut are DTensors, so that
-sharded data parallelism, optimizers and checkpoints know which part a rank holds; the layers compute with local tensors and
+Every rank of the group sees all tokens of the micro-batch. A *column* layer gives its part of the outputs, a *row* layer
+takes them and its outputs are summed (Shoeybi et al., Megatron-LM, arXiv 1909.08053). Parameters that are cut are DTensors,
+so that sharded data parallelism and optimizers know which part a rank holds; the layers compute with local tensors and
 communicate through the tap.
 """
 
@@ -22,7 +22,12 @@ from evermesh.parallelism.tensor.sums import sum_backward, sum_forward
 from evermesh.runtime.errors import UnsupportedModel
 
 Rule = Literal["column", "row", "partial", "whole"]
-"""``partial``: every rank holds all and uses it for its own heads, so gradients are summed; ``whole``: all ranks do the same."""
+"""What the ranks do with a module.
+
+- ``column``, ``row``: each has its part of the outputs, or of the inputs;
+- ``partial``: each holds all and uses it for its own heads, so gradients are summed;
+- ``whole``: all do the same.
+"""
 _RULES: dict[str, Rule] = {
     "colwise": "column",
     "rowwise": "row",
@@ -84,8 +89,8 @@ class TensorParallelModel:
             return
         if not isinstance(module, nn.Linear):
             raise UnsupportedModel(
-                f"the plan of {type(model).__name__} shares {name}, a {type(module).__name__}; linear layers can be shared here. "
-                "Set layout.tp to 1."
+                f"the plan of {type(model).__name__} shares {name}, a {type(module).__name__}; linear layers can be "
+                "shared here. Set layout.tp to 1."
             )
         for own, dim in (("weight", 0 if rule == "column" else 1), ("bias", 0 if rule == "column" else None)):
             parameter = getattr(module, own)
@@ -93,14 +98,15 @@ class TensorParallelModel:
                 self._share(module, own, parameter, dim, mesh)
                 self.dims[f"{name}.{own}"] = dim
         forward = _column(module, self._inputs) if rule == "column" else _row(module, self.tp)
-        module.forward = forward  # type: ignore[method-assign]
+        module.forward = forward  # type: ignore[assignment, method-assign]
         if is_head:
             self.vocabulary = module.out_features
 
     def _share(self, module: nn.Module, own: str, parameter: nn.Parameter, dim: int, mesh: DeviceMesh) -> None:
         cut = Cut(tuple(parameter.shape), dim, self.tp.size)
         start, stop = cut.span(self.tp.rank)
-        part = parameter.detach().narrow(dim, start, stop - start).to(_device(mesh)).clone(memory_format=torch.contiguous_format)
+        part = parameter.detach().narrow(dim, start, stop - start).to(_device(mesh))
+        part = part.clone(memory_format=torch.contiguous_format)  # the whole one is let go of
         shared = DTensor.from_local(part, mesh, [Shard(dim)], run_check=False)
         setattr(module, own, nn.Parameter(shared, requires_grad=parameter.requires_grad))
 
@@ -146,8 +152,8 @@ def _rules(model: nn.Module) -> dict[str, Rule]:
 
 def _unknown_style(model: nn.Module, name: str, style: str) -> UnsupportedModel:
     return UnsupportedModel(
-        f"the plan of {type(model).__name__} shares {name} as {style!r}; known are {', '.join(_RULES)}, the third for the output "
-        "layer only. Set layout.tp to 1 and give these ranks to layout.hdp."
+        f"the plan of {type(model).__name__} shares {name} as {style!r}; known are {', '.join(_RULES)}, the third for the "
+        "output layer only. Set layout.tp to 1 and give these ranks to layout.hdp."
     )
 
 
@@ -155,9 +161,10 @@ def _expression(pattern: str) -> str:
     return re.escape(pattern).replace(r"\*", "[^.]+")
 
 
-def _can_share_head(model: Any, head: nn.Module, ranks: int) -> bool:
+def _can_share_head(model: Any, head: Any, ranks: int) -> bool:
     """Not when the embedding is the same parameter, which every rank needs whole."""
-    return model.get_input_embeddings().weight is not head.weight and head.weight.shape[0] % ranks == 0
+    is_tied: bool = model.get_input_embeddings().weight is head.weight
+    return not is_tied and head.weight.shape[0] % ranks == 0
 
 
 class _SharedInput:
@@ -165,18 +172,18 @@ class _SharedInput:
 
     def __init__(self, tp: Communicator) -> None:
         self.tp = tp
-        self.clear()
+        self._last: tuple[Tensor, Tensor, bool] | None = None
+        """The tensor, the same with a summed gradient, and whether there will be one."""
 
     def __call__(self, x_BTC: Tensor) -> Tensor:
-        if x_BTC is not self._given or self._summed is None or torch.is_grad_enabled() != self._with_gradient:
-            self._given, self._summed = x_BTC, sum_backward(x_BTC, self.tp)
-            self._with_gradient = torch.is_grad_enabled()
-        return self._summed
+        with_gradient = torch.is_grad_enabled()
+        if self._last is None or self._last[0] is not x_BTC or self._last[2] != with_gradient:
+            self._last = x_BTC, sum_backward(x_BTC, self.tp), with_gradient
+        return self._last[1]
 
     def clear(self) -> None:
-        self._given: Tensor | None = None
-        self._summed: Tensor | None = None
-        self._with_gradient = False
+        """Let go of them."""
+        self._last = None
 
 
 def _column(module: nn.Linear, inputs: _SharedInput) -> Callable[[Tensor], Tensor]:

@@ -53,7 +53,14 @@ MODELS: dict[str, dict[str, Any]] = {
         "layer_types": ["sliding_attention", "full_attention"],
     },
     "mixtral": {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2},
-    "gpt2": {"model_type": "gpt2", "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": 0, "eos_token_id": 0},
+    "gpt2": {
+        "model_type": "gpt2",
+        "resid_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "attn_pdrop": 0.0,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    },
 }
 COST = CostModel(token_s=1e-5, pair_s=1e-7, micro_batch_s=1e-5, piece_s=1e-5, ring_step_s=1e-3, ring_token_s=1e-7)
 
@@ -209,5 +216,3 @@ def differences(found: Outcome, right: Outcome) -> dict[str, float]:
         errors[f"gradient of {key}"] = relative_error(found.gradients[key], right.gradients[key])
         errors[f"updated {key}"] = relative_error(found.updated[key], right.updated[key])
     return errors
-
-

@@ -83,7 +83,8 @@ WIDE = tuple(
 @pytest.mark.parity
 @pytest.mark.parametrize("case", WIDE, ids=_name)
 def test_every_model_on_every_layout(case: Case) -> None:
-    error, what = worst(case, found_by_ranks(WIDE)[case])
+    of_model = tuple(other for other in WIDE if other.model == case.model)
+    error, what = worst(case, found_by_ranks(of_model)[case])
     # the norms of Gemma compute, and sum the gradients of their weights, in float32 whatever the model is in
     assert error <= (1e-5 if "gemma" in case.model else TOLERANCE), what
 
@@ -181,11 +182,13 @@ def _sharding_formula(model: Any, layout: Layout) -> list[Traffic]:
         unit = ".".join(name.split(".")[:3]) if ".layers." in name else "root"
         elements = -(-rows // layout.hdp) * torch.Size(rest).numel()
         units[unit] = units.get(unit, 0) + elements
-    found = []
+    found = list[Traffic]()
     for elements in units.values():
         for _ in range(layout.tp):
             found += collective_traffic("parameters", "all_gather", "hdp", 2 * elements, [0] * layout.hdp)
-            found += collective_traffic("gradients", "reduce_scatter", "hdp", 4 * elements * layout.hdp, [0] * layout.hdp)
+            found += collective_traffic(
+                "gradients", "reduce_scatter", "hdp", 4 * elements * layout.hdp, [0] * layout.hdp
+            )
     return found
 
 
@@ -195,7 +198,10 @@ def _tensor_formula(model: Any, layout: Layout, plan: BatchPlan) -> list[Traffic
     for micro_batches in plan.ranks:
         for tokens in (micro_batch.num_tokens for micro_batch in micro_batches):
             activations = 2 * tokens * config.hidden_size
-            for call_site, sums in (("forward", 2 * config.num_hidden_layers), ("backward", 2 * config.num_hidden_layers + 1)):
+            for call_site, sums in (
+                ("forward", 2 * config.num_hidden_layers),
+                ("backward", 2 * config.num_hidden_layers + 1),
+            ):
                 for _ in range(sums):
                     found += collective_traffic(f"tensor {call_site}", "all_reduce", "tp", activations, nodes)
             found += collective_traffic("loss", "all_reduce", "tp", 4 * tokens, nodes)
@@ -222,7 +228,11 @@ def _fails(rank: int, world_size: int) -> list[str]:
     said = []
     model = parallel_model("qwen3", TWO_BY_TWO)
     given = documents((30, 30 + (rank == 3)))
-    for batch, error in ((given, BatchInvalid), (documents((130,)), SequenceTooLong), ([torch.tensor([1])], BatchInvalid)):
+    for batch, error in (
+        (given, BatchInvalid),
+        (documents((130,)), SequenceTooLong),
+        ([torch.tensor([1])], BatchInvalid),
+    ):
         with pytest.raises(error) as failure:
             model.train_batch(batch)
         said.append(str(failure.value))

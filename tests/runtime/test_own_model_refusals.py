@@ -60,8 +60,8 @@ def test_axes_that_are_not_there_for_such_a_model_are_refused(axis: str, layout:
     ],
 )
 def test_what_would_depend_on_the_packing_is_refused(name: str, changes: dict[str, Any], said: str) -> None:
+    model = make_model(name, **changes).train()
     with pytest.raises(UnsupportedModel, match=said):
-        model = make_model(name, **changes).train()
         examine(model, text_config(model), ALONE)
 
 
