@@ -112,6 +112,11 @@ def _check_config(config: Any) -> None:
             f"rotary positions of type {', '.join(sorted(ropes))} depend on the longest document of a micro-batch, so the "
             "result would depend on the plan. Use linear, yarn or llama3 in rope_parameters."
         )
+    if getattr(config, "output_router_logits", False):
+        raise UnsupportedModel(
+            "the model asks for the auxiliary loss of its routers (output_router_logits), which weighs whatever is in one "
+            "micro-batch. Set it to false; the loss is then that of the tokens alone."
+        )
 
 
 def _rope_types(parameters: Any) -> Iterator[str]:

@@ -52,6 +52,7 @@ def test_axes_that_are_not_there_for_such_a_model_are_refused(axis: str, layout:
     [
         ("gpt2", {"resid_pdrop": 0.1}, "has dropout .transformer.h.0.attn.resid_dropout 0.1"),
         ("llama", {"attention_dropout": 0.1}, "asks its attention for dropout 0.1"),
+        ("mixtral", {"output_router_logits": True}, "auxiliary loss of its routers"),
         (
             "llama",
             {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
