@@ -181,7 +181,10 @@ def _set_recompute(model: Any, layout: Layout) -> None:
             f"layout.recompute is {layout.recompute!r}, but {type(model).__name__} cannot recompute its layers. "
             "Set it to 'none'."
         )
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if hasattr(model, "activation_checkpointing_enable"):  # so it is called in newer releases of transformers 5
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def first_few(names: Sequence[str]) -> str:

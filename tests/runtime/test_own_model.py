@@ -193,15 +193,16 @@ def _sharding_formula(model: Any, layout: Layout) -> list[Traffic]:
 
 
 def _tensor_formula(model: Any, layout: Layout, plan: BatchPlan) -> list[Traffic]:
-    """Two sums forward and two backward in a layer, one backward at the head, two of the loss; and of norms of heads."""
+    """Two sums forward and two backward in a layer, one backward at the head, two of the loss; and of norms of heads.
+
+    A layer that is computed again repeats the sum behind its attention; nothing backward needs the one that ends it.
+    """
     config, found, nodes = model.config, list[Traffic](), [0] * layout.tp
     for micro_batches in plan.ranks:
         for tokens in (micro_batch.num_tokens for micro_batch in micro_batches):
-            activations = 2 * tokens * config.hidden_size
-            for call_site, sums in (
-                ("forward", 2 * config.num_hidden_layers),
-                ("backward", 2 * config.num_hidden_layers + 1),
-            ):
+            activations, layers = 2 * tokens * config.hidden_size, config.num_hidden_layers
+            again = layers if layout.recompute == "block" else 0
+            for call_site, sums in (("forward", 2 * layers + again), ("backward", 2 * layers + 1)):
                 for _ in range(sums):
                     found += collective_traffic(f"tensor {call_site}", "all_reduce", "tp", activations, nodes)
             found += collective_traffic("loss", "all_reduce", "tp", 4 * tokens, nodes)
@@ -212,7 +213,7 @@ def _tensor_formula(model: Any, layout: Layout, plan: BatchPlan) -> list[Traffic
     return found
 
 
-@pytest.mark.parametrize("layout", [FOUR, TWO_BY_TWO], ids=["4x1", "2x2"])
+@pytest.mark.parametrize("layout", [FOUR, TWO_BY_TWO, RECOMPUTED], ids=["4x1", "2x2", "2x2 recomputed"])
 def test_the_ledger_shows_what_the_formulas_say(layout: Layout) -> None:
     found = run_ranks(4, _traffic, "qwen3", layout)
     model, plan = make_model("qwen3"), found[0][1]
