@@ -107,6 +107,29 @@ def test_gradients_of_two_batches_add_up_and_an_evaluation_leaves_none() -> None
         assert max(errors.values()) <= TOLERANCE, errors
 
 
+def _frozen(rank: int, world_size: int) -> dict[str, float | None]:
+    """Errors of the gradients of a model whose embedding and first layer are not trained; None: there is none."""
+    import evermesh
+
+    mesh, model = evermesh.start(TWO_BY_TWO, device="cpu"), make_model("qwen3")
+    model.model.embed_tokens.requires_grad_(False)
+    model.model.layers[0].requires_grad_(False)
+    parallel = evermesh.parallelize(model, TWO_BY_TWO, mesh)
+    parallel.train_batch(documents(LENGTHS), labels(LENGTHS))
+    right = expected("qwen3", LENGTHS).gradients
+    return {
+        name: None if parameter.grad is None else relative_error(whole(parameter.grad), right[name])
+        for name, parameter in parallel.named_parameters()
+    }
+
+
+def test_parameters_that_are_not_trained_get_no_gradient_and_change_no_other() -> None:
+    for errors in run_ranks(4, _frozen):
+        without = {name for name, error in errors.items() if error is None}
+        assert without == {name for name in errors if "embed" in name or ".layers.0." in name}
+        assert max(error for error in errors.values() if error is not None) <= TOLERANCE, errors
+
+
 def _save_and_load(rank: int, world_size: int, folder: str) -> tuple[float, dict[str, float]]:
     """One step on one layout, the next on another; returns its loss and the errors of the parameters."""
     first = parallel_model("qwen3", TWO_BY_TWO)
