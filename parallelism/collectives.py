@@ -266,6 +266,11 @@ class Communicator:
         self._emit("receive", tensor, call_site, (peer,))
         return _started(dist.irecv(tensor, group=self.group, group_src=peer))
 
+    def tell(self, operation: Operation, tensor: "torch.Tensor", call_site: str) -> None:
+        """Send a record of an operation that a library issues among the ranks of this group. Communicates nothing."""
+        if self.group is not None:
+            self._emit(operation, tensor, call_site)
+
     def _emit(
         self,
         operation: Operation,

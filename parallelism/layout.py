@@ -6,6 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, 
 
 from evermesh.parallelism.errors import LayoutDoesNotFit
 from evermesh.parallelism.pipeline.schedule import PipelineSchedule, ScheduleName
+from evermesh.parallelism.sharding import AnySharding, DeepSpeed
 from evermesh.parallelism.tiers import Division, Tiers
 
 
@@ -38,8 +39,10 @@ class Layout(BaseModel):
     attempt starts; or the number of layers of every stage."""
     capacity: PositiveInt = 2048
     """Tokens that one HDP rank holds in one micro-batch (bounds the activation memory)."""
-    sharding: Tiers = Tiers()
-    """What the HDP ranks divide among them of parameters, gradients and optimizer states; by default the states (ZeRO-1)."""
+    sharding: AnySharding = Tiers()
+    """What the HDP ranks divide among them of parameters, gradients and optimizer states; by default the states (ZeRO-1).
+    With
+    kind deepspeed, that library does it."""
     recompute: Literal["none", "block"] = "none"
     """What the backward pass computes again instead of keeping: nothing, or every transformer block."""
     offload: float = Field(default=0.0, ge=0.0, le=1.0)
@@ -55,6 +58,16 @@ class Layout(BaseModel):
                 "virtual_stages",
             )
         return self
+
+    @property
+    def deepspeed(self) -> DeepSpeed | None:
+        """What DeepSpeed is told; None: it is not used."""
+        return self.sharding if isinstance(self.sharding, DeepSpeed) else None
+
+    @property
+    def tiers(self) -> Tiers:
+        """Our own sharding, of whatever DeepSpeed leaves to it."""
+        return self.sharding if isinstance(self.sharding, Tiers) else Tiers()
 
     @property
     def pipeline(self) -> PipelineSchedule:
@@ -79,6 +92,8 @@ class Layout(BaseModel):
         ]
         together = list(sharing)
         if self.sharding.in_lock_step:
+            if self.deepspeed is not None:
+                return (tuple(range(self.hdp)),) if self.hdp > 1 else ()
             dense, experts = self.division.gradients, self.expert_division.gradients
             together += [set(range(first, first + dense)) for first in range(0, self.hdp, dense)]
             together += [set().union(*sharing[first : first + experts]) for first in range(0, self.edp, experts)]
@@ -101,12 +116,12 @@ class Layout(BaseModel):
         Raises:
             LayoutDoesNotFit: ``sharding`` does not fit ``hdp``.
         """
-        return self.sharding.division(self.hdp)
+        return self.tiers.division(self.hdp)
 
     @property
     def expert_division(self) -> Division:
         """How the ranks that hold the same experts divide them; raises as ``division`` does."""
-        return self.sharding.expert_division(self.hdp, self.edp)
+        return self.tiers.expert_division(self.hdp, self.edp)
 
     @property
     def runs_in_waves(self) -> bool:

@@ -40,7 +40,7 @@ class StateMemory:
 def state_memory(sets: Sequence[SetSizes], layout: Layout, element_bytes: int) -> StateMemory:
     """Of a rank with these sets; ``element_bytes`` of a parameter. Gradients and states have at least four."""
     wide = max(4, element_bytes)
-    keeps_gradients = not layout.sharding.in_lock_step or layout.pipeline.splits_backward
+    keeps_gradients = not layout.tiers.in_lock_step or layout.pipeline.splits_backward
     parameters = gradients = states = divided = kept_sums = 0
     by_block: Counter[object] = Counter()
     passing = [0]
@@ -61,7 +61,7 @@ def state_memory(sets: Sequence[SetSizes], layout: Layout, element_bytes: int) -
             # what the backward pass made, the buffer that is summed, and this rank's part of it
             parts = sizes.padded // division.parameters + sizes.padded // division.gradients
             passing.append(sizes.padded * (element_bytes + wide) + parts * wide)
-    gathered = sum(size for _, size in by_block.most_common(2)) if layout.sharding.in_lock_step else divided
+    gathered = sum(size for _, size in by_block.most_common(2)) if layout.tiers.in_lock_step else divided
     return StateMemory(parameters, gathered, gradients, kept_sums + max(passing), states)
 
 

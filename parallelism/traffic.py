@@ -165,7 +165,7 @@ def _owners(
         placement = copied.get(sizes.layer) if sizes.of_experts and sizes.layer is not None else None
         has_copies = placement is not None and bool(placement.copies)
         gathers = reduces = 1
-        if layout.sharding.in_lock_step:
+        if layout.tiers.in_lock_step:
             passes = len(plan.ranks[place.hdp])
             gathers = sizes.gathers * passes + has_copies
             if not layout.pipeline.splits_backward:

@@ -16,6 +16,7 @@ from pydantic import (
 from evermesh.parallelism.cost import CostModel
 from evermesh.parallelism.layout import Layout
 from evermesh.runtime.data.config import DataConfig
+from evermesh.runtime.deepspeed_engine.checks import check_config
 from evermesh.runtime.layout import check_model
 from evermesh.runtime.model.config import ModelConfig
 from evermesh.runtime.optimizer_config import AdamWConfig, AnyOptimizer
@@ -96,4 +97,5 @@ class TrainConfig(_Frozen):
     @model_validator(mode="after")
     def _ranks_can_share_the_model(self) -> Self:
         check_model(self.layout, self.model)
+        check_config(self)
         return self

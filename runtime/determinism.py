@@ -2,12 +2,12 @@
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
+from torch import Tensor
 
 from evermesh.parallelism.collectives import Communicator
-from evermesh.runtime.optimizer import OwnedShard
 
 ENVIRONMENT = {
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # without it matrix products on several streams share scratch memory
@@ -35,19 +35,18 @@ def use_deterministic_algorithms(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def parameters_digest(shards: Sequence[OwnedShard], communicator: Communicator) -> str:
-    """Digest of the parameters that all ranks own, in the optimizer's precision. Collective: 16 bytes of every rank.
+def parameters_digest(owned: Mapping[str, Sequence[Tensor]], communicator: Communicator) -> str:
+    """Digest of the parameters among what all ranks own, in the optimizer's precision. Collective: 16 bytes of every rank.
 
     Runs with the same layout have the same digest if and only if their parameters are equal, bit for bit. Another
     layout adds in another order, and divides the parameters otherwise.
     """
     own = hashlib.blake2b(digest_size=_DIGEST_BYTES)
-    for shard in shards:
-        for name, regions in shard.owned_state():
-            if name.startswith("parameter."):
-                own.update(name.encode())
-                for region in regions:
-                    own.update(region.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    for name, regions in owned.items():
+        if name.startswith("parameter."):
+            own.update(name.encode())
+            for region in regions:
+                own.update(region.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     digests = torch.empty(communicator.size * _DIGEST_BYTES, dtype=torch.uint8)
     communicator.all_gather(digests, torch.frombuffer(bytearray(own.digest()), dtype=torch.uint8), "digest")
     return hashlib.blake2b(digests.numpy().tobytes(), digest_size=_DIGEST_BYTES).hexdigest()

@@ -5,6 +5,8 @@ EvermeshError
 ├── VocabularyTooSmall  (ValueError)       the tokenizer has more entries than the model has rows
 ├── UnsupportedModel    (ValueError)       a model of another project that this version cannot build, write or train
 ├── BatchInvalid        (ValueError)       documents of a script that cannot be trained on, or that differ among ranks
+├── EngineMissing       (ImportError)      a library that a layout asks for is not installed
+├── EngineDiffers       (RuntimeError)     a library does not do what the adapter to it expects
 └── OtherRun            (ValueError)       a checkpoint of another model, tokenizer or data order
 """
 
@@ -13,6 +15,14 @@ from evermesh.parallelism.errors import EvermeshError
 
 class TrainingDiverged(EvermeshError, ArithmeticError):
     """Loss or gradients stay non-finite; the newest checkpoint is from before."""
+
+
+class EngineMissing(EvermeshError, ImportError):
+    """A library that the layout asks for is not installed."""
+
+
+class EngineDiffers(EvermeshError, RuntimeError):
+    """A library does not do what the adapter to it expects; another version of it may."""
 
 
 class OtherRun(EvermeshError, ValueError):

@@ -6,6 +6,8 @@ from evermesh.parallelism.errors import LayoutDoesNotFit
 from evermesh.parallelism.experts.sharding import check_degrees
 from evermesh.parallelism.layout import Layout
 from evermesh.parallelism.mesh import Mesh
+from evermesh.runtime.deepspeed_engine.checks import check_config, check_installed
+from evermesh.runtime.deepspeed_engine.checks import check_degrees as check_deepspeed_degrees
 from evermesh.runtime.model.sharding import DECODER_SHARDING
 from evermesh.runtime.model.stages import nominal_costs, stage_parts
 
@@ -19,8 +21,11 @@ def check_layout(config: "TrainConfig") -> None:
 
     Raises:
         LayoutDoesNotFit: names the degree that cannot work, the numbers, and degrees that can.
+        EngineMissing: a library that it needs is not installed.
     """
     check_model(config.layout, config.model)
+    check_config(config)
+    check_installed(config.layout)
     Mesh.of(config.layout)
     _ = config.layout.division  # refuses tiers that do not divide the ranks
 
@@ -36,6 +41,7 @@ def check_model(layout: Layout, model: "ModelConfig") -> None:
             f"layout.offload is {layout.offload}, but this version keeps all activations on the device. Leave it out.",
             axis="offload",
         )
+    check_deepspeed_degrees(layout)
     DECODER_SHARDING.check_degree(layout.tp, model.model_dump())
     stage_parts(model, layout, nominal_costs(model, model.vocabulary or 1))
     if layout.hot_experts and layout.ep == 1:

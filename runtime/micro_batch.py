@@ -1,7 +1,7 @@
 """Forward and backward of micro-batches: where a model meets the plan."""
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -72,6 +72,8 @@ class MicroBatchRunner:
         parts: Mapping[int, Part] | None = None,
     ) -> None:
         self.model, self.hdp, self.tp = model, hdp, tp or Communicator()
+        self.call: Callable[..., Tensor] = model
+        """What runs the model forward."""
         self.pipeline, self.parts = pipeline, dict(parts or {0: model.parts[0]})
         weight = next(model.parameters())
         self.device, self.dtype = weight.device, weight.dtype
@@ -90,13 +92,17 @@ class MicroBatchRunner:
             total = torch.zeros((), dtype=torch.float64, device=self.device)
             for run in runs:
                 loss = run.forward(self.parts[0], None)
-                loss.backward()
+                self._backward(loss, is_last=run is runs[-1])
                 total += loss.detach()
         else:
             stages = {stage: _Stage(part, runs) for stage, part in self.parts.items()}
             total = self.pipeline.run(stages, self._activations(batch)).loss
         contexts = [run.context for run in runs]
         return (total if self.tp.rank == 0 else torch.zeros_like(total)), contexts
+
+    def _backward(self, loss: Tensor, *, is_last: bool) -> None:
+        """Add the gradients of ``loss``; ``is_last``: of this rank's part of the step."""
+        loss.backward()
 
     @torch.no_grad()
     def evaluate(self, batch: LocalBatch) -> Tensor:
@@ -142,7 +148,7 @@ class _Run:
         """Activations [t, C] behind ``part``; behind the last, its part of the mean loss of the batch, a scalar."""
         runner, num_tokens = self.runner, self.micro_batch.plan.num_tokens
         tokens_T, positions_T = self._padded
-        y = runner.model(
+        y = runner.call(
             tokens_T,
             positions_T,
             self.attend,

@@ -15,26 +15,23 @@ from evermesh.checkpoint.errors import CheckpointNotFound
 from evermesh.fault.events import EventLog
 from evermesh.parallelism.batch_plan import BatchPlan
 from evermesh.parallelism.ledger import ByteLedger
-from evermesh.parallelism.memory import StateMemory, state_memory
 from evermesh.parallelism.planner import HybridPlanner, Planner
 from evermesh.runtime import process_group
 from evermesh.runtime.config import TrainConfig
 from evermesh.runtime.cost import nominal_cost
 from evermesh.runtime.data import HeldOut, Sampler, hold_out, open_sources
 from evermesh.runtime.determinism import parameters_digest, use_deterministic_algorithms
+from evermesh.runtime.engine import build_engine
 from evermesh.runtime.evaluation import Evaluation
 from evermesh.runtime.expert_balance import ExpertBalance
 from evermesh.runtime.feed import BatchFeed, PlannedBatch
 from evermesh.runtime.guard import StepGuard
-from evermesh.runtime.lamb import build_optimizer
 from evermesh.runtime.layout import check_layout
-from evermesh.runtime.model.building import build_model, build_runner
 from evermesh.runtime.model.families import unused_settings
-from evermesh.runtime.optimizer import shard_map
 from evermesh.runtime.schedule import learning_rate
 from evermesh.runtime.state import Progress, TrainingState
 from evermesh.runtime.telemetry import PlanSummary, StepReport
-from evermesh.runtime.traffic import over_all_ranks, payload_bytes, trained_model
+from evermesh.runtime.traffic import over_all_ranks, payload_bytes
 from evermesh.runtime.weights import load_initial_weights
 
 TRAFFIC = (
@@ -131,9 +128,8 @@ class Trainer:
         held_out = hold_out(self.corpora, config.data, evaluation.tokens) if evaluation else HeldOut.none(self.corpora)
         self.sampler = Sampler(self.corpora, config.data, config.seed, held_out.documents)
         vocabulary = model.rows(self.corpora[0].vocabulary)
-        self.built = build_model(config, vocabulary, self.groups, self.device)
-        self.optimizer = build_optimizer(self.built.sets, config.optimizer, self.built.tied)
-        self.runner = build_runner(self.built, config.layout, self.groups)
+        self.engine = build_engine(config, vocabulary, self.groups, self.device)
+        self.built, self.optimizer, self.runner = self.engine.built, self.engine.optimizer, self.engine.runner
         self.evaluation = Evaluation(held_out.batches, self.built, self.runner, self.groups)
         self.cost = config.cost or nominal_cost(config, model.shape(vocabulary))
         self.planner = planner or HybridPlanner(config.layout, self.cost)
@@ -142,8 +138,7 @@ class Trainer:
         self.events = EventLog(directory / "events.jsonl") if directory and self.rank == 0 else None
         self.progress = Progress(sampler=self.sampler.state_dict())
         self.experts = ExpertBalance(self.built, model, self.groups.ep, config.layout.hot_experts, self.progress)
-        held = [of for of_rank in self.built.held for of in of_rank]
-        self.shards = shard_map(held, getattr(torch, config.dtype))
+        self.shards = self.engine.shards
         self.state = TrainingState(self.optimizer, self.shards, self.progress, self._identity(), self.groups.host)
         if resume:
             self._resume()
@@ -159,7 +154,8 @@ class Trainer:
         last = min(self.config.steps, self.config.stop_at or self.config.steps)
         reason: Reason = "finished" if last == self.config.steps else "stop_at"
         self._log("started", f"step {self.progress.step} of {self.config.steps}, {self.workers} workers")
-        self._log("memory", f"{self.memory}", **dataclasses.asdict(self.memory))
+        if (memory := self.engine.memory) is not None:
+            self._log("memory", f"{memory}", **dataclasses.asdict(memory))
         if self.progress.step >= last:
             return self._end(reason, self._newest_checkpoint())
         self.groups.control.moment.step = self.progress.step
@@ -182,18 +178,12 @@ class Trainer:
             if ends:
                 return self._end("asked" if step < last else reason, saved)
 
-    @property
-    def memory(self) -> StateMemory:
-        """Bytes of parameters, gradients and optimizer states that this rank needs."""
-        trained = trained_model(self.config, self.corpora[0].vocabulary, self.built.stages, self.built.held)
-        return state_memory(trained.stages[self.groups.place.pp].sets, self.config.layout, trained.bytes_per_element)
-
     def train_step(self, batch: PlannedBatch) -> StepOutcome:
         """Run one optimizer step. Collective; all ranks agree on the outcome."""
         began_s, self.plan = time.monotonic(), batch.plan
         self.progress.step += 1
         self.groups.moment.begin_step(self.progress.step)
-        self.built.begin_step()
+        self.engine.begin_step()
         self.experts.begin_step()
         local_loss, contexts = self.runner.accumulate(batch.local)
         self.experts.end_step()
@@ -204,7 +194,7 @@ class Trainer:
             self.progress.updates += 1
             self.optimizer.step(self._learning_rate(), self._clip(grad_norm))
             self.experts.learn(contexts, self.groups.world, self.device)
-        self.built.end_step()
+        self.engine.end_step()
         self.progress.sampler = batch.sampler_state
         return StepOutcome(loss, grad_norm, committed, asked)
 
@@ -233,7 +223,7 @@ class Trainer:
 
     def _synchronize(self, local_loss: Tensor) -> tuple[float, float, Asked | None]:
         """Sum gradients, loss and requests over all ranks: (loss, gradient norm, what was asked). Collective."""
-        square = self.built.sum_gradients()
+        square = self.engine.sum_gradients()
         asked = _ASKED.index(self.asked()) if self.rank == 0 and self.asked is not None else 0
         scalars = torch.stack([local_loss, square, local_loss.new_tensor(float(asked))])
         self.groups.world.all_reduce(scalars, "scalars")
@@ -323,7 +313,7 @@ class Trainer:
 
     def _end(self, reason: Reason, saved: Path | None) -> FitResult:
         """Collective: says how the run ended, and with which parameters."""
-        digest = parameters_digest(self.optimizer.shards, self.groups.host)
+        digest = parameters_digest(self.optimizer.owned_state(), self.groups.host)
         text = f"after step {self.progress.step} ({reason}), parameters {digest}"
         self._log("finished" if reason == "finished" else "stopped", text, parameters=digest)
         return FitResult(self.progress.step, reason, saved)

@@ -124,10 +124,10 @@ def build_model(config: TrainConfig, vocabulary: int, groups: Groups, device: to
         parameters.reductions = reductions
     if tied is not None:
         tied.trained = next((of for of in sets if "embedding.weight" in of.parameters), None)
-    if layout.sharding.by_block:
-        apply_gathering(model, sets, parts, for_step=not layout.sharding.in_lock_step)
+    if layout.tiers.by_block:
+        apply_gathering(model, sets, parts, for_step=not layout.tiers.in_lock_step)
     held = [_held(config, vocabulary, mesh, all_parts, pp) for pp in range(mesh.pp)]
-    for_step = not layout.sharding.in_lock_step
+    for_step = not layout.tiers.in_lock_step
     return BuiltModel(model, all_parts, parts, sets, held, tied, deferred, for_step)
 
 
@@ -154,11 +154,11 @@ def keeps_gradients_of(layout: Layout) -> bool:
 
     A schedule that computes the gradients of weights behind the backward pass has them together only then.
     """
-    return not layout.sharding.in_lock_step or layout.pipeline.splits_backward
+    return not layout.tiers.in_lock_step or layout.pipeline.splits_backward
 
 
 def _together(cuts: Mapping[str, AnyCut], layout: Layout) -> list[list[str]]:
-    if layout.sharding.by_block:
+    if layout.tiers.by_block:
         return names_by_module(list(cuts))
     return [list(cuts)] if cuts else []
 

@@ -1,0 +1,1 @@
+"""Trains with the library DeepSpeed (extra ``deepspeed``) under our trainer, batch plans and checkpoints."""
