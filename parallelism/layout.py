@@ -41,8 +41,7 @@ class Layout(BaseModel):
     """Tokens that one HDP rank holds in one micro-batch (bounds the activation memory)."""
     sharding: AnySharding = Tiers()
     """What the HDP ranks divide among them of parameters, gradients and optimizer states; by default the states (ZeRO-1).
-    With
-    kind deepspeed, that library does it."""
+    With kind deepspeed, that library does it."""
     recompute: Literal["none", "block"] = "none"
     """What the backward pass computes again instead of keeping: nothing, or every transformer block."""
     offload: float = Field(default=0.0, ge=0.0, le=1.0)
