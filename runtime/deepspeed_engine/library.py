@@ -72,6 +72,8 @@ def start_library(config: TrainConfig, hdp: Communicator) -> LibraryTap:
         backend = "nccl" if config.device.kind == "cuda" else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     deepspeed.init_distributed(dist_init_required=False, timeout=timeout)
+    # a group of its own, as it would make it, but one that does not wait half an hour for a dead rank
+    deepspeed.utils.groups._WORLD_GROUP = dist.new_group(timeout=timeout)
     tap = LibraryTap(hdp)
     tap.install(deepspeed.comm.comm.cdb)
     return tap

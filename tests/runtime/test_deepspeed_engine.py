@@ -2,6 +2,7 @@
 
 import importlib.util
 import itertools
+import multiprocessing
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -30,8 +31,6 @@ from tests.oracle import relative_error
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="the extra deepspeed is missing")
 MODEL = {"hidden": 32, "layers": 2, "heads": 4, "kv_heads": 2, "ffn": 48, "initial_std": 0.1}
 MIXTURE = {"experts": 4, "ffn": 16, "shared_ffn": 16, "balancing": {"kind": "bias", "rate": 0.01}}
-EVERYTHING = {"tied_embeddings": True, "moe": MIXTURE, "qk_norm": True}
-"""A parameter that two modules share, parameters that no token may use, and small ones."""
 STEPS, BAD_STEP = 4, 2
 SHARDINGS: dict[str, dict[str, Any]] = {
     "stage 1": {"stage": 1},
@@ -46,9 +45,10 @@ SHARDINGS: dict[str, dict[str, Any]] = {
 
 
 def _values(corpus: Path, **changes: Any) -> dict[str, Any]:
+    data = {"sources": [{"kind": "corpus", "path": str(corpus)}], "context": 512, "batch_tokens": 1500}
     values: dict[str, Any] = {
         "model": MODEL,
-        "data": {"sources": [{"kind": "corpus", "path": str(corpus)}], "context": 512, "batch_tokens": 1500},
+        "data": data | changes.pop("data", {}),
         "optimizer": {"warmup_steps": 2, "clip_norm": 0.5, "weight_decay": 0.3},
         "checkpoint": {"every": None},
         "steps": STEPS,
@@ -74,22 +74,22 @@ class Run(NamedTuple):
 
 
 def _on_rank(
-    rank: int, workers: int, configs: list[TrainConfig], folder: Path, bad_step: int | None, uneven: bool
-) -> list[Run]:
+    rank: int, workers: int, configs: dict[str, TrainConfig], folder: Path, bad_step: int | None
+) -> dict[str, Run]:
     """Several runs in one process, because the library is imported for seconds. In the backward pass of ``bad_step`` the
     loss of rank 0 is not a number."""
-    runs = []
-    for number, config in enumerate(configs):
+    runs = {}
+    for name, config in configs.items():
         reports: list[StepReport] = []
         plans: list[BatchPlan] = []
-        directory = folder / str(number)
+        directory = folder / name
         directory.mkdir(exist_ok=True)
         trainer = Trainer(config, directory=directory, report=reports.append)
-        if uneven:
+        if "uneven" in name:
             trainer.planner = Uneven(trainer.planner)
         _watch(trainer, plans, bad_step if rank == 0 else None)
         trainer.fit()
-        runs.append(Run(reports, plans, directory))
+        runs[name] = Run(reports, plans, directory)
     return runs
 
 
@@ -106,9 +106,11 @@ def _watch(trainer: Trainer, plans: list[BatchPlan], bad_step: int | None) -> No
     trainer.train_step, trainer.runner._backward = train_step, spoiled  # type: ignore[method-assign]
 
 
-def _train(configs: list[TrainConfig], folder: Path, bad_step: int | None = None, *, uneven: bool = False) -> list[Run]:
-    folder.mkdir()
-    return run_ranks(configs[0].layout.world_size, _on_rank, configs, folder, bad_step, uneven, timeout_s=170.0)[0]
+def _train(configs: dict[str, TrainConfig], folder: Path, bad_step: int | None = None) -> dict[str, Run]:
+    """By name; those with ``uneven`` in it get uneven plans."""
+    workers = {config.layout.world_size for config in configs.values()}
+    assert len(workers) == 1
+    return run_ranks(workers.pop(), _on_rank, configs, folder, bad_step, timeout_s=170.0)[0]
 
 
 def _saved(directory: Path) -> dict[str, Tensor]:
@@ -129,11 +131,32 @@ def _assert_same(run: Run, oracle: Run, rel: float = 1e-6) -> None:
         assert ours.grad_norm == pytest.approx(theirs.grad_norm, rel=rel, nan_ok=True)
 
 
+FEW_TOKENS, EVERYTHING = "few tokens", "experts, tied, recomputed, evaluated"
+VARIANTS: dict[str, dict[str, Any]] = {
+    "": {},
+    FEW_TOKENS: {"data": {"context": 200, "batch_tokens": 60}},
+    EVERYTHING: {
+        "model": MODEL | {"tied_embeddings": True, "moe": MIXTURE, "qk_norm": True},
+        "evaluation": {"every": 2, "tokens": 700},
+        "layout": {"recompute": "block"},
+    },
+    "bfloat16": {"dtype": "bfloat16"},
+}
+"""What is trained otherwise. With experts there are parameters that no token may use, and with tied embeddings one that two
+modules share."""
+
+
 @pytest.fixture(scope="module")
-def oracle(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """One worker, our own optimizer, float64; one step is bad."""
-    config = _config(corpus, 1, None, dtype="float64")
-    return _train([config], tmp_path_factory.mktemp("oracle") / "run", BAD_STEP)[0]
+def oracles(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
+    """One worker, our own optimizer, float64, by variant; one step is bad."""
+    configs = {name: _config(corpus, 1, None, **(changes | {"dtype": "float64"})) for name, changes in VARIANTS.items()}
+    return _train(configs, tmp_path_factory.mktemp("oracle"), BAD_STEP)
+
+
+@pytest.fixture
+def oracle(oracles: dict[str, Run]) -> Run:
+    """Of the model as it is."""
+    return oracles[""]
 
 
 class Result(NamedTuple):
@@ -144,29 +167,44 @@ class Result(NamedTuple):
     """Of rank 0, when it expects the library to divide parameters in another way."""
 
 
-def _on_rank_and_refused(rank: int, workers: int, configs: list[TrainConfig], folder: Path) -> tuple[list[Run], str]:
-    runs = _on_rank(rank, workers, configs, folder, BAD_STEP, uneven=False)
+def _on_rank_and_refused(rank: int, workers: int, configs: dict[str, TrainConfig], folder: Path) -> Result:
+    runs = _on_rank(rank, workers, configs, folder, BAD_STEP)
     partitions.ALIGNMENT = 64
     try:
-        Trainer(configs[0])
+        Trainer(configs["stage 1"])
     except EngineDiffers as refusal:
-        return runs, str(refusal)
-    return runs, "not refused"
+        return Result(runs, str(refusal))
+    return Result(runs, "not refused")
 
 
 @pytest.fixture(scope="module")
 def two_ranks(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Result:
     """Every sharding on two workers; one step is bad."""
-    configs = [_config(corpus, 2, sharding) for sharding in SHARDINGS.values()]
-    folder = tmp_path_factory.mktemp("runs")
-    (runs, refusal), _ = run_ranks(2, _on_rank_and_refused, configs, folder, timeout_s=170.0)
-    return Result(dict(zip(SHARDINGS, runs, strict=True)), refusal)
+    configs = {name: _config(corpus, 2, sharding) for name, sharding in SHARDINGS.items()}
+    return run_ranks(2, _on_rank_and_refused, configs, tmp_path_factory.mktemp("runs"), timeout_s=170.0)[0]
 
 
 @pytest.fixture
 def runs(two_ranks: Result) -> dict[str, Run]:
     """By sharding."""
     return two_ranks.runs
+
+
+@pytest.fixture(scope="module")
+def variants(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
+    """Other models, types and plans on two workers; one step is bad."""
+    offloaded = {"stage": 1, "offload": "optimizer"}
+    configs = {
+        "uneven": _config(corpus, 2, {"stage": 1}),
+        "uneven, states on the host": _config(corpus, 2, offloaded),
+        "uneven, few tokens": _config(corpus, 2, {"stage": 1}, **VARIANTS[FEW_TOKENS]),
+        "uneven, few tokens, states on the host": _config(corpus, 2, offloaded, **VARIANTS[FEW_TOKENS]),
+        EVERYTHING: _config(corpus, 2, {"stage": 3, "whole_below": 0}, **VARIANTS[EVERYTHING]),
+        "own bfloat16": _config(corpus, 2, None, dtype="bfloat16"),
+        "stage 1 bfloat16": _config(corpus, 2, {"stage": 1}, dtype="bfloat16"),
+        "stage 3 bfloat16": _config(corpus, 2, {"stage": 3}, dtype="bfloat16"),
+    }
+    return _train(configs, tmp_path_factory.mktemp("variants"), BAD_STEP)
 
 
 @pytest.mark.parametrize("name", SHARDINGS)
@@ -234,49 +272,90 @@ def _parts(micro_batch: MicroBatch) -> list[tuple[Piece, ...]]:
     return [pieces] if any(len(piece.ring) > 1 for piece in pieces) else [(piece,) for piece in pieces]
 
 
-@pytest.mark.parametrize("few_tokens", [True, False])
-def test_stage_1_takes_unequal_numbers_of_micro_batches(few_tokens: bool, corpus: Path, tmp_path: Path) -> None:
-    few = {"sources": [{"kind": "corpus", "path": str(corpus)}], "context": 200, "batch_tokens": 60}
-    settings: dict[str, Any] = {"data": few} if few_tokens else {}
-    wanted = _train([_config(corpus, 1, None, dtype="float64", **settings)], tmp_path / "oracle", BAD_STEP)[0]
-    configs = [_config(corpus, 2, {"stage": 1, "offload": offload}, **settings) for offload in ("none", "optimizer")]
-    for run in _train(configs, tmp_path / "run", BAD_STEP, uneven=True):
-        _assert_same(run, wanted)
-        counts = [tuple(len(of_rank) for of_rank in plan.ranks) for plan in run.plans]
-        assert any(len(set(count)) == 2 for count in counts), counts
-        assert few_tokens == any(0 in count for count in counts)
-
-
-@pytest.mark.parametrize(
-    "stages",
-    [pytest.param((1, 2), marks=pytest.mark.parity), (3,)],
-)
-def test_experts_tied_embeddings_recomputation_and_evaluation(
-    stages: tuple[int, ...], corpus: Path, tmp_path: Path
+@pytest.mark.parametrize("variant", ["", FEW_TOKENS])
+@pytest.mark.parametrize("host", ["", ", states on the host"])
+def test_stage_1_takes_unequal_numbers_of_micro_batches(
+    variant: str, host: str, variants: dict[str, Run], oracles: dict[str, Run]
 ) -> None:
-    settings = {"model": MODEL | EVERYTHING, "evaluation": {"every": 2, "tokens": 700}}
-    layout = {"recompute": "block"}
-    wanted = _train([_config(corpus, 1, None, dtype="float64", **settings)], tmp_path / "oracle", BAD_STEP)[0]
-    configs = [_config(corpus, 2, {"stage": n, "whole_below": 0}, layout=layout, **settings) for n in stages]
-    for run in _train(configs, tmp_path / "run", BAD_STEP):
-        _assert_same(run, wanted)
-        held_out = [
-            (ours.held_out_loss, theirs.held_out_loss) for ours, theirs in zip(run.reports, wanted.reports, strict=True)
-        ]
-        assert [ours is None for ours, _ in held_out] == [True, False, True, False]
-        for ours, theirs in held_out:
-            assert ours == (None if theirs is None else pytest.approx(theirs, rel=1e-6))
+    run = variants[f"uneven{', ' if variant else ''}{variant}{host}"]
+    _assert_same(run, oracles[variant])
+    counts = [tuple(len(of_rank) for of_rank in plan.ranks) for plan in run.plans]
+    assert any(len(set(count)) == 2 for count in counts), counts
+    assert any(0 in count for count in counts) == (variant == FEW_TOKENS)
 
 
-def test_bfloat16_keeps_its_masters_in_float32(corpus: Path, tmp_path: Path) -> None:
-    configs = [_config(corpus, 2, sharding, dtype="bfloat16") for sharding in (None, {"stage": 1}, {"stage": 3})]
-    own, *others = _train(configs, tmp_path / "run")
-    for run in others:
-        assert run.reports[0].loss == own.reports[0].loss, "the first forward pass has the same parameters"
+def test_experts_tied_embeddings_recomputation_and_evaluation(
+    variants: dict[str, Run], oracles: dict[str, Run]
+) -> None:
+    _assert_evaluated_alike(variants[EVERYTHING], oracles[EVERYTHING])
+
+
+@pytest.mark.parity
+def test_experts_and_tied_embeddings_in_every_stage(corpus: Path, oracles: dict[str, Run], tmp_path: Path) -> None:
+    configs = {name: _config(corpus, 2, sharding, **VARIANTS[EVERYTHING]) for name, sharding in SHARDINGS.items()}
+    for run in _train(configs, tmp_path, BAD_STEP).values():
+        _assert_evaluated_alike(run, oracles[EVERYTHING])
+
+
+def _assert_evaluated_alike(run: Run, wanted: Run) -> None:
+    _assert_same(run, wanted)
+    ours, theirs = ([report.held_out_loss for report in of.reports] for of in (run, wanted))
+    assert [loss is None for loss in ours] == [True, False, True, False]
+    assert ours[1::2] == pytest.approx(theirs[1::2], rel=1e-6)
+
+
+def test_bfloat16_keeps_its_masters_in_float32(variants: dict[str, Run]) -> None:
+    own = variants["own bfloat16"]
+    for run in (variants["stage 1 bfloat16"], variants["stage 3 bfloat16"]):
+        assert run.reports[0].loss == pytest.approx(own.reports[0].loss, rel=1e-4), "the same parameters at first"
         _assert_same(run, own, rel=2e-2)
         saved = _saved(run.directory / "checkpoints")
         assert all(tensor.dtype == torch.float32 for tensor in saved.values())
         assert any(not torch.equal(tensor, tensor.bfloat16().float()) for tensor in saved.values())
+
+
+@pytest.mark.parity
+@pytest.mark.timeout(900)
+def test_the_compiled_adam_steps_as_torch_does(corpus: Path, tmp_path: Path, oracle: Run) -> None:
+    """It is compiled if no earlier run has left it in torch's folder of extensions: for minutes."""
+    shardings = [
+        {"stage": 2, "offload": "optimizer", "adam": "deepspeed"},
+        {"stage": 3, "offload": "parameters", "adam": "deepspeed"},
+    ]
+    configs = {f"{number}": _config(corpus, 2, sharding) for number, sharding in enumerate(shardings)}
+    for run in run_ranks(2, _on_rank, configs, tmp_path, BAD_STEP, timeout_s=850.0)[0].values():
+        _assert_same(run, oracle)
+    # the number of updates so far, which corrects its moments, comes back too
+    whole, first = (_config(corpus, 2, shardings[0], stop_at=stop_at) for stop_at in (None, 2))
+    uninterrupted = _train({"whole": whole}, tmp_path)["whole"]
+    (tmp_path / "stopped").mkdir()
+    for config in (first, whole):
+        run_ranks(2, _moved, config, tmp_path / "stopped", None)
+    expected, saved = (_saved(of / "checkpoints") for of in (uninterrupted.directory, tmp_path / "stopped"))
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in saved.items())
+
+
+def _alone(sender: Any, config: TrainConfig) -> None:
+    reports: list[StepReport] = []
+    Trainer(config, report=reports.append).fit()
+    sender.send([(report.loss, report.grad_norm) for report in reports])
+
+
+def test_a_worker_alone_needs_no_group(corpus: Path) -> None:
+    context = multiprocessing.get_context("forkserver")
+    seen = []
+    for sharding in (None, {"stage": 3}):
+        receiver, sender = context.Pipe(duplex=False)
+        process = context.Process(target=_alone, args=(sender, _config(corpus, 1, sharding, steps=2)), daemon=True)
+        process.start()
+        sender.close()
+        try:
+            seen.append(receiver.recv())
+        finally:
+            process.kill()
+            process.join()
+    own, library = seen
+    assert library == [pytest.approx(of_step, rel=1e-6) for of_step in own]
 
 
 class Move(NamedTuple):
@@ -290,11 +369,10 @@ class Move(NamedTuple):
 
 JOURNEYS = {
     "there and back": [
-        Move(3, None, is_trained=True),
-        Move(2, {"stage": 3, "whole_below": 0}),
-        Move(3, {"stage": 1}),
+        Move(2, None, is_trained=True),
+        Move(3, {"stage": 3, "whole_below": 0}),
         Move(2, None),
-        Move(3, {"stage": 3, "whole_below": 0}, is_trained=True),
+        Move(2, {"stage": 1}, is_trained=True),
     ],
     "the others": [
         Move(2, {"stage": 2}, is_trained=True),
@@ -303,6 +381,7 @@ JOURNEYS = {
         Move(4, {"stage": 3, "offload": "parameters", "whole_below": 200}),
         Move(3, None),
         Move(1, {"stage": 3}),
+        Move(3, {"stage": 1}),
         Move(3, {"stage": 2, "offload": "optimizer"}, is_trained=True),
     ],
 }
@@ -350,7 +429,7 @@ def test_a_checkpoint_moves_between_engines_and_numbers_of_ranks_bit_for_bit(
         assert before.keys() == after.keys()
         assert all(torch.equal(before[name], after[name]) for name in before)
     assert any(tensor.abs().max() > 0 for name, tensor in states[0].items() if name.startswith("exp_avg_sq."))
-    whole = _train([_config(corpus, 1, None, dtype="float64")], tmp_path / "whole")[0]
+    whole = _train({"whole": _config(corpus, 1, None, dtype="float64")}, tmp_path)["whole"]
     expected = _saved(whole.directory / "checkpoints")
     for name, tensor in states[-1].items():
         assert relative_error(tensor.double(), expected[name]) <= 1e-5, name
