@@ -408,6 +408,7 @@ def _model_parameters(trainer: Trainer) -> dict[str, Tensor]:
         return {name: parameter.detach().clone() for name, parameter in named.items()}
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("journey", ["there and back", pytest.param("the others", marks=pytest.mark.parity)])
 def test_a_checkpoint_moves_between_engines_and_numbers_of_ranks_bit_for_bit(
     journey: str, corpus: Path, tmp_path: Path
