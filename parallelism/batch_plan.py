@@ -48,8 +48,9 @@ class MicroBatch:
 
     pieces: tuple[Piece, ...]
     recompute: Literal["none", "block"] = "none"
+    """Whether every block keeps all its activations, or does with them as ``Layout.activations`` says."""
     offload: float = 0.0
-    """Fraction of the activations kept in host memory."""
+    """Of blocks that offload: fraction of the tokens whose matrix products wait in host memory."""
     lock_step: int | None = None
     """Index of the collectives (expert all-to-all, sharded parameters) that a group runs together; None: none."""
 

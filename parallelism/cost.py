@@ -94,18 +94,21 @@ class CostModel(BaseModel):
         attention_flops_per_s: float,
         bytes_per_s: float,
         bytes_per_element: int = 2,
-        recompute: bool = False,
+        recompute: float = 0.0,
+        recompute_products: float | None = None,
     ) -> Self:
         """Coefficients from the sizes of a model and sustained rates of one device (FLOP/s, link bytes/s).
 
-        Flash attention's backward costs 2.5 forwards; recomputing blocks adds one more forward of everything.
+        Flash attention's backward costs 2.5 forwards. What is computed again adds its share of one more forward:
+        ``recompute`` of all attention, ``recompute_products`` of everything else (None: as much).
         """
+        products = recompute if recompute_products is None else recompute_products
         kv_bytes = 2 * shape.layers * shape.kv_heads * shape.head_dim * bytes_per_element
         return cls(
-            token_s=(4.0 if recompute else 3.0) * shape.linear_flops_per_token() / flops_per_s,
-            pair_s=(4.5 if recompute else 3.5) * shape.attention_flops_per_pair() / attention_flops_per_s,
+            token_s=(3.0 + products) * shape.linear_flops_per_token() / flops_per_s,
+            pair_s=(3.5 + recompute) * shape.attention_flops_per_pair() / attention_flops_per_s,
             # keys and values travel forward and again backward, their gradients travel once
-            ring_token_s=(4.0 if recompute else 3.0) * kv_bytes / bytes_per_s,
+            ring_token_s=(3.0 + recompute) * kv_bytes / bytes_per_s,
         )
 
     def whole_s(self, length: int) -> float:

@@ -1,4 +1,4 @@
-"""The static part of a plan: degrees of parallelism, capacity, recompute and offload policy."""
+"""The static part of a plan: degrees of parallelism, capacity, and what becomes of activations."""
 
 from typing import Literal, Self
 
@@ -8,6 +8,8 @@ from evermesh.parallelism.errors import LayoutDoesNotFit
 from evermesh.parallelism.pipeline.schedule import PipelineSchedule, ScheduleName
 from evermesh.parallelism.sharding import AnySharding, DeepSpeed
 from evermesh.parallelism.tiers import Division, Tiers
+
+ActivationPolicy = Literal["keep", "recompute", "offload"]
 
 
 class Layout(BaseModel):
@@ -42,10 +44,13 @@ class Layout(BaseModel):
     sharding: AnySharding = Tiers()
     """What the HDP ranks divide among them of parameters, gradients and optimizer states; by default the states (ZeRO-1).
     With kind deepspeed, that library does it."""
-    recompute: Literal["none", "block"] = "none"
-    """What the backward pass computes again instead of keeping: nothing, or every transformer block."""
+    activations: ActivationPolicy | tuple[ActivationPolicy, ...] = "keep"
+    """What becomes of the activations of a transformer block until its backward pass: they stay on the device (keep), are
+    computed again from the block's input (recompute), or wait in host memory as far as ``offload`` says (offload). One word
+    for all blocks, or one for each."""
     offload: float = Field(default=0.0, ge=0.0, le=1.0)
-    """Fraction of the activations kept in host memory."""
+    """Of blocks that offload: fraction of the tokens whose matrix products wait in host memory; those of the others are
+    computed again. What a block and its attention gave is always moved, and attention never computed again."""
 
     @model_validator(mode="after")
     def _schedule_exists(self) -> Self:
@@ -57,6 +62,30 @@ class Layout(BaseModel):
                 "virtual_stages",
             )
         return self
+
+    @model_validator(mode="after")
+    def _something_is_offloaded(self) -> Self:
+        if self.offload > 0 and "offload" not in self.activation_policies:
+            raise LayoutDoesNotFit(
+                f"layout.offload is {self.offload}, but no block offloads: layout.activations is {self.activations}. "
+                "Set layout.activations to offload, or leave layout.offload out.",
+                "offload",
+            )
+        return self
+
+    @property
+    def activation_policies(self) -> frozenset[ActivationPolicy]:
+        """Those that some block has."""
+        return frozenset((self.activations,) if isinstance(self.activations, str) else self.activations)
+
+    def activations_of(self, layer: int) -> ActivationPolicy:
+        """The policy of the block of ``layer``, which the model has."""
+        return self.activations if isinstance(self.activations, str) else self.activations[layer]
+
+    @property
+    def recompute(self) -> Literal["none", "block"]:
+        """What a plan says of its micro-batches: "block" where blocks do as ``activations`` says, "none" where all keep."""
+        return "none" if self.activation_policies <= {"keep"} else "block"
 
     @property
     def deepspeed(self) -> DeepSpeed | None:

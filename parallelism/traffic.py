@@ -29,7 +29,7 @@ class TensorCalls(NamedTuple):
     gathers: int
     scatters: int
     recomputed_gathers: int
-    """In the repetition of the blocks. It leaves out what nothing in the backward pass needs."""
+    """In the repetition of blocks that do not keep everything. It leaves out what nothing in the backward pass needs."""
     recomputed_scatters: int
 
 
@@ -44,6 +44,10 @@ class StageSizes:
     sets: tuple[SetSizes, ...]
     """Its parameters, those of experts apart."""
     expert_layers: tuple[int, ...] = ()
+    repeated_attention: int = 0
+    """Layers whose attention is computed again in the backward pass."""
+    repeated_experts: tuple[int, ...] = ()
+    """Layers whose experts are computed again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +122,7 @@ def plan_traffic(
     mesh, parts = model.mesh, list[Traffic]()
     for group in mesh.groups("hdp"):
         stage = model.stages[mesh.coordinates(group[0]).pp]
-        parts += _rings(plan, model, stage.layers, [nodes[rank] for rank in group])
+        parts += _rings(plan, model, stage, [nodes[rank] for rank in group])
         parts += _owners(plan, AXIS, group, model, nodes, choices, committed=committed)
     for group in mesh.groups("tp"):
         place = mesh.coordinates(group[0])
@@ -256,7 +260,8 @@ def _experts(
         yield from copy_traffic(group, weight_bytes, gradient_bytes)
         for index, micro_batch in enumerate(plan.ranks[place.hdp]):
             counts = [choices.routing[rank][index][layer] for rank in ranks]
-            yield from expert_traffic(counts, group, recomputed=micro_batch.recompute == "block")
+            repeated = micro_batch.recompute == "block" and layer in model.stages[place.pp].repeated_experts
+            yield from expert_traffic(counts, group, recomputed=repeated)
 
 
 def pipeline_traffic(
@@ -280,7 +285,7 @@ def pipeline_traffic(
                     yield Traffic(call_site, "send", PIPELINE_AXIS, tier, num_bytes, num_bytes, 1)
 
 
-def _rings(plan: BatchPlan, model: TrainedModel, layers: int, nodes: Sequence[int]) -> Iterator[Traffic]:
+def _rings(plan: BatchPlan, model: TrainedModel, stage: StageSizes, nodes: Sequence[int]) -> Iterator[Traffic]:
     rings = {
         (piece.sequence, piece.ring, micro_batch.recompute == "block")
         for micro_batches in plan.ranks
@@ -290,12 +295,14 @@ def _rings(plan: BatchPlan, model: TrainedModel, layers: int, nodes: Sequence[in
     }
     elements = model.key_value_elements // model.layout.tp
     for sequence, ring, recomputed in rings:
-        for part in _ring(plan.lengths[sequence], ring, nodes, forward_passes=1 + recomputed):
+        for part in _ring(plan.lengths[sequence], ring, nodes):
             if part.num_tokens:  # empty messages are not sent
                 each = (
                     model.bytes_per_element if part.call_site != "ring gradients" else max(4, model.bytes_per_element)
                 )
-                calls, num_bytes = part.passes * layers, part.num_tokens * elements * each
+                is_repeated = recomputed and part.call_site == "ring forward"
+                calls = stage.layers + (stage.repeated_attention if is_repeated else 0)
+                num_bytes = part.num_tokens * elements * each
                 yield Traffic(part.call_site, "send", AXIS, part.tier, calls * num_bytes, calls * num_bytes, calls)
 
 
@@ -303,10 +310,9 @@ class _RingMessage(NamedTuple):
     call_site: str
     tier: Tier
     num_tokens: int
-    passes: int
 
 
-def _ring(length: int, ring: Sequence[int], nodes: Sequence[int], *, forward_passes: int) -> Iterator[_RingMessage]:
+def _ring(length: int, ring: Sequence[int], nodes: Sequence[int]) -> Iterator[_RingMessage]:
     """Messages of one layer for one sequence.
 
     The block of an owner visits every other member. Members before the owner need all of it, those behind it only its
@@ -320,11 +326,11 @@ def _ring(length: int, ring: Sequence[int], nodes: Sequence[int], *, forward_pas
         tier = tiers_from(sender, nodes)[ring[receiver]]
         if receiver != owner:
             visible = share.num_tokens if receiver < owner else share.head_tokens
-            yield _RingMessage("ring forward", tier, visible, forward_passes)
-            yield _RingMessage("ring backward", tier, visible, 1)
+            yield _RingMessage("ring forward", tier, visible)
+            yield _RingMessage("ring backward", tier, visible)
         if receiver != (owner - 1) % size:
             carried = share.num_tokens if owner else share.head_tokens
-            yield _RingMessage("ring gradients", tier, carried, 1)
+            yield _RingMessage("ring gradients", tier, carried)
 
 
 def _documents(plan: BatchPlan, pp: int, model: TrainedModel, nodes: Sequence[int]) -> Iterator[Traffic]:
@@ -334,7 +340,8 @@ def _documents(plan: BatchPlan, pp: int, model: TrainedModel, nodes: Sequence[in
     for hdp_rank, micro_batches in enumerate(plan.ranks):
         for micro_batch in micro_batches:
             wave = [micro_batch if rank == hdp_rank else MicroBatch(()) for rank in range(stage.hdp)]
-            for _ in range(len(model.stages[pp].expert_layers) * (1 + (micro_batch.recompute == "block"))):
+            of_stage, repeats = model.stages[pp], micro_batch.recompute == "block"
+            for _ in range(len(of_stage.expert_layers) + len(of_stage.repeated_experts) * repeats):
                 yield from document_traffic(
                     wave,
                     plan.lengths,

@@ -38,7 +38,7 @@ def verify_plan(plan: BatchPlan, lengths: Sequence[int], layout: Layout) -> None
     for sequence, length in enumerate(lengths):
         _check_tokens(sequence, length, holders.get(sequence, {}))
         _check_ring(sequence, length, holders[sequence])
-    _check_micro_batches(plan, layout.capacity)
+    _check_micro_batches(plan, layout)
     _check_lock_steps(plan, layout)
     if layout.runs_in_waves:
         _check_waves(plan)
@@ -103,13 +103,20 @@ def _pairs_before(position: int) -> int:
     return position * (position + 1) // 2
 
 
-def _check_micro_batches(plan: BatchPlan, capacity: int) -> None:
+def _check_micro_batches(plan: BatchPlan, layout: Layout) -> None:
+    most = 1.0 if "offload" in layout.activation_policies else 0.0
     choice: dict[int, str] = {}
     for rank, micro_batches in enumerate(plan.ranks):
         for index, micro_batch in enumerate(micro_batches):
-            if micro_batch.num_tokens > capacity:
+            if micro_batch.num_tokens > layout.capacity:
                 raise PlanInvalid(
-                    f"micro-batch {index} of rank {rank} has {micro_batch.num_tokens} tokens; the capacity is {capacity}."
+                    f"micro-batch {index} of rank {rank} has {micro_batch.num_tokens} tokens; the capacity is "
+                    f"{layout.capacity}."
+                )
+            if not 0.0 <= micro_batch.offload <= most:
+                raise PlanInvalid(
+                    f"micro-batch {index} of rank {rank} offloads {micro_batch.offload} of its tokens; the layout allows 0 "
+                    f"to {most}."
                 )
             for piece in micro_batch.pieces:
                 if choice.setdefault(piece.sequence, micro_batch.recompute) != micro_batch.recompute:

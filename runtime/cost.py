@@ -19,7 +19,8 @@ def nominal_cost(config: TrainConfig, shape: ModelShape) -> CostModel:
 
 def cost_of_shape(shape: ModelShape, layout: Layout, threads: int | None, bytes_per_element: int) -> CostModel:
     """As ``nominal_cost``; on a CPU with so many ``threads`` per device, on a GPU where they are None."""
-    recompute, devices = layout.recompute == "block", layout.tp
+    recompute, recompute_products = _recomputed(layout, shape.layers)
+    devices = layout.tp
     if threads is None:
         return CostModel.from_model(
             shape,
@@ -27,6 +28,7 @@ def cost_of_shape(shape: ModelShape, layout: Layout, threads: int | None, bytes_
             attention_flops_per_s=300e12 * devices,
             bytes_per_s=25e9 * devices,
             recompute=recompute,
+            recompute_products=recompute_products,
         )
     compute = CostModel.from_model(
         shape,
@@ -35,7 +37,15 @@ def cost_of_shape(shape: ModelShape, layout: Layout, threads: int | None, bytes_
         bytes_per_s=1e9 * devices,
         bytes_per_element=bytes_per_element,
         recompute=recompute,
+        recompute_products=recompute_products,
     )
     # measured on 2 cores with gloo over loopback; a ring step is three messages and two kernels
     per_layer = {"micro_batch_s": 1.1e-3, "piece_s": 2e-5, "ring_step_s": 3.5e-3}
     return compute.model_copy(update={name: seconds * shape.layers for name, seconds in per_layer.items()})
+
+
+def _recomputed(layout: Layout, layers: int) -> tuple[float, float]:
+    """The share of all blocks whose attention is computed again, and the share of products."""
+    policies = [layout.activations_of(layer) for layer in range(layers)]
+    whole, offloads = (policies.count(policy) / layers for policy in ("recompute", "offload"))
+    return whole, whole + offloads * (1.0 - layout.offload)

@@ -36,10 +36,11 @@ def check_model(layout: Layout, model: "ModelConfig") -> None:
     Raises:
         LayoutDoesNotFit: see ``check_layout``.
     """
-    if layout.offload > 0:
+    if not isinstance(layout.activations, str) and len(layout.activations) != model.layers:
         raise LayoutDoesNotFit(
-            f"layout.offload is {layout.offload}, but this version keeps all activations on the device. Leave it out.",
-            axis="offload",
+            f"layout.activations names {len(layout.activations)} blocks, but the model has {model.layers} layers. Name as "
+            "many, or give one word for all.",
+            axis="activations",
         )
     check_deepspeed_degrees(layout)
     DECODER_SHARDING.check_degree(layout.tp, model.model_dump())

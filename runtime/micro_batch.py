@@ -17,7 +17,8 @@ from evermesh.parallelism.pipeline.links import Activations
 from evermesh.parallelism.tensor.loss import cross_entropy
 from evermesh.parallelism.tensor.sharding import padded_length
 from evermesh.parallelism.tensor.tokens import pad_tokens, without_padding
-from evermesh.runtime.model.decoder import Decoder
+from evermesh.runtime.memory.policy import ActivationMemory
+from evermesh.runtime.model.decoder import Decoder, keep_activations
 from evermesh.runtime.model.stages import Part
 
 
@@ -61,6 +62,7 @@ class MicroBatchRunner:
         tp: the ranks that share the model and run the same micro-batches together; None: nobody does.
         pipeline: runs the stages of this rank; None: the model is whole.
         parts: the parts of the model that this rank holds, by stage.
+        memory: what becomes of activations; None: all are kept.
     """
 
     def __init__(
@@ -70,7 +72,9 @@ class MicroBatchRunner:
         tp: Communicator | None = None,
         pipeline: PipelineExecutor | None = None,
         parts: Mapping[int, Part] | None = None,
+        memory: ActivationMemory | None = None,
     ) -> None:
+        self.memory = memory
         self.model, self.hdp, self.tp = model, hdp, tp or Communicator()
         self.call: Callable[..., Tensor] = model
         """What runs the model forward."""
@@ -143,6 +147,8 @@ class _Run:
         )
         attend = MicroBatchAttention(micro_batch.plan, batch.lengths, runner.kernel, runner.hdp)
         self.attend = without_padding(attend, micro_batch.plan.num_tokens)
+        memory = runner.memory
+        self.run_block = memory.blocks_of(micro_batch.plan, attend) if memory is not None else keep_activations
 
     def forward(self, part: Part, x_tC: Tensor | None) -> Tensor:
         """Activations [t, C] behind ``part``; behind the last, its part of the mean loss of the batch, a scalar."""
@@ -152,7 +158,7 @@ class _Run:
             tokens_T,
             positions_T,
             self.attend,
-            recompute=self.micro_batch.plan.recompute == "block",
+            run_block=self.run_block,
             context=self.context,
             part=part,
             x_TC=x_tC,

@@ -74,6 +74,8 @@ class StepReport:
     """Digest of the identities and lengths of the batch's sequences."""
     traffic: tuple[Traffic, ...] = ()
     """Everything that all ranks together sent for this step, by call site, operation, mesh axis and tier of the link."""
+    offloaded_bytes: int = 0
+    """Activations that all ranks together moved to host memory; each comes back once."""
     held_out_loss: float | None = None
     """Mean loss per counted token of the held-out documents after this step, nats; None: it was not evaluated."""
 

@@ -12,7 +12,7 @@ import torch
 from evermesh.parallelism.batch_plan import DIGEST_BYTES, BatchPlan
 from evermesh.parallelism.collectives import Communicator
 from evermesh.parallelism.experts import GridCut
-from evermesh.parallelism.layout import Layout
+from evermesh.parallelism.layout import ActivationPolicy, Layout
 from evermesh.parallelism.ledger import Cell, Traffic, add_up, collective_traffic
 from evermesh.parallelism.links import TIERS, Operation
 from evermesh.parallelism.tensor import part_of
@@ -119,7 +119,7 @@ def trained_model(
     layout, model = config.layout, config.model
     with_norms = config.optimizer.kind == "lamb"
     stages = tuple(
-        _stage_sizes(model, parts_of_rank(parts, layout, pp), of_rank, with_norms=with_norms)
+        _stage_sizes(model, layout, parts_of_rank(parts, layout, pp), of_rank, with_norms=with_norms)
         for pp, of_rank in enumerate(held)
     )
     ends = {layout.pipeline.rank_of(stage) for stage in (0, layout.pipeline.num_stages - 1)}
@@ -153,17 +153,20 @@ def _expert_sizes(model: ModelConfig, layout: Layout) -> dict[str, Any]:
 
 
 def _stage_sizes(
-    model: ModelConfig, parts: Mapping[int, Part], sets: Sequence[HeldSet], *, with_norms: bool
+    model: ModelConfig, layout: Layout, parts: Mapping[int, Part], sets: Sequence[HeldSet], *, with_norms: bool
 ) -> StageSizes:
     layers = [layer for part in parts.values() for layer in part.layers]
     expert_layers = tuple(layer for layer in layers if model.has_experts(layer))
     is_first, is_last = (any(getattr(part, name) for part in parts.values()) for name in ("is_first", "is_last"))
+    calls = [_tensor_calls(model, layer, layout.activations_of(layer)) for layer in layers]
     return StageSizes(
         layers=len(layers),
-        calls=_tensor_calls(model, len(layers), len(expert_layers), is_first=is_first, is_last=is_last),
+        calls=TensorCalls(*map(sum, zip(TensorCalls(is_last, is_first, 0, 0), *calls, strict=True))),
         has_head=is_last,
         sets=tuple(_set_sizes(model, parts, held.layout, with_norms=with_norms) for held in sets),
         expert_layers=expert_layers,
+        repeated_attention=sum(layout.activations_of(layer) == "recompute" for layer in layers),
+        repeated_experts=tuple(layer for layer in expert_layers if layout.activations_of(layer) != "keep"),
     )
 
 
@@ -189,13 +192,15 @@ def _set_sizes(model: ModelConfig, parts: Mapping[int, Part], layout: FlatLayout
     )
 
 
-def _tensor_calls(model: ModelConfig, layers: int, expert_layers: int, *, is_first: bool, is_last: bool) -> TensorCalls:
-    """Attention, feed-forward and shared experts gather their input and scatter their output; the embedding scatters its
-    output, the head gathers its input. A block that is computed again stops behind the last thing that is needed: the
-    scatter of a feed-forward, or of a shared expert without a gate, is not.
+def _tensor_calls(model: ModelConfig, layer: int, policy: ActivationPolicy) -> TensorCalls:
+    """Attention, feed-forward and shared experts gather their input and scatter their output. (The embedding scatters its
+    output, the head gathers its input.) A block that is computed again stops behind the last thing that is needed: the
+    scatter of a feed-forward, or of a shared expert without a gate, is not; nor, where its output waits on the host, that
+    of attention.
     """
-    moe = model.moe
-    shared = expert_layers if moe is not None and moe.shared_ffn else 0
-    blocks = layers + (layers - expert_layers) + shared
-    left_out = layers - expert_layers + (shared if moe is not None and not moe.shared_gate else 0)
-    return TensorCalls(blocks + is_last, blocks + is_first, blocks, blocks - left_out)
+    moe = model.moe if model.has_experts(layer) else None
+    blocks = 1 + (moe is None or moe.shared_ffn > 0)
+    if policy == "keep":
+        return TensorCalls(blocks, blocks, 0, 0)
+    is_gated = moe is not None and moe.shared_ffn > 0 and moe.shared_gate
+    return TensorCalls(blocks, blocks, blocks, (policy == "recompute") + is_gated)

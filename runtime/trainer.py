@@ -158,6 +158,11 @@ class Trainer:
             self._log("memory", f"{memory}", **dataclasses.asdict(memory))
         if self.progress.step >= last:
             return self._end(reason, self._newest_checkpoint())
+        if self.device.type == "cpu" and "offload" in self.config.layout.activation_policies:
+            text = (
+                "layout.activations offloads, but a CPU device is host memory: everything is moved and nothing is saved"
+            )
+            self._log("memory", text)
         self.groups.control.moment.step = self.progress.step
         with (
             self.groups.listen(self.ledger),
@@ -242,6 +247,7 @@ class Trainer:
     ) -> None:
         own = self.ledger.take_step(self.progress.step)
         traffic = over_all_ranks(own, self.groups.world, self.device)
+        offloaded_bytes = self.built.memory.take_bytes(self.groups.world)
         step_s, smoothed_s = clock.tick()
         if self.beat is not None:
             self.beat(self.progress.step, step_s, self._compute_s)
@@ -264,6 +270,7 @@ class Trainer:
             bytes_by_site={site: payload_bytes(traffic, site) for site in TRAFFIC},
             batch=batch.batch.digest,
             traffic=traffic,
+            offloaded_bytes=offloaded_bytes,
             held_out_loss=held_out_loss,
         )
         if not outcome.committed:

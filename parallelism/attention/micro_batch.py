@@ -47,7 +47,19 @@ class MicroBatchAttention:
         self.segments = _segments(micro_batch, lengths, communicator.rank)
 
     def __call__(self, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, /, *, window: int | None = None) -> Tensor:
-        return _Attention.apply(q_THD, k_TKD, v_TKD, self, window)
+        return _Attention.apply(q_THD, k_TKD, v_TKD, self, window, None)
+
+    def with_result(
+        self,
+        q_THD: Tensor,
+        k_TKD: Tensor,
+        v_TKD: Tensor,
+        result: tuple[Tensor, Tensor],
+        *,
+        window: int | None = None,
+    ) -> Tensor:
+        """As a call, but for the forward pass, which gave ``result`` before (see ``forward``): it sends nothing."""
+        return _Attention.apply(q_THD, k_TKD, v_TKD, self, window, result)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> tuple[Tensor, Tensor]:
         """Output [T, H, D] and log-sum-exp [H, T]."""
@@ -81,16 +93,22 @@ class MicroBatchAttention:
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, attention: MicroBatchAttention, window: int | None
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        attention: MicroBatchAttention,
+        window: int | None,
+        result: tuple[Tensor, Tensor] | None,
     ) -> Tensor:
-        out, lse = attention.forward(q, k, v, window)
+        out, lse = attention.forward(q, k, v, window) if result is None else result
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.attention, ctx.window = attention, window
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return *ctx.attention.backward(grads[0], Forward(*ctx.saved_tensors), ctx.window), None, None
+        return *ctx.attention.backward(grads[0], Forward(*ctx.saved_tensors), ctx.window), None, None, None
 
 
 def _segments(micro_batch: MicroBatch, lengths: Sequence[int], rank: int) -> tuple[_Segment, ...]:

@@ -76,9 +76,19 @@ def accumulate(notes: list[_Note]) -> None:
             gradient.add_(grad_TO.T @ x_TI)
 
 
+def linear(
+    x: Tensor, module: nn.Linear, deferred: DeferredWeights | None = None, known: Tensor | None = None
+) -> Tensor:
+    """The product of ``module`` without its bias, [T, O] of [T, I], differentiable; its gradient may be put off.
+
+    ``known`` are its first rows, if somebody has kept them: only the others are computed.
+    """
+    return _Linear.apply(x, module.weight, module, deferred, known)
+
+
 def _forward(module: nn.Linear, deferred: DeferredWeights) -> Any:
     def forward(x: Tensor) -> Tensor:
-        y = _Linear.apply(x, module.weight, module, deferred)
+        y = linear(x, module, deferred)
         return y if module.bias is None else y + module.bias
 
     return forward
@@ -88,11 +98,20 @@ class _Linear(torch.autograd.Function):
     """y = x W^T, whose backward pass may put off the gradient of W."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, module: nn.Linear, deferred: DeferredWeights) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        module: nn.Linear,
+        deferred: DeferredWeights | None,
+        known: Tensor | None,
+    ) -> Tensor:
         ctx.save_for_backward(x, weight)
         # the module holds the parameter itself; what is saved may come back as another tensor, under recomputation
         ctx.module, ctx.deferred = module, deferred
-        return F.linear(x, weight)
+        if known is None:
+            return F.linear(x, weight)
+        return torch.cat([known, F.linear(x[known.shape[0] :], weight)])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -100,9 +119,10 @@ class _Linear(torch.autograd.Function):
         (grad,) = grads
         grad_x = grad @ weight if ctx.needs_input_grad[0] else None
         grad_weight = None
-        if ctx.needs_input_grad[1] and not ctx.deferred.take_note(ctx.module, x, grad):
+        is_put_off = ctx.deferred is not None and ctx.deferred.take_note(ctx.module, x, grad)
+        if ctx.needs_input_grad[1] and not is_put_off:
             grad_weight = grad.flatten(0, -2).T @ x.flatten(0, -2)
-        return grad_x, grad_weight, None, None
+        return grad_x, grad_weight, None, None, None
 
 
-__all__ = ["DeferredWeights", "accumulate"]
+__all__ = ["DeferredWeights", "accumulate", "linear"]

@@ -188,7 +188,8 @@ def _place_rings(
         duration = cost.ring_s(lengths[sequence], size) + cost.micro_batch_s
         for index, rank in enumerate(members):
             piece = Piece(sequence, share_of(lengths[sequence], size, index).ranges(), members)
-            starts[rank].append(_RingStart(begin - free_at[rank], MicroBatch((piece,), recompute=layout.recompute)))
+            micro_batch = MicroBatch((piece,), recompute=layout.recompute, offload=layout.offload)
+            starts[rank].append(_RingStart(begin - free_at[rank], micro_batch))
             free_at[rank] = begin + duration
             busy_s[rank] += duration
     return starts, busy_s
@@ -227,7 +228,11 @@ def _pack(rank: int, sequences: Sequence[int], lengths: Sequence[int], layout: L
     return [
         _Pack(
             cost.micro_batch_s + sum(cost.whole_s(lengths[i]) for i in pack),
-            MicroBatch(tuple(Piece(i, ((0, lengths[i]),), (rank,)) for i in pack), recompute=layout.recompute),
+            MicroBatch(
+                tuple(Piece(i, ((0, lengths[i]),), (rank,)) for i in pack),
+                recompute=layout.recompute,
+                offload=layout.offload,
+            ),
         )
         for pack in packs
     ]

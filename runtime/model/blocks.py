@@ -3,6 +3,7 @@
 Shape legend: T tokens, C hidden size, H query heads, K key/value heads, D head size.
 """
 
+from collections.abc import Callable
 from typing import Protocol
 
 from torch import Tensor, nn
@@ -20,6 +21,20 @@ class Attend(Protocol):
     def __call__(self, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, /, *, window: int | None = None) -> Tensor:
         """[T, H, D]; causal within each document, each token sees the last ``window`` (None: all) up to itself."""
         ...
+
+
+class Half(Protocol):
+    """Runs one half of a block: ``function`` of its input [T, C], of how to attend (None: it does not), and of ``others``."""
+
+    def __call__(
+        self, function: Callable[..., Tensor], x_TC: Tensor, attend: Attend | None, /, *others: object
+    ) -> Tensor:
+        """What the function returns, [T, C]."""
+        ...
+
+
+def _at_once(function: Callable[..., Tensor], x_TC: Tensor, attend: Attend | None, /, *others: object) -> Tensor:
+    return function(x_TC, attend, *others)
 
 
 class Attention(nn.Module):
@@ -69,9 +84,23 @@ class Block(nn.Module):
         self.mixture = _mixture(config, layer)
         self.feed_forward = FeedForward(config.hidden, config.ffn) if self.mixture is None else None
 
-    def forward(self, x_TC: Tensor, rotation_TD: Rotation, attend: Attend, context: TokenContext | None) -> Tensor:
-        x_TC = x_TC + self.attention(self.attention_norm(x_TC), rotation_TD, attend)
-        return x_TC + _feed(self, self.feed_forward_norm(x_TC), context)
+    def forward(
+        self,
+        x_TC: Tensor,
+        rotation_TD: Rotation,
+        attend: Attend,
+        context: TokenContext | None,
+        half: Half = _at_once,
+    ) -> Tensor:
+        """[T, C] to [T, C]; ``half`` runs attention, and what follows it."""
+        x_TC = x_TC + half(self._attended, x_TC, attend, rotation_TD)
+        return x_TC + half(self._fed, x_TC, None, context)
+
+    def _attended(self, x_TC: Tensor, attend: Attend, rotation_TD: Rotation) -> Tensor:
+        return self.attention(self.attention_norm(x_TC), rotation_TD, attend)
+
+    def _fed(self, x_TC: Tensor, _: None, context: TokenContext | None) -> Tensor:
+        return _feed(self, self.feed_forward_norm(x_TC), context)
 
 
 class ParallelBlock(nn.Module):
@@ -84,9 +113,26 @@ class ParallelBlock(nn.Module):
         self.mixture = _mixture(config, layer)
         self.feed_forward = FeedForward(config.hidden, config.ffn) if self.mixture is None else None
 
-    def forward(self, x_TC: Tensor, rotation_TD: Rotation, attend: Attend, context: TokenContext | None) -> Tensor:
+    def forward(
+        self,
+        x_TC: Tensor,
+        rotation_TD: Rotation,
+        attend: Attend,
+        context: TokenContext | None,
+        half: Half | None = None,
+    ) -> Tensor:
+        """[T, C] to [T, C]; with a ``half`` that runs attention, and what is beside it, each computes the norm itself."""
+        if half is not None:
+            attended_TC = half(self._attended, x_TC, attend, rotation_TD)
+            return x_TC + attended_TC + half(self._fed, x_TC, None, context)
         normed_TC = self.input_norm(x_TC)
         return x_TC + self.attention(normed_TC, rotation_TD, attend) + _feed(self, normed_TC, context)
+
+    def _attended(self, x_TC: Tensor, attend: Attend, rotation_TD: Rotation) -> Tensor:
+        return self.attention(self.input_norm(x_TC), rotation_TD, attend)
+
+    def _fed(self, x_TC: Tensor, _: None, context: TokenContext | None) -> Tensor:
+        return _feed(self, self.input_norm(x_TC), context)
 
 
 def _mixture(config: ModelConfig, layer: int) -> MixtureOfExperts | None:

@@ -15,11 +15,13 @@ from evermesh.parallelism.pipeline.links import open_links
 from evermesh.parallelism.tensor.apply import apply_tensor_parallel
 from evermesh.runtime.config import TrainConfig
 from evermesh.runtime.flat import AnyCut, FlatLayout, HeldSet
+from evermesh.runtime.memory.policy import ActivationMemory
+from evermesh.runtime.memory.products import Products
 from evermesh.runtime.micro_batch import MicroBatchRunner
 from evermesh.runtime.model.decoder import Decoder
 from evermesh.runtime.model.gathering import apply_gathering, names_by_module
 from evermesh.runtime.model.measuring import layer_costs
-from evermesh.runtime.model.sharding import DECODER_EXPERTS, DECODER_SHARDING
+from evermesh.runtime.model.sharding import DECODER_EXPERTS, DECODER_PRODUCTS, DECODER_SHARDING
 from evermesh.runtime.model.stages import Part, parts_of_rank, stage_parts
 from evermesh.runtime.model.tied import TiedHead
 from evermesh.runtime.parameter_set import Owners, ParameterSet, Reductions, Sharers, sum_gradients
@@ -42,7 +44,8 @@ class BuiltModel(NamedTuple):
     """The copy of an embedding that another stage holds, or that embedding; None: there is no such copy."""
     deferred: DeferredWeights | None
     """Where linear layers leave what a schedule without bubbles computes later."""
-
+    memory: ActivationMemory
+    """What becomes of activations."""
     gathers_for_step: bool
     """Whether parameters that ranks divide are gathered for the length of a step; else a block at a time."""
 
@@ -94,10 +97,10 @@ class BuiltModel(NamedTuple):
 def build_runner(built: BuiltModel, layout: Layout, groups: Groups) -> MicroBatchRunner:
     """What runs micro-batches through ``built``. Collective over the pipeline."""
     if layout.pipeline.num_stages == 1:
-        return MicroBatchRunner(built.model, groups.hdp, groups.tp)
+        return MicroBatchRunner(built.model, groups.hdp, groups.tp, memory=built.memory)
     open_links(groups.links, next(built.model.parameters()).device)
     pipeline = PipelineExecutor(layout.pipeline, groups.place.pp, groups.links, built.deferred)
-    return MicroBatchRunner(built.model, groups.hdp, groups.tp, pipeline, built.parts)
+    return MicroBatchRunner(built.model, groups.hdp, groups.tp, pipeline, built.parts, built.memory)
 
 
 def build_model(config: TrainConfig, vocabulary: int, groups: Groups, device: torch.device) -> BuiltModel:
@@ -112,6 +115,9 @@ def build_model(config: TrainConfig, vocabulary: int, groups: Groups, device: to
     deferred = DeferredWeights() if layout.pipeline.splits_backward else None
     if deferred is not None:
         deferred.apply(model)
+    products = Products()
+    if "offload" in layout.activation_policies:
+        products.apply(model, DECODER_PRODUCTS, deferred)
     model = model.to(device, getattr(torch, config.dtype))
     tied = TiedHead.of(model, cuts, groups)  # before the sets: a copy is in none of them
     sharers = Sharers(groups.tp, groups.tp.rank)
@@ -128,7 +134,8 @@ def build_model(config: TrainConfig, vocabulary: int, groups: Groups, device: to
         apply_gathering(model, sets, parts, for_step=not layout.tiers.in_lock_step)
     held = [_held(config, vocabulary, mesh, all_parts, pp) for pp in range(mesh.pp)]
     for_step = not layout.tiers.in_lock_step
-    return BuiltModel(model, all_parts, parts, sets, held, tied, deferred, for_step)
+    memory = ActivationMemory(layout, products, device)
+    return BuiltModel(model, all_parts, parts, sets, held, tied, deferred, memory, for_step)
 
 
 def _sets(

@@ -7,16 +7,38 @@ tokens, C hidden size, V vocabulary.
 
 import hashlib
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from evermesh.parallelism.experts.documents import TokenContext
 from evermesh.runtime.model.blocks import Attend, Block, ParallelBlock
 from evermesh.runtime.model.config import ModelConfig
-from evermesh.runtime.model.rotary import rotation
+from evermesh.runtime.model.rotary import Rotation, rotation
 from evermesh.runtime.model.stages import Part
+
+
+class RunBlock(Protocol):
+    """Runs one block, and sees to its activations."""
+
+    def __call__(
+        self,
+        layer: int,
+        block: nn.Module,
+        x_TC: Tensor,
+        rotation_TD: Rotation,
+        attend: Attend,
+        context: TokenContext | None,
+        /,
+    ) -> Tensor:
+        """What the block of ``layer`` returns for these inputs, [T, C]."""
+        ...
+
+
+def keep_activations(_: int, block: nn.Module, *inputs: object) -> Tensor:
+    """Runs a block and keeps what its backward pass needs."""
+    return block(*inputs)
 
 
 class Decoder(nn.Module):
@@ -48,7 +70,7 @@ class Decoder(nn.Module):
         positions_T: Tensor,
         attend: Attend,
         *,
-        recompute: bool = False,
+        run_block: RunBlock = keep_activations,
         context: TokenContext | None = None,
         part: Part | None = None,
         x_TC: Tensor | None = None,
@@ -59,8 +81,8 @@ class Decoder(nn.Module):
             tokens_T: token ids of a micro-batch, documents one after the other.
             positions_T: position of every token in its own document.
             attend: attention that keeps the documents apart.
-            recompute: keep only the input of every block and compute it again in the backward pass. With a ring in the
-                micro-batch the recomputation communicates, so all members choose alike.
+            run_block: runs every block. One that computes it again in the backward pass communicates again, if there is a
+                ring in the micro-batch; so all members choose alike.
             context: the documents of the tokens, for layers with experts: who is padding, what is balanced.
             part: which part to run; None: the only one.
             x_TC: activations of the part before it; None: it has the embedding.
@@ -69,13 +91,8 @@ class Decoder(nn.Module):
         if x_TC is None:
             x_TC = self.embedding(tokens_T)
         rotation_TD = rotation(self.config, positions_T, x_TC.dtype)
-        for block in (self.blocks[str(layer)] for layer in part.layers):
-            inputs = x_TC, rotation_TD, attend, context
-            x_TC = (
-                checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
-                if recompute
-                else block(*inputs)
-            )
+        for layer in part.layers:
+            x_TC = run_block(layer, self.blocks[str(layer)], x_TC, rotation_TD, attend, context)
         return self.head(self.norm(x_TC)) if part.is_last else x_TC
 
     def initialize(self, seed: int) -> None:

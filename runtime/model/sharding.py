@@ -45,3 +45,12 @@ DECODER_EXPERTS = ExpertSharding(
     }
 )
 """The router is a dense parameter: every rank routes its own tokens."""
+
+DECODER_PRODUCTS = (
+    "blocks.*.attention.query",
+    "blocks.*.attention.key",
+    "blocks.*.attention.value",
+    "blocks.*.feed_forward.gate",
+    "blocks.*.feed_forward.up",
+)
+"""The linear layers whose outputs a backward pass needs; those of experts are computed again with all of a mixture."""

@@ -204,7 +204,8 @@ def test_the_keys_of_a_section_with_kinds_are_those_of_its_kind(tmp_path: Path) 
         ),
         ("ep: 2", "layout.ep is 2, but the model has no experts to share. Leave it out, or describe"),
         ("etp: 2", "layout.etp is 2, but the model has no experts to share."),
-        ("offload: 0.5", "layout.offload is 0.5, but this version keeps all activations on the device."),
+        ("offload: 0.5", "layout.offload is 0.5, but no block offloads: layout.activations is keep. Set layout."),
+        ("activations: [offload]", "layout.activations names 1 blocks, but the model has 4 layers. Name as many"),
         ("schedule: interleaved-1f1b", "schedule interleaved-1f1b takes at least 2 virtual stages per rank, not 1."),
     ],
 )

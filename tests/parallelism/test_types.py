@@ -25,7 +25,7 @@ def test_topology_refuses_wrong_numbers() -> None:
 
 
 def test_layout_survives_json_and_refits() -> None:
-    layout = Layout(hdp=3, tp=2, pp=2, capacity=512, recompute="block")
+    layout = Layout(hdp=3, tp=2, pp=2, capacity=512, activations="recompute")
     assert Layout.model_validate_json(layout.model_dump_json()) == layout
     assert layout.fitted_to(8).hdp == 2
     with pytest.raises(LayoutDoesNotFit, match=r"do not divide 9 workers\. Start 8 or 12"):

@@ -206,7 +206,7 @@ def _in_waves(layout: Layout) -> BatchPlan:
 
 WAVES = [
     Layout(hdp=HDP, capacity=CAPACITY, pp=2),
-    Layout(hdp=HDP, capacity=CAPACITY, pp=2, recompute="block"),
+    Layout(hdp=HDP, capacity=CAPACITY, pp=2, activations="recompute"),
     Layout(hdp=HDP, capacity=CAPACITY, pp=3, schedule="zero-bubble"),
     Layout(hdp=HDP, capacity=CAPACITY, pp=2, schedule="interleaved-1f1b", virtual_stages=2, ep=2),
     Layout(hdp=HDP, capacity=CAPACITY, pp=2, schedule="zero-bubble-v", virtual_stages=2, ep=4),

@@ -16,10 +16,10 @@ COST = CostModel(token_s=1e-5, pair_s=2e-9, micro_batch_s=1e-3)
 CAPACITY = 500
 LAYOUTS = (
     {"pp": 2},
-    {"pp": 3, "schedule": "zero-bubble", "recompute": "block"},
+    {"pp": 3, "schedule": "zero-bubble", "activations": "recompute"},
     {"pp": 2, "schedule": "interleaved-1f1b", "virtual_stages": 2},
     {"ep": 2},
-    {"ep": 2, "etp": 2, "recompute": "block"},
+    {"ep": 2, "etp": 2, "activations": "recompute"},
     {"tp": 2, "ep": 2, "etp": 2, "pp": 2, "schedule": "zero-bubble-v", "virtual_stages": 2},
     {"sharding": {"parameters": 2, "gradients": 4, "keep_for": "micro_batch"}},
     {"pp": 2, "ep": 2, "sharding": {"parameters": "all", "gradients": "all", "keep_for": "micro_batch"}},
@@ -42,7 +42,7 @@ def test_any_batch_gets_the_micro_batches_of_the_plain_plan_in_right_waves(
     layout = Layout.model_validate({"hdp": hdp, "capacity": CAPACITY, **choice})
     plan = plan_batch(lengths, layout, COST)
     verify_plan(plan, lengths, layout)
-    plain = plan_batch(lengths, Layout(hdp=hdp, capacity=CAPACITY, recompute=layout.recompute), COST)
+    plain = plan_batch(lengths, Layout(hdp=hdp, capacity=CAPACITY, activations=layout.activations), COST)
     assert _contents(plan) == _contents(plain)
     assert {mb.recompute for mbs in plan.ranks for mb in mbs} <= {layout.recompute}
     for rank, micro_batches in enumerate(plan.ranks):

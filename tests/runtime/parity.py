@@ -248,10 +248,19 @@ def worst_error(
 def worst_errors(cases: list[Case]) -> list[float]:
     """Largest relative error of the loss, of any parameter's gradient on any rank, of the norm of them all, and of any
     parameter after a clipped update. The cases have the same number of ranks."""
+    cases = [_with_policy(case) for case in cases]
     for case in cases:
         verify_plan(case.plan, case.plan.lengths, case.layout)
     results = run_ranks(cases[0].layout.world_size, _on_rank, cases, timeout_s=170.0)
     return [_error_of(case, of_case) for case, of_case in zip(cases, zip(*results, strict=True), strict=True)]
+
+
+def _with_policy(case: Case) -> Case:
+    """Where the plan computes blocks again and the layout does not say otherwise, all of them are."""
+    repeats = any(micro_batch.recompute == "block" for of_rank in case.plan.ranks for micro_batch in of_rank)
+    if not repeats or case.layout.recompute == "block":
+        return case
+    return case._replace(layout=case.layout.model_copy(update={"activations": "recompute"}))
 
 
 def _error_of(case: Case, results: Sequence[Result]) -> float:

@@ -96,7 +96,7 @@ def test_the_loss_of_one_worker_is_that_of_every_document_alone(model: str, odd_
     [
         ("tied", {"pp": 2, "hdp": 2}),
         ("experts", {"hdp": 2, "tp": 2, "ep": 4, "hot_experts": 1}),
-        pytest.param("experts", {"hdp": 3, "recompute": "block"}, marks=pytest.mark.parity),
+        pytest.param("experts", {"hdp": 3, "activations": "recompute"}, marks=pytest.mark.parity),
         pytest.param("tied", {"pp": 2, "schedule": "zero-bubble"}, marks=pytest.mark.parity),
         pytest.param(
             "experts",

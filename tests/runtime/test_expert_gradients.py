@@ -24,8 +24,9 @@ from evermesh.parallelism.pieces import share_of
 from evermesh.parallelism.tensor.apply import apply_tensor_parallel
 from evermesh.parallelism.tensor.loss import cross_entropy
 from evermesh.parallelism.tensor.tokens import pad_tokens, without_padding
+from evermesh.runtime.memory.policy import recompute_activations
 from evermesh.runtime.model.config import ModelConfig, MoeConfig
-from evermesh.runtime.model.decoder import Decoder
+from evermesh.runtime.model.decoder import Decoder, keep_activations
 from evermesh.runtime.model.experts import MixtureOfExperts
 from evermesh.runtime.model.sharding import DECODER_EXPERTS, DECODER_SHARDING
 from tests.cluster import run_ranks
@@ -161,7 +162,7 @@ def _run(rank: int, world_size: int, mode: str, shape: Shape, recompute: bool) -
                 pad_tokens(tokens, tp.size),
                 pad_tokens(positions, tp.size),
                 without_padding(attend, len(tokens)),
-                recompute=recompute,
+                run_block=recompute_activations if recompute else keep_activations,
                 context=context,
             )[: len(tokens)]
             loss = cross_entropy(logits, targets, VOCABULARY, tp).sum() / sum(LENGTHS)

@@ -9,8 +9,9 @@ from torch import Tensor
 from evermesh.parallelism.batch_plan import MicroBatch, Piece
 from evermesh.parallelism.experts.balance import moved_bias
 from evermesh.parallelism.experts.documents import TokenContext
+from evermesh.runtime.memory.policy import recompute_activations
 from evermesh.runtime.model.config import ModelConfig, MoeConfig
-from evermesh.runtime.model.decoder import Decoder
+from evermesh.runtime.model.decoder import Decoder, keep_activations
 from evermesh.runtime.model.experts import (
     Experts,
     MixtureOfExperts,
@@ -190,10 +191,16 @@ def test_recomputation_gives_the_same_bits_and_counts_loads_once() -> None:
     model = Decoder(CONFIG.model_copy(update={"moe": moe}), 31)
     model.initialize(1)
     results = []
-    for recompute in (False, True):
+    for run_block in (keep_activations, recompute_activations):
         model.zero_grad()
         context = TokenContext(MicroBatch((Piece(0, ((0, 9),), (0,)),)), (9,), ("a",), 9)
-        logits = model(torch.arange(9), torch.arange(9), plain_attention, recompute=recompute, context=context)
+        logits = model(
+            torch.arange(9),
+            torch.arange(9),
+            plain_attention,
+            run_block=run_block,
+            context=context,
+        )
         logits.square().sum().backward()
         assert {layer: load.sum().item() for layer, load in context.loads.items()} == dict.fromkeys(range(4), 18)
         results.append([logits.detach(), *map(gradient, model.parameters()), *context.losses.values()])

@@ -6,8 +6,9 @@ from torch import Tensor
 
 from evermesh.runtime.config import TrainConfig
 from evermesh.runtime.cost import nominal_cost
+from evermesh.runtime.memory.policy import recompute_activations
 from evermesh.runtime.model.config import ModelConfig
-from evermesh.runtime.model.decoder import Decoder
+from evermesh.runtime.model.decoder import Decoder, keep_activations
 from evermesh.runtime.model.sharding import DECODER_SHARDING
 from evermesh.runtime.optimizer_config import AdamWConfig
 from tests.oracle import plain_attention, relative_error
@@ -61,9 +62,9 @@ def test_logits_equal_the_paper_written_out() -> None:
 def test_recomputation_gives_the_same_bits() -> None:
     model, tokens = _model(), torch.arange(9)
     outputs = []
-    for recompute in (False, True):
+    for run_block in (keep_activations, recompute_activations):
         model.zero_grad()
-        logits = model(tokens, torch.arange(9), plain_attention, recompute=recompute)
+        logits = model(tokens, torch.arange(9), plain_attention, run_block=run_block)
         logits.square().sum().backward()
         outputs.append([logits.detach(), *(parameter.grad for parameter in model.parameters())])
     assert all(torch.equal(a, b) for a, b in zip(*outputs, strict=True))

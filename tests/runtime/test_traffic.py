@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 
 from evermesh.parallelism import BatchPlan, ByteLedger, CollectiveRecord, Traffic
 from evermesh.parallelism.experts import Placement
 from evermesh.parallelism.traffic import Choices, TrainedModel
 from evermesh.runtime import StepReport, TrainConfig
+from evermesh.runtime.memory import step_offloaded_bytes
 from evermesh.runtime.micro_batch import LocalBatch
 from evermesh.runtime.process_group import nodes_of_ranks
 from evermesh.runtime.traffic import step_traffic, trained_model
@@ -97,24 +99,27 @@ def _checked(
             [of_rank.routing[step] for of_rank in of_ranks], [of_rank.placements[step] for of_rank in of_ranks]
         )
         assert report.committed == (report.step != bad_step)
+        size = getattr(torch, config.dtype).itemsize
+        assert report.offloaded_bytes == step_offloaded_bytes(plan, config.layout, config.model, size)
         assert report.traffic == step_traffic(plan, first.model, nodes, committed=report.committed, choices=choices)
         yield plan, report
 
 
 @pytest.mark.parametrize(
-    ("workers", "ranks_per_node", "dtype", "recompute", "bad_step"),
+    ("workers", "ranks_per_node", "dtype", "activations", "bad_step"),
     [
-        (1, None, "float32", "none", None),
-        (2, None, "float64", "none", 2),
-        (3, None, "bfloat16", "none", None),
-        (4, None, "float32", "block", None),
-        (4, 2, "float32", "none", None),
+        (1, None, "float32", "keep", None),
+        (2, None, "float64", "keep", 2),
+        (3, None, "bfloat16", "keep", None),
+        (4, None, "float32", "recompute", None),
+        (4, 2, "float32", "keep", None),
+        (3, None, "bfloat16", "offload", 2),
     ],
 )
 def test_the_ledger_of_every_step_equals_the_formula(
-    workers: int, ranks_per_node: int | None, dtype: str, recompute: str, bad_step: int | None, corpus: Path
+    workers: int, ranks_per_node: int | None, dtype: str, activations: str, bad_step: int | None, corpus: Path
 ) -> None:
-    config = _config(corpus, dtype, hdp=workers, recompute=recompute)
+    config = _config(corpus, dtype, hdp=workers, activations=activations)
     tiers = set() if workers == 1 else {"node"} if ranks_per_node is None else {"node", "network"}
     reports = [report for _, report in _checked(config, ranks_per_node, bad_step)]
     assert workers == 1 or any(max(report.plan.ring_sizes) == workers for report in reports), "no ring of all ranks"
@@ -124,13 +129,13 @@ def test_the_ledger_of_every_step_equals_the_formula(
 
 
 @pytest.mark.parametrize(
-    ("workers", "tp", "ranks_per_node", "dtype", "recompute"),
-    [(2, 2, 1, "float64", "none"), (4, 2, 2, "bfloat16", "block")],
+    ("workers", "tp", "ranks_per_node", "dtype", "activations"),
+    [(2, 2, 1, "float64", "keep"), (4, 2, 2, "bfloat16", "recompute"), (2, 2, None, "float32", "offload")],
 )
 def test_the_ledger_equals_the_formula_where_ranks_share_a_model(
-    workers: int, tp: int, ranks_per_node: int | None, dtype: str, recompute: str, odd_corpus: Path
+    workers: int, tp: int, ranks_per_node: int | None, dtype: str, activations: str, odd_corpus: Path
 ) -> None:
-    config = _config(odd_corpus, dtype, hdp=workers // tp, tp=tp, recompute=recompute)
+    config = _config(odd_corpus, dtype, hdp=workers // tp, tp=tp, activations=activations)
     steps = list(_checked(config, ranks_per_node, bad_step=2))
     micro_batches = [mb for plan, _ in steps for of_rank in plan.ranks for mb in of_rank]
     assert any(mb.num_tokens % tp for mb in micro_batches), "no micro-batch was padded"
@@ -144,11 +149,25 @@ def test_the_ledger_equals_the_formula_where_ranks_share_a_model(
     ("model", "layout", "ranks_per_node", "axes"),
     [
         ({"tied_embeddings": True}, {"pp": 2, "hdp": 2, "tp": 2}, 4, {"pp", "hdp", "tp"}),
-        (BY_DOCUMENT, {"hdp": 2, "tp": 2, "ep": 4, "recompute": "block"}, 2, {"hdp", "tp", "ep"}),
+        (BY_DOCUMENT, {"hdp": 2, "tp": 2, "ep": 4, "activations": "recompute"}, 2, {"hdp", "tp", "ep"}),
         (EXPERTS, {"pp": 2, "hdp": 4, "ep": 2, "etp": 2, "hot_experts": 1}, 2, {"pp", "hdp", "ep", "etp"}),
+        (
+            EXPERTS,
+            {"hdp": 2, "tp": 2, "ep": 2, "activations": ["recompute", "offload", "keep", "offload"], "offload": 0.4},
+            2,
+            {"hdp", "tp", "ep", "edp"},
+        ),
         pytest.param(
             EXPERTS | {"tied_embeddings": True},
-            {"pp": 2, "hdp": 2, "tp": 2, "ep": 2, "recompute": "block", "schedule": "zero-bubble", "virtual_stages": 2},
+            {
+                "pp": 2,
+                "hdp": 2,
+                "tp": 2,
+                "ep": 2,
+                "activations": "recompute",
+                "schedule": "zero-bubble",
+                "virtual_stages": 2,
+            },
             4,
             {"pp", "hdp", "tp", "ep", "edp"},
             marks=pytest.mark.parity,

@@ -128,7 +128,7 @@ def test_rings_and_experts_join_ranks_through_others() -> None:
     "layout",
     [
         Layout(hdp=4, capacity=1500, pp=2),
-        Layout(hdp=4, capacity=1500, pp=4, recompute="block"),
+        Layout(hdp=4, capacity=1500, pp=4, activations="recompute"),
         Layout(hdp=2, capacity=2000, pp=4, schedule="zero-bubble"),
         Layout(hdp=3, capacity=1500, pp=2, schedule="zero-bubble-v", virtual_stages=2),
         Layout(hdp=4, capacity=1500, pp=2, schedule="interleaved-1f1b", virtual_stages=3, ep=2),
