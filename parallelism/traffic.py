@@ -18,6 +18,7 @@ from evermesh.parallelism.links import Operation, Tier, tiers_from
 from evermesh.parallelism.mesh import Mesh
 from evermesh.parallelism.pieces import share_of
 from evermesh.parallelism.pipeline.schedule import PipelineSchedule
+from evermesh.parallelism.tensor.sharding import padded_length
 from evermesh.parallelism.tiers_traffic import Rounds, SetSizes, alike, owners_traffic
 
 AXIS, TENSOR_AXIS, PIPELINE_AXIS = "hdp", "tp", "pp"
@@ -76,6 +77,8 @@ class TrainedModel:
     """Of each of the three matrices of one expert, on one rank."""
     tied_elements: tuple[int, ...] = ()
     """Of the embedding, by tensor-parallel rank, where another rank has a copy of it."""
+    buckets: tuple[int, ...] = ()
+    """Numbers of tokens that micro-batches are padded to; none: as few as the ranks that share them need."""
 
     @property
     def mesh(self) -> Mesh:
@@ -91,6 +94,10 @@ class TrainedModel:
     def token_bytes(self) -> int:
         """Of the activations of one token."""
         return self.hidden * self.bytes_per_element
+
+    def own_tokens(self, num_tokens: int) -> int:
+        """Tokens of a micro-batch, with padding, that each of the ranks holds that share a model."""
+        return padded_length(num_tokens, self.layout.tp, self.buckets) // self.layout.tp
 
 
 class Choices(NamedTuple):
@@ -129,7 +136,7 @@ def plan_traffic(
         parts += _tp_traffic(plan, place.hdp, model, model.stages[place.pp], [nodes[rank] for rank in group])
     for group in mesh.groups("pp"):
         place = mesh.coordinates(group[0])
-        sizes = [-(-mb.num_tokens // mesh.tp) for mb in plan.ranks[place.hdp]]
+        sizes = [model.own_tokens(mb.num_tokens) for mb in plan.ranks[place.hdp]]
         own_nodes = [nodes[rank] for rank in group]
         parts += pipeline_traffic(sizes, model.token_bytes, model.layout.pipeline, own_nodes)
         parts += _tied(place.tp, model, own_nodes, committed=committed)
@@ -213,7 +220,7 @@ def tensor_traffic(
     """
     if num_tokens == 0:
         return
-    calls, own_tokens = stage.calls, -(-num_tokens // len(nodes))
+    calls, own_tokens = stage.calls, model.own_tokens(num_tokens)
     counts = {
         ("tensor forward", "all_gather"): calls.gathers + recomputed * calls.recomputed_gathers,
         ("tensor forward", "reduce_scatter"): calls.scatters + recomputed * calls.recomputed_scatters,
@@ -348,6 +355,7 @@ def _documents(plan: BatchPlan, pp: int, model: TrainedModel, nodes: Sequence[in
                     stage,
                     own_nodes,
                     (model.num_experts, model.top_k),
+                    buckets=model.buckets,
                     losses=model.balances_by_loss,
                     capacity=model.balances_by_capacity,
                 )

@@ -1,5 +1,6 @@
 """The configuration of one training process group, composed from every room's own; imports no torch."""
 
+import math
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -17,7 +18,7 @@ from evermesh.parallelism.cost import CostModel
 from evermesh.parallelism.layout import Layout
 from evermesh.runtime.data.config import DataConfig
 from evermesh.runtime.deepspeed_engine.checks import check_config
-from evermesh.runtime.layout import check_model
+from evermesh.runtime.layout import check_compile, check_model
 from evermesh.runtime.model.config import ModelConfig
 from evermesh.runtime.optimizer_config import AdamWConfig, AnyOptimizer
 
@@ -61,6 +62,26 @@ class CudaDevice(_Frozen):
     kind: Literal["cuda"] = "cuda"
 
 
+class CompileConfig(_Frozen):
+    """Blocks are compiled, for few numbers of tokens; micro-batches are padded to them."""
+
+    buckets: tuple[PositiveInt, ...] | None = None
+    """Numbers of tokens, ascending, the last at least ``layout.capacity``; null: from 1/32 of the capacity up to all of it,
+    each sqrt(2) times the one before, so that a micro-batch is padded by at most that factor above the first."""
+
+    @model_validator(mode="after")
+    def _buckets_ascend(self) -> Self:
+        if self.buckets is not None and list(self.buckets) != sorted(set(self.buckets)):
+            raise ValueError(f"buckets {list(self.buckets)} do not ascend")
+        return self
+
+    def of_capacity(self, capacity: int) -> tuple[int, ...]:
+        """The buckets, given or not, for micro-batches of at most ``capacity`` tokens."""
+        if self.buckets is not None:
+            return self.buckets
+        return tuple(sorted({max(1, round(capacity / math.sqrt(2) ** step)) for step in range(11)}))
+
+
 class TrainConfig(_Frozen):
     """Everything that decides what a training run computes."""
 
@@ -84,6 +105,8 @@ class TrainConfig(_Frozen):
     dtype: Literal["float32", "float64", "bfloat16"] = "float32"
     """Type of parameters, gradients and activations; optimizer states are at least float32."""
     device: Annotated[CpuDevice | CudaDevice, Field(discriminator="kind")] = CpuDevice()
+    compile: CompileConfig | None = None
+    """Compile what blocks do with tokens one by one; null: everything runs as it is written."""
     seed: NonNegativeInt = 0
     """Seed of the initial weights and of the order of the data."""
     deterministic: bool = False
@@ -98,4 +121,11 @@ class TrainConfig(_Frozen):
     def _ranks_can_share_the_model(self) -> Self:
         check_model(self.layout, self.model)
         check_config(self)
+        if self.compile is not None:
+            check_compile(self.layout, self.buckets)
         return self
+
+    @property
+    def buckets(self) -> tuple[int, ...]:
+        """Numbers of tokens that micro-batches are padded to; none: as few as the ranks that share them need."""
+        return self.compile.of_capacity(self.layout.capacity) if self.compile is not None else ()

@@ -85,7 +85,7 @@ def build_engine(config: TrainConfig, vocabulary: int, groups: Groups, device: t
         return build(config, vocabulary, groups, device)
     built = build_model(config, vocabulary, groups, device)
     optimizer = build_optimizer(built.sets, config.optimizer, built.tied)
-    runner = build_runner(built, config.layout, groups)
+    runner = build_runner(built, config.layout, groups, config.buckets)
     held = [of for of_rank in built.held for of in of_rank]
     trained = trained_model(config, vocabulary, built.stages, built.held)
     memory = state_memory(trained.stages[groups.place.pp].sets, config.layout, trained.bytes_per_element)

@@ -7,6 +7,7 @@ EvermeshError
 ├── BatchInvalid        (ValueError)       documents of a script that cannot be trained on, or that differ among ranks
 ├── EngineMissing       (ImportError)      a library that a layout asks for is not installed
 ├── EngineDiffers       (RuntimeError)     a library does not do what the adapter to it expects
+├── CannotCompile       (RuntimeError)     there is no compiler for the device
 └── OtherRun            (ValueError)       a checkpoint of another model, tokenizer or data order
 """
 
@@ -39,3 +40,7 @@ class UnsupportedModel(EvermeshError, ValueError):
 
 class BatchInvalid(EvermeshError, ValueError):
     """A document has nothing to predict, or the ranks were given different documents."""
+
+
+class CannotCompile(EvermeshError, RuntimeError):
+    """There is no compiler for the device."""

@@ -1,5 +1,6 @@
 """Which layouts the trainer can run; imports no torch, so that the launcher can ask before it starts anything."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from evermesh.parallelism.errors import LayoutDoesNotFit
@@ -59,4 +60,30 @@ def check_model(layout: Layout, model: "ModelConfig") -> None:
             f"layout.{axis} is {getattr(layout, axis)}, but the model has no experts to share. Leave it out, or describe the "
             f"experts under model.moe.",
             axis=axis,
+        )
+
+
+def check_compile(layout: Layout, buckets: Sequence[int]) -> None:
+    """Return if blocks of this layout can be compiled for ``buckets`` of tokens.
+
+    Raises:
+        LayoutDoesNotFit: names what cannot be compiled, and what can.
+    """
+    if buckets[-1] < layout.capacity:
+        raise LayoutDoesNotFit(
+            f"train.compile.buckets end at {buckets[-1]} tokens, but a micro-batch can have {layout.capacity} "
+            f"(layout.capacity). Add {layout.capacity} to them, or set layout.capacity to {buckets[-1]}."
+        )
+    if "offload" in layout.activation_policies:
+        raise LayoutDoesNotFit(
+            f"layout.activations is {layout.activations}, but the products of compiled blocks cannot be taken out of them. "
+            "Set layout.activations to recompute or keep, or leave train.compile out.",
+            axis="activations",
+        )
+    if layout.pipeline.splits_backward:
+        raise LayoutDoesNotFit(
+            f"layout.schedule is {layout.schedule}, but compiled blocks cannot put off the gradients of their weights. "
+            f"Set layout.schedule to {'1f1b' if layout.virtual_stages == 1 else 'interleaved-1f1b'}, or leave "
+            "train.compile out.",
+            axis="schedule",
         )

@@ -63,6 +63,7 @@ class MicroBatchRunner:
         pipeline: runs the stages of this rank; None: the model is whole.
         parts: the parts of the model that this rank holds, by stage.
         memory: what becomes of activations; None: all are kept.
+        buckets: numbers of tokens that micro-batches are padded to; none: as few as ``tp`` needs.
     """
 
     def __init__(
@@ -73,8 +74,9 @@ class MicroBatchRunner:
         pipeline: PipelineExecutor | None = None,
         parts: Mapping[int, Part] | None = None,
         memory: ActivationMemory | None = None,
+        buckets: Sequence[int] = (),
     ) -> None:
-        self.memory = memory
+        self.memory, self.buckets = memory, tuple(buckets)
         self.model, self.hdp, self.tp = model, hdp, tp or Communicator()
         self.call: Callable[..., Tensor] = model
         """What runs the model forward."""
@@ -126,7 +128,8 @@ class MicroBatchRunner:
 
     def _activations(self, batch: LocalBatch) -> Activations:
         """What the stages hand on: this rank's part of the tokens of every micro-batch, padded."""
-        sizes = (padded_length(run.plan.num_tokens, self.tp.size) // self.tp.size for run in batch.micro_batches)
+        ranks, counts = self.tp.size, (run.plan.num_tokens for run in batch.micro_batches)
+        sizes = (padded_length(count, ranks, self.buckets) // ranks for count in counts)
         return Activations(tuple(sizes), self.model.config.hidden, self.dtype, self.device)
 
 
@@ -142,6 +145,7 @@ class _Run:
             num_tokens=sum(batch.lengths),
             step=batch.step,
             seed=batch.seed,
+            buckets=runner.buckets,
             hdp=runner.hdp,
             tp=runner.tp,
         )
@@ -175,9 +179,9 @@ class _Run:
 
     @functools.cached_property
     def _padded(self) -> tuple[Tensor, Tensor]:
-        """Tokens and positions on the device, up to a multiple of the ranks that share them."""
+        """Tokens and positions on the device, with padding."""
         tokens_T, positions_T = (
-            pad_tokens(tensor.to(self.runner.device, non_blocking=True), self.runner.tp.size)
+            pad_tokens(tensor.to(self.runner.device, non_blocking=True), self.runner.tp.size, self.runner.buckets)
             for tensor in (self.micro_batch.tokens_T, self.micro_batch.positions_T)
         )
         return tokens_T, positions_T

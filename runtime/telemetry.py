@@ -76,6 +76,10 @@ class StepReport:
     """Everything that all ranks together sent for this step, by call site, operation, mesh axis and tier of the link."""
     offloaded_bytes: int = 0
     """Activations that all ranks together moved to host memory; each comes back once."""
+    padding_tokens: int = 0
+    """Tokens that micro-batches were padded with, over all HDP ranks, so that compiled code can be used again."""
+    compiled_graphs: int = 0
+    """Graphs that rank 0 has compiled since the attempt began."""
     held_out_loss: float | None = None
     """Mean loss per counted token of the held-out documents after this step, nats; None: it was not evaluated."""
 

@@ -130,6 +130,7 @@ def trained_model(
         key_value_elements=2 * model.kv_heads * model.head_size,
         bytes_per_element=getattr(torch, config.dtype).itemsize,
         stages=stages,
+        buckets=config.buckets,
         **_expert_sizes(model, layout),
         tied_elements=tuple(
             (stop - start) * model.hidden for start, stop in spans if model.tied_embeddings and len(ends) > 1

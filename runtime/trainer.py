@@ -17,6 +17,7 @@ from evermesh.parallelism.batch_plan import BatchPlan
 from evermesh.parallelism.ledger import ByteLedger
 from evermesh.parallelism.planner import HybridPlanner, Planner
 from evermesh.runtime import process_group
+from evermesh.runtime.compiling import Compiled, padding_of
 from evermesh.runtime.config import TrainConfig
 from evermesh.runtime.cost import nominal_cost
 from evermesh.runtime.data import HeldOut, Sampler, hold_out, open_sources
@@ -130,6 +131,9 @@ class Trainer:
         vocabulary = model.rows(self.corpora[0].vocabulary)
         self.engine = build_engine(config, vocabulary, self.groups, self.device)
         self.built, self.optimizer, self.runner = self.engine.built, self.engine.optimizer, self.engine.runner
+        self.compiled = Compiled(self.groups.moment)
+        if config.compile is not None:
+            self.compiled.apply(self.built.model, config.buckets)
         self.evaluation = Evaluation(held_out.batches, self.built, self.runner, self.groups)
         self.cost = config.cost or nominal_cost(config, model.shape(vocabulary))
         self.planner = planner or HybridPlanner(config.layout, self.cost)
@@ -148,6 +152,7 @@ class Trainer:
         self.plan: BatchPlan | None = None
         """Of the batch that is being trained."""
         self._compute_s = 0.0
+        self._told_graphs = 0
 
     def fit(self) -> FitResult:
         """Train to ``stop_at``, to the end of the run, or until asked to stop; then save. Collective."""
@@ -253,6 +258,8 @@ class Trainer:
             self.beat(self.progress.step, step_s, self._compute_s)
         if self.rank != 0:
             return
+        padding_tokens = padding_of(batch.plan, self.config.layout.tp, self.config.buckets)
+        self._log_compiled(padding_tokens / max(1, batch.plan.num_tokens))
         report = StepReport(
             step=self.progress.step,
             steps=self.config.steps,
@@ -271,6 +278,8 @@ class Trainer:
             batch=batch.batch.digest,
             traffic=traffic,
             offloaded_bytes=offloaded_bytes,
+            padding_tokens=padding_tokens,
+            compiled_graphs=self.compiled.graphs,
             held_out_loss=held_out_loss,
         )
         if not outcome.committed:
@@ -280,6 +289,17 @@ class Trainer:
                 telemetry.write(report.to_json() + "\n")
         if self.report is not None:
             self.report(report)
+
+    def _log_compiled(self, padding: float) -> None:
+        """Tell what rank 0 compiled in this step, if anything."""
+        compiled = self.compiled
+        if compiled.graphs > self._told_graphs:
+            self._told_graphs = compiled.graphs
+            text = (
+                f"{compiled.graphs} graphs for {len(compiled.token_counts)} numbers of tokens in {compiled.seconds:.1f} s so "
+                f"far; padding to them adds {padding:.1%} tokens to this step"
+            )
+            self._log("compiled", text, graphs=compiled.graphs, seconds=compiled.seconds)
 
     def _identity(self) -> dict[str, Any]:
         return {

@@ -42,6 +42,7 @@ def test_no_import_runs_upwards(room: str) -> None:
         "evermesh.launcher.operations",
         "evermesh.launcher.placement.ray",
         "evermesh.runtime.config",
+        "evermesh.runtime.memory",
         "evermesh.runtime.model.config",
         "evermesh.runtime.data",
         "evermesh.runtime.model.families",

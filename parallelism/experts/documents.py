@@ -61,11 +61,13 @@ class TokenContext:
     """By layer: how many tokens of this rank chose each expert, [E]. Set, not added: recomputation repeats it."""
     losses: dict[int, Tensor] = field(default_factory=dict)
     """By layer: this rank's part of the balancing loss, a scalar without gradient."""
+    buckets: Sequence[int] = ()
+    """Numbers of tokens that micro-batches are padded to; none: as few as their ranks need."""
 
     @property
     def num_own_tokens(self) -> int:
         """t, with padding."""
-        return padded_length(self.micro_batch.num_tokens, self.tp.size) // self.tp.size
+        return padded_length(self.micro_batch.num_tokens, self.tp.size, self.buckets) // self.tp.size
 
     def own_documents(self, device: torch.device) -> Tensor:
         """[t]: index of its document for every token of this rank; D for padding."""

@@ -86,6 +86,7 @@ def document_traffic(
     nodes: Sequence[int],
     sizes: tuple[int, int],
     *,
+    buckets: Sequence[int] = (),
     losses: bool,
     capacity: bool,
 ) -> Iterator[Traffic]:
@@ -99,13 +100,14 @@ def document_traffic(
         mesh: the ranks.
         nodes: index of the node of every rank.
         sizes: experts of a layer, and how many a token passes through.
+        buckets: numbers of tokens that micro-batches are padded to.
         losses: whether documents have a loss.
         capacity: whether documents have a capacity.
     """
     experts, per_token = sizes
     for hdp_rank, micro_batch in enumerate(wave):
         row = [nodes[rank] for rank in mesh.holders(0)[hdp_rank]]
-        own_tokens = padded_length(micro_batch.num_tokens, mesh.tp) // mesh.tp
+        own_tokens = padded_length(micro_batch.num_tokens, mesh.tp, buckets) // mesh.tp
         counts_bytes, choices_bytes = len(micro_batch.pieces) * experts * 8, own_tokens * per_token * 4
         if mesh.tp > 1 and losses and counts_bytes:
             yield from collective_traffic("documents", "all_reduce", TENSOR_AXIS, counts_bytes, row)

@@ -38,9 +38,13 @@ def part_of(size: int, ranks: int, rank: int) -> tuple[int, int]:
     return start, start + each + (rank < longer)
 
 
-def padded_length(num_tokens: int, ranks: int) -> int:
-    """The least multiple of ``ranks`` that is no smaller."""
-    return -(-num_tokens // ranks) * ranks
+def padded_length(num_tokens: int, ranks: int, buckets: Sequence[int] = ()) -> int:
+    """The least multiple of ``ranks`` that is no smaller, neither than the first of ``buckets`` that holds the tokens.
+
+    Buckets ascend; no tokens need none, and more than the last one holds are left as they are.
+    """
+    at_least = next((bucket for bucket in buckets if bucket >= num_tokens), num_tokens) if num_tokens else 0
+    return -(-at_least // ranks) * ranks
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ Gathering is the adjoint of reducing and scattering: the backward pass of one is
 2205.05198, section 4.2.2). A group whose micro-batch has no token sends nothing.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -32,9 +32,9 @@ def scatter_tokens(x_TC: Tensor, communicator: Communicator) -> Tensor:
     return _Scatter.apply(x_TC, communicator)
 
 
-def pad_tokens(x_T: Tensor, ranks: int) -> Tensor:
-    """``x_T`` with zeros up to a multiple of ``ranks`` tokens."""
-    return F.pad(x_T, (0, padded_length(x_T.shape[0], ranks) - x_T.shape[0]))
+def pad_tokens(x_T: Tensor, ranks: int, buckets: Sequence[int] = ()) -> Tensor:
+    """``x_T`` with zeros up to ``padded_length`` tokens."""
+    return F.pad(x_T, (0, padded_length(x_T.shape[0], ranks, buckets) - x_T.shape[0]))
 
 
 def without_padding(attend: Attend, num_tokens: int) -> Attend:

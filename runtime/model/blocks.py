@@ -52,12 +52,16 @@ class Attention(nn.Module):
         self.output = nn.Linear(config.heads * self.head_dim, config.hidden, bias=False)
 
     def forward(self, x_TC: Tensor, rotation_TD: Rotation, attend: Attend) -> Tensor:
+        out_THD = attend(*self.project(x_TC, rotation_TD), window=self.window)
+        return self.output(out_THD.flatten(1))
+
+    def project(self, x_TC: Tensor, rotation_TD: Rotation) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated queries [T, H, D] and keys [T, K, D], and values [T, K, D]."""
         q_THD, k_TKD, v_TKD = (
             project(x_TC).unflatten(-1, (-1, self.head_dim)) for project in (self.query, self.key, self.value)
         )
         q_THD, k_TKD = self.query_norm(q_THD), self.key_norm(k_TKD)
-        out_THD = attend(rotate(q_THD, rotation_TD), rotate(k_TKD, rotation_TD), v_TKD, window=self.window)
-        return self.output(out_THD.flatten(1))
+        return rotate(q_THD, rotation_TD), rotate(k_TKD, rotation_TD), v_TKD
 
 
 class FeedForward(nn.Module):

@@ -1,6 +1,6 @@
 """The model of one rank: made, shared, and laid into flat buffers, in the only order that works."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -94,13 +94,13 @@ class BuiltModel(NamedTuple):
         return sum_gradients(self.sets)
 
 
-def build_runner(built: BuiltModel, layout: Layout, groups: Groups) -> MicroBatchRunner:
+def build_runner(built: BuiltModel, layout: Layout, groups: Groups, buckets: Sequence[int] = ()) -> MicroBatchRunner:
     """What runs micro-batches through ``built``. Collective over the pipeline."""
     if layout.pipeline.num_stages == 1:
-        return MicroBatchRunner(built.model, groups.hdp, groups.tp, memory=built.memory)
+        return MicroBatchRunner(built.model, groups.hdp, groups.tp, memory=built.memory, buckets=buckets)
     open_links(groups.links, next(built.model.parameters()).device)
     pipeline = PipelineExecutor(layout.pipeline, groups.place.pp, groups.links, built.deferred)
-    return MicroBatchRunner(built.model, groups.hdp, groups.tp, pipeline, built.parts, built.memory)
+    return MicroBatchRunner(built.model, groups.hdp, groups.tp, pipeline, built.parts, built.memory, buckets)
 
 
 def build_model(config: TrainConfig, vocabulary: int, groups: Groups, device: torch.device) -> BuiltModel:

@@ -18,6 +18,7 @@ from evermesh.parallelism.experts.hot import HotExperts
 from evermesh.parallelism.gradients import gradient_of
 from evermesh.parallelism.pieces import share_of
 from evermesh.runtime import process_group
+from evermesh.runtime.compiling import Compiled
 from evermesh.runtime.config import TrainConfig
 from evermesh.runtime.flat import AnyCut
 from evermesh.runtime.micro_batch import LocalBatch, LocalMicroBatch
@@ -156,6 +157,8 @@ class Case(NamedTuple):
     dtype: str
     config: ModelConfig
     layout: Layout
+    buckets: tuple[int, ...] = ()
+    """Numbers of tokens that blocks are compiled for; none: they are not."""
 
 
 def train_config(dtype: str, config: ModelConfig, layout: Layout) -> TrainConfig:
@@ -176,7 +179,10 @@ def _run(case: Case) -> Result:
     config = train_config(case.dtype, case.config, case.layout)
     built = build_model(config, VOCABULARY, groups, torch.device("cpu"))
     optimizer = ShardedAdamW(built.sets, OPTIMIZER, built.tied)
-    runner = build_runner(built, case.layout, groups)
+    runner = build_runner(built, case.layout, groups, case.buckets)
+    compiled = Compiled(groups.moment)
+    if case.buckets:
+        compiled.apply(built.model, case.buckets)
     hot = HotExperts(built.model, groups.ep)
     for _ in range(2):  # what a step leaves behind must not change the next
         built.begin_step()
@@ -187,6 +193,7 @@ def _run(case: Case) -> Result:
         hot.end_step()
         built.reduce_experts(copied)
         square = built.sum_gradients()
+    assert compiled.graphs <= 3 * len(case.buckets)
     scalars = torch.stack([loss, square])
     groups.world.all_reduce(scalars, "scalars")
     gradients = _held(built.sets, [_whole_gradient(parameters) for parameters in built.sets])

@@ -148,7 +148,8 @@ function tip({ rank, index, tokens, start, stop, microBatch, ring }) {
   const { pieces } = microBatch;
   const lines = pieces.slice(0, 12).map(pieceInWords);
   if (pieces.length > 12) lines.push(`and ${pieces.length - 12} more`);
-  const options = microBatch.recompute === "none" ? "" : `, recompute ${microBatch.recompute}`;
+  const offloads = microBatch.offload ? `, ${Math.round(100 * microBatch.offload)}% of products on the host` : "";
+  const options = microBatch.recompute === "none" ? "" : `, activations as the layout says${offloads}`;
   return [
     `rank ${rank}, micro-batch ${index + 1}: ${format.whole(tokens)} tokens${options}`,
     ...(ring ? [`ring of ${ring.split(",").length}: ranks ${format.ranges(ring.split(",").map(Number))}`] : []),
