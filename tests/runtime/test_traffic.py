@@ -29,6 +29,7 @@ def _config(
     dtype: str = "float32",
     model: dict[str, Any] | None = None,
     optimizer: str = "adamw",
+    compiled: dict[str, Any] | None = None,
     **layout: Any,
 ) -> TrainConfig:
     return TrainConfig.model_validate(
@@ -38,6 +39,7 @@ def _config(
             "layout": {"capacity": 520 // layout["hdp"]} | layout,
             "checkpoint": {"every": 2},
             "optimizer": {"kind": optimizer},
+            "compile": compiled,
             "evaluation": {"every": 2, "tokens": 700},
             "dtype": dtype,
             "steps": STEPS,
@@ -143,6 +145,12 @@ def test_the_ledger_equals_the_formula_where_ranks_share_a_model(
         axes = {(part.axis, part.tier) for part in report.traffic if part.axis in ("hdp", "tp")}
         across = "network" if ranks_per_node == 1 else "node"
         assert axes == {("tp", across), *([] if workers == tp else [("hdp", "network")])}
+
+
+@pytest.mark.parametrize("layout", [{"pp": 2, "hdp": 1}, pytest.param({"tp": 2, "hdp": 1}, marks=pytest.mark.parity)])
+def test_the_ledger_counts_the_padding_of_compiled_blocks(layout: dict[str, Any], odd_corpus: Path) -> None:
+    config = _config(odd_corpus, "float64", {"layers": 2}, compiled={"buckets": [520]}, **layout)
+    assert all(report.padding_tokens > 0 for _, report in _checked(config))
 
 
 @pytest.mark.parametrize(
