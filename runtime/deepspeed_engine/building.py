@@ -16,6 +16,8 @@ from evermesh.runtime.deepspeed_engine.optimizer import EngineAdamW, Partitioned
 from evermesh.runtime.deepspeed_engine.partitions import fragments, groups_of, shard_map
 from evermesh.runtime.deepspeed_engine.settings import library_config
 from evermesh.runtime.engine import Engine
+from evermesh.runtime.memory.policy import ActivationMemory
+from evermesh.runtime.memory.products import Products
 from evermesh.runtime.micro_batch import LocalBatch, LocalMicroBatch, MicroBatchRunner
 from evermesh.runtime.model.building import BuiltModel
 from evermesh.runtime.model.decoder import Decoder
@@ -84,7 +86,10 @@ def build(config: TrainConfig, vocabulary: int, groups: Groups, device: torch.de
     ranks, stage = groups.hdp.size, sharding.stage
     own = [fragment for fragment in fragments(shapes, stage, ranks) if fragment.rank == groups.hdp.rank]
     part = Part(range(config.model.layers))
-    built = BuiltModel(model, (part,), {0: part}, sets=[], held=[], tied=None, deferred=None, gathers_for_step=False)
+    memory = ActivationMemory(config.layout, Products(), device)
+    built = BuiltModel(
+        model, (part,), {0: part}, sets=[], held=[], tied=None, deferred=None, memory=memory, gathers_for_step=False
+    )
     result = DeepSpeedEngine(
         built,
         EngineAdamW(engine, parts, parameters, own, optimizer, tap),

@@ -42,6 +42,13 @@ def check_config(config: "TrainConfig") -> None:
             "float32, or leave layout.sharding out.",
             axis="sharding",
         )
+    if "offload" in config.layout.activation_policies or config.compile is not None:
+        is_set = "train.compile is set" if config.compile is not None else "layout.activations says offload"
+        raise LayoutDoesNotFit(
+            f"layout.sharding is deepspeed, whose hooks need the modules as they are, but {is_set}. Leave that out, or "
+            "layout.sharding.",
+            axis="sharding",
+        )
     if config.optimizer.kind != "adamw":
         raise LayoutDoesNotFit(
             f"optimizer.kind is {config.optimizer.kind}, which needs the norms of whole layers, but layout.sharding is "

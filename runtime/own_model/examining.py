@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from evermesh.parallelism.errors import LayoutDoesNotFit
 from evermesh.parallelism.layout import Layout
+from evermesh.parallelism.tiers import Tiers
 from evermesh.runtime.data.errors import ExtraMissing
 from evermesh.runtime.errors import UnsupportedModel
 from evermesh.runtime.own_model.attention import IMPLEMENTATION, AttentionCall, AttentionSlot, register
@@ -37,6 +38,18 @@ def check_layout(layout: Layout) -> None:
                 f"hdp {layout.world_size // layout.tp} x tp {layout.tp}.",
                 axis=axis,
             )
+    if layout.activations not in ("keep", "recompute"):
+        raise LayoutDoesNotFit(
+            f"layout.activations is {layout.activations}, but the layers of a model of transformers either all keep their "
+            "activations or all compute them again. Set it to keep or to recompute.",
+            axis="activations",
+        )
+    if layout.sharding != Tiers():
+        raise LayoutDoesNotFit(
+            f"layout.sharding is {layout.sharding}, but FSDP2 divides a model of transformers: everything, for a step. Leave "
+            "it out.",
+            axis="sharding",
+        )
     for axis in ("hot_experts", "offload"):
         if getattr(layout, axis):
             raise LayoutDoesNotFit(
@@ -178,8 +191,8 @@ def _set_recompute(model: Any, layout: Layout) -> None:
         return
     if not model.supports_gradient_checkpointing:
         raise UnsupportedModel(
-            f"layout.recompute is {layout.recompute!r}, but {type(model).__name__} cannot recompute its layers. "
-            "Set it to 'none'."
+            f"layout.activations is {layout.activations!r}, but {type(model).__name__} cannot recompute its layers. "
+            "Set it to keep."
         )
     if hasattr(model, "activation_checkpointing_enable"):  # so it is called in newer releases of transformers 5
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})

@@ -138,7 +138,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     EVERYTHING: {
         "model": MODEL | {"tied_embeddings": True, "moe": MIXTURE, "qk_norm": True},
         "evaluation": {"every": 2, "tokens": 700},
-        "layout": {"recompute": "block"},
+        "layout": {"activations": "recompute"},
     },
     "bfloat16": {"dtype": "bfloat16"},
 }

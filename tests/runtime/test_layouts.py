@@ -3,13 +3,14 @@
 import itertools
 import random
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import pytest
 
 from evermesh.parallelism import Layout, plan_batch
+from evermesh.parallelism.layout import ActivationPolicy
 from evermesh.runtime.model.config import ModelConfig
-from tests.runtime.parity import COST, Case, recomputed, worst_errors
+from tests.runtime.parity import COST, Case, worst_errors
 
 RANKS = 8
 LENGTHS = (1, 97, 40, 13, 2, 61, 29, 7, 22, 5)
@@ -53,7 +54,6 @@ class Choice(NamedTuple):
 
     model: str
     layout: Layout
-    recompute: bool
 
 
 def _divisors(number: int) -> list[int]:
@@ -72,9 +72,9 @@ def _factorisations(*, experts: bool) -> Iterator[dict[str, int]]:
 
 
 def _choices() -> list[Choice]:
-    """Every factorisation with every schedule that fits it, every model, with and without recomputation."""
+    """Every factorisation with every schedule that fits it, every model, all tiers, all that may become of activations."""
     found = []
-    for model, recompute in itertools.product(MODELS, (False, True)):
+    for model, activations in itertools.product(MODELS, get_args(ActivationPolicy)):
         has_experts = CONFIGS[model].moe is not None
         spreads = itertools.product(_factorisations(experts=has_experts), SCHEDULES, TIERS)
         for degrees, (schedule, stages), tiers in spreads:
@@ -84,11 +84,12 @@ def _choices() -> list[Choice]:
                 continue
             if degrees["hdp"] == 1 and tiers:
                 continue
-            hot = 1 if degrees["ep"] > 1 and recompute else 0
+            hot = 1 if degrees["ep"] > 1 and activations == "recompute" else 0
             values: dict[str, Any] = degrees | {"schedule": schedule, "virtual_stages": stages, "hot_experts": hot}
-            values["sharding"] = tiers
+            values |= {"sharding": tiers, "activations": activations}
+            values["offload"] = 0.5 if activations == "offload" else 0.0
             layout = Layout.model_validate(values | {"capacity": max(41, -(-97 // degrees["hdp"]))})
-            found.append(Choice(model, layout, recompute))
+            found.append(Choice(model, layout))
     return found
 
 
@@ -103,7 +104,7 @@ def _every_factorisation() -> list[Choice]:
 
 
 def _every_pair() -> list[Choice]:
-    """Choices that together have every pair of values of any two of: model, degrees, schedule, recomputation, tiers."""
+    """Choices that together have every pair of values of any two of: model, degrees, schedule, activations, tiers."""
     choices = random.Random(2).sample(_choices(), len(_choices()))
     missing = {pair for choice in choices for pair in _pairs(choice)}
     chosen = []
@@ -124,7 +125,7 @@ def _pairs(choice: Choice) -> set[Any]:
         "ep": layout.ep,
         "etp": layout.etp,
         "schedule": (layout.schedule, layout.virtual_stages),
-        "recompute": choice.recompute,
+        "activations": layout.activations,
         "sharding": layout.sharding,
     }
     return set(itertools.combinations(sorted(values.items(), key=lambda item: item[0]), 2))
@@ -132,9 +133,8 @@ def _pairs(choice: Choice) -> set[Any]:
 
 def _check(choices: list[Choice]) -> None:
     cases = []
-    for model, layout, recompute in choices:
-        plan = plan_batch(LENGTHS, layout, COST)
-        cases.append(Case(recomputed(plan) if recompute else plan, "float64", CONFIGS[model], layout))
+    for model, layout in choices:
+        cases.append(Case(plan_batch(LENGTHS, layout, COST), "float64", CONFIGS[model], layout))
     rings = {size for case in cases for size in case.plan.ring_sizes()}
     assert max(rings) > 1
     for choice, error in zip(choices, worst_errors(cases), strict=True):

@@ -32,7 +32,7 @@ from tests.runtime.own_models import (
 LENGTHS = (120, 41, 33, 17, 9, 2, 30)
 ONE, EQUAL = (9,), (64,) * 5
 FOUR, TWO_BY_TWO = Layout(hdp=4, capacity=48), Layout(hdp=2, tp=2, capacity=64)
-RECOMPUTED = TWO_BY_TWO.model_copy(update={"recompute": "block"})
+RECOMPUTED = TWO_BY_TWO.model_copy(update={"activations": "recompute"})
 TOLERANCE = 1e-9
 CASES = (
     Case("llama", LENGTHS, FOUR),
@@ -74,7 +74,12 @@ WIDE = tuple(
     Case(model, lengths, layout)
     for model in MODELS
     for lengths in (LENGTHS, ONE, EQUAL, (2, 3), (180, 3, 3))
-    for layout in (FOUR, TWO_BY_TWO, Layout(hdp=4, capacity=48, recompute="block"), Layout(hdp=2, tp=2, capacity=999))
+    for layout in (
+        FOUR,
+        TWO_BY_TWO,
+        Layout(hdp=4, capacity=48, activations="recompute"),
+        Layout(hdp=2, tp=2, capacity=999),
+    )
     if layout.tp == 1 or model not in ("mixtral", "gpt2")
     if max(lengths) <= layout.hdp * layout.capacity
 )

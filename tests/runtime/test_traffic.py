@@ -194,7 +194,7 @@ def test_the_ledger_equals_the_formula_on_pipelines_and_where_ranks_share_expert
     ("model", "layout", "sharding", "ranks_per_node"),
     [
         ({"tied_embeddings": True}, {"hdp": 4}, {"parameters": 2, "gradients": 4, "keep_for": "micro_batch"}, 2),
-        ({}, {"hdp": 4, "recompute": "block"}, {"parameters": 2, "gradients": 2, "states": 2}, 2),
+        ({}, {"hdp": 4, "activations": "recompute"}, {"parameters": 2, "gradients": 2, "states": 2}, 2),
         (
             {"tied_embeddings": True},
             {"pp": 2, "hdp": 2, "tp": 2},
@@ -203,7 +203,7 @@ def test_the_ledger_equals_the_formula_on_pipelines_and_where_ranks_share_expert
         ),
         (
             EXPERTS,
-            {"hdp": 8, "ep": 2, "etp": 2, "hot_experts": 1, "recompute": "block"},
+            {"hdp": 8, "ep": 2, "etp": 2, "hot_experts": 1, "activations": "recompute"},
             {"parameters": "all", "gradients": "all", "keep_for": "micro_batch"},
             4,
         ),
