@@ -46,8 +46,8 @@ class DeepSpeedRunner(MicroBatchRunner):
     The library divides what it sums by the number of ranks; our loss is weighted for a sum, so it is multiplied by them.
     """
 
-    def __init__(self, engine: Any, model: Decoder, hdp: Communicator) -> None:
-        super().__init__(model, hdp)
+    def __init__(self, engine: Any, model: Decoder, hdp: Communicator, memory: ActivationMemory) -> None:
+        super().__init__(model, hdp, memory=memory)
         self.engine, self.call = engine, engine
 
     def accumulate(self, batch: LocalBatch) -> tuple[Tensor, list[TokenContext]]:
@@ -93,7 +93,7 @@ def build(config: TrainConfig, vocabulary: int, groups: Groups, device: torch.de
     result = DeepSpeedEngine(
         built,
         EngineAdamW(engine, parts, parameters, own, optimizer, tap),
-        DeepSpeedRunner(engine, model, groups.hdp),
+        DeepSpeedRunner(engine, model, groups.hdp, memory),
         shard_map(shapes, stage, ranks),
     )
     result.parts = parts

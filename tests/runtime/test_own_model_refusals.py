@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from evermesh.parallelism import Communicator, Layout, LayoutDoesNotFit
+from evermesh.parallelism.tiers import Tiers
 from evermesh.runtime.errors import BatchInvalid, UnsupportedModel
 from evermesh.runtime.own_model.attention import attention_forward
 from evermesh.runtime.own_model.documents import Documents
@@ -38,7 +39,8 @@ def test_models_that_can_be_trained_pass_and_their_layers_are_found(name: str) -
         ("pp", Layout(hdp=2, tp=2, pp=2)),
         ("ep", Layout(hdp=4, ep=2)),
         ("etp", Layout(hdp=4, etp=2)),
-        ("offload", Layout(offload=0.5)),
+        ("activations", Layout(activations="offload", offload=0.5)),
+        ("sharding", Layout(hdp=2, sharding=Tiers(gradients="all"))),
     ],
 )
 def test_axes_that_are_not_there_for_such_a_model_are_refused(axis: str, layout: Layout) -> None:
