@@ -193,7 +193,7 @@ class EngineAdamW(ShardedOptimizer):
             )
 
     @torch.no_grad()
-    def gather(self) -> None:
+    def publish(self) -> None:
         """Copy the master parameters into those of the model. Collective."""
         self.parts.refresh()
 
