@@ -8,6 +8,7 @@ from typing import Any, Self
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from evermesh.parallelism.batch_plan import BatchPlan, MicroBatch
 from evermesh.parallelism.collectives import Communicator
@@ -37,14 +38,22 @@ class BatchFeed:
 
     All ranks draw the same batch from their own sampler; rank 0 plans it, proves the plan, and sends it to all over the
     control group, which nothing else uses; its records tell the step that a batch is for, the first one after the step at
-    which ``control.moment`` stands now. Preparation runs in one thread, one batch ahead; leaving the ``with`` block
-    ends it.
+    which ``control.moment`` stands now. Of the ranks of a node that train on the same tokens (``readers``; None: there are
+    none) the first reads them and sends them to the others, so that a node reads every token once. Preparation runs in
+    one thread, one batch ahead; leaving the ``with`` block ends it.
     """
 
     def __init__(
-        self, sampler: Sampler, corpora: Sequence[Corpus], planner: Planner, layout: Layout, control: Communicator
+        self,
+        sampler: Sampler,
+        corpora: Sequence[Corpus],
+        planner: Planner,
+        layout: Layout,
+        control: Communicator,
+        readers: Communicator | None = None,
     ) -> None:
         self.sampler, self.corpora, self.planner, self.layout, self.control = sampler, corpora, planner, layout, control
+        self.readers = readers or Communicator()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="batch-feed")
         self._next: Future[PlannedBatch] = self._thread.submit(self._prepare)
 
@@ -98,13 +107,26 @@ class BatchFeed:
         plan = self._agreed_plan(batch)
         own = Mesh.of(self.layout).coordinates(self.control.rank)
         rank_plan = plan.ranks[own.hdp]
-        micro_batches = tuple(load_micro_batch(micro_batch, batch, self.corpora) for micro_batch in rank_plan)
+        tokens = self._tokens(rank_plan, batch).split([micro_batch.num_tokens for micro_batch in rank_plan], dim=1)
+        micro_batches = tuple(_local(mb, of_one) for mb, of_one in zip(rank_plan, tokens, strict=True))
         # all ranks of one pipeline have the same tokens: one of them counts
         counts = own.pp == own.tp == 0
         counted = torch.tensor([sum(int(local.counts_T.sum()) for local in micro_batches) if counts else 0])
         self.control.all_reduce(counted, "loss weights")
         identities = tuple(sequence.identity for sequence in batch.sequences)
         return plan, LocalBatch(micro_batches, batch.lengths, int(counted), identities, step, self.sampler.seed)
+
+    def _tokens(self, micro_batches: Sequence[MicroBatch], batch: Batch) -> torch.Tensor:
+        """Inputs, targets and counts of all micro-batches, [3, T], int32. Collective over the ranks that share them."""
+        num_tokens = sum(micro_batch.num_tokens for micro_batch in micro_batches)
+        if self.readers.rank == 0:
+            parts = [read_micro_batch(micro_batch, batch, self.corpora) for micro_batch in micro_batches]
+            tokens = torch.from_numpy(np.concatenate([np.empty((3, 0), np.int32), *parts], axis=1))
+        else:
+            tokens = torch.empty(3, num_tokens, dtype=torch.int32)
+        if num_tokens:
+            self.readers.broadcast(tokens, 0, "tokens")
+        return tokens
 
     def _agreed_plan(self, batch: Batch) -> BatchPlan:
         payload: bytes | None = None
@@ -124,20 +146,28 @@ class BatchFeed:
 
 def load_micro_batch(micro_batch: MicroBatch, batch: Batch, corpora: Sequence[Corpus]) -> LocalMicroBatch:
     """Read the pieces of one micro-batch, and nothing else."""
+    return _local(micro_batch, torch.from_numpy(read_micro_batch(micro_batch, batch, corpora)))
+
+
+def read_micro_batch(micro_batch: MicroBatch, batch: Batch, corpora: Sequence[Corpus]) -> NDArray[np.int32]:
+    """Inputs, targets and counts of its tokens, [3, T]."""
     parts = [
-        (*read_pieces(corpora, batch.sequences[piece.sequence], piece.ranges), _positions(piece.ranges))
+        np.stack(read_pieces(corpora, batch.sequences[piece.sequence], piece.ranges)).astype(np.int32)
         for piece in micro_batch.pieces
     ]
-    empty = np.empty(0, dtype=np.int64)
-    tokens, targets, counts, positions = (
-        np.concatenate([empty, *arrays]) for arrays in (zip(*parts, strict=True) if parts else ((), (), (), ()))
-    )
+    return np.concatenate([np.empty((3, 0), np.int32), *parts], axis=1)
+
+
+def _local(micro_batch: MicroBatch, tokens: torch.Tensor) -> LocalMicroBatch:
+    """``tokens``: inputs, targets and counts, [3, T]."""
+    positions = [_positions(piece.ranges) for piece in micro_batch.pieces]
+    inputs_T, targets_T, counts_T = tokens
     return LocalMicroBatch(
         plan=micro_batch,
-        tokens_T=torch.from_numpy(tokens.astype(np.int64)),
-        targets_T=torch.from_numpy(targets.astype(np.int64)),
-        positions_T=torch.from_numpy(positions.astype(np.int64)),
-        counts_T=torch.from_numpy(counts.astype(np.float32)),
+        tokens_T=inputs_T.long(),
+        targets_T=targets_T.long(),
+        positions_T=torch.from_numpy(np.concatenate([np.empty(0, dtype=np.int64), *positions])),
+        counts_T=counts_T.float(),
     )
 
 

@@ -1,5 +1,6 @@
 """Joining and leaving the process group of all workers."""
 
+import itertools
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -89,6 +90,8 @@ class Groups(NamedTuple):
     """All ranks. Batch plans; used by one background thread only."""
     host: Communicator
     """All ranks. Tensors in host memory, for checkpoints; used by the training thread."""
+    readers: Communicator
+    """The ranks of this node that train on the same tokens, of which the first reads them; used as ``control`` is."""
 
     @property
     def moment(self) -> Moment:
@@ -99,7 +102,7 @@ class Groups(NamedTuple):
     def listen(self, sink: Sink) -> Iterator[None]:
         """Send a record of every operation of all of them to ``sink``, on the thread that issues it, until the block ends."""
         with ExitStack() as stack:
-            axes = (self.world, self.hdp, self.tp, self.edp, self.ep, self.etp, self.control, self.host)
+            axes = (self.world, self.hdp, self.tp, self.edp, self.ep, self.etp, self.control, self.host, self.readers)
             levels = (owners.at(level) for owners in (self.owners, self.expert_owners) for level in LEVELS)
             found = (*axes, *levels, *self.links.values(), *([self.tied] if self.tied else []))
             for communicator in {id(communicator): communicator for communicator in found}.values():
@@ -132,11 +135,13 @@ def communicators(timeout_s: float, layout: Layout, *, experts: bool = False, ti
     expert_owners = Owners()
     if experts:
         expert_owners = _owners("edp", axes["edp"], layout.expert_division, mesh, nodes, timeout)
+    ahead = Communicator(control, name="control", nodes=nodes)
     return Groups(
         owners=owners,
         expert_owners=expert_owners,
         world=Communicator(world, name="world", nodes=nodes, moment=moment),
-        control=Communicator(control, name="control", nodes=nodes),
+        control=ahead,
+        readers=_readers(mesh, nodes, ahead.moment, timeout),
         host=Communicator(host, name="host", nodes=nodes, moment=moment),
         place=mesh.coordinates(dist.get_rank() if world is not None else 0),
         links=_links(mesh, layout.pipeline, nodes, moment, timeout),
@@ -144,6 +149,19 @@ def communicators(timeout_s: float, layout: Layout, *, experts: bool = False, ti
         **axes,
         **alone,
     )
+
+
+def _readers(mesh: Mesh, nodes: Sequence[int], moment: Moment, timeout: timedelta) -> Communicator:
+    """The ranks of one node with one HDP coordinate. Every rank makes every group, in one order."""
+    found = Communicator(name="readers", moment=moment)
+    for hdp, node in itertools.product(range(mesh.hdp), sorted(set(nodes))):
+        ranks = [rank for rank in range(mesh.size) if mesh.coordinates(rank).hdp == hdp and nodes[rank] == node]
+        if len(ranks) > 1:
+            group = dist.new_group(ranks, backend="gloo", timeout=timeout)
+            if dist.get_rank() in ranks:
+                name, own_nodes = f"readers {hdp} {node}", (node,) * len(ranks)
+                found = Communicator(group, name=name, axis="readers", nodes=own_nodes, moment=moment)
+    return found
 
 
 def _links(

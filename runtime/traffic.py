@@ -4,7 +4,7 @@ Everything that a step sends is in both, with one exception: the ``all_reduce`` 
 (call site ``bookkeeping``). Batch plans count for the step that they are made for, although they are sent before it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from evermesh.parallelism.experts import GridCut
 from evermesh.parallelism.layout import ActivationPolicy, Layout
 from evermesh.parallelism.ledger import Cell, Traffic, add_up, collective_traffic
 from evermesh.parallelism.links import TIERS, Operation
+from evermesh.parallelism.mesh import Mesh
 from evermesh.parallelism.tensor import part_of
 from evermesh.parallelism.tiers_traffic import SetSizes
 from evermesh.parallelism.traffic import (
@@ -70,6 +71,7 @@ OPERATIONS: tuple[tuple[str, Operation, str], ...] = (
     ("parameters", "all_gather", "edp"),
     ("scalars", "all_reduce", "world"),
     ("plan", "broadcast", "control"),
+    ("tokens", "broadcast", "readers"),
     ("loss weights", "all_reduce", "control"),
 )
 """Call site, operation and axis of everything that a training step sends."""
@@ -107,8 +109,21 @@ def step_traffic(
     parts += collective_traffic("scalars", "all_reduce", "world", 3 * 8, nodes)
     parts += collective_traffic("plan", "broadcast", "control", 8, nodes)  # how long it is
     parts += collective_traffic("plan", "broadcast", "control", plan_bytes, nodes)
+    parts += _tokens(plan, model.mesh, nodes)
     parts += collective_traffic("loss weights", "all_reduce", "control", 8, nodes)
     return add_up(parts)
+
+
+def _tokens(plan: BatchPlan, mesh: Mesh, nodes: Sequence[int]) -> Iterator[Traffic]:
+    """Inputs, targets and counts, four bytes each, from the rank of a node that has read them to those that share them."""
+    for rank in range(mesh.size):
+        place = mesh.coordinates(rank)
+        ranks = [other for other in range(mesh.size) if mesh.coordinates(other).hdp == place.hdp]
+        sharing = [other for other in ranks if nodes[other] == nodes[rank]]
+        num_tokens = sum(micro_batch.num_tokens for micro_batch in plan.ranks[place.hdp])
+        if rank == sharing[0] and num_tokens:
+            payload_bytes = 3 * 4 * num_tokens
+            yield from collective_traffic("tokens", "broadcast", "readers", payload_bytes, [nodes[rank]] * len(sharing))
 
 
 def trained_model(

@@ -171,9 +171,13 @@ class Trainer:
         self.groups.control.moment.step = self.progress.step
         with (
             self.groups.listen(self.ledger),
-            BatchFeed(self.sampler, self.corpora, self.planner, self.config.layout, self.groups.control) as feed,
+            self._feed() as feed,
         ):
             return self._train(feed, last, reason)
+
+    def _feed(self) -> BatchFeed:
+        groups, layout = self.groups, self.config.layout
+        return BatchFeed(self.sampler, self.corpora, self.planner, layout, groups.control, groups.readers)
 
     def _train(self, feed: BatchFeed, last: int, reason: Reason) -> FitResult:
         every = self.config.checkpoint.every

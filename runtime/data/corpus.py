@@ -86,6 +86,8 @@ class Corpus:
         self.path, self.manifest = path, manifest
         self._tokens = np.memmap(path / TOKENS, dtype=token_dtype(manifest.vocabulary), mode="r")
         self._offsets: NDArray[np.int64] = np.load(path / INDEX, mmap_mode="r", allow_pickle=False)
+        self.bytes_read = 0
+        """Bytes of tokens and masks that ``read`` took from the files since this was opened."""
         self._mask = np.memmap(path / MASK, dtype=np.uint8, mode="r") if MASK in manifest.files else None
 
     @classmethod
@@ -185,12 +187,16 @@ class Corpus:
         if not 0 <= start <= stop <= self.length(document):
             raise OutOfRange(self.name, document, start, stop, self.length(document))
         first = int(self._offsets[document])
-        stored = self._tokens[first + start : first + stop + 1].astype(np.int64)
+        stored = self._tokens[first + start : first + stop + 1]
+        self.bytes_read += stored.nbytes
         if self._mask is None:
             counts = np.ones(stop - start, dtype=np.bool_)
         else:
-            counts = self._mask[first + start + 1 : first + stop + 1].astype(np.bool_)
-        return stored[:-1], stored[1:], counts
+            mask = self._mask[first + start + 1 : first + stop + 1]
+            self.bytes_read += mask.nbytes
+            counts = mask.astype(np.bool_)
+        ids = stored.astype(np.int64)
+        return ids[:-1], ids[1:], counts
 
     def document_name(self, document: int) -> str:
         """Relative path of the file that held ``document``; ``path:n`` when it is number n of several in that file."""

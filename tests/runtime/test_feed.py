@@ -1,5 +1,6 @@
 """The batch feed: one step ahead, in the background, the same batch everywhere."""
 
+import os
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +11,9 @@ import pytest
 import torch.distributed as dist
 
 from evermesh.parallelism import BatchPlan, Communicator, CostModel, HybridPlanner, Layout, PlanInvalid
+from evermesh.runtime import process_group
 from evermesh.runtime.data import CorpusSource, DataConfig, Sampler, open_sources
+from evermesh.runtime.data.corpus import token_dtype
 from evermesh.runtime.feed import BatchFeed
 from tests.cluster import RankFailed, run_ranks
 
@@ -102,3 +105,39 @@ def test_ranks_share_out_the_batch_and_agree_on_what_counts(corpus: Path) -> Non
 def test_a_rank_that_draws_another_batch_is_found_at_the_first_step(corpus: Path) -> None:
     with pytest.raises(RankFailed, match="PlanInvalid: rank 1 drew batch"):
         run_ranks(2, _tokens_of_rank, corpus, [0, 7])
+
+
+def _bytes_read(
+    rank: int, workers: int, corpus: Path, layout: Layout, ranks_per_node: int
+) -> tuple[int, int, list[Any]]:
+    """What this rank read of two batches, what all their tokens are in the files, and the tokens that it got."""
+    os.environ["LOCAL_WORLD_SIZE"] = str(ranks_per_node)
+    groups = process_group.communicators(60.0, layout)
+    config = DataConfig(sources=(CorpusSource(path=corpus),), context=512, batch_tokens=1500)
+    corpora = open_sources(config)
+    sampler = Sampler(corpora, config, 0)
+    with BatchFeed(sampler, corpora, HybridPlanner(layout, COST), layout, groups.control, groups.readers) as feed:
+        batches = [feed.next(), feed.next(last=True)]
+    item_bytes = token_dtype(corpora[0].vocabulary).itemsize
+    # every stretch of a piece is read with the token behind it
+    stored = [
+        (stop - start + 1) * item_bytes
+        for batch in batches
+        for micro_batches in batch.plan.ranks
+        for micro_batch in micro_batches
+        for piece in micro_batch.pieces
+        for start, stop in piece.ranges
+    ]
+    local = [[(mb.tokens_T.tolist(), mb.targets_T.tolist()) for mb in batch.local.micro_batches] for batch in batches]
+    return corpora[0].bytes_read, sum(stored), local
+
+
+@pytest.mark.parametrize(("ranks_per_node", "nodes"), [(4, 1), (2, 1), (1, 2)])
+def test_a_node_reads_every_token_once_whatever_shares_it(ranks_per_node: int, nodes: int, corpus: Path) -> None:
+    """Four ranks, two for each HDP rank: neighbours, so that with one rank on a node both nodes of a pair read."""
+    layout = Layout(hdp=2, tp=2, capacity=300)
+    results = run_ranks(4, _bytes_read, corpus, layout, ranks_per_node)
+    assert sum(read for read, _, _ in results) == nodes * results[0][1]
+    assert results[0][2] == results[1][2]
+    assert results[2][2] == results[3][2]
+    assert results[0][2] != results[2][2]

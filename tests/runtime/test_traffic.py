@@ -187,7 +187,7 @@ def test_the_ledger_equals_the_formula_on_pipelines_and_where_ranks_share_expert
 ) -> None:
     config = _config(odd_corpus, "float64", {"layers": 4} | model, optimizer="lamb", **layout)
     for _, report in _checked(config, ranks_per_node, bad_step=2):
-        assert {part.axis for part in report.traffic} == {*axes, "world", "control"}
+        assert {part.axis for part in report.traffic} - {"readers"} == {*axes, "world", "control"}
 
 
 @pytest.mark.parametrize(

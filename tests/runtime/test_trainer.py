@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 
+from evermesh.checkpoint import latest
+from evermesh.checkpoint.directory import read_manifest
 from evermesh.checkpoint.errors import CheckpointNotFound
 from evermesh.fault.events import read_events
 from evermesh.parallelism.errors import LayoutDoesNotFit, SequenceTooLong
@@ -123,7 +125,7 @@ def _groups_over_time(rank: int, workers: int, values: dict[str, Any]) -> set[in
     return seen
 
 
-@pytest.mark.parametrize(("workers", "tp", "groups"), [(3, 1, 3), (4, 2, 5)])
+@pytest.mark.parametrize(("workers", "tp", "groups"), [(3, 1, 3), (4, 2, 6)])
 def test_no_process_group_is_made_per_batch(workers: int, tp: int, groups: int, corpus: Path) -> None:
     values = small_config(corpus, layout={"capacity": 300, "tp": tp}, steps=4)
     assert run_ranks(workers, _groups_over_time, values) == [{groups}] * workers
@@ -131,7 +133,14 @@ def test_no_process_group_is_made_per_batch(workers: int, tp: int, groups: int, 
 
 def test_events_tell_the_story(uninterrupted: tuple[Path, dict[str, torch.Tensor]]) -> None:
     events = [(event.kind, event.step) for event in read_events(uninterrupted[0] / "events.jsonl")]
-    assert events == [("started", 0), ("checkpoint", 3), ("checkpoint", 6), ("checkpoint", 8), ("finished", 8)]
+    assert events == [
+        ("started", 0),
+        ("memory", 0),
+        ("checkpoint", 3),
+        ("checkpoint", 6),
+        ("checkpoint", 8),
+        ("finished", 8),
+    ]
 
 
 def test_training_lowers_the_loss(corpus: Path, tmp_path: Path) -> None:
@@ -139,6 +148,22 @@ def test_training_lowers_the_loss(corpus: Path, tmp_path: Path) -> None:
     Trainer(config, directory=tmp_path).fit()
     reports = read_telemetry(tmp_path / "telemetry.jsonl")
     assert reports[-1].loss < reports[0].loss - 1.0
+
+
+def test_a_run_in_bfloat16_follows_that_in_float64_and_keeps_float32_masters(corpus: Path, tmp_path: Path) -> None:
+    """Two workers, many micro-batches: activations and parameters of 8 bits, everything that adds up in more."""
+    layout = {"capacity": 260, "sharding": {"gradients": "all"}}
+    for dtype in ("bfloat16", "float64"):
+        values = small_config(corpus, dtype=dtype, layout=layout, optimizer={"lr": 3e-3})
+        train_on(2, values, tmp_path / dtype)
+    losses = {
+        dtype: [report.loss for report in read_telemetry(tmp_path / dtype / "telemetry.jsonl")]
+        for dtype in ("bfloat16", "float64")
+    }
+    assert losses["bfloat16"] == pytest.approx(losses["float64"], rel=1e-2)
+    assert losses["bfloat16"][-1] < losses["bfloat16"][0] - 0.05
+    manifest = read_manifest(latest(tmp_path / "bfloat16" / "checkpoints") or tmp_path)
+    assert {tensor.dtype for tensor in manifest.tensors.values()} == {"float32"}
 
 
 def test_asked_to_stop_it_saves_and_a_resume_goes_on(corpus: Path, tmp_path: Path) -> None:
