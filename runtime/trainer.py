@@ -12,12 +12,10 @@ from torch import Tensor
 
 from evermesh import checkpoint
 from evermesh.checkpoint.errors import CheckpointNotFound
-from evermesh.fault.events import EventLog
 from evermesh.parallelism.batch_plan import BatchPlan
-from evermesh.parallelism.ledger import ByteLedger
 from evermesh.parallelism.planner import HybridPlanner, Planner
 from evermesh.runtime import process_group
-from evermesh.runtime.compiling import Compiled, padding_of
+from evermesh.runtime.compiling import Compiled
 from evermesh.runtime.config import TrainConfig
 from evermesh.runtime.cost import nominal_cost
 from evermesh.runtime.data import HeldOut, Sampler, hold_out, open_sources
@@ -29,31 +27,13 @@ from evermesh.runtime.feed import BatchFeed, PlannedBatch
 from evermesh.runtime.guard import StepGuard
 from evermesh.runtime.layout import check_layout
 from evermesh.runtime.model.families import unused_settings
+from evermesh.runtime.reporting import Asked, Reporter, StepOutcome
 from evermesh.runtime.schedule import learning_rate
 from evermesh.runtime.state import Progress, TrainingState
-from evermesh.runtime.telemetry import PlanSummary, StepReport
-from evermesh.runtime.traffic import over_all_ranks, payload_bytes
+from evermesh.runtime.telemetry import StepReport
 from evermesh.runtime.weights import load_initial_weights
 
-TRAFFIC = (
-    "ring forward",
-    "ring backward",
-    "ring gradients",
-    "tensor forward",
-    "tensor backward",
-    "pipeline forward",
-    "pipeline backward",
-    "expert forward",
-    "expert backward",
-    "loss",
-    "gradients",
-    "sharded parameters",
-    "parameters",
-)
-"""Call sites whose payload a step reports in ``bytes_by_site``."""
 Reason = Literal["finished", "stop_at", "asked"]
-Asked = Literal["save", "stop"]
-"""What somebody may ask of a running trainer: a checkpoint now, or a checkpoint and the end."""
 _ASKED: tuple[Asked | None, ...] = (None, "save", "stop")
 
 
@@ -64,16 +44,6 @@ class FitResult:
     step: int
     reason: Reason
     checkpoint: Path | None
-
-
-@dataclass(frozen=True, slots=True)
-class StepOutcome:
-    """One step as all ranks agree on it."""
-
-    loss: float
-    grad_norm: float
-    committed: bool
-    asked: Asked | None
 
 
 class Trainer:
@@ -111,7 +81,7 @@ class Trainer:
         asked: Callable[[], Asked | None] | None = None,
         planner: Planner | None = None,
     ) -> None:
-        self.config, self.directory, self.report, self.beat, self.asked = config, directory, report, beat, asked
+        self.config, self.directory, self.asked = config, directory, asked
         check_layout(config)
         model = config.model
         self.groups = process_group.communicators(
@@ -138,9 +108,8 @@ class Trainer:
         self.cost = config.cost or nominal_cost(config, model.shape(vocabulary))
         self.planner = planner or HybridPlanner(config.layout, self.cost)
 
-        self.ledger = ByteLedger()
-        self.events = EventLog(directory / "events.jsonl") if directory and self.rank == 0 else None
         self.progress = Progress(sampler=self.sampler.state_dict())
+        self.reporter = Reporter(self, report, beat)
         self.experts = ExpertBalance(self.built, model, self.groups.ep, config.layout.hot_experts, self.progress)
         self.shards = self.engine.shards
         self.state = TrainingState(self.optimizer, self.shards, self.progress, self._identity(), self.groups.host)
@@ -151,8 +120,6 @@ class Trainer:
         self.guard = StepGuard(config.max_skipped_steps, self.progress)
         self.plan: BatchPlan | None = None
         """Of the batch that is being trained."""
-        self._compute_s = 0.0
-        self._told_graphs = 0
 
     def fit(self) -> FitResult:
         """Train to ``stop_at``, to the end of the run, or until asked to stop; then save. Collective."""
@@ -170,7 +137,7 @@ class Trainer:
             self._log("memory", text)
         self.groups.control.moment.step = self.progress.step
         with (
-            self.groups.listen(self.ledger),
+            self.groups.listen(self.reporter.ledger),
             self._feed() as feed,
         ):
             return self._train(feed, last, reason)
@@ -181,12 +148,12 @@ class Trainer:
 
     def _train(self, feed: BatchFeed, last: int, reason: Reason) -> FitResult:
         every = self.config.checkpoint.every
-        clock = _Clock()
+        self.reporter.begin()
         while True:
             batch = feed.next(last=self.progress.step + 1 == last)
             outcome = self.train_step(batch)
-            held_out_loss = self._evaluate(feed, clock, last)
-            self._report(batch, outcome, clock, last, held_out_loss)
+            held_out_loss = self._evaluate(feed, last)
+            self.reporter.report_step(batch, outcome, last, held_out_loss)
             step, ends = self.progress.step, outcome.asked == "stop" or self.progress.step == last
             saved = self.save() if ends or outcome.asked or (every and step % every == 0) else None
             if ends:
@@ -201,18 +168,18 @@ class Trainer:
         self.experts.begin_step()
         local_loss, contexts = self.runner.accumulate(batch.local)
         self.experts.end_step()
-        self._compute_s = time.monotonic() - began_s
+        compute_s = time.monotonic() - began_s
         loss, grad_norm, asked = self._synchronize(local_loss)
         committed = self.guard.commit(self.progress.step, loss, grad_norm)
         if committed:
             self.progress.updates += 1
-            self.optimizer.step(self._learning_rate(), self._clip(grad_norm))
+            self.optimizer.step(self.learning_rate(), self._clip(grad_norm))
             self.experts.learn(contexts, self.groups.world, self.device)
         self.engine.end_step()
         self.progress.sampler = batch.sampler_state
-        return StepOutcome(loss, grad_norm, committed, asked)
+        return StepOutcome(loss, grad_norm, committed, asked, compute_s)
 
-    def _evaluate(self, feed: BatchFeed, clock: "_Clock", last: int) -> float | None:
+    def _evaluate(self, feed: BatchFeed, last: int) -> float | None:
         """The loss on the held-out documents, if this step is one to evaluate. Collective."""
         config, step = self.config.evaluation, self.progress.step
         if config is None or (step % config.every and step != last):
@@ -220,7 +187,7 @@ class Trainer:
         started_s = time.monotonic()
         result = self.evaluation.run(feed)
         took_s = time.monotonic() - started_s
-        clock.leave_out(took_s)
+        self.reporter.leave_out(took_s)
         text = f"loss {result.loss:.4f} on {result.num_tokens:,} held-out tokens in {took_s:.2f} s"
         self._log("evaluated", text, loss=result.loss, num_tokens=result.num_tokens)
         return result.loss
@@ -244,66 +211,13 @@ class Trainer:
         loss, square_of_norm, request = scalars.tolist()
         return loss, square_of_norm**0.5, _ASKED[int(request)]
 
-    def _learning_rate(self) -> float:
+    def learning_rate(self) -> float:
+        """Of the last update."""
         return learning_rate(self.config.optimizer, self.progress.updates, self.config.steps)
 
     def _clip(self, grad_norm: float) -> float:
         limit = self.config.optimizer.clip_norm
         return 1.0 if limit is None or grad_norm <= limit else limit / grad_norm
-
-    def _report(
-        self, batch: PlannedBatch, outcome: StepOutcome, clock: "_Clock", last: int, held_out_loss: float | None
-    ) -> None:
-        own = self.ledger.take_step(self.progress.step)
-        traffic = over_all_ranks(own, self.groups.world, self.device)
-        offloaded_bytes = self.built.memory.take_bytes(self.groups.world)
-        step_s, smoothed_s = clock.tick()
-        if self.beat is not None:
-            self.beat(self.progress.step, step_s, self._compute_s)
-        if self.rank != 0:
-            return
-        padding_tokens = padding_of(batch.plan, self.config.layout.tp, self.config.buckets)
-        self._log_compiled(padding_tokens / max(1, batch.plan.num_tokens))
-        report = StepReport(
-            step=self.progress.step,
-            steps=self.config.steps,
-            loss=outcome.loss,
-            grad_norm=outcome.grad_norm,
-            lr=self._learning_rate(),
-            committed=outcome.committed,
-            num_tokens=batch.plan.num_tokens,
-            num_sequences=len(batch.plan.lengths),
-            num_split=sum(sequence.is_split for sequence in batch.batch.sequences),
-            workers=self.workers,
-            step_s=step_s,
-            time_left_s=smoothed_s * (last - self.progress.step),
-            plan=PlanSummary.of(batch.plan),
-            bytes_by_site={site: payload_bytes(traffic, site) for site in TRAFFIC},
-            batch=batch.batch.digest,
-            traffic=traffic,
-            offloaded_bytes=offloaded_bytes,
-            padding_tokens=padding_tokens,
-            compiled_graphs=self.compiled.graphs,
-            held_out_loss=held_out_loss,
-        )
-        if not outcome.committed:
-            self._log("skipped", f"loss {outcome.loss}, gradient norm {outcome.grad_norm}: no update")
-        if self.directory is not None:
-            with (self.directory / "telemetry.jsonl").open("a") as telemetry:
-                telemetry.write(report.to_json() + "\n")
-        if self.report is not None:
-            self.report(report)
-
-    def _log_compiled(self, padding: float) -> None:
-        """Tell what rank 0 compiled in this step, if anything."""
-        compiled = self.compiled
-        if compiled.graphs > self._told_graphs:
-            self._told_graphs = compiled.graphs
-            text = (
-                f"{compiled.graphs} graphs for {len(compiled.token_counts)} numbers of tokens in {compiled.seconds:.1f} s so "
-                f"far; padding to them adds {padding:.1%} tokens to this step"
-            )
-            self._log("compiled", text, graphs=compiled.graphs, seconds=compiled.seconds)
 
     def _identity(self) -> dict[str, Any]:
         return {
@@ -350,24 +264,4 @@ class Trainer:
         return FitResult(self.progress.step, reason, saved)
 
     def _log(self, kind: str, text: str, **fields: Any) -> None:
-        if self.events is not None:
-            self.events.write(kind, text, step=self.progress.step, **fields)
-
-
-class _Clock:
-    """Seconds of each step, and a smoothed value to estimate the time left."""
-
-    def __init__(self) -> None:
-        self._last = time.monotonic()
-        self._smoothed: float | None = None
-
-    def tick(self) -> tuple[float, float]:
-        """Seconds since the last tick, and their moving average."""
-        now = time.monotonic()
-        elapsed, self._last = now - self._last, now
-        self._smoothed = elapsed if self._smoothed is None else 0.8 * self._smoothed + 0.2 * elapsed
-        return elapsed, self._smoothed
-
-    def leave_out(self, seconds: float) -> None:
-        """Count the last ``seconds`` to no step."""
-        self._last += seconds
+        self.reporter.log(kind, text, **fields)

@@ -15,7 +15,8 @@ from evermesh.parallelism.errors import LayoutDoesNotFit, SequenceTooLong
 from evermesh.runtime import TrainConfig, read_telemetry
 from evermesh.runtime.errors import OtherRun, TrainingDiverged
 from evermesh.runtime.micro_batch import LocalBatch
-from evermesh.runtime.trainer import Asked, Trainer
+from evermesh.runtime.reporting import Asked
+from evermesh.runtime.trainer import Trainer
 from tests.cluster import RankFailed, run_ranks
 
 MODEL = {"hidden": 32, "layers": 2, "heads": 4, "kv_heads": 2, "ffn": 48}

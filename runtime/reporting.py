@@ -1,0 +1,155 @@
+"""Measures every step of a run, and tells the user and the folder of the run about it."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from evermesh.fault.events import EventLog
+from evermesh.parallelism.ledger import ByteLedger
+from evermesh.runtime.compiling import padding_of
+from evermesh.runtime.feed import PlannedBatch
+from evermesh.runtime.telemetry import PlanSummary, StepReport
+from evermesh.runtime.traffic import over_all_ranks, payload_bytes
+
+if TYPE_CHECKING:
+    from evermesh.runtime.trainer import Trainer
+
+TRAFFIC = (
+    "ring forward",
+    "ring backward",
+    "ring gradients",
+    "tensor forward",
+    "tensor backward",
+    "pipeline forward",
+    "pipeline backward",
+    "expert forward",
+    "expert backward",
+    "loss",
+    "gradients",
+    "sharded parameters",
+    "parameters",
+)
+"""Call sites whose payload a step reports in ``bytes_by_site``."""
+Asked = Literal["save", "stop"]
+"""What somebody may ask of a running trainer: a checkpoint now, or a checkpoint and the end."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutcome:
+    """One step as all ranks agree on it."""
+
+    loss: float
+    grad_norm: float
+    committed: bool
+    asked: Asked | None
+    compute_s: float
+    """Of this rank, before the ranks met to sum gradients."""
+
+
+class Reporter:
+    """Writes ``telemetry.jsonl`` and ``events.jsonl``, and calls who wants to know.
+
+    Args:
+        trainer: whose run it is; complete but for this.
+        report: called on rank 0 after every step.
+        beat: called on every rank after every step; see ``Trainer``.
+    """
+
+    def __init__(
+        self,
+        trainer: "Trainer",
+        report: Callable[[StepReport], None] | None,
+        beat: Callable[[int, float, float], None] | None,
+    ) -> None:
+        self._trainer, self._report, self._beat = trainer, report, beat
+        self.ledger = ByteLedger()
+        self._events = EventLog(trainer.directory / "events.jsonl") if trainer.directory and trainer.rank == 0 else None
+        self._clock = _Clock()
+        self._told_graphs = 0
+
+    def begin(self) -> None:
+        """The first step begins now."""
+        self._clock = _Clock()
+
+    def leave_out(self, seconds: float) -> None:
+        """Count the last ``seconds`` to no step."""
+        self._clock.leave_out(seconds)
+
+    def log(self, kind: str, text: str, **fields: Any) -> None:
+        """Write an event, on rank 0."""
+        if self._events is not None:
+            self._events.write(kind, text, step=self._trainer.progress.step, **fields)
+
+    def report_step(self, batch: PlannedBatch, outcome: StepOutcome, last: int, held_out_loss: float | None) -> None:
+        """Behind every step; ``last`` is that of this attempt. Collective."""
+        trainer = self._trainer
+        own = self.ledger.take_step(trainer.progress.step)
+        traffic = over_all_ranks(own, trainer.groups.world, trainer.device)
+        offloaded_bytes = trainer.built.memory.take_bytes(trainer.groups.world)
+        step_s, smoothed_s = self._clock.tick()
+        if self._beat is not None:
+            self._beat(trainer.progress.step, step_s, outcome.compute_s)
+        if trainer.rank != 0:
+            return
+        padding_tokens = padding_of(batch.plan, trainer.config.layout.tp, trainer.config.buckets)
+        self._log_compiled(padding_tokens / max(1, batch.plan.num_tokens))
+        report = StepReport(
+            step=trainer.progress.step,
+            steps=trainer.config.steps,
+            loss=outcome.loss,
+            grad_norm=outcome.grad_norm,
+            lr=trainer.learning_rate(),
+            committed=outcome.committed,
+            num_tokens=batch.plan.num_tokens,
+            num_sequences=len(batch.plan.lengths),
+            num_split=sum(sequence.is_split for sequence in batch.batch.sequences),
+            workers=trainer.workers,
+            step_s=step_s,
+            time_left_s=smoothed_s * (last - trainer.progress.step),
+            plan=PlanSummary.of(batch.plan),
+            bytes_by_site={site: payload_bytes(traffic, site) for site in TRAFFIC},
+            batch=batch.batch.digest,
+            traffic=traffic,
+            offloaded_bytes=offloaded_bytes,
+            padding_tokens=padding_tokens,
+            compiled_graphs=trainer.compiled.graphs,
+            held_out_loss=held_out_loss,
+        )
+        if not outcome.committed:
+            self.log("skipped", f"loss {outcome.loss}, gradient norm {outcome.grad_norm}: no update")
+        if trainer.directory is not None:
+            with (trainer.directory / "telemetry.jsonl").open("a") as telemetry:
+                telemetry.write(report.to_json() + "\n")
+        if self._report is not None:
+            self._report(report)
+
+    def _log_compiled(self, padding: float) -> None:
+        """Tell what rank 0 compiled in this step, if anything."""
+        compiled = self._trainer.compiled
+        if compiled.graphs > self._told_graphs:
+            self._told_graphs = compiled.graphs
+            text = (
+                f"{compiled.graphs} graphs for {len(compiled.token_counts)} numbers of tokens in {compiled.seconds:.1f} s so "
+                f"far; padding to them adds {padding:.1%} tokens to this step"
+            )
+            self.log("compiled", text, graphs=compiled.graphs, seconds=compiled.seconds)
+
+
+class _Clock:
+    """Seconds of each step, and a smoothed value to estimate the time left."""
+
+    def __init__(self) -> None:
+        self._last = time.monotonic()
+        self._smoothed: float | None = None
+
+    def tick(self) -> tuple[float, float]:
+        """Seconds since the last tick, and their moving average."""
+        now = time.monotonic()
+        elapsed, self._last = now - self._last, now
+        self._smoothed = elapsed if self._smoothed is None else 0.8 * self._smoothed + 0.2 * elapsed
+        return elapsed, self._smoothed
+
+    def leave_out(self, seconds: float) -> None:
+        """Count the last ``seconds`` to no step."""
+        self._last += seconds
