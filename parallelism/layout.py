@@ -24,6 +24,9 @@ class Layout(BaseModel):
     """Hybrid data-parallel ranks: data and context parallelism are the same ranks, used per sequence."""
     tp: PositiveInt = 1
     """Tensor-parallel degree."""
+    tp_chunks: PositiveInt = 1
+    """Parts in which the ranks that share a model run feed-forwards and shared experts: while one is computed, the tokens of
+    the next are gathered and the results of the one before are scattered. 1: nothing is hidden."""
     pp: PositiveInt = 1
     """Pipeline-parallel degree."""
     ep: PositiveInt = 1

@@ -18,7 +18,7 @@ from evermesh.parallelism.links import Operation, Tier, tiers_from
 from evermesh.parallelism.mesh import Mesh
 from evermesh.parallelism.pieces import share_of
 from evermesh.parallelism.pipeline.schedule import PipelineSchedule
-from evermesh.parallelism.tensor.sharding import padded_length
+from evermesh.parallelism.tensor.sharding import chunk_lengths, padded_length
 from evermesh.parallelism.tiers_traffic import Rounds, SetSizes, alike, owners_traffic
 
 AXIS, TENSOR_AXIS, PIPELINE_AXIS = "hdp", "tp", "pp"
@@ -32,6 +32,9 @@ class TensorCalls(NamedTuple):
     recomputed_gathers: int
     """In the repetition of blocks that do not keep everything. It leaves out what nothing in the backward pass needs."""
     recomputed_scatters: int
+
+
+_NO_CALLS = TensorCalls(0, 0, 0, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +52,9 @@ class StageSizes:
     """Layers whose attention is computed again in the backward pass."""
     repeated_experts: tuple[int, ...] = ()
     """Layers whose experts are computed again."""
+    chunked: TensorCalls = _NO_CALLS
+    """Those of modules that run in ``layout.tp_chunks`` parts, which ``calls`` leaves out. Where such a module is computed
+    again, and its scatter is not among the recomputed ones, it is that of its last part alone which is not repeated."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,23 +226,35 @@ def tensor_traffic(
     """
     if num_tokens == 0:
         return
-    calls, own_tokens = stage.calls, model.own_tokens(num_tokens)
-    counts = {
-        ("tensor forward", "all_gather"): calls.gathers + recomputed * calls.recomputed_gathers,
-        ("tensor forward", "reduce_scatter"): calls.scatters + recomputed * calls.recomputed_scatters,
-        ("tensor backward", "all_gather"): calls.scatters,
-        ("tensor backward", "reduce_scatter"): calls.gathers,
-    }
-    own_bytes = own_tokens * model.token_bytes
-    operations: tuple[Operation, ...] = ("all_gather", "reduce_scatter")
-    for call_site, operation in itertools.product(("tensor forward", "tensor backward"), operations):
-        payload_bytes = own_bytes if operation == "all_gather" else own_bytes * len(nodes)
-        for _ in range(counts[call_site, operation]):
+    own_tokens = model.own_tokens(num_tokens)
+    parts = chunk_lengths(own_tokens, model.layout.tp_chunks)
+    for calls, lengths in ((stage.calls, (own_tokens,)), (stage.chunked, parts)):
+        for call_site, operation, tokens in _tensor_calls(calls, lengths, recomputed=recomputed):
+            ranks = 1 if operation == "all_gather" else len(nodes)
+            payload_bytes = ranks * tokens * model.token_bytes
             yield from collective_traffic(call_site, operation, TENSOR_AXIS, payload_bytes, nodes)
     for values in (1, 2) if stage.has_head else ():
         # the largest logit of a token; the sum of its exponentials and the logit of its target
         payload_bytes = values * num_tokens * max(4, model.bytes_per_element)
         yield from collective_traffic("loss", "all_reduce", TENSOR_AXIS, payload_bytes, nodes)
+
+
+def _tensor_calls(
+    calls: TensorCalls, lengths: tuple[int, ...], *, recomputed: bool
+) -> Iterator[tuple[str, Operation, int]]:
+    """Call site and operation of every call, and the tokens of each rank in it; the parts of a pass have ``lengths``."""
+    repeats = calls.recomputed_gathers if recomputed else 0
+    whole_repeats = calls.recomputed_scatters if recomputed else 0
+    counts: tuple[tuple[str, Operation, int, tuple[int, ...]], ...] = (
+        ("tensor forward", "all_gather", calls.gathers + repeats, lengths),
+        ("tensor forward", "reduce_scatter", calls.scatters + whole_repeats, lengths),
+        ("tensor forward", "reduce_scatter", repeats - whole_repeats, lengths[:-1]),
+        ("tensor backward", "all_gather", calls.scatters, lengths),
+        ("tensor backward", "reduce_scatter", calls.gathers, lengths),
+    )
+    for call_site, operation, count, of_pass in counts:
+        for tokens in of_pass * count:
+            yield call_site, operation, tokens
 
 
 def _tied(tp_rank: int, model: TrainedModel, nodes: Sequence[int], *, committed: bool) -> Iterator[Traffic]:

@@ -44,6 +44,7 @@ def check_model(layout: Layout, model: "ModelConfig") -> None:
             axis="activations",
         )
     check_deepspeed_degrees(layout)
+    _check_chunks(layout)
     DECODER_SHARDING.check_degree(layout.tp, model.model_dump())
     stage_parts(model, layout, nominal_costs(model, model.vocabulary or 1))
     if layout.hot_experts and layout.ep == 1:
@@ -63,6 +64,24 @@ def check_model(layout: Layout, model: "ModelConfig") -> None:
         )
 
 
+def _check_chunks(layout: Layout) -> None:
+    if layout.tp_chunks == 1:
+        return
+    if layout.tp == 1:
+        raise LayoutDoesNotFit(
+            f"layout.tp_chunks is {layout.tp_chunks}, but with layout.tp 1 no tokens are gathered that could arrive in "
+            "parts. Leave it out, or share the model with layout.tp.",
+            axis="tp_chunks",
+        )
+    if "offload" in layout.activation_policies:
+        raise LayoutDoesNotFit(
+            f"layout.tp_chunks is {layout.tp_chunks}, but layout.activations is {layout.activations}: of a block that "
+            "offloads, the first tokens wait on the host, not the first of every part. Set layout.tp_chunks to 1, or "
+            "layout.activations to recompute or keep.",
+            axis="tp_chunks",
+        )
+
+
 def check_compile(layout: Layout, buckets: Sequence[int]) -> None:
     """Return if blocks of this layout can be compiled for ``buckets`` of tokens.
 
@@ -73,6 +92,12 @@ def check_compile(layout: Layout, buckets: Sequence[int]) -> None:
         raise LayoutDoesNotFit(
             f"train.compile.buckets end at {buckets[-1]} tokens, but a micro-batch can have {layout.capacity} "
             f"(layout.capacity). Add {layout.capacity} to them, or set layout.capacity to {buckets[-1]}."
+        )
+    if layout.tp_chunks > 1:
+        raise LayoutDoesNotFit(
+            f"layout.tp_chunks is {layout.tp_chunks}, but blocks are compiled for whole buckets of tokens, not for parts of "
+            "them. Set layout.tp_chunks to 1, or leave train.compile out.",
+            axis="tp_chunks",
         )
     if "offload" in layout.activation_policies:
         raise LayoutDoesNotFit(

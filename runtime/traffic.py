@@ -174,16 +174,22 @@ def _stage_sizes(
     layers = [layer for part in parts.values() for layer in part.layers]
     expert_layers = tuple(layer for layer in layers if model.has_experts(layer))
     is_first, is_last = (any(getattr(part, name) for part in parts.values()) for name in ("is_first", "is_last"))
-    calls = [_tensor_calls(model, layer, layout.activations_of(layer)) for layer in layers]
+    calls = [_attention_calls(layout.activations_of(layer)) for layer in layers]
+    chunked = [_fed_calls(model, layer, layout.activations_of(layer)) for layer in layers]
     return StageSizes(
         layers=len(layers),
-        calls=TensorCalls(*map(sum, zip(TensorCalls(is_last, is_first, 0, 0), *calls, strict=True))),
+        calls=_sum([TensorCalls(is_last, is_first, 0, 0), *calls]),
+        chunked=_sum(chunked),
         has_head=is_last,
         sets=tuple(_set_sizes(model, parts, held.layout, with_norms=with_norms) for held in sets),
         expert_layers=expert_layers,
         repeated_attention=sum(layout.activations_of(layer) == "recompute" for layer in layers),
         repeated_experts=tuple(layer for layer in expert_layers if layout.activations_of(layer) != "keep"),
     )
+
+
+def _sum(calls: Sequence[TensorCalls]) -> TensorCalls:
+    return TensorCalls(*map(sum, zip(TensorCalls(0, 0, 0, 0), *calls, strict=True)))
 
 
 def _set_sizes(model: ModelConfig, parts: Mapping[int, Part], layout: FlatLayout, *, with_norms: bool) -> SetSizes:
@@ -208,15 +214,19 @@ def _set_sizes(model: ModelConfig, parts: Mapping[int, Part], layout: FlatLayout
     )
 
 
-def _tensor_calls(model: ModelConfig, layer: int, policy: ActivationPolicy) -> TensorCalls:
-    """Attention, feed-forward and shared experts gather their input and scatter their output. (The embedding scatters its
-    output, the head gathers its input.) A block that is computed again stops behind the last thing that is needed: the
-    scatter of a feed-forward, or of a shared expert without a gate, is not; nor, where its output waits on the host, that
-    of attention.
+def _attention_calls(policy: ActivationPolicy) -> TensorCalls:
+    """Attention gathers its input and scatters its output. (The embedding scatters its output, the head gathers its input.)
+    Half a block that is computed again, because its output waits on the host, stops before the scatter.
+    """
+    return TensorCalls(1, 1, policy != "keep", policy == "recompute")
+
+
+def _fed_calls(model: ModelConfig, layer: int, policy: ActivationPolicy) -> TensorCalls:
+    """So do feed-forward and shared experts, in chunks. A block that is computed again stops behind the last thing that is
+    needed: what shared experts gave is, where a gate multiplies it or a loss is computed behind it.
     """
     moe = model.moe if model.has_experts(layer) else None
-    blocks = 1 + (moe is None or moe.shared_ffn > 0)
-    if policy == "keep":
-        return TensorCalls(blocks, blocks, 0, 0)
-    is_gated = moe is not None and moe.shared_ffn > 0 and moe.shared_gate
-    return TensorCalls(blocks, blocks, blocks, (policy == "recompute") + is_gated)
+    if moe is not None and not moe.shared_ffn:
+        return TensorCalls(0, 0, 0, 0)
+    is_needed = moe is not None and (moe.shared_gate or moe.balancing.kind == "document_loss")
+    return TensorCalls(1, 1, policy != "keep", policy != "keep" and is_needed)

@@ -3,6 +3,6 @@
 Names that need torch are in the modules; nothing here imports it.
 """
 
-from evermesh.parallelism.tensor.sharding import Cut, TensorSharding, padded_length, part_of
+from evermesh.parallelism.tensor.sharding import Cut, TensorSharding, chunk_lengths, padded_length, part_of
 
-__all__ = ["Cut", "TensorSharding", "padded_length", "part_of"]
+__all__ = ["Cut", "TensorSharding", "chunk_lengths", "padded_length", "part_of"]

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from evermesh.parallelism.collectives import Communicator
+from evermesh.parallelism.tensor.chunks import run_in_chunks
 from evermesh.parallelism.tensor.loss import own_entries
 from evermesh.parallelism.tensor.sharding import Cut, TensorSharding, TokenRule
 from evermesh.parallelism.tensor.tokens import gather_tokens, scatter_tokens
@@ -27,12 +28,15 @@ class VocabularyEmbedding(nn.Module):
         return scatter_tokens(x_TC, self.communicator)
 
 
-def apply_tensor_parallel(model: nn.Module, sharding: TensorSharding, communicator: Communicator) -> dict[str, Cut]:
+def apply_tensor_parallel(
+    model: nn.Module, sharding: TensorSharding, communicator: Communicator, chunks: int = 1
+) -> dict[str, Cut]:
     """Leave this rank's part of every parameter in ``model``, in place, and communicate tokens around its modules.
 
     Not collective; ``model`` holds the same whole parameters on all ranks of ``communicator``. Returns the cut of every
     parameter but the experts. From then on forward and backward are collective, and take a multiple of
-    ``communicator.size`` tokens. A group of one rank changes nothing.
+    ``communicator.size`` tokens. A group of one rank changes nothing. Modules that compute every token by itself do so in
+    at most ``chunks`` parts, with the communication of one hidden behind another (``chunks.run_in_chunks``).
 
     Raises:
         LayoutDoesNotFit: a parameter is too small to give every rank a part; nothing was changed.
@@ -48,8 +52,11 @@ def apply_tensor_parallel(model: nn.Module, sharding: TensorSharding, communicat
             vocabulary = cuts[f"{name}.weight"].shape[0]
             model.set_submodule(name, VocabularyEmbedding(module.get_parameter("weight"), vocabulary, communicator))
             continue
+        if rule == "token by token" and chunks > 1:
+            module.forward = _in_chunks(module.forward, communicator, chunks)  # type: ignore[method-assign]
+            continue
         module.register_forward_pre_hook(_gathering(communicator))
-        if rule == "gather and scatter":
+        if rule != "gather":
             module.register_forward_hook(_scattering(communicator))
     return cuts
 
@@ -66,6 +73,13 @@ def _modules(model: nn.Module, sharding: TensorSharding) -> Iterator[tuple[str, 
         for pattern, rule in sharding.tokens.items():
             if fnmatchcase(name, pattern):
                 yield name, module, rule
+
+
+def _in_chunks(forward: Any, communicator: Communicator, chunks: int) -> Any:
+    def in_chunks(x_tC: Tensor) -> Tensor:
+        return run_in_chunks(forward, x_tC, communicator, chunks)
+
+    return in_chunks
 
 
 def _gathering(communicator: Communicator) -> Any:

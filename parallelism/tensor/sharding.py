@@ -21,12 +21,13 @@ ParameterRule = Literal["column", "row", "vocabulary", "replicated", "experts"]
 - ``replicated``: all of it. Its gradient is summed over the group, because a rank sees only its tokens;
 - ``experts``: none of our business: ``evermesh.parallelism.experts`` shares it among other groups.
 """
-TokenRule = Literal["look up", "gather", "gather and scatter"]
+TokenRule = Literal["look up", "gather", "gather and scatter", "token by token"]
 """What happens to the tokens around a module. Between modules a rank has its part of them: [T/n, C] of [T, C].
 
 - ``look up``: an embedding takes all token ids and returns this rank's tokens;
 - ``gather``: the module sees all tokens, and its output stays as it is;
-- ``gather and scatter``: the module sees all tokens; its outputs are summed over the ranks, and each keeps its tokens.
+- ``gather and scatter``: the module sees all tokens; its outputs are summed over the ranks, and each keeps its tokens;
+- ``token by token``: the same, and the module computes every token by itself, so it may see them in several parts.
 """
 _DIMS: dict[ParameterRule, int | None] = {"column": 0, "row": 1, "vocabulary": 0, "replicated": None}
 
@@ -45,6 +46,15 @@ def padded_length(num_tokens: int, ranks: int, buckets: Sequence[int] = ()) -> i
     """
     at_least = next((bucket for bucket in buckets if bucket >= num_tokens), num_tokens) if num_tokens else 0
     return -(-at_least // ranks) * ranks
+
+
+def chunk_lengths(num_tokens: int, chunks: int) -> tuple[int, ...]:
+    """Tokens of each chunk that the ``num_tokens`` of a rank are divided into: at most ``chunks``, none empty unless all is.
+
+    They differ by at most one token, the first are longer.
+    """
+    number = max(1, min(chunks, num_tokens))
+    return tuple(stop - start for start, stop in (part_of(num_tokens, number, chunk) for chunk in range(number)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,4 +136,4 @@ class TensorSharding:
             )
 
 
-__all__ = ["Cut", "ParameterRule", "TensorSharding", "TokenRule", "padded_length", "part_of"]
+__all__ = ["Cut", "ParameterRule", "TensorSharding", "TokenRule", "chunk_lengths", "padded_length", "part_of"]

@@ -110,7 +110,8 @@ def build_model(config: TrainConfig, vocabulary: int, groups: Groups, device: to
     parts = parts_of_rank(all_parts, layout, groups.place.pp)
     model = Decoder(config.model, vocabulary, list(parts.values()))
     model.initialize(config.seed)  # whole, so that the values do not depend on the layout
-    cuts = apply_tensor_parallel(model, DECODER_SHARDING, groups.tp)  # before the device: only this part has to fit
+    # before the device: only this part has to fit
+    cuts = apply_tensor_parallel(model, DECODER_SHARDING, groups.tp, layout.tp_chunks)
     expert_cuts = apply_expert_parallel(model, DECODER_EXPERTS, groups.ep, groups.etp)
     deferred = DeferredWeights() if layout.pipeline.splits_backward else None
     if deferred is not None:

@@ -29,8 +29,8 @@ DECODER_SHARDING = TensorSharding(
     tokens={
         "embedding": "look up",
         "blocks.*.attention": "gather and scatter",
-        "blocks.*.feed_forward": "gather and scatter",
-        "blocks.*.mixture.shared": "gather and scatter",
+        "blocks.*.feed_forward": "token by token",
+        "blocks.*.mixture.shared": "token by token",
         "head": "gather",
     },
     equal_parts=("heads", "kv_heads", "ffn"),

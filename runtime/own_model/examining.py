@@ -38,6 +38,12 @@ def check_layout(layout: Layout) -> None:
                 f"hdp {layout.world_size // layout.tp} x tp {layout.tp}.",
                 axis=axis,
             )
+    if layout.tp_chunks > 1:
+        raise LayoutDoesNotFit(
+            f"layout.tp_chunks is {layout.tp_chunks}, but the layers of a model of transformers see all tokens at once: "
+            "nothing is gathered in parts. Leave it out.",
+            axis="tp_chunks",
+        )
     if layout.activations not in ("keep", "recompute"):
         raise LayoutDoesNotFit(
             f"layout.activations is {layout.activations}, but the layers of a model of transformers either all keep their "

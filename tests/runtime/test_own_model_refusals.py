@@ -40,6 +40,7 @@ def test_models_that_can_be_trained_pass_and_their_layers_are_found(name: str) -
         ("ep", Layout(hdp=4, ep=2)),
         ("etp", Layout(hdp=4, etp=2)),
         ("activations", Layout(activations="offload", offload=0.5)),
+        ("tp_chunks", Layout(tp=2, tp_chunks=2)),
         ("sharding", Layout(hdp=2, sharding=Tiers(gradients="all"))),
     ],
 )

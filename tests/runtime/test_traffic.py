@@ -21,7 +21,8 @@ from tests.cluster import run_ranks
 
 STEPS = 3
 BY_DOCUMENT = {"moe": {"experts": 4, "ffn": 16, "balancing": {"kind": "document_loss"}}}
-EXPERTS = {"moe": {"experts": 4, "ffn": 16, "shared_ffn": 16, "first_dense_layers": 1, "balancing": {"kind": "bias"}}}
+SHARED = {"experts": 4, "ffn": 16, "shared_ffn": 16, "first_dense_layers": 1, "balancing": {"kind": "bias"}}
+EXPERTS = {"moe": SHARED}
 
 
 def _config(
@@ -145,6 +146,32 @@ def test_the_ledger_equals_the_formula_where_ranks_share_a_model(
         axes = {(part.axis, part.tier) for part in report.traffic if part.axis in ("hdp", "tp")}
         across = "network" if ranks_per_node == 1 else "node"
         assert axes == {("tp", across), *([] if workers == tp else [("hdp", "network")])}
+
+
+@pytest.mark.parametrize(
+    ("moe", "layout"),
+    [
+        (None, {"hdp": 2, "tp_chunks": 3, "activations": "recompute"}),
+        (SHARED | {"balancing": {"kind": "document_loss"}}, {"hdp": 1, "activations": "recompute"}),
+        (SHARED | {"shared_gate": True}, {"hdp": 1, "tp_chunks": 2, "activations": ["keep", "recompute"]}),
+        pytest.param(
+            SHARED, {"hdp": 2, "tp_chunks": 3, "activations": "recompute", "ep": 2, "etp": 2}, marks=pytest.mark.parity
+        ),
+        pytest.param(
+            SHARED | {"balancing": {"kind": "document_loss"}},
+            {"hdp": 1, "pp": 2, "tp_chunks": 3, "activations": "recompute", "schedule": "zero-bubble"},
+            marks=pytest.mark.parity,
+        ),
+    ],
+)
+def test_the_ledger_equals_the_formula_where_tokens_travel_in_chunks(
+    moe: dict[str, Any] | None, layout: dict[str, Any], odd_corpus: Path
+) -> None:
+    """And where a block that is computed again needs what its shared experts gave."""
+    config = _config(odd_corpus, "float64", {"moe": moe}, tp=2, **layout)
+    for _, report in _checked(config):
+        calls = {part.call_site: part.calls for part in report.traffic if part.operation == "reduce_scatter"}
+        assert calls["tensor forward"] > calls["tensor backward"], "nothing was scattered again"
 
 
 @pytest.mark.parametrize("layout", [{"pp": 2, "hdp": 1}, pytest.param({"tp": 2, "hdp": 1}, marks=pytest.mark.parity)])
