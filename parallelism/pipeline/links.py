@@ -10,14 +10,17 @@ operations on one communicator run one after the other in the order in which the
 - On a link, receives are posted in the order in which the *sender* sends; both ends know it, because the order of every
   rank is data. What is needed later but sent earlier is received earlier and kept. So the n-th send meets the n-th receive,
   also where messages of two pairs of stages share a link.
-- A send never blocks the sender: its buffer is kept until the receiver is known to have it. A receive is posted at the
-  latest when an action needs it. So the message that an action waits for needs only that its sender got as far as sending
-  it, and a pipeline whose order has no circle with blocking receives (``verifier``, and the tests of ``schedule``) runs.
+- A send never blocks the sender: its buffer is kept until the receiver is known to have it. A receive never blocks either
+  before an action needs it, and was posted by then. So the message that an action waits for needs only that its sender
+  got as far as sending it, and a pipeline whose order has no circle with blocking receives (``verifier``, and the tests of
+  ``schedule``) runs.
 - The first use of an NCCL communicator waits, on the host, for the other side. Receives are posted ahead of what the
   other side waits for, so all links are opened before, in one order that all ranks know (``open_links``).
 
-A receive that is posted ahead holds one buffer per link and, on a GPU, one waiting kernel; it is never more than one
-message beyond what is needed.
+Sends and receives are apart, so while an action computes, what it will be handed next over every link can arrive, and what
+was sent before can leave: also while the pipeline fills and drains (MegaScale, arXiv 2402.15627, section 3.2). A receive that
+is posted ahead holds a buffer and, on a GPU, a waiting kernel: on each link one for the message that is needed next, and
+those for what its sender sends before that one.
 """
 
 from collections import deque
@@ -77,14 +80,17 @@ class Mail:
     def __init__(self, schedule: PipelineSchedule, rank: int, activations: Activations, links: Links) -> None:
         self._schedule, self._rank, self._activations, self._links = schedule, rank, activations, links
         self._expected: dict[int, deque[Message]] = {}
+        """What each peer sends and no receive is posted for, in the order in which it sends."""
+        self._needed: dict[int, deque[Message]] = {}
+        """What was not taken yet of each peer, in the order in which this rank needs it."""
         self._proves: dict[Message, list[Message]] = {}
         for peer in (sender for sender, receiver in links if receiver == rank):
-            self._expected[peer] = self._look_at(peer)
+            self._expected[peer], self._needed[peer] = self._look_at(peer), self._needs_of(peer)
         self._incoming: dict[Message, tuple[Tensor, Any]] = {}
         self._leaving: dict[Message, tuple[Tensor, Any]] = {}
         self._handed_over: dict[Message, Tensor] = {}
         for peer in self._expected:
-            self._post_next(peer)
+            self._post_ahead(peer)
 
     def _look_at(self, peer: int) -> "deque[Message]":
         """What ``peer`` sends to this rank, in its order; also which of our messages each of these proves to have arrived."""
@@ -99,6 +105,16 @@ class Mail:
                 self._proves[sent], arrived = arrived, []
         return messages
 
+    def _needs_of(self, peer: int) -> "deque[Message]":
+        """What this rank receives from ``peer``, in the order of its own actions."""
+        actions = self._schedule.actions(self._rank, len(self._activations.num_tokens))
+        received = (self._schedule.received(action) for action in actions)
+        return deque(
+            message
+            for message in received
+            if message is not None and self._schedule.sender(message) == peer and self._has_tokens(message)
+        )
+
     def send(self, message: Message, tensor: Tensor) -> None:
         """Hand ``message`` on; does not wait."""
         receiver = self._schedule.rank_of(message.stage)
@@ -111,25 +127,25 @@ class Mail:
             self._leaving[message] = tensor, work
 
     def receive(self, message: Message) -> Tensor:
-        """The content of ``message``, [t, C]; waits for it."""
+        """The content of ``message``, [t, C], the next that is needed of its sender; waits for it."""
         sender = self._schedule.sender(message)
         if sender == self._rank:
             return self._handed_over.pop(message)
         if not self._has_tokens(message):
             return self._activations.buffer(message.micro_batch)
-        while message not in self._incoming:
-            self._post_next(sender)
+        needed = self._needed[sender].popleft()
+        assert needed == message, f"{message} is taken before {needed}"
         tensor, work = self._incoming.pop(message)
         work.wait()
-        if not any(self._schedule.sender(waiting) == sender for waiting in self._incoming):
-            self._post_next(sender)
+        self._post_ahead(sender)
         for arrived in self._proves.pop(message):
             self._forget(arrived)
         return tensor
 
     def close(self) -> None:
         """Return when everything that was sent has left."""
-        assert not any((self._incoming, self._handed_over, *self._expected.values())), "messages that nobody needed"
+        waiting = (self._incoming, self._handed_over, *self._expected.values(), *self._needed.values())
+        assert not any(waiting), "messages that nobody needed"
         for message in list(self._leaving):
             self._forget(message)
 
@@ -137,8 +153,9 @@ class Mail:
         if message in self._leaving:  # one without tokens was never sent
             self._leaving.pop(message)[1].wait()
 
-    def _post_next(self, sender: int) -> None:
-        if self._expected[sender]:
+    def _post_ahead(self, sender: int) -> None:
+        """Post the receive of what is needed next of ``sender``, and of what it sends before."""
+        while self._needed[sender] and self._needed[sender][0] not in self._incoming:
             message = self._expected[sender].popleft()
             buffer = self._activations.buffer(message.micro_batch)
             communicator = self._links[sender, self._rank]

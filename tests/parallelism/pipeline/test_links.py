@@ -1,5 +1,6 @@
 """Messages of a pipeline on links where a send ends only when the other side receives, as on NCCL."""
 
+import itertools
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -115,6 +116,127 @@ def test_no_rank_waits_for_a_send_and_every_receive_meets_its_message(
         last = sum(range(schedule.num_stages))
         expected = sum(tokens * (100 * i + last) for i, tokens in enumerate(TOKENS[:number]))
         assert sum(losses) == expected
+
+
+class _WatchedEnd(_End):
+    """Notes, on its rank, when a message is sent, when its receive is posted, and when either is waited for."""
+
+    def __init__(self, meetings: list[_Rendezvous], rank: int, messages: list[Message], events: list[Any]) -> None:
+        super().__init__(meetings, rank)
+        self.messages, self.events = messages, events
+
+    def send(self, tensor: Tensor, peer: int, call_site: str) -> Any:
+        return self._noted(super().send(tensor, peer, call_site), "sends")
+
+    def receive(self, tensor: Tensor, peer: int, call_site: str) -> Any:
+        return self._noted(super().receive(tensor, peer, call_site), "posts")
+
+    def _noted(self, handle: Any, what: str) -> Any:
+        message, wait = self.messages[self.count - 1], handle.wait
+        self.events.append((what, message))
+
+        def noted_wait() -> None:
+            self.events.append(("has sent" if what == "sends" else "takes", message))
+            wait()
+
+        handle.wait = noted_wait
+        return handle
+
+
+class _WatchedStage(_Mark):
+    """Notes when it computes."""
+
+    def __init__(self, stage: int, num_stages: int, events: list[Any]) -> None:
+        super().__init__(stage, num_stages)
+        self.events = events
+
+    def forward(self, micro_batch: int, x_tC: Tensor | None, /) -> Tensor:
+        self.events.append(("computes", ("forward", self.stage, micro_batch)))
+        y = super().forward(micro_batch, x_tC)
+        y.register_hook(lambda _: self.events.append(("computes", ("backward", self.stage, micro_batch))))
+        return y
+
+
+def _watched(schedule: PipelineSchedule, number: int) -> list[list[Any]]:
+    """What happens on every rank of a pipeline."""
+    orders = [schedule.actions(rank, number) for rank in range(schedule.ranks)]
+
+    def messages_of(link: tuple[int, int]) -> list[Message]:
+        sent = (schedule.sent(action) for action in orders[link[0]])
+        return [m for m in sent if m and schedule.rank_of(m.stage) == link[1] and TOKENS[m.micro_batch]]
+
+    messages = {link: messages_of(link) for link in schedule.links()}
+    meetings = {link: [_Rendezvous() for _ in messages[link]] for link in schedule.links()}
+
+    def run(rank: int) -> list[Any]:
+        events: list[Any] = []
+        links: Any = {
+            link: _WatchedEnd(meetings[link], sorted(link).index(rank), messages[link], events)
+            for link in schedule.links()
+            if rank in link
+        }
+        stages = {stage: _WatchedStage(stage, schedule.num_stages, events) for stage in schedule.stages_of(rank)}
+        activations = Activations(TOKENS[:number], 1, torch.float32, torch.device("cpu"))
+        PipelineExecutor(schedule, rank, links).run(stages, activations)
+        return events
+
+    with ThreadPoolExecutor(schedule.ranks) as pool:
+        return list(pool.map(run, range(schedule.ranks)))
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: f"{s.name}-{s.ranks}x{s.virtual_stages}")
+def test_while_a_rank_computes_each_link_can_bring_what_is_needed_next(
+    schedule: PipelineSchedule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Mail, "close", _closes)
+    for events in _watched(schedule, len(TOKENS)):
+        taken = [(index, message) for index, (what, message) in enumerate(events) if what == "takes"]
+        posted = {message: index for index, (what, message) in enumerate(events) if what == "posts"}
+        computes = [index for index, (what, _) in enumerate(events) if what == "computes"]
+        assert len(taken) == len(posted)
+        for sender in {schedule.sender(message) for _, message in taken}:
+            from_sender = [(index, message) for index, message in taken if schedule.sender(message) == sender]
+            assert posted[from_sender[0][1]] < computes[0], "before anything is computed"
+            for (before, _), (_, message) in itertools.pairwise(from_sender):
+                assert posted[message] < min(index for index in computes if index > before)
+
+
+def test_a_pipeline_that_fills_and_drains_computes_while_messages_travel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """1F1B on two ranks; the first takes a gradient when it needs it, and waits for sends that are known to have arrived."""
+    monkeypatch.setattr(Mail, "close", _closes)
+    monkeypatch.setattr(f"{__name__}.TOKENS", (2, 5, 1))
+    first, second = _watched(PipelineSchedule("1f1b", 2), 3)
+    activations, gradients = (
+        [Message(way, stage, i) for i in range(3)] for way, stage in (("forward", 1), ("backward", 0))
+    )
+    assert first == [
+        ("posts", gradients[0]),
+        ("computes", ("forward", 0, 0)),
+        ("sends", activations[0]),
+        ("computes", ("forward", 0, 1)),
+        ("sends", activations[1]),
+        ("takes", gradients[0]),
+        ("posts", gradients[1]),
+        ("has sent", activations[0]),
+        ("computes", ("backward", 0, 0)),
+        ("computes", ("forward", 0, 2)),
+        ("sends", activations[2]),
+        ("takes", gradients[1]),
+        ("posts", gradients[2]),
+        ("has sent", activations[1]),
+        ("computes", ("backward", 0, 1)),
+        ("takes", gradients[2]),
+        ("has sent", activations[2]),
+        ("computes", ("backward", 0, 2)),
+    ]
+    assert second[:6] == [
+        ("posts", activations[0]),
+        ("takes", activations[0]),
+        ("posts", activations[1]),
+        ("computes", ("forward", 1, 0)),
+        ("computes", ("backward", 1, 0)),
+        ("sends", gradients[0]),
+    ]
 
 
 def test_one_receive_is_posted_ahead_on_each_link_and_never_more() -> None:
