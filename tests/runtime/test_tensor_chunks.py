@@ -1,10 +1,11 @@
 """Tensor-parallel ranks that hide communication in chunks compute what one process does; what cannot be hidden is refused."""
 
+import dataclasses
 from typing import Any
 
 import pytest
 
-from evermesh.parallelism import Layout, LayoutDoesNotFit, plan_batch
+from evermesh.parallelism import Layout, LayoutDoesNotFit, MicroBatch, plan_batch
 from evermesh.runtime import TrainConfig
 from evermesh.runtime.layout import check_model
 from evermesh.runtime.model.config import ModelConfig
@@ -17,10 +18,10 @@ BY_DOCUMENT: dict[str, Any] = EXPERTS | {"balancing": {"kind": "document_loss"}}
 DIVIDED: dict[str, Any] = {"parameters": "all", "gradients": "all", "keep_for": "micro_batch"}
 
 
-def _case(config: ModelConfig = MANY_HEADS, lengths: tuple[int, ...] = LENGTHS, **layout: Any) -> Case:
+def _case(config: ModelConfig = MANY_HEADS, **layout: Any) -> Case:
     degrees = {"capacity": max(41, -(-97 // layout.get("hdp", 1)))} | layout
     fitting = Layout.model_validate(degrees)
-    return Case(plan_batch(lengths, fitting, COST), "float64", config, fitting)
+    return Case(plan_batch(LENGTHS, fitting, COST), "float64", config, fitting)
 
 
 def _with(**changes: Any) -> ModelConfig:
@@ -44,10 +45,13 @@ def test_four_ranks_with_chunks_equal_one_process() -> None:
         _case(tp=4, tp_chunks=2, activations="recompute"),
         _case(_with(moe=BY_DOCUMENT), tp=4, tp_chunks=3, activations="recompute", ep=2, etp=2),
         _case(hdp=2, tp=2, tp_chunks=3, sharding=DIVIDED, activations="recompute"),
-        _case(lengths=(3,), hdp=2, tp=2, tp_chunks=2, sharding=DIVIDED),
         _case(_with(layers=4), pp=2, tp=2, tp_chunks=2, schedule="zero-bubble", virtual_stages=2),
     ]
-    assert any(not micro_batch.pieces for of_rank in cases[3].plan.ranks for micro_batch in of_rank), "all have tokens"
+    with_idle_ranks = plan_by_hand((3,), [[(0, (1,))]], ranks=2)
+    together = ((dataclasses.replace(mb, lock_step=0),) for mb in (MicroBatch(()), *with_idle_ranks.ranks[1]))
+    with_idle_ranks = dataclasses.replace(with_idle_ranks, ranks=tuple(together))
+    divided = Layout.model_validate({"hdp": 2, "tp": 2, "tp_chunks": 2, "sharding": DIVIDED})
+    cases.append(Case(with_idle_ranks, "float64", MANY_HEADS, divided))
     assert max(worst_errors(cases)) <= 1e-9
 
 
