@@ -53,7 +53,7 @@ def apply_tensor_parallel(
             model.set_submodule(name, VocabularyEmbedding(module.get_parameter("weight"), vocabulary, communicator))
             continue
         if rule == "token by token" and chunks > 1:
-            module.forward = _in_chunks(module.forward, communicator, chunks)  # type: ignore[method-assign]
+            module.forward = _in_chunks(module.forward, communicator, chunks)
             continue
         module.register_forward_pre_hook(_gathering(communicator))
         if rule != "gather":

@@ -164,7 +164,8 @@ def _values(rank: int, ranks: int, tokens: int, chunks: int) -> list[tuple[Tenso
     """Output and gradients: in chunks, and with all tokens gathered at once."""
     import torch.distributed as dist
 
-    communicator, results = Communicator(dist.group.WORLD), []
+    communicator = Communicator(dist.group.WORLD)
+    results: list[tuple[Tensor, ...]] = []
     weight = torch.randn(WIDTH, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(rank))
     own = torch.randn(tokens, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(10 + rank))
     for in_chunks in (True, False):

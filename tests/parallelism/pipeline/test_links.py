@@ -206,9 +206,8 @@ def test_a_pipeline_that_fills_and_drains_computes_while_messages_travel(monkeyp
     monkeypatch.setattr(Mail, "close", _closes)
     monkeypatch.setattr(f"{__name__}.TOKENS", (2, 5, 1))
     first, second = _watched(PipelineSchedule("1f1b", 2), 3)
-    activations, gradients = (
-        [Message(way, stage, i) for i in range(3)] for way, stage in (("forward", 1), ("backward", 0))
-    )
+    activations = [Message("forward", 1, micro_batch) for micro_batch in range(3)]
+    gradients = [Message("backward", 0, micro_batch) for micro_batch in range(3)]
     assert first == [
         ("posts", gradients[0]),
         ("computes", ("forward", 0, 0)),
