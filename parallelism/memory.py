@@ -24,7 +24,7 @@ class StateMemory:
     passing: int
     """Of gradients on their way into a sum, at most."""
     states: int
-    """Master parameters and both moments."""
+    """Both moments, and master parameters where parameters have less than four bytes."""
 
     @property
     def peak(self) -> int:
@@ -47,7 +47,7 @@ def state_memory(sets: Sequence[SetSizes], layout: Layout, element_bytes: int) -
     for number, sizes in enumerate(sets):
         division = layout.expert_division if sizes.of_experts else layout.division
         parameters += sizes.padded // division.parameters * element_bytes
-        states += 3 * (sizes.padded // division.states) * wide
+        states += (2 if element_bytes == wide else 3) * (sizes.padded // division.states) * wide
         if division.parameters > 1:
             divided += sizes.padded * element_bytes
             by_block[("layer", sizes.layer) if sizes.layer is not None else number] += sizes.padded * element_bytes

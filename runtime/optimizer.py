@@ -108,7 +108,8 @@ class OwnedShard:
     def __init__(self, parameters: ParameterSet) -> None:
         self.set = parameters
         flat, values = parameters.flat, parameters.owned_values
-        self.master = values.to(state_dtype(values.dtype), copy=True)
+        self.master = values.to(state_dtype(values.dtype))
+        """Of at least float32; the values themselves, where these are."""
         self.exp_avg = torch.zeros_like(self.master)
         self.exp_avg_sq = torch.zeros_like(self.master)
         decayed = min(max(flat.num_decayed - parameters.owned.start, 0), flat.shard_size)

@@ -184,7 +184,8 @@ class ParameterSet:
 
     @torch.no_grad()
     def publish(self, master: Tensor) -> None:
-        """Take over what every owner has stepped; ``master`` is this rank's interval. Collective over the owners."""
+        """Take over what every owner has stepped; ``master`` is this rank's interval, which may be ``owned_values`` itself.
+        Collective over the owners."""
         owners, interval = self.owners, master.to(self._values.dtype)
         part = self._part
         if owners.gradients.size > 1:

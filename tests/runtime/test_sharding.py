@@ -20,7 +20,7 @@ from evermesh.runtime.parameter_set import GATHER, ParameterSet
 from evermesh.runtime.traffic import trained_model
 from tests.cluster import run_ranks
 from tests.runtime.parity import COST, OPTIMIZER, VOCABULARY, local_batch, train_config
-from tests.runtime.watched import WatchedSets
+from tests.runtime.watched import WatchedSets, state_bytes
 
 LENGTHS = (97, 40, 13, 2, 61, 29, 7, 22, 5, 33)
 MODEL = ModelConfig(hidden=32, layers=4, heads=4, kv_heads=2, ffn=64, initial_std=0.2)
@@ -42,9 +42,7 @@ def _stepped(
         built.sum_gradients()
         optimizer.step(0.1, 1.0)
         built.end_step()
-    watched.most["states"] = sum(
-        state.nbytes for shard in optimizer.shards for state in (shard.master, shard.exp_avg, shard.exp_avg_sq)
-    )
+    watched.most["states"] = state_bytes(optimizer)
     sizes = trained_model(config, VOCABULARY, built.stages, built.held).stages[groups.place.pp].sets
     return watched.most, state_memory(sizes, layout, getattr(torch, dtype).itemsize)
 

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from evermesh.runtime.optimizer import ShardedOptimizer
 from evermesh.runtime.parameter_set import ParameterSet
 
 
@@ -39,3 +40,12 @@ class WatchedSets:
             now.update(parameters.held_bytes)
         self.most |= now
         self.most_together = max(self.most_together, now.total())
+
+
+def state_bytes(optimizer: ShardedOptimizer) -> int:
+    """Bytes of moments, and of master parameters that are not the parameters themselves."""
+    total = 0
+    for shard in optimizer.shards:
+        is_apart = shard.master.data_ptr() != shard.set.owned_values.data_ptr()
+        total += shard.exp_avg.nbytes + shard.exp_avg_sq.nbytes + (shard.master.nbytes if is_apart else 0)
+    return total

@@ -26,7 +26,7 @@ from evermesh.runtime.traffic import trained_model
 from tests.benchmarks.harness import Row, exact_row, paired_row
 from tests.benchmarks.runtime.peers import Peer, SentBytes, build_peer
 from tests.cluster import run_ranks
-from tests.runtime.watched import WatchedSets
+from tests.runtime.watched import WatchedSets, state_bytes
 
 ROUNDS, RANKS = 6, (4, 8)
 TOKENS, VOCABULARY = 256, 512
@@ -148,8 +148,7 @@ def _ours(layout: Layout) -> tuple[Callable[[], float], Callable[[], tuple[int, 
         return loss.item()
 
     def held() -> tuple[int, int]:
-        states = (state for shard in optimizer.shards for state in (shard.master, shard.exp_avg, shard.exp_avg_sq))
-        of_states = sum(state.nbytes for state in states)
+        of_states = state_bytes(optimizer)
         return watched.held() + of_states, watched.most_together + of_states
 
     sizes = trained_model(config, VOCABULARY, built.stages, built.held).stages[groups.place.pp].sets
