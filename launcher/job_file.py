@@ -125,9 +125,11 @@ def _problem(error: dict[str, Any], values: Any, origins: dict[Key, str], path: 
 
 
 def _key_in_file(location: tuple[str | int, ...], values: Any) -> Key:
-    """Where pydantic's location is in the file: it also names the chosen ``kind`` of a union, which the file does not."""
+    """Where pydantic's location is in the file: it also names the chosen branch of a union, which the file does not."""
     key: list[str | int] = []
     for part in location:
+        if isinstance(part, str) and not isinstance(values, dict) and key:
+            continue  # a type that a value might have had
         if isinstance(values, dict) and part not in values and part in _kinds(tuple(key)):
             continue
         key.append(part)

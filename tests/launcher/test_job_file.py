@@ -98,6 +98,14 @@ def test_a_wrong_kind_lists_the_kinds(tmp_path: Path, source: str, text: str) ->
     assert errors(path) == [f"{path}:4: {text}"]
 
 
+def test_a_value_that_fits_no_type_of_several_is_named_by_its_key_alone(tmp_path: Path) -> None:
+    path = write(tmp_path, GOOD.replace("    capacity: ", "    activations: [keep, drop]\n    capacity: "))
+    words = "it should be 'keep', 'recompute' or 'offload'."
+    found = [text.partition(": ")[2] for text in errors(path)]
+    assert found[0] == f"train.layout.activations is a list of 2; {words}"
+    assert found[1] == f"train.layout.activations.1 is 'drop'; {words}"
+
+
 def test_a_missing_key_is_named_with_the_line_around_it(tmp_path: Path) -> None:
     path = write(tmp_path, "train:\n  steps: 3\n")
     [text] = errors(path)
