@@ -101,6 +101,14 @@ class Layout(BaseModel):
         return self.sharding if isinstance(self.sharding, Tiers) else Tiers()
 
     @property
+    def keeps_gradients(self) -> bool:
+        """Whether whole gradients add up until the end of a step, where our own tiers divide them.
+
+        A schedule that computes the gradients of weights behind the backward pass has them together only then.
+        """
+        return not self.tiers.in_lock_step or self.pipeline.splits_backward
+
+    @property
     def pipeline(self) -> PipelineSchedule:
         """The order in which the pipeline ranks work; without a pipeline, every micro-batch forward and backward at once."""
         if self.pp == 1:

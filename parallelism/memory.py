@@ -40,7 +40,6 @@ class StateMemory:
 def state_memory(sets: Sequence[SetSizes], layout: Layout, element_bytes: int) -> StateMemory:
     """Of a rank with these sets; ``element_bytes`` of a parameter. Gradients and states have at least four."""
     wide = max(4, element_bytes)
-    keeps_gradients = not layout.tiers.in_lock_step or layout.pipeline.splits_backward
     parameters = gradients = states = divided = kept_sums = 0
     by_block: Counter[object] = Counter()
     passing = [0]
@@ -51,7 +50,7 @@ def state_memory(sets: Sequence[SetSizes], layout: Layout, element_bytes: int) -
         if division.parameters > 1:
             divided += sizes.padded * element_bytes
             by_block[("layer", sizes.layer) if sizes.layer is not None else number] += sizes.padded * element_bytes
-        if keeps_gradients or division.gradients == 1:
+        if layout.keeps_gradients or division.gradients == 1:
             gradients += sizes.padded * wide
             if division.gradients > 1:  # the summed part stays until the update
                 kept_sums += sizes.padded // division.gradients * wide

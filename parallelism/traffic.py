@@ -185,7 +185,7 @@ def _owners(
         if layout.tiers.in_lock_step:
             passes = len(plan.ranks[place.hdp])
             gathers = sizes.gathers * passes + has_copies
-            if not layout.pipeline.splits_backward:
+            if not layout.keeps_gradients:
                 reduces = passes + has_copies + (sizes.has_embedding and bool(model.tied_elements))
         gathers += committed and sizes.has_embedding and bool(model.tied_elements)
         rounds = Rounds(gathers, reduces, publishes=committed)

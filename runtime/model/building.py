@@ -144,7 +144,7 @@ def _sets(
 ) -> list[ParameterSet]:
     """What is gathered and summed together: all of them, or those of a block."""
     layout = config.layout
-    keeps_gradients = keeps_gradients_of(layout) or owners.division.gradients == 1
+    keeps_gradients = layout.keeps_gradients or owners.division.gradients == 1
     return [
         ParameterSet(
             {name: model.get_parameter(name) for name in names},
@@ -155,14 +155,6 @@ def _sets(
         )
         for names in _together(cuts, layout)
     ]
-
-
-def keeps_gradients_of(layout: Layout) -> bool:
-    """Whether whole gradients add up until the end of a step.
-
-    A schedule that computes the gradients of weights behind the backward pass has them together only then.
-    """
-    return not layout.tiers.in_lock_step or layout.pipeline.splits_backward
 
 
 def _together(cuts: Mapping[str, AnyCut], layout: Layout) -> list[list[str]]:
