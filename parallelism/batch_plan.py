@@ -33,6 +33,10 @@ class Piece:
     """Token ranges [start, stop) of the sequence that this rank holds, ascending, none of them empty."""
     ring: tuple[int, ...]
     """HDP ranks that share the sequence, in ring order; one rank when the sequence is whole."""
+    heads: int = 1
+    """So many consecutive members of the ring divide the heads of attention among them; see ``Sharing.heads``."""
+    gathers: bool = False
+    """Whether keys and values are gathered at once instead of passed around."""
 
     @property
     def num_tokens(self) -> int:

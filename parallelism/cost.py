@@ -4,7 +4,7 @@ Formulas: ByteScale (arXiv 2502.21231, section 5) for linear + quadratic compute
 ring attention, hidden behind the attention of the same step as far as it fits.
 """
 
-from typing import Literal, Self
+from typing import Literal, NamedTuple, Self
 
 from pydantic import BaseModel, ConfigDict, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
@@ -65,6 +65,20 @@ class ModelShape(BaseModel):
         return 3.0 * self.linear_flops_per_token() * tokens + 3.5 * self.attention_flops_per_pair() * pairs
 
 
+class Sharing(NamedTuple):
+    """How the members of a ring share the attention of a sequence."""
+
+    ring: int = 1
+    """Members."""
+    heads: int = 1
+    """Of them, so many neighbours inside one node divide the heads among them (Ulysses, arXiv 2309.14509), and only as many
+    groups as remain pass keys and values around: 1 is ring attention, ``ring`` is Ulysses, between them is the
+    two-dimensional scheme (USP, arXiv 2405.07719)."""
+    gathers: bool = False
+    """Keys and values are gathered at once instead of passed around: fewer steps, but nothing hides them."""
+    crosses_nodes: bool = False
+
+
 class CostModel(BaseModel):
     """Seconds that one HDP rank needs, forward and backward together."""
 
@@ -78,10 +92,24 @@ class CostModel(BaseModel):
     """Fixed seconds per micro-batch."""
     piece_s: NonNegativeFloat = 0.0
     """Fixed seconds per piece in a micro-batch (kernel launches of one document)."""
+    tile: PositiveInt = 1
+    """Tokens to a multiple of which attention kernels pad queries and keys; short chunks cost as much as a whole tile."""
+    expert_token_s: NonNegativeFloat = 0.0
+    """Seconds per token to send it to its experts and back, forward and backward, all layers."""
+    recompute_token_s: NonNegativeFloat = 0.0
+    """Seconds more per token where the blocks of a micro-batch are computed again before the backward pass."""
+    recompute_pair_s: NonNegativeFloat = 0.0
+    """Seconds more per pair where they are."""
     ring_step_s: NonNegativeFloat = 0.0
-    """Fixed seconds per step of a ring."""
+    """Fixed seconds per step of a ring inside a node."""
     ring_token_s: NonNegativeFloat = 0.0
-    """Seconds to pass the keys, values and their gradients of one token to the neighbour, all layers."""
+    """Seconds to pass the keys, values and their gradients of one token to a neighbour in the same node, all layers."""
+    network_step_s: NonNegativeFloat | None = None
+    """As ``ring_step_s`` for a ring that crosses nodes; None: the same."""
+    network_token_s: NonNegativeFloat | None = None
+    """As ``ring_token_s`` for a neighbour in another node; None: the same."""
+    head_token_s: NonNegativeFloat = 0.0
+    """Seconds to exchange one token of a member's share by heads inside a node, there and back, forward and backward."""
     version: NonNegativeInt = 0
     """Raised with every change of a coefficient; every plan records the version it was made with."""
 
@@ -93,32 +121,65 @@ class CostModel(BaseModel):
         flops_per_s: float,
         attention_flops_per_s: float,
         bytes_per_s: float,
+        network_bytes_per_s: float | None = None,
         bytes_per_element: int = 2,
         recompute: float = 0.0,
         recompute_products: float | None = None,
     ) -> Self:
-        """Coefficients from the sizes of a model and sustained rates of one device (FLOP/s, link bytes/s).
+        """Coefficients from the sizes of a model and sustained rates of one HDP rank (FLOP/s, bytes/s of a link).
 
         Flash attention's backward costs 2.5 forwards. What is computed again adds its share of one more forward:
         ``recompute`` of all attention, ``recompute_products`` of everything else (None: as much).
         """
         products = recompute if recompute_products is None else recompute_products
+        token_s = shape.linear_flops_per_token() / flops_per_s
+        pair_s = shape.attention_flops_per_pair() / attention_flops_per_s
         kv_bytes = 2 * shape.layers * shape.kv_heads * shape.head_dim * bytes_per_element
+        query_bytes = kv_bytes * shape.heads / shape.kv_heads
+        # keys and values travel forward and again backward, their gradients travel once
+        trips = 3.0 + recompute
         return cls(
-            token_s=(3.0 + products) * shape.linear_flops_per_token() / flops_per_s,
-            pair_s=(3.5 + recompute) * shape.attention_flops_per_pair() / attention_flops_per_s,
-            # keys and values travel forward and again backward, their gradients travel once
-            ring_token_s=(3.0 + recompute) * kv_bytes / bytes_per_s,
+            token_s=3.0 * token_s,
+            pair_s=3.5 * pair_s,
+            recompute_token_s=products * token_s,
+            recompute_pair_s=recompute * pair_s,
+            ring_token_s=trips * kv_bytes / bytes_per_s,
+            network_token_s=None if network_bytes_per_s is None else trips * kv_bytes / network_bytes_per_s,
+            # queries and outputs, keys and values: forward, and their gradients backward
+            head_token_s=(2.0 + recompute) * (kv_bytes + query_bytes) / bytes_per_s,
         )
 
-    def whole_s(self, length: int) -> float:
+    def whole_s(self, length: int, *, recomputed: bool = False) -> float:
         """Seconds for a document on one rank, without the fixed cost of its micro-batch."""
-        return self.piece_s + self.token_s * length + self.pair_s * (length * (length + 1) / 2)
+        return self.shared_s(length, Sharing(), recomputed=recomputed)
 
-    def ring_s(self, length: int, ring: int) -> float:
-        """Seconds of every member for a document over ``ring`` ranks, without the fixed cost of the micro-batch."""
+    def ring_s(self, length: int, ring: int, *, crosses_nodes: bool = False, recomputed: bool = False) -> float:
+        """Seconds of every member of plain ring attention, without the fixed cost of the micro-batch."""
+        return self.shared_s(length, Sharing(ring, crosses_nodes=crosses_nodes), recomputed=recomputed)
+
+    def shared_s(self, length: int, sharing: Sharing, *, recomputed: bool = False) -> float:
+        """Seconds of every member for a document shared like that, without the fixed cost of the micro-batch.
+
+        What is passed around is hidden behind the attention of the same step as far as it fits; what is gathered or
+        exchanged by heads is not.
+        """
+        ring, heads, gathers, crosses_nodes = sharing
+        token_s = self.token_s + self.expert_token_s + (self.recompute_token_s if recomputed else 0.0)
+        pair_s = self.pair_s + (self.recompute_pair_s if recomputed else 0.0)
+        # a member holds two chunks; those that divide heads see the chunks of all of them
+        groups = ring // heads
+        chunks = 1 if groups == 1 else 2 * groups
+        padded = length if self.tile == 1 else -(-length // (chunks * self.tile)) * self.tile * chunks
+        seconds = self.piece_s + token_s * length / ring
+        attention = pair_s * (padded * (padded + 1) / 2) / ring
         if ring == 1:
-            return self.whole_s(length)
-        attention = self.pair_s * (length * (length + 1) / 2) / ring
-        traffic = (ring - 1) / ring * length * self.ring_token_s
-        return self.piece_s + self.token_s * length / ring + max(attention, traffic) + (ring - 1) * self.ring_step_s
+            return seconds + attention
+        exchanged = (heads - 1) / heads * length / ring * self.head_token_s
+        network = crosses_nodes and groups > 1
+        passed_token_s = self.ring_token_s if not network or self.network_token_s is None else self.network_token_s
+        step_s = self.ring_step_s if not network or self.network_step_s is None else self.network_step_s
+        passed = (groups - 1) / groups * length / heads * passed_token_s
+        steps = (groups - 1) + (heads > 1)
+        if gathers:
+            return seconds + attention + passed + exchanged + min(steps, 2) * step_s
+        return seconds + max(attention, passed) + exchanged + steps * step_s

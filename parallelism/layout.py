@@ -44,6 +44,14 @@ class Layout(BaseModel):
     attempt starts; or the number of layers of every stage."""
     capacity: PositiveInt = 2048
     """Tokens that one HDP rank holds in one micro-batch (bounds the activation memory)."""
+    keep_capacity: PositiveInt | None = None
+    """Where blocks are computed again or offloaded: micro-batches with at most so many tokens keep all their activations
+    instead. None: no micro-batch does."""
+    ulysses: PositiveInt = 1
+    """Most neighbours in a ring that may divide the heads of attention among them, inside a node. 1: rings only pass keys
+    and values around; more: every sequence gets what costs it least."""
+    gathers_keys: bool = False
+    """Whether a sequence may gather all its keys and values at once instead of passing them around."""
     sharding: AnySharding = Tiers()
     """What the HDP ranks divide among them of parameters, gradients and optimizer states; by default the states (ZeRO-1).
     With kind deepspeed, that library does it."""

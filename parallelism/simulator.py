@@ -6,9 +6,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from evermesh.parallelism.batch_plan import BatchPlan, MicroBatch
-from evermesh.parallelism.cost import CostModel
+from evermesh.parallelism.batch_plan import BatchPlan, MicroBatch, Piece
+from evermesh.parallelism.cost import CostModel, Sharing
 from evermesh.parallelism.errors import PlanInvalid
+from evermesh.parallelism.pool import Pool
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,10 +58,22 @@ def makespan_s(ranks: Sequence[Sequence[MicroBatch]], lengths: Sequence[int], co
     return max((span.stop_s for span in _replay(ranks, lengths, cost_model)), default=0.0)
 
 
-def micro_batch_s(micro_batch: MicroBatch, lengths: Sequence[int], cost_model: CostModel) -> float:
-    """Seconds of one micro-batch on its rank, without waiting."""
-    pieces = (cost_model.ring_s(lengths[piece.sequence], len(piece.ring)) for piece in micro_batch.pieces)
+def micro_batch_s(
+    micro_batch: MicroBatch, lengths: Sequence[int], cost_model: CostModel, pool: Pool | None = None
+) -> float:
+    """Seconds of one micro-batch on a rank of speed 1, without waiting; without a ``pool`` no ring crosses nodes."""
+    recomputed = micro_batch.recompute == "block"
+    pieces = (
+        cost_model.shared_s(lengths[piece.sequence], sharing_of(piece, pool), recomputed=recomputed)
+        for piece in micro_batch.pieces
+    )
     return cost_model.micro_batch_s + sum(pieces)
+
+
+def sharing_of(piece: Piece, pool: Pool | None) -> Sharing:
+    """How the ring of ``piece`` shares its sequence."""
+    crosses_nodes = pool is not None and len(piece.ring) > 1 and pool.crosses_nodes(piece.ring)
+    return Sharing(len(piece.ring), piece.heads, piece.gathers, crosses_nodes)
 
 
 def _replay(ranks: Sequence[Sequence[MicroBatch]], lengths: Sequence[int], cost_model: CostModel) -> list[Span]:
