@@ -16,7 +16,7 @@ class Pool:
 
     @classmethod
     def of(cls, hdp: int, ranks_per_node: int | None = None, speeds: Sequence[float] = ()) -> Self:
-        """``hdp`` ranks, ``ranks_per_node`` to a node (None: all); equally fast unless ``speeds`` says other."""
+        """So many ranks, ``ranks_per_node`` to a node (None: all); equally fast unless ``speeds`` says other."""
         if speeds and len(speeds) != hdp:
             raise ValueError(f"{len(speeds)} speeds for {hdp} ranks; give one per rank or none.")
         nodes = tuple(rank // (ranks_per_node or hdp) for rank in range(hdp))
