@@ -1,79 +1,40 @@
 """The batch plan: which ranks process which piece of which sequence, in which micro-batch, in which order.
 
-A plan is a pure function of (lengths, layout, cost model, speeds). It is serialised as JSON (``to_json``/``from_json``):
-field names as below, tuples as arrays; readers refuse unknown fields and unknown format versions.
+A plan is a pure function of (lengths, layout, cost model, speeds). It is serialised as JSON (``to_document``, and with packed
+columns ``to_json``): field names as below, tuples as arrays; readers refuse unknown fields and unknown format versions.
 """
 
+import dataclasses
 import functools
 import hashlib
+import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from evermesh.parallelism.errors import PlanInvalid
+from evermesh.parallelism.rank_work import STRICT, MicroBatch, PackedRanks, Piece
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 DIGEST_BYTES = 32
 """Of a batch digest, as ASCII."""
-_STRICT: Any = ConfigDict(extra="forbid")
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """One rank's part of one sequence."""
-
-    __pydantic_config__ = _STRICT
-
-    sequence: int
-    """Index of the sequence in the batch."""
-    ranges: tuple[tuple[int, int], ...]
-    """Token ranges [start, stop) of the sequence that this rank holds, ascending, none of them empty."""
-    ring: tuple[int, ...]
-    """HDP ranks that share the sequence, in ring order; one rank when the sequence is whole."""
-    heads: int = 1
-    """So many consecutive members of the ring divide the heads of attention among them; see ``Sharing.heads``."""
-    gathers: bool = False
-    """Whether keys and values are gathered at once instead of passed around."""
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of the sequence that this rank holds."""
-        return sum(stop - start for start, stop in self.ranges)
-
-
-@dataclass(frozen=True, slots=True)
-class MicroBatch:
-    """What one HDP rank runs forward and backward at once; without pieces it is a zero-token step."""
-
-    __pydantic_config__ = _STRICT
-
-    pieces: tuple[Piece, ...]
-    recompute: Literal["none", "block"] = "none"
-    """Whether every block keeps all its activations, or does with them as ``Layout.activations`` says."""
-    offload: float = 0.0
-    """Of blocks that offload: fraction of the tokens whose matrix products wait in host memory."""
-    lock_step: int | None = None
-    """Index of the collectives (expert all-to-all, sharded parameters) that a group runs together; None: none."""
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of all pieces."""
-        return sum(piece.num_tokens for piece in self.pieces)
 
 
 @dataclass(frozen=True, slots=True)
 class Certificate:
     """How good a plan is, next to a bound that no plan can beat under the same cost model."""
 
-    __pydantic_config__ = _STRICT
+    __pydantic_config__ = STRICT
 
     makespan_s: float
     """Predicted time until the last rank has finished its micro-batches, seconds."""
     lower_bound_s: float
-    binding: Literal["work", "longest sequence", "memory", "nothing"]
+    binding: Literal[
+        "work", "longest sequence", "memory", "communication", "long sequences in turn", "pipeline", "nothing"
+    ]
     """Which constraint gives the bound."""
 
     @property
@@ -90,13 +51,13 @@ class BatchPlan:
     the same relative order on all their members, which is what keeps the joint order free of cycles.
     """
 
-    __pydantic_config__ = _STRICT
+    __pydantic_config__ = STRICT
 
     lengths: tuple[int, ...]
     """Tokens of every sequence of the batch."""
     capacity: int
     """Tokens that one rank holds in one micro-batch."""
-    ranks: tuple[tuple[MicroBatch, ...], ...]
+    ranks: Sequence[tuple[MicroBatch, ...]]
     certificate: Certificate
     planner: str
     """Name of the planner that made it."""
@@ -126,23 +87,40 @@ class BatchPlan:
         return dict(sorted(Counter(rings.values()).items()))
 
     def to_json(self) -> bytes:
-        """The plan as JSON."""
-        return _adapter().dump_json(self)
+        """The plan as compact JSON, some bytes for each piece, for the ranks of a job: ``packed`` in place of ``ranks``.
+
+        Raises:
+            PlanInvalid: a ring is not cut as ``share_of`` cuts it.
+        """
+        packed = self.ranks if isinstance(self.ranks, PackedRanks) else PackedRanks.of(self.ranks, self.lengths)
+        document = _adapter().dump_python(dataclasses.replace(self, ranks=()))
+        del document["ranks"]
+        return json.dumps({**document, "packed": packed.columns()}, separators=(",", ":")).encode()
+
+    def to_document(self) -> bytes:
+        """The plan as explicit JSON for other programs: every piece with its token ranges and its ring."""
+        return _adapter().dump_json(dataclasses.replace(self, ranks=tuple(self.ranks)))
 
     @classmethod
     def from_json(cls, payload: bytes | str) -> Self:
-        """The plan that ``to_json`` wrote.
+        """The plan that ``to_json`` or ``to_document`` wrote.
 
         Raises:
             PlanInvalid: the payload is not a plan of this format version.
         """
         try:
-            plan = _adapter().validate_json(payload)
+            document = json.loads(payload)
+            packed = document.pop("packed", None) if isinstance(document, dict) else None
+            plan: Self = _adapter().validate_json(json.dumps(document if packed is None else {**document, "ranks": []}))
         except ValidationError as error:
             raise PlanInvalid(f"not a batch plan: {error.error_count()} errors, first: {error.errors()[0]}") from error
+        except ValueError as error:
+            raise PlanInvalid(f"not a batch plan: {error}") from error
         if plan.format_version != FORMAT_VERSION:
             raise PlanInvalid(f"batch plan of format {plan.format_version}; this version reads {FORMAT_VERSION}.")
-        return plan
+        if packed is None:
+            return dataclasses.replace(plan, ranks=tuple(plan.ranks))
+        return dataclasses.replace(plan, ranks=PackedRanks.from_columns(packed, plan.lengths))
 
 
 @functools.cache
@@ -156,3 +134,15 @@ def batch_digest(identities: Iterable[str], lengths: Sequence[int]) -> str:
     for identity, length in zip(identities, lengths, strict=True):
         digest.update(f"{identity}:{length}\n".encode())
     return digest.hexdigest()
+
+
+__all__ = [
+    "DIGEST_BYTES",
+    "FORMAT_VERSION",
+    "BatchPlan",
+    "Certificate",
+    "MicroBatch",
+    "PackedRanks",
+    "Piece",
+    "batch_digest",
+]

@@ -6,7 +6,15 @@ ring attention, hidden behind the attention of the same step as far as it fits.
 
 from typing import Literal, NamedTuple, Self
 
-from pydantic import BaseModel, ConfigDict, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
 FlopConvention = Literal["causal", "full"]
 
@@ -113,6 +121,16 @@ class CostModel(BaseModel):
     version: NonNegativeInt = 0
     """Raised with every change of a coefficient; every plan records the version it was made with."""
 
+    @model_validator(mode="after")
+    def _a_network_is_no_faster_than_a_node(self) -> Self:
+        for inside, outside in (("ring_token_s", "network_token_s"), ("ring_step_s", "network_step_s")):
+            if (found := getattr(self, outside)) is not None and found < getattr(self, inside):
+                raise ValueError(
+                    f"{outside} {found} is less than {inside} {getattr(self, inside)}: a ring that crosses nodes also has "
+                    f"links inside them. Set {outside} to at least {inside}, or leave it out."
+                )
+        return self
+
     @classmethod
     def from_model(
         cls,
@@ -144,7 +162,9 @@ class CostModel(BaseModel):
             recompute_token_s=products * token_s,
             recompute_pair_s=recompute * pair_s,
             ring_token_s=trips * kv_bytes / bytes_per_s,
-            network_token_s=None if network_bytes_per_s is None else trips * kv_bytes / network_bytes_per_s,
+            network_token_s=None
+            if network_bytes_per_s is None
+            else trips * kv_bytes / min(network_bytes_per_s, bytes_per_s),
             # queries and outputs, keys and values: forward, and their gradients backward
             head_token_s=(2.0 + recompute) * (kv_bytes + query_bytes) / bytes_per_s,
         )

@@ -1,5 +1,6 @@
 """The HDP ranks that a batch is planned for: which share a node, and how fast each is."""
 
+from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Self
@@ -24,6 +25,11 @@ class Pool:
 
     def __len__(self) -> int:
         return len(self.nodes)
+
+    @property
+    def largest_node(self) -> int:
+        """Most ranks that share a node."""
+        return max(Counter(self.nodes).values(), default=1)
 
     def without(self, lost: Collection[int]) -> Self:
         """The pool that is left when ranks are ``lost``; those after them move up."""

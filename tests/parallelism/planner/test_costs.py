@@ -15,7 +15,7 @@ def random_cost(draw: random.Random) -> CostModel:
         tile=draw.choice([1, 128]),
         ring_step_s=draw.random() * 0.1,
         ring_token_s=draw.random() * 5,
-        network_token_s=draw.choice([None, draw.random() * 9]),
+        network_token_s=draw.choice([None, 5 + draw.random() * 9]),
         head_token_s=draw.random(),
         recompute_token_s=draw.random(),
         recompute_pair_s=draw.random() * 1e-3,

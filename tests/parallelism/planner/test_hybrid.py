@@ -97,24 +97,25 @@ def test_length_of_zero_is_refused() -> None:
 def test_bound_of_one_rank_is_the_sum_of_all_work() -> None:
     lengths = [900, 40, 333]
     expected = sum(COST.whole_s(length) for length in lengths) + COST.micro_batch_s
-    assert lower_bound(lengths, 1, 2000, COST).seconds == pytest.approx(expected)
+    assert lower_bound(lengths, Layout(hdp=1, capacity=2000), COST).seconds == pytest.approx(expected)
 
 
-def test_plans_are_the_same_in_every_process_and_hash_seed() -> None:
+def test_plans_are_the_same_in_every_process_and_hash_seed_compiled_or_not() -> None:
     program = (
-        "import hashlib, random; from evermesh.parallelism import CostModel, Layout, plan_batch;"
+        "import hashlib, random; from evermesh.parallelism import CostModel, Layout, Pool, plan_batch;"
         "r = random.Random(4); lengths = [min(9000, int(r.lognormvariate(6, 1.5)) + 1) for _ in range(400)];"
         f"cost = CostModel.model_validate_json('{COST.model_dump_json()}');"
-        "print(hashlib.sha256(plan_batch(lengths, Layout(hdp=16, capacity=1000), cost).to_json()).hexdigest())"
+        "pool = Pool.of(16, 4, speeds=(1.0,) * 15 + (0.7,));"
+        "print(hashlib.sha256(plan_batch(lengths, Layout(hdp=16, capacity=1000), cost, pool=pool).to_json()).hexdigest())"
     )
     digests = {
         subprocess.run(
             [sys.executable, "-c", program],
-            env=os.environ | {"PYTHONHASHSEED": seed},
+            env=os.environ | {"PYTHONHASHSEED": seed, "EVERMESH_PLANNER": mode},
             capture_output=True,
             text=True,
             check=True,
         ).stdout
-        for seed in ("0", "1", "77")
+        for seed, mode in (("0", "compiled"), ("77", "compiled"), ("1", "python"))
     }
     assert len(digests) == 1

@@ -1,0 +1,271 @@
+"""Whole sequences onto ranks: into the gaps before rings, and behind the last one, so that all ranks end together.
+
+Three steps: the longest sequence first to the rank with the most time left (worst fit, which for a common end is Graham's
+LPT rule, SIAM J. Appl. Math. 1969); exchanges of sequences between the rank that ends last and others; packs of at most a
+micro-batch's tokens by first fit decreasing (Johnson et al., SIAM J. Comput. 1974).
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from evermesh.parallelism.planner.compiling import compiled
+from evermesh.parallelism.planner.rings import Floats, Integers, Rings, scaled
+
+_PARTNERS = 6
+"""Ranks that end early with which the rank that ends last tries to exchange sequences."""
+
+
+class Slots(NamedTuple):
+    """Stretches of time of a rank that whole sequences can fill. Slot r is what comes behind the last ring of rank r."""
+
+    rank: Integers
+    before: Integers
+    """The ring that a gap comes before; the number of rings for what comes behind the last."""
+    room: Integers
+    """Ticks until the ring, or until the target, which may be passed."""
+
+
+class Filling(NamedTuple):
+    """Which slot every sequence is in, as lists: ``head[slot]``, then ``next[sequence]`` until -1."""
+
+    head: Integers
+    next: Integers
+
+
+@compiled
+def slots_between(rings: Rings, load: Integers, target: int) -> Slots:
+    """The slots that ``rings`` leave, ``load`` being when every rank is free after them."""
+    ranks, count = len(load), len(rings.first)
+    free = np.zeros(ranks, np.int64)
+    gaps = 0
+    for ring in range(count):
+        for rank in range(rings.first[ring], rings.first[ring] + rings.size[ring]):
+            gaps += rings.start[ring] > free[rank]
+            free[rank] = rings.stop[ring]
+    slots = Slots(np.empty(ranks + gaps, np.int64), np.empty(ranks + gaps, np.int64), np.empty(ranks + gaps, np.int64))
+    slots.rank[:ranks] = np.arange(ranks)
+    slots.before[:ranks] = count
+    slots.room[:ranks] = target - load
+    free[:] = 0
+    slot = ranks
+    for ring in range(count):
+        for rank in range(rings.first[ring], rings.first[ring] + rings.size[ring]):
+            if rings.start[ring] > free[rank]:
+                slots.rank[slot], slots.before[slot] = rank, ring
+                slots.room[slot] = rings.start[ring] - free[rank]
+                slot += 1
+            free[rank] = rings.stop[ring]
+    return slots
+
+
+@compiled
+def fill(
+    slots: Slots, lengths: Integers, whole: Integers, alone: Integers, slowness: Floats, pack: int, fixed: int
+) -> Filling:
+    """Give every sequence of ``whole`` (longest first) to the slot with the most room; a gap never gets more than it holds.
+
+    ``alone`` is the time of every sequence without its micro-batch, which takes ``fixed`` and holds ``pack`` tokens.
+    """
+    count, ranks = len(slots.rank), len(slowness)
+    room, slot_at = slots.room.copy(), np.arange(count)
+    open_tokens = np.zeros(count, np.int64)
+    filling = Filling(np.full(count, -1, np.int64), np.full(len(lengths), -1, np.int64))
+    for at in range(count // 2 - 1, -1, -1):
+        _sift(room, slot_at, count, at)
+    for sequence in whole:
+        while True:
+            slot = slot_at[0]
+            opens = lengths[sequence] > open_tokens[slot]
+            cost = scaled(alone[sequence] + (fixed if opens else 0), slowness[slots.rank[slot]])
+            if slot < ranks or cost <= room[0]:
+                break
+            # the largest room is a gap too small for this sequence; what is shorter finds room enough elsewhere
+            count -= 1
+            room[0], slot_at[0] = room[count], slot_at[count]
+            _sift(room, slot_at, count, 0)
+        open_tokens[slot] = (
+            max(open_tokens[slot], pack - lengths[sequence]) if opens else open_tokens[slot] - lengths[sequence]
+        )
+        filling.next[sequence] = filling.head[slot]
+        filling.head[slot] = sequence
+        room[0] -= cost
+        _sift(room, slot_at, count, 0)
+    return filling
+
+
+@compiled
+def _sift(room: Integers, slot_at: Integers, count: int, at: int) -> None:
+    """Restore the heap of the largest room, of equals the first slot, below position ``at``."""
+    own_room, own_slot = room[at], slot_at[at]
+    while True:
+        child = 2 * at + 1
+        if child >= count:
+            break
+        other = child + 1
+        if other < count and (
+            room[other] > room[child] or (room[other] == room[child] and slot_at[other] < slot_at[child])
+        ):
+            child = other
+        if room[child] < own_room or (room[child] == own_room and slot_at[child] > own_slot):
+            break
+        room[at], slot_at[at] = room[child], slot_at[child]
+        at = child
+    if count:
+        room[at], slot_at[at] = own_room, own_slot
+
+
+@compiled
+def members(filling: Filling, lengths: Integers, slot: int) -> Integers:
+    """The sequences in a slot, longest first, of equals the first."""
+    count, sequence = 0, filling.head[slot]
+    while sequence >= 0:
+        count += 1
+        sequence = filling.next[sequence]
+    found = np.empty(count, np.int64)
+    count, sequence = 0, filling.head[slot]
+    while sequence >= 0:
+        at = count
+        while at > 0 and (
+            lengths[found[at - 1]] < lengths[sequence]
+            or (lengths[found[at - 1]] == lengths[sequence] and found[at - 1] > sequence)
+        ):
+            found[at] = found[at - 1]
+            at -= 1
+        found[at] = sequence
+        count += 1
+        sequence = filling.next[sequence]
+    return found
+
+
+@compiled
+def packs_of(lengths: Integers, sequences: Integers, pack: int) -> tuple[Integers, int]:
+    """The micro-batch of every sequence by first fit, and their number; one that is longer than ``pack`` is alone."""
+    room, chosen, count = np.empty(len(sequences), np.int64), np.empty(len(sequences), np.int64), 0
+    for k in range(len(sequences)):
+        length = lengths[sequences[k]]
+        at = 0
+        while at < count and room[at] < length:
+            at += 1
+        if at == count:
+            room[at] = pack
+            count += 1
+        room[at] -= length
+        chosen[k] = at
+    return chosen, count
+
+
+@compiled
+def slot_ticks(lengths: Integers, sequences: Integers, alone: Integers, slowness: float, pack: int, fixed: int) -> int:
+    """What the sequences of a slot take, packed."""
+    total = packs_of(lengths, sequences, pack)[1] * fixed
+    for sequence in sequences:
+        total += alone[sequence]
+    return scaled(total, slowness)
+
+
+@compiled
+def level(
+    filling: Filling,
+    load: Integers,
+    lengths: Integers,
+    alone: Integers,
+    slowness: Floats,
+    pack: int,
+    fixed: int,
+    goal: int,
+    budget: int,
+) -> int:
+    """Exchange sequences between the rank that ends last and ranks that end early until all end by ``goal``.
+
+    Stops too when no exchange helps the last rank, or after ``budget`` comparisons. Returns when the last rank ends.
+    """
+    ranks = len(load)
+    ends = load.copy()
+    for rank in range(ranks):
+        ends[rank] += slot_ticks(lengths, members(filling, lengths, rank), alone, slowness[rank], pack, fixed)
+    while budget > 0:
+        last = int(np.argmax(ends))
+        if ends[last] <= goal:
+            break
+        mine = members(filling, lengths, last)
+        helped = False
+        tried = np.zeros(ranks, np.bool_)
+        tried[last] = True
+        for _ in range(min(_PARTNERS, ranks - 1)):
+            partner, least = -1, np.int64(2**62)
+            for rank in range(ranks):
+                if not tried[rank] and ends[rank] < least:
+                    partner, least = rank, ends[rank]
+            tried[partner] = True
+            theirs = members(filling, lengths, partner)
+            budget -= ranks // 4 + len(mine) * (len(theirs) + 1)
+            give, take = _exchange(mine, theirs, alone, ends[last], ends[partner], slowness[last], slowness[partner])
+            if give < 0:
+                continue
+            new_mine, new_theirs = _exchanged(mine, theirs, give, take, lengths)
+            own = load[last] + slot_ticks(lengths, new_mine, alone, slowness[last], pack, fixed)
+            other = load[partner] + slot_ticks(lengths, new_theirs, alone, slowness[partner], pack, fixed)
+            if max(own, other) < ends[last]:
+                _put(filling, last, new_mine)
+                _put(filling, partner, new_theirs)
+                ends[last], ends[partner] = own, other
+                helped = True
+                break
+        if not helped:
+            break
+    return int(ends.max())
+
+
+@compiled
+def _exchange(
+    mine: Integers, theirs: Integers, alone: Integers, end: int, other: int, slow: float, other_slow: float
+) -> tuple[int, int]:
+    """Positions of what to give and what to take for it (-1: nothing) so that both end early; (-1, -1): nothing helps."""
+    best, give, take = end, -1, -1
+    for i in range(len(mine)):
+        away, there = scaled(alone[mine[i]], slow), scaled(alone[mine[i]], other_slow)
+        if max(end - away, other + there) < best:
+            best, give, take = max(end - away, other + there), i, -1
+        for j in range(len(theirs)):
+            later = max(
+                end - away + scaled(alone[theirs[j]], slow), other + there - scaled(alone[theirs[j]], other_slow)
+            )
+            if later < best:
+                best, give, take = later, i, j
+    return give, take
+
+
+@compiled
+def _exchanged(mine: Integers, theirs: Integers, give: int, take: int, lengths: Integers) -> tuple[Integers, Integers]:
+    """Both lists after the exchange, longest first."""
+    given = mine[give]
+    new_mine = np.concatenate((mine[:give], mine[give + 1 :]))
+    if take < 0:
+        return new_mine, _inserted(theirs, given, lengths)
+    taken = theirs[take]
+    return _inserted(new_mine, taken, lengths), _inserted(
+        np.concatenate((theirs[:take], theirs[take + 1 :])), given, lengths
+    )
+
+
+@compiled
+def _inserted(sequences: Integers, sequence: int, lengths: Integers) -> Integers:
+    at = 0
+    while at < len(sequences) and (
+        lengths[sequences[at]] > lengths[sequence]
+        or (lengths[sequences[at]] == lengths[sequence] and sequences[at] < sequence)
+    ):
+        at += 1
+    result = np.empty(len(sequences) + 1, np.int64)
+    result[:at], result[at], result[at + 1 :] = sequences[:at], sequence, sequences[at:]
+    return result
+
+
+@compiled
+def _put(filling: Filling, slot: int, sequences: Integers) -> None:
+    """Let a slot hold these sequences."""
+    filling.head[slot] = -1
+    for sequence in sequences:
+        filling.next[sequence] = filling.head[slot]
+        filling.head[slot] = sequence
