@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from evermesh.parallelism.planner.compiling import compiled
 from evermesh.parallelism.planner.costs import Coefficients, best_sharing, is_recomputed, shared_s, ticks
 from evermesh.parallelism.planner.filling import Filling, Slots, members, packs_of
-from evermesh.parallelism.planner.rings import Floats, Integers, Rings, scaled
+from evermesh.parallelism.planner.rings import Floats, Integers, Rings, ranks_of, scaled
 
 
 class Columns(NamedTuple):
@@ -106,11 +106,12 @@ def _rings_by_rank(rings: Rings, ranks: int) -> tuple[Integers, Integers]:
     """The rings of every rank in their order: where they begin, and which they are."""
     start = np.zeros(ranks + 1, np.int64)
     for ring in range(len(rings.first)):
-        start[rings.first[ring] + 1 : rings.first[ring] + rings.size[ring] + 1] += 1
+        for rank in ranks_of(rings, ring):
+            start[rank + 1] += 1
     start = np.cumsum(start)
     found, filled = np.empty(start[-1], np.int64), start.copy()
     for ring in range(len(rings.first)):
-        for rank in range(rings.first[ring], rings.first[ring] + rings.size[ring]):
+        for rank in ranks_of(rings, ring):
             found[filled[rank]] = ring
             filled[rank] += 1
     return start, found
@@ -124,12 +125,13 @@ def _sharings(
     heads, gathers = np.ones(len(lengths), np.int64), np.zeros(len(lengths), np.bool_)
     durations = np.empty(len(rings.first), np.int64)
     for ring in range(len(rings.first)):
-        sequence, first, size = rings.sequence[ring], rings.first[ring], rings.size[ring]
-        crosses_nodes = node_of[first] != node_of[first + size - 1]
+        sequence, size = rings.sequence[ring], rings.size[ring]
+        nodes = node_of[ranks_of(rings, ring)]
+        crosses_nodes = nodes[0] != nodes[-1]
         again = is_recomputed(costs, (lengths[sequence] + size - 1) // size)
         seconds, together, gathering = best_sharing(costs, lengths[sequence], size, node_size, crosses_nodes, again)
-        for group in range(first, first + size, together):
-            if node_of[group] != node_of[group + together - 1]:
+        for group in range(0, size, together):
+            if nodes[group] != nodes[group + together - 1]:
                 # a node that lost a rank: neighbours that would divide heads are not all in one
                 together, gathering = 1, False
                 seconds = shared_s(costs, lengths[sequence], size, 1, False, crosses_nodes, again)
@@ -163,13 +165,13 @@ def _members(
         for piece in range(micro_batch_start[rank_start[rank]], micro_batch_start[rank_start[rank + 1]]):
             ring_of[start[sequence_of[piece]]] = rank
     for ring in range(len(rings.first)):
-        sequence, first = rings.sequence[ring], rings.first[ring]
+        sequence, ranks = rings.sequence[ring], ranks_of(rings, ring)
         together = heads[sequence]
         groups = rings.size[ring] // together
         for k in range(groups):
             group = 2 * k if 2 * k < groups else 2 * (groups - 1 - k) + 1
             for j in range(together):
-                ring_of[start[sequence] + k * together + j] = first + group * together + j
+                ring_of[start[sequence] + k * together + j] = ranks[group * together + j]
     return start, ring_of
 
 
@@ -187,15 +189,15 @@ def _replay(
     ranks = len(slowness)
     free, at = np.zeros(ranks, np.int64), slot_start.copy()
     for ring in range(len(rings.first)):
-        first, last = rings.first[ring], rings.first[ring] + rings.size[ring]
-        start, slowest = np.int64(0), 1.0
-        for rank in range(first, last):
+        start, slowest = np.int64(0), 0.0
+        for rank in ranks_of(rings, ring):
             slot = slot_order[at[rank]]
             if slots.before[slot] == ring:
                 free[rank] += slot_ticks[slot]
                 at[rank] += 1
             start, slowest = max(start, free[rank]), max(slowest, slowness[rank])
-        free[first:last] = start + scaled(durations[ring], slowest)
+        for rank in ranks_of(rings, ring):
+            free[rank] = start + scaled(durations[ring], slowest)
     for rank in range(ranks):
         free[rank] += slot_ticks[rank]
     return int(free.max())

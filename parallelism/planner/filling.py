@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from evermesh.parallelism.planner.compiling import compiled
-from evermesh.parallelism.planner.rings import Floats, Integers, Rings, scaled
+from evermesh.parallelism.planner.rings import Floats, Integers, Rings, ranks_of, scaled
 
 _PARTNERS = 6
 """Ranks that end early with which the rank that ends last tries to exchange sequences."""
@@ -40,7 +40,7 @@ def slots_between(rings: Rings, load: Integers, target: int) -> Slots:
     free = np.zeros(ranks, np.int64)
     gaps = 0
     for ring in range(count):
-        for rank in range(rings.first[ring], rings.first[ring] + rings.size[ring]):
+        for rank in ranks_of(rings, ring):
             gaps += rings.start[ring] > free[rank]
             free[rank] = rings.stop[ring]
     slots = Slots(np.empty(ranks + gaps, np.int64), np.empty(ranks + gaps, np.int64), np.empty(ranks + gaps, np.int64))
@@ -50,7 +50,7 @@ def slots_between(rings: Rings, load: Integers, target: int) -> Slots:
     free[:] = 0
     slot = ranks
     for ring in range(count):
-        for rank in range(rings.first[ring], rings.first[ring] + rings.size[ring]):
+        for rank in ranks_of(rings, ring):
             if rings.start[ring] > free[rank]:
                 slots.rank[slot], slots.before[slot] = rank, ring
                 slots.room[slot] = rings.start[ring] - free[rank]

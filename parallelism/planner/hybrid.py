@@ -20,8 +20,10 @@ from evermesh.parallelism.planner.assembling import Columns, assemble
 from evermesh.parallelism.planner.bound import bound_of, check_lengths, fastest_s, least_work_s
 from evermesh.parallelism.planner.compiling import compiled
 from evermesh.parallelism.planner.costs import Coefficients, shared_s, ticks
+from evermesh.parallelism.planner.few_ranks import EFFORT, MOST_RANKS, search
 from evermesh.parallelism.planner.filling import Filling, Slots, fill, level, slots_between
-from evermesh.parallelism.planner.rings import Floats, Integers, Rings, place_rings
+from evermesh.parallelism.planner.problem import Problem
+from evermesh.parallelism.planner.rings import Integers, Rings, place_rings
 from evermesh.parallelism.planner.waves import align
 from evermesh.parallelism.pool import Pool
 
@@ -49,6 +51,8 @@ _TARGETS = (
 """Target times to try, as multiples of the lower bound, until the rings fit."""
 _GOOD_ENOUGH = 1.0015
 """Of the bound: no further target is tried."""
+_MOST_SEARCHED = 256
+"""Sequences up to which plans for few ranks are searched."""
 _LEVELLING = 1_200_000
 """Comparisons to spend on exchanges between ranks; a few milliseconds."""
 
@@ -143,21 +147,6 @@ def pack_sizes(costs: Coefficients) -> tuple[int, ...]:
     return tuple({costs.capacity, costs.keep_capacity or costs.capacity})
 
 
-class Problem(NamedTuple):
-    """What the loops need of a batch and a pool."""
-
-    costs: Coefficients
-    lengths: Integers
-    by_length: Integers
-    """Sequences, longest first, of equals the first."""
-    slowness: Floats
-    """What the time of every rank is multiplied by."""
-    node_of: Integers
-    node_end: Integers
-    """Of every rank, the first rank behind its node."""
-    node_size: int
-
-
 class _Outcome(NamedTuple):
     rings: Rings
     slots: Slots
@@ -180,6 +169,8 @@ def _search(problem: Problem, pack: int, bound_s: float) -> tuple[Columns, int]:
                 best = found
             if best is not None and best.end <= _GOOD_ENOUGH * bound:
                 break
+    if len(problem.slowness) <= MOST_RANKS:
+        best = _searched(problem, alone, bound, pack, best)
     assert best is not None, "rings that follow each other always fit into a thousand times the bound"
     columns, makespan = assemble(
         problem.costs,
@@ -193,6 +184,16 @@ def _search(problem: Problem, pack: int, bound_s: float) -> tuple[Columns, int]:
         pack,
     )
     return columns, makespan
+
+
+def _searched(problem: Problem, alone: Integers, bound: int, pack: int, first: "_Outcome | None") -> "_Outcome | None":
+    """The best of ``first`` and of what a search finds that begins with its rings."""
+    if first is None or first.end * 2000 <= bound * 2001 or len(problem.lengths) > _MOST_SEARCHED:
+        return first
+    sizes = np.ones(len(problem.lengths), np.int64)
+    sizes[first.rings.sequence] = first.rings.size
+    found = _Outcome(*search(problem, alone, bound, pack, sizes, EFFORT), True)
+    return found if found.end < first.end else first
 
 
 @compiled

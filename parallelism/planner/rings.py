@@ -24,11 +24,26 @@ class Rings(NamedTuple):
     """The rings of a batch in the order in which they were placed, which every rank keeps. Times in ticks."""
 
     sequence: Integers
+    member: Integers
+    """Ranks; those of a ring follow each other, ascending."""
     first: Integers
-    """First of the neighbouring ranks."""
+    """Where the ranks of every ring begin in ``member``."""
     size: Integers
     start: Integers
     stop: Integers
+
+
+@compiled
+def no_rings() -> Rings:
+    """Of a batch without any."""
+    none = np.empty(0, np.int64)
+    return Rings(none, none, none, none, none, none)
+
+
+@compiled
+def ranks_of(rings: Rings, ring: int) -> Integers:
+    """The members of a ring, ascending."""
+    return rings.member[rings.first[ring] : rings.first[ring] + rings.size[ring]]
 
 
 @compiled
@@ -132,11 +147,11 @@ def place_rings(
                     size, first, start, stop = wider, at, begin, end
                     break
         if first < 0:
-            return Rings(shared[:0], first_of[:0], size_of[:0], start_of[:0], stop_of[:0]), load, False
+            return no_rings(), load, False
         first_of[k], size_of[k], start_of[k], stop_of[k] = first, size, start, stop
         load[first : first + size] = stop
         num_runs = _cover(runs, num_runs, slowness, first, size, stop)
-    return Rings(shared, first_of, size_of, start_of, stop_of), load, True
+    return Rings(shared, np.arange(ranks), first_of, size_of, start_of, stop_of), load, True
 
 
 class Runs(NamedTuple):

@@ -1,0 +1,145 @@
+"""Plans for few ranks, near the optimum: a search over the sizes of rings and the order in which they are placed.
+
+On few ranks a ring may have any members, so that a gap is rarely needed; and there is time to try thousands of plans. The
+search is simulated annealing (Kirkpatrick et al., Science 1983) with a fixed sequence of pseudo-random numbers.
+"""
+
+import numpy as np
+
+from evermesh.parallelism.planner.compiling import compiled
+from evermesh.parallelism.planner.costs import best_sharing, is_recomputed, ticks
+from evermesh.parallelism.planner.filling import Filling, Slots, fill, level, slots_between
+from evermesh.parallelism.planner.problem import Problem
+from evermesh.parallelism.planner.rings import FOREVER, Integers, Rings, scaled
+
+MOST_RANKS = 16
+"""Pools of more ranks are planned by runs of neighbours alone."""
+_HEAT = 2
+"""Percent of the bound by which a plan may be worse than the one before, at the beginning of the search."""
+EFFORT = 2_000_000
+"""Plans tried, times what one takes; some 30 ms."""
+_LEVELLING = 2_000
+"""Comparisons to spend on exchanges for each plan tried."""
+
+
+@compiled
+def search(
+    problem: Problem, alone: Integers, bound: int, pack: int, sizes: Integers, effort: int
+) -> tuple[Rings, Slots, Filling, int]:
+    """The best plan found from rings of these ``sizes`` (of every sequence; 1: whole): rings, slots, filling, and its end."""
+    costs, lengths = problem.costs, problem.lengths
+    ranks, count = len(problem.slowness), len(lengths)
+    smallest = (lengths + costs.capacity - 1) // costs.capacity
+    order, sizes = problem.by_length.copy(), sizes.copy()
+    best_order, best_sizes = order.copy(), sizes.copy()
+    end = attempt(problem, alone, bound, pack, sizes, order)[3]
+    best = end
+    tries = max(200, effort // (6 * count + 8 * ranks + 60))
+    state, old = 12345, np.int64(0)
+    for k in range(tries):
+        if best * 2000 <= bound * 2001:
+            break
+        state = _next(state)
+        kind = (state >> 12) % 3
+        state = _next(state)
+        i = (state >> 12) % count
+        state = _next(state)
+        j = (state >> 12) % count
+        state = _next(state)
+        drawn = state >> 12
+        if kind == 0:
+            order[i], order[j] = order[j], order[i]
+        else:
+            # any size, or one more or less; long sequences are changed more often
+            i = problem.by_length[i * i // count] if kind == 2 else i
+            old = sizes[i]
+            step = 1 if drawn % 4 == 1 else -1
+            if drawn % 2 == 0:
+                sizes[i] = smallest[i] + (drawn >> 2) % (ranks - smallest[i] + 1)
+            else:
+                sizes[i] = min(max(old + step, smallest[i]), ranks)
+            if sizes[i] == old:
+                continue
+        found = attempt(problem, alone, bound, pack, sizes, order)[3]
+        # the margin for worse plans shrinks from some percent to nothing
+        left = (tries - k) * 1024 // tries
+        margin = (bound * _HEAT // 100) * left // 1024 * left // 1024
+        state = _next(state)
+        if found <= end or found - end < margin * ((state >> 12) % 1024) // 1024:
+            end = found
+            if found < best:
+                best, best_order, best_sizes = found, order.copy(), sizes.copy()
+        elif kind == 0:
+            order[i], order[j] = order[j], order[i]
+        else:
+            sizes[i] = old
+    return attempt(problem, alone, bound, pack, best_sizes, best_order)
+
+
+@compiled
+def _next(state: int) -> int:
+    """The next state of a linear congruential generator, whose low bits are not to be used."""
+    return (state * 1103515245 + 12345) % 2147483648
+
+
+@compiled
+def attempt(
+    problem: Problem, alone: Integers, bound: int, pack: int, sizes: Integers, order: Integers
+) -> tuple[Rings, Slots, Filling, int]:
+    """Rings of these sizes placed in this order, each where it ends first; then whole sequences in the same order."""
+    costs, lengths = problem.costs, problem.lengths
+    ranks = len(problem.slowness)
+    shared, whole = order[sizes[order] > 1], order[sizes[order] == 1]
+    count = len(shared)
+    rings = Rings(
+        shared,
+        np.empty(int(sizes[shared].sum()), np.int64),
+        np.empty(count, np.int64),
+        sizes[shared],
+        np.empty(count, np.int64),
+        np.empty(count, np.int64),
+    )
+    load, first = np.zeros(ranks, np.int64), 0
+    for k in range(count):
+        size = rings.size[k]
+        chosen, start, stop = _members(problem, load, lengths[shared[k]], size)
+        rings.first[k], rings.start[k], rings.stop[k] = first, start, stop
+        rings.member[first : first + size] = chosen
+        for rank in chosen:
+            load[rank] = stop
+        first += size
+    slots = slots_between(rings, load, max(bound, load.max()))
+    fixed = ticks(costs, costs.micro_batch_s)
+    filling = fill(slots, lengths, whole, alone, problem.slowness, pack, fixed)
+    end = level(filling, load, lengths, alone, problem.slowness, pack, fixed, max(bound, load.max()), _LEVELLING)
+    return rings, slots, filling, end
+
+
+@compiled
+def _members(problem: Problem, load: Integers, length: int, size: int) -> tuple[Integers, int, int]:
+    """The ranks with which a ring ends first, ascending, its start and its stop: those of one node, or any.
+
+    Of the ranks that are free when the ring can start, those that have just become so.
+    """
+    ranks, costs = len(load), problem.costs
+    again = is_recomputed(costs, (length + size - 1) // size)
+    best, best_start, best_stop = np.empty(0, np.int64), FOREVER, FOREVER
+    by_load = np.argsort(load, kind="mergesort")
+    nodes = problem.node_of[ranks - 1] + 1
+    for node in range(nodes + 1 if nodes > 1 else 1):
+        # the last round takes ranks of any node
+        anywhere = node == nodes or nodes == 1
+        mine = by_load if anywhere else by_load[problem.node_of[by_load] == node]
+        if len(mine) < size:
+            continue
+        start = load[mine[size - 1]]
+        free = size
+        while free < len(mine) and load[mine[free]] == start:
+            free += 1
+        chosen = np.sort(mine[free - size : free])
+        crosses_nodes = problem.node_of[chosen[0]] != problem.node_of[chosen[-1]]
+        seconds = best_sharing(costs, length, size, problem.node_size, crosses_nodes, again)[0]
+        stop = start + scaled(ticks(costs, seconds + costs.micro_batch_s), problem.slowness[chosen].max())
+        if stop < best_stop:
+            best, best_start, best_stop = chosen, start, stop
+    return best, best_start, best_stop
