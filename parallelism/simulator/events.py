@@ -212,7 +212,7 @@ class _Engine:
             tuple(span for spans in self.spans for span in spans),
             self.program.labels(),
             tuple(wait for waits in self.waits for wait in waits),
-            tuple(self.scenario.pool.nodes[self.program.hdp_rank(rank)] for rank in range(len(self.program.ranks))),
+            tuple(self._node(rank) for rank in range(len(self.program.ranks))),
         )
         undone = {
             (self.program.hdp_rank(rank), task.index): task.micro_batch.num_tokens
@@ -222,6 +222,11 @@ class _Engine:
         return Outcome(
             timeline, synchronization_s, tuple(sorted(lost)), self._blocked(lost), len(undone), sum(undone.values())
         )
+
+    def _node(self, rank: int) -> int:
+        """Every stage of the pipelines has nodes of its own."""
+        nodes = self.scenario.pool.nodes
+        return rank % self.program.pp * (nodes[-1] + 1) + nodes[self.program.hdp_rank(rank)]
 
     def _synchronization_s(self) -> float:
         synchronization, ranks = self.scenario.synchronization, len(self.scenario.pool)
