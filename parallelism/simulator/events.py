@@ -195,9 +195,7 @@ class _Engine:
         for member in self.program.gangs[task.gang]:
             if member in self.running and member not in self.cut_off:
                 self.cut_off[member] = rank
-                began = self.running.pop(member)
-                # with layers a rank may have begun to wait inside after the loss
-                self._add_span(member, max(now, began.start_s), began, is_cut_off=True)
+                self._add_span(member, now, self.running.pop(member), is_cut_off=True)
 
     def _outcome(self) -> Outcome:
         makespan = max((spans[-1].stop_s for spans in self.spans if spans), default=0.0)
