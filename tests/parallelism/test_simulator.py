@@ -341,7 +341,7 @@ def test_plans_that_cannot_run_and_scenarios_that_cannot_be_are_refused() -> Non
 def large_plan(ranks: int, capacity: int, draw: random.Random) -> BatchPlan:
     """Long-tailed sequences on blocks of neighbours, dealt out shelf by shelf: a plan of realistic shape, made fast."""
     lengths = sorted(
-        int(min(2**21, 2 ** draw.uniform(8, 15) + draw.paretovariate(0.8) * 500)) for _ in range(5 * ranks)
+        int(min(2**21, 2 ** draw.uniform(8, 15) + draw.paretovariate(0.8) * 500)) for _ in range(3 * ranks)
     )
     found: list[list[MicroBatch]] = [[] for _ in range(ranks)]
     first = 0
@@ -355,7 +355,7 @@ def large_plan(ranks: int, capacity: int, draw: random.Random) -> BatchPlan:
     return BatchPlan(tuple(lengths), capacity, tuple(map(tuple, found)), Certificate(1.0, 1.0, "nothing"), "x", 0, 0)
 
 
-def test_twelve_thousand_ranks_are_replayed_in_seconds_and_always_alike() -> None:
+def test_twelve_thousand_ranks_are_replayed_in_seconds() -> None:
     plan = large_plan(12_288, 8192, random.Random(0))
     scenario = Scenario(Pool.of(12_288, 8), (SlowRank(77, 0.7),), (SlowLink(9, 8, 0.5),))
     started = time.process_time()
@@ -363,7 +363,14 @@ def test_twelve_thousand_ranks_are_replayed_in_seconds_and_always_alike() -> Non
     seconds = time.process_time() - started
     print(f"{len(outcome.timeline.spans):,} micro-batches on 12,288 ranks: {seconds:.1f} s")
     assert seconds < 20
-    assert outcome.timeline == simulate_events(plan, Layout(hdp=12_288, capacity=8192), COST, scenario).timeline
+
+
+def test_the_same_plan_and_scenario_give_the_same_timeline_whatever_was_replayed_before() -> None:
+    plan = large_plan(512, 8192, random.Random(0))
+    scenario = Scenario(Pool.of(512, 8), (SlowRank(77, 0.7),), (SlowLink(9, 8, 0.5),), (Lost(3, 0.2),))
+    first, second = (simulate_events(plan, Layout(hdp=512, capacity=8192), COST, scenario) for _ in range(2))
+    assert first == second
+    assert first.lost == (3,)
 
 
 def test_the_trace_has_a_process_per_node_a_thread_per_rank_and_a_slice_per_micro_batch_and_wait() -> None:
