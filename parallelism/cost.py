@@ -87,6 +87,29 @@ class Sharing(NamedTuple):
     crosses_nodes: bool = False
 
 
+class Parts(NamedTuple):
+    """What a member of a ring spends on a document, seconds."""
+
+    products: float
+    """Everything but attention."""
+    attention: float
+    passed: float = 0.0
+    """Keys and values on their way from the neighbour."""
+    exchanged: float = 0.0
+    """By heads."""
+    steps: float = 0.0
+    """Fixed, of all steps together."""
+    gathers: bool = False
+
+    @property
+    def seconds(self) -> float:
+        """All together."""
+        products, attention, passed, exchanged, steps, gathers = self
+        if gathers:
+            return products + attention + passed + exchanged + steps
+        return products + max(attention, passed) + exchanged + steps
+
+
 class CostModel(BaseModel):
     """Seconds that one HDP rank needs, forward and backward together."""
 
@@ -183,6 +206,10 @@ class CostModel(BaseModel):
         What is passed around is hidden behind the attention of the same step as far as it fits; what is gathered or
         exchanged by heads is not.
         """
+        return self.parts(length, sharing, recomputed=recomputed).seconds
+
+    def parts(self, length: int, sharing: Sharing, *, recomputed: bool = False) -> "Parts":
+        """What ``shared_s`` adds up."""
         ring, heads, gathers, crosses_nodes = sharing
         token_s = self.token_s + self.expert_token_s + (self.recompute_token_s if recomputed else 0.0)
         pair_s = self.pair_s + (self.recompute_pair_s if recomputed else 0.0)
@@ -190,16 +217,14 @@ class CostModel(BaseModel):
         groups = ring // heads
         chunks = 1 if groups == 1 else 2 * groups
         padded = length if self.tile == 1 else -(-length // (chunks * self.tile)) * self.tile * chunks
-        seconds = self.piece_s + token_s * length / ring
+        products = self.piece_s + token_s * length / ring
         attention = pair_s * (padded * (padded + 1) / 2) / ring
         if ring == 1:
-            return seconds + attention
+            return Parts(products, attention)
         exchanged = (heads - 1) / heads * length / ring * self.head_token_s
         network = crosses_nodes and groups > 1
         passed_token_s = self.ring_token_s if not network or self.network_token_s is None else self.network_token_s
         step_s = self.ring_step_s if not network or self.network_step_s is None else self.network_step_s
         passed = (groups - 1) / groups * length / heads * passed_token_s
         steps = (groups - 1) + (heads > 1)
-        if gathers:
-            return seconds + attention + passed + exchanged + min(steps, 2) * step_s
-        return seconds + max(attention, passed) + exchanged + steps * step_s
+        return Parts(products, attention, passed, exchanged, (min(steps, 2) if gathers else steps) * step_s, gathers)

@@ -208,11 +208,11 @@ class Layout(BaseModel):
 
 def _merged(groups: list[set[int]]) -> list[set[int]]:
     """Sets without common members, in order: those with one are joined."""
-    merged: list[set[int]] = []
+    set_of: dict[int, set[int]] = {}
     for group in groups:
-        apart = [other for other in merged if not other & group]
-        merged = [*apart, group.union(*(other for other in merged if other & group))]
-    return sorted(merged, key=min)
+        union = group.union(*(set_of[member] for member in group if member in set_of))
+        set_of.update(dict.fromkeys(union, union))
+    return sorted({id(found): found for found in set_of.values()}.values(), key=min)
 
 
 def check_folding(hdp: int, tp: int, ep: int, etp: int) -> None:

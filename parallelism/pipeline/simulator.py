@@ -6,33 +6,14 @@ stage. Messages take no time.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from evermesh.parallelism.batch_plan import BatchPlan, MicroBatch
 from evermesh.parallelism.cost import CostModel
 from evermesh.parallelism.errors import PlanInvalid
 from evermesh.parallelism.layout import Layout
-from evermesh.parallelism.pipeline.schedule import Action, ActionKind, Message, Order, PipelineSchedule
+from evermesh.parallelism.pipeline.schedule import Action, Message, Order, PipelineSchedule
 from evermesh.parallelism.simulator import Span, Timeline, micro_batch_s, simulate
-
-
-class StageSeconds(NamedTuple):
-    """What one micro-batch takes in one stage."""
-
-    forward: float
-    backward_input: float
-    """With the recomputation before it."""
-    backward_weight: float
-
-    def of(self, kind: ActionKind) -> float:
-        """Seconds of an action."""
-        return {
-            "forward": self.forward,
-            "backward": self.backward_input + self.backward_weight,
-            "backward input": self.backward_input,
-            "backward weight": self.backward_weight,
-        }[kind]
-
+from evermesh.parallelism.simulator.stages import StageSeconds, stage_seconds
 
 Seconds = Sequence[Sequence[Sequence[StageSeconds]]]
 """By HDP rank, micro-batch and stage."""
@@ -115,16 +96,6 @@ def replay_waves(
         for micro_batches in ranks
     ]
     return replay(layout.pipeline, seconds, run_together(ranks, layout))
-
-
-def stage_seconds(seconds: float, micro_batch: MicroBatch) -> StageSeconds:
-    """The parts of what a micro-batch takes in one stage, forward and backward together.
-
-    One forward pass, one for the gradients of the input, one for those of the weights; and one more to recompute blocks.
-    """
-    recomputed = micro_batch.recompute == "block"
-    one = seconds / (3 + recomputed)
-    return StageSeconds(one, one * (1 + recomputed), one)
 
 
 def critical_share(layout: Layout) -> float:

@@ -1,46 +1,16 @@
 """Replays a batch plan against a cost model: when every rank runs which micro-batch, and when the last one is done.
 
-``simulate`` is for ranks that hold the whole model; plans for pipelines are replayed by ``simulate_pipeline``.
+``simulate`` is for ranks that hold the whole model; plans for pipelines are replayed by ``simulate_pipeline``. Nothing is
+slow or lost here: that is ``simulator.events``, which says the same when nothing is.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from evermesh.parallelism.batch_plan import BatchPlan, MicroBatch, Piece
 from evermesh.parallelism.cost import CostModel, Sharing
 from evermesh.parallelism.errors import PlanInvalid
 from evermesh.parallelism.pool import Pool
-
-
-@dataclass(frozen=True, slots=True)
-class Span:
-    """One micro-batch on one rank."""
-
-    rank: int
-    micro_batch: int
-    """Index in the rank's list."""
-    start_s: float
-    stop_s: float
-    sequences: tuple[int, ...]
-    ring_size: int
-    """Largest ring among its pieces."""
-    num_tokens: int
-    is_backward: bool = False
-    """It is only the backward pass; then another span is the forward pass."""
-
-
-@dataclass(frozen=True, slots=True)
-class Timeline:
-    """The spans of all ranks, by rank and in order."""
-
-    spans: tuple[Span, ...]
-    labels: tuple[str, ...]
-    """What the ranks are called."""
-
-    @property
-    def makespan_s(self) -> float:
-        """When the last span ends, seconds."""
-        return max((span.stop_s for span in self.spans), default=0.0)
+from evermesh.parallelism.simulator.timeline import Span, Timeline
 
 
 def simulate(plan: BatchPlan, cost_model: CostModel) -> Timeline:
