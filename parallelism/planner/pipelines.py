@@ -1,0 +1,408 @@
+"""Plans for pipelines: number, contents and order of the micro-batches of every pipeline, chosen together.
+
+All pipelines run the same waves, small to large to small, each with micro-batches of about one size: so rings, which lie in
+one wave, and ranks that share experts, which run all waves together, wait for nobody.
+
+1. For some sizes of a full wave: every sequence gets the smallest ring that stays within it, which says how many waves are
+   needed; ``pipeline_profile`` chooses how they rise and fall.
+2. The profiles that promise most are filled with the sequences (``pipeline_fill``), their waves put in the best order that
+   moving one at a time finds, and all pipelines replayed with their real schedule (``pipeline_replay``).
+3. The one that ends first is the plan.
+
+Everything is decided on integers, ties break by index: the plan is a pure function of its arguments.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from evermesh.parallelism.batch_plan import MicroBatch, Piece
+from evermesh.parallelism.cost import CostModel
+from evermesh.parallelism.errors import LayoutDoesNotFit, PlanInvalid, SequenceTooLong
+from evermesh.parallelism.layout import Layout
+from evermesh.parallelism.pieces import share_of
+from evermesh.parallelism.pipeline.schedule import PipelineSchedule
+from evermesh.parallelism.pipeline.simulator import run_together
+from evermesh.parallelism.planner.compiling import compiled
+from evermesh.parallelism.planner.costs import Coefficients, shared_s, ticks
+from evermesh.parallelism.planner.pipeline_fill import Batch, Flags, Placement, Ranks, Waves, demand, fill
+from evermesh.parallelism.planner.pipeline_profile import (
+    Demand,
+    Machine,
+    Profile,
+    pack_estimate,
+    search,
+    stage_ticks,
+    wave_replay,
+)
+from evermesh.parallelism.planner.pipeline_replay import (
+    Gangs,
+    Integers,
+    Orders,
+    count_members,
+    join,
+    no_gangs,
+    pack_orders,
+    replay_ticks,
+    together_ticks,
+)
+from evermesh.parallelism.planner.waves import Assignment
+from evermesh.parallelism.pool import Pool
+from evermesh.parallelism.simulator import micro_batch_s
+
+_TARGETS = (2000, 1500, 1250, 1000, 850, 700, 550, 400, 300, 200)
+"""Sizes of a full wave to try, in thousandths of the time of a micro-batch of whole sequences that is full of tokens."""
+_FILLED = 4
+"""Profiles that are filled."""
+_MOVES = 400
+"""Of waves that are tried for one order."""
+
+
+class Planned(NamedTuple):
+    """The micro-batches of every HDP rank, and when the last of them is done."""
+
+    assignment: Assignment
+    seconds: float
+
+
+class _Problem(NamedTuple):
+    """What is planned, as the compiled loops see it."""
+
+    costs: Coefficients
+    batch: Batch
+    order: Integers
+    """[index in the batch]: the sequence it is."""
+    ranks: Ranks
+    machine: Machine
+    groups: Integers
+    """[HDP rank]: the first rank of those it keeps step with; -1: none."""
+
+
+class _Candidate(NamedTuple):
+    """A filled profile."""
+
+    ticks: int
+    """When the last pipeline is done."""
+    waves: Waves
+    """In the order in which they were filled."""
+    wave_at: Integers
+    """[HDP rank, micro-batch]: the wave that it is."""
+    counts: Integers
+    """[HDP rank]: micro-batches."""
+    placement: Placement
+
+
+def plan_pipelines(lengths: Sequence[int], layout: Layout, cost: CostModel, pool: Pool) -> Assignment:
+    """The micro-batches of every HDP rank of ``pool``, in the order in which its pipeline runs them.
+
+    A ring has one index on all its members. HDP ranks that keep step have equally many micro-batches, numbered, some of
+    them without tokens.
+
+    Raises:
+        SequenceTooLong: a sequence exceeds the capacity of all ranks together.
+        LayoutDoesNotFit: a length is not positive, or the pool has another number of ranks.
+    """
+    return plan_pipelines_s(lengths, layout, cost, pool).assignment
+
+
+def plan_pipelines_s(lengths: Sequence[int], layout: Layout, cost: CostModel, pool: Pool) -> Planned:
+    """``plan_pipelines``, and when the last pipeline is done; raises as that does."""
+    _check(lengths, layout, pool)
+    if not lengths:
+        return Planned(((),) * layout.hdp, 0.0)
+    problem = _problem(lengths, layout, cost, pool)
+    best: _Candidate | None = None
+    for wanted, profile in _profiles(problem, layout):
+        found = _filled(problem, wanted, profile)
+        if best is None or found.ticks < best.ticks:
+            best = found
+    assert best is not None
+    return Planned(_assignment(best, problem, layout, lengths), best.ticks / problem.costs.ticks_per_s)
+
+
+def pipelines_s(
+    assignment: Assignment, lengths: Sequence[int], layout: Layout, cost: CostModel, pool: Pool
+) -> float:
+    """When the last pipeline of any assignment is done, seconds: a fast ``replay_waves`` that knows nodes and speeds.
+
+    Raises:
+        PlanInvalid: the ranks wait for each other in a circle.
+    """
+    most = max(map(len, assignment), default=0)
+    if most == 0:
+        return 0.0
+    num_ranks = len(assignment)
+    seconds = np.zeros((num_ranks, most))
+    recomputed = np.zeros((num_ranks, most), dtype=np.bool_)
+    for rank, micro_batches in enumerate(assignment):
+        for index, micro_batch in enumerate(micro_batches):
+            seconds[rank, index] = micro_batch_s(micro_batch, lengths, cost, pool) / pool.speeds[rank]
+            recomputed[rank, index] = micro_batch.recompute == "block"
+    ticks_per_s = Coefficients.of(cost, layout, float(seconds.sum())).ticks_per_s
+    gangs = no_gangs(most, num_ranks)
+    root, following = gangs.root.copy(), gangs.following.copy()
+    for (rank, index), members in run_together(assignment, layout).items():
+        join(root[index], following[index], rank, members[0])
+    parts = stage_ticks((seconds * ticks_per_s).astype(np.int64).ravel(), recomputed.ravel(), layout.pipeline.num_stages)
+    counts = np.array([len(micro_batches) for micro_batches in assignment], dtype=np.int64)
+    total = _replayed(layout.pipeline, counts, parts.reshape(num_ranks, most, 4), Gangs(root, count_members(root), following))
+    return total / ticks_per_s
+
+
+def _check(lengths: Sequence[int], layout: Layout, pool: Pool) -> None:
+    if len(pool) != layout.hdp:
+        raise LayoutDoesNotFit(f"the pool has {len(pool)} HDP ranks, but layout.hdp is {layout.hdp}.", "hdp")
+    for index, length in enumerate(lengths):
+        if length < 1:
+            raise LayoutDoesNotFit(f"sequence {index} has {length} tokens; every sequence has at least 1.")
+        if length > layout.hdp * layout.capacity:
+            raise SequenceTooLong(index, length, layout.capacity, layout.hdp)
+
+
+def _problem(lengths: Sequence[int], layout: Layout, cost: CostModel, pool: Pool) -> _Problem:
+    sizes = np.array(lengths, dtype=np.int64)
+    order = np.argsort(-sizes, kind="stable")
+    total_s = sum(cost.whole_s(length, recomputed=True) + cost.micro_batch_s for length in lengths)
+    costs = Coefficients.of(cost, layout, total_s)
+    nodes = np.array(pool.nodes, dtype=np.int64)
+    _, of_node = np.unique(nodes, return_counts=True)
+    ranks = Ranks(nodes, np.array(pool.speeds), int(of_node.min()), bool((of_node == of_node[0]).all()))
+    groups = np.full(layout.hdp, -1, dtype=np.int64)
+    for group in layout.lock_step_groups:
+        groups[list(group)] = group[0]
+    machine = Machine(layout.pipeline, ticks(costs, cost.micro_batch_s), float(sum(pool.speeds)), costs.keep_capacity)
+    return _Problem(costs, Batch(sizes[order], _whole(costs, sizes[order])), order, ranks, machine, groups)
+
+
+@compiled
+def _whole(costs: Coefficients, lengths: Integers) -> Integers:
+    """``Batch.whole``."""
+    whole = np.empty((2, lengths.size), dtype=np.int64)
+    for index in range(lengths.size):
+        for recomputed in range(2):
+            whole[recomputed, index] = ticks(
+                costs, shared_s(costs, lengths[index], 1, 1, False, False, recomputed == 1)
+            )
+    return whole
+
+
+def _profiles(problem: _Problem, layout: Layout) -> list[tuple[Demand, Profile]]:
+    """The most promising ones, each of another size of full waves."""
+    found = []
+    for recomputed in (False, True):
+        room = layout.capacity if recomputed or layout.recompute == "none" else problem.costs.keep_capacity
+        if room == 0 or (recomputed and layout.recompute == "none"):
+            continue
+        room_ticks = _room_ticks(problem, room, recomputed)
+        for share in _TARGETS:
+            wanted = _demand(problem, room, recomputed, room_ticks, max(1, room_ticks * share // 1000))
+            if wanted is not None:
+                found.append((wanted, search(wanted, problem.machine)[0]))
+    found.sort(key=lambda pair: pair[1].estimate)
+    return found[:_FILLED]
+
+
+def _room_ticks(problem: _Problem, room: int, recomputed: bool) -> int:
+    """What a micro-batch takes that is full of the whole sequences of the batch."""
+    lengths, whole = problem.batch.lengths, problem.batch.whole[int(recomputed)]
+    short = lengths <= room
+    if not short.any():
+        return ticks(problem.costs, shared_s(problem.costs, room, 1, 1, False, False, recomputed))
+    return int(whole[short].sum()) * room // int(lengths[short].sum())
+
+
+def _demand(problem: _Problem, room: int, recomputed: bool, room_ticks: int, target: int) -> Demand | None:
+    """None: some sequence has no room."""
+    rings, needed = demand(problem.costs, problem.ranks, problem.batch, room, recomputed, target)
+    if (rings == 0).any():
+        return None
+    tall = needed > target
+    heights, free = _shelves(rings[tall], needed[tall], problem.ranks.nodes.size)
+    tokens = int(problem.batch.lengths[~tall].sum())
+    area = max(int((rings * needed)[~tall].sum()), target * tokens // room)
+    area -= int((free * np.minimum(heights, room_ticks)).sum())
+    return Demand(target, room, recomputed, max(0, area), room_ticks, tuple(heights.tolist()))
+
+
+def _shelves(rings: Integers, needed: Integers, num_ranks: int) -> tuple[Integers, Integers]:
+    """Rings side by side in waves, highest first, each in the first wave with ranks left; heights and free ranks."""
+    heights: list[int] = []
+    free: list[int] = []
+    for index in np.argsort(-needed, kind="stable").tolist():
+        size = int(rings[index])
+        shelf = next((i for i, left in enumerate(free) if left >= size), None)
+        if shelf is None:
+            heights.append(int(needed[index]))
+            free.append(num_ranks - size)
+        else:
+            free[shelf] -= size
+    return np.array(heights, dtype=np.int64), np.array(free, dtype=np.int64)
+
+
+def _filled(problem: _Problem, wanted: Demand, profile: Profile) -> _Candidate:
+    """The profile with the sequences in it, its waves in a good order."""
+    waves, lost = profile.waves, 1
+    while True:
+        descending = np.argsort(-waves.targets, kind="stable")
+        sorted_waves = Waves(*(field[descending] for field in waves))
+        count = problem.batch.lengths.size
+        numbers = (np.zeros(count, dtype=np.int64) for _ in range(4))
+        placement = Placement(*numbers, np.zeros(count, dtype=np.bool_))
+        lost, loads = fill(problem.costs, problem.ranks, problem.batch, sorted_waves, wanted.target, placement)
+        if lost == 0:
+            break
+        waves = _with_more(waves, wanted, lost, problem)
+    sequence = np.argsort(descending)  # the position in the fill of every wave in the order of the profile
+    return _replay_filled(problem, sorted_waves, sequence, placement, loads)
+
+
+def _with_more(waves: Waves, wanted: Demand, lost: int, problem: _Problem) -> Waves:
+    """More full waves, in the middle, for ``lost`` sequences that found no room."""
+    number = 1 + lost // (4 * problem.ranks.nodes.size)
+    middle = int(np.argmax(waves.targets))
+    new = (wanted.target, wanted.room, wanted.recomputed)
+    return Waves(*(np.insert(field, middle, [value] * number) for field, value in zip(waves, new, strict=True)))
+
+
+def _replay_filled(
+    problem: _Problem, waves: Waves, sequence: Integers, placement: Placement, loads: Integers
+) -> _Candidate:
+    machine, speeds = problem.machine, problem.ranks.speeds
+    largest = (loads / speeds).max(axis=1).astype(np.int64) + machine.fixed
+    parts = stage_ticks(largest, waves.recomputed, machine.schedule.num_stages)
+    sequence = _better_order(pack_estimate(machine.schedule, sequence.size), parts, sequence)
+    position = np.argsort(sequence)
+    wave_at, counts, root, following = _arrange(placement, loads > 0, position, problem.groups)
+    ticks_at = ((loads.T[np.arange(len(counts))[:, None], wave_at] + machine.fixed) / speeds[:, None]).astype(np.int64)
+    parts = stage_ticks(ticks_at.ravel(), waves.recomputed[wave_at].ravel(), machine.schedule.num_stages)
+    gangs = Gangs(root, count_members(root), following)
+    total = _replayed(machine.schedule, counts, parts.reshape(*ticks_at.shape, 4), gangs)
+    return _Candidate(total, waves, wave_at, counts, placement)
+
+
+def _replayed(schedule: PipelineSchedule, counts: Integers, parts: Integers, gangs: Gangs) -> int:
+    """Ticks until the last is done."""
+    numbers, order_of = np.unique(counts, return_inverse=True)
+    orders = pack_orders(schedule, tuple(numbers.tolist()))
+    total = replay_ticks(orders, order_of.astype(np.int64), together_ticks(parts, gangs), gangs)
+    if total < 0:
+        raise PlanInvalid("the pipelines wait for each other in a circle; the plan cannot run.")
+    return int(total)
+
+
+@compiled
+def _arrange(
+    placement: Placement, used: Flags, position: Integers, groups: Integers
+) -> tuple[Integers, Integers, Integers, Integers]:
+    """Which wave is which micro-batch of every rank, how many each has, and who runs which together.
+
+    ``used`` [wave, rank] says who has sequences, ``position`` [wave] when pipelines run it. Ranks that are in no ring and keep
+    step with nobody leave out what is empty, the others only what is empty at the end.
+    """
+    num_waves, num_ranks = used.shape
+    root = np.empty((num_waves, num_ranks), dtype=np.int64)
+    following = np.empty((num_waves, num_ranks), dtype=np.int64)
+    counts = np.zeros(num_ranks, dtype=np.int64)
+    in_step = np.zeros(num_ranks, dtype=np.bool_)
+    wave_at = np.empty((num_ranks, num_waves), dtype=np.int64)
+    for rank in range(num_ranks):
+        root[:, rank], following[:, rank] = rank, rank
+        in_step[rank] = groups[rank] >= 0
+    for index in range(placement.wave.size):
+        at, first = position[placement.wave[index]], placement.first[index]
+        for rank in range(first, first + placement.ring[index]):
+            counts[rank] = max(counts[rank], at + 1)
+            if placement.ring[index] > 1:
+                in_step[rank] = True
+                join(root[at], following[at], first, rank)
+    for rank in range(num_ranks):
+        leader = groups[rank]
+        if leader >= 0:
+            counts[leader] = max(counts[leader], counts[rank])
+    for rank in range(num_ranks):
+        leader = groups[rank]
+        if leader >= 0:
+            counts[rank] = counts[leader]
+            for at in range(counts[rank]):
+                join(root[at], following[at], leader, rank)
+        for wave in range(num_waves):
+            wave_at[rank, position[wave]] = wave
+        if not in_step[rank]:
+            counts[rank] = 0
+            for at in range(num_waves):
+                wave = wave_at[rank, at]
+                if used[wave, rank]:
+                    wave_at[rank, counts[rank]] = wave
+                    counts[rank] += 1
+    return wave_at, counts, root, following
+
+
+@compiled
+def _better_order(orders: Orders, parts: Integers, sequence: Integers) -> Integers:
+    """Move one wave at a time to where one pipeline with all waves ends earlier, while that helps."""
+    number = sequence.size
+    best = sequence.copy()
+    least = wave_replay(orders, parts[best])
+    budget = _MOVES
+    improved = True
+    while improved:
+        improved = False
+        for origin in range(number):
+            step = 1
+            while step < number:
+                for target in (origin - step, origin + step):
+                    if target < 0 or target >= number or budget == 0:
+                        continue
+                    budget -= 1
+                    moved = _moved(best, origin, target)
+                    total = wave_replay(orders, parts[moved])
+                    if total < least:
+                        best, least, improved = moved, total, True
+                step *= 2
+    return best
+
+
+@compiled
+def _moved(sequence: Integers, origin: int, target: int) -> Integers:
+    """With the entry at ``origin`` at ``target``, those between them one place on."""
+    moved = sequence.copy()
+    step = 1 if target > origin else -1
+    for at in range(origin, target, step):
+        moved[at] = sequence[at + step]
+    moved[target] = sequence[origin]
+    return moved
+
+
+def _assignment(found: _Candidate, problem: _Problem, layout: Layout, lengths: Sequence[int]) -> Assignment:
+    pieces: dict[tuple[int, int], list[Piece]] = {}
+    placed = zip(problem.order.tolist(), *(field.tolist() for field in found.placement), strict=True)
+    for sequence, wave, first, size, heads, gathers in placed:
+        ring = tuple(range(first, first + size))
+        for rank, piece in zip(ring, _pieces(sequence, lengths[sequence], ring, heads, gathers), strict=True):
+            pieces.setdefault((rank, wave), []).append(piece)
+    kept = found.waves.recomputed.tolist()
+    return tuple(
+        tuple(
+            MicroBatch(
+                tuple(pieces.get((rank, wave), ())),
+                recompute="block" if kept[wave] else "none",
+                offload=layout.offload if kept[wave] else 0.0,
+                lock_step=index if problem.groups[rank] >= 0 else None,
+            )
+            for index, wave in enumerate(found.wave_at[rank, : found.counts[rank]].tolist())
+        )
+        for rank in range(layout.hdp)
+    )
+
+
+def _pieces(sequence: int, length: int, ring: tuple[int, ...], heads: int, gathers: bool) -> Iterator[Piece]:
+    """One for every member, in the order of the ring."""
+    if len(ring) == 1:
+        yield Piece(sequence, ((0, length),), ring)
+        return
+    for index in range(len(ring)):
+        yield Piece(sequence, share_of(length, len(ring), index).ranges(), ring, heads, gathers)
+
+
+__all__ = ["Planned", "pipelines_s", "plan_pipelines", "plan_pipelines_s"]
