@@ -16,6 +16,8 @@ from evermesh.parallelism.planner.pipeline_replay import Integers
 
 _MOST_AREA = 1.25
 """Rings wider than the one with the least time of all members together may take so much more of it."""
+_MOST_LOOKS = 10_000_000
+"""At micro-batches for the one that a sequence fills best."""
 
 Floats = npt.NDArray[np.float64]
 Flags = npt.NDArray[np.bool_]
@@ -130,11 +132,17 @@ def fill(
     emptiest = np.zeros(num_waves, dtype=np.int64)
     stale = np.ones(num_waves, dtype=np.bool_)
     roomiest, lost = int(np.argmax(waves.room)), 0
+    looks = 0
     for index in range(batch.lengths.size):
         length = batch.lengths[index]
         wave, first, ring = -1, 0, 1
         if length <= waves.room[roomiest] and batch.whole[int(waves.recomputed[roomiest]), index] <= full:
-            wave, first = _place_whole(batch, index, waves, limits, loads, tokens, emptiest, stale)
+            wave, first, fullness = _place_whole(batch, index, waves, limits, loads, tokens, emptiest, stale)
+            if fullness > 1.0 and looks < _MOST_LOOKS:
+                looks += loads.size
+                gap_wave, gap_rank = _find_gap(batch, index, waves, limits, loads, tokens)
+                if gap_wave >= 0:
+                    wave, first = gap_wave, gap_rank
         else:
             wave, first, ring = _place_ring(costs, ranks, length, waves, limits, loads, tokens)
         if wave < 0:
@@ -155,6 +163,25 @@ def fill(
 
 
 @compiled
+def _find_gap(
+    batch: Batch, index: int, waves: Waves, limits: Floats, loads: Integers, tokens: Integers
+) -> tuple[int, int]:
+    """The rank that a sequence fills best without making its wave larger; -1 if it would everywhere."""
+    length, num_ranks = batch.lengths[index], limits.shape[1]
+    chosen, chosen_rank, least = -1, 0, np.inf
+    for wave in range(waves.targets.size):
+        needed = batch.whole[int(waves.recomputed[wave]), index]
+        highest = 0.0
+        for rank in range(num_ranks):
+            highest = max(highest, loads[wave, rank] / limits[wave, rank])
+        for rank in range(num_ranks):
+            lacking = highest - (loads[wave, rank] + needed) / limits[wave, rank]
+            if 0.0 <= lacking < least and tokens[wave, rank] + length <= waves.room[wave]:
+                chosen, chosen_rank, least = wave, rank, lacking
+    return chosen, chosen_rank
+
+
+@compiled
 def _place_whole(
     batch: Batch,
     index: int,
@@ -164,8 +191,8 @@ def _place_whole(
     tokens: Integers,
     emptiest: Integers,
     stale: Flags,
-) -> tuple[int, int]:
-    """The wave and rank whose fullness stays lowest; -1 when none has room."""
+) -> tuple[int, int, float]:
+    """The wave and rank whose fullness stays lowest, and how full it is then; -1 when none has room."""
     length, num_ranks = batch.lengths[index], limits.shape[1]
     chosen, chosen_rank, least = -1, 0, np.inf
     for wave in range(waves.targets.size):
@@ -186,7 +213,7 @@ def _place_whole(
         if fullness < least:
             chosen, chosen_rank, least = wave, rank, fullness
     if chosen >= 0 and least <= 1.0:
-        return chosen, chosen_rank
+        return chosen, chosen_rank, least
     for wave in range(waves.targets.size):  # perhaps a rank that is not the emptiest has more room for tokens
         needed = batch.whole[int(waves.recomputed[wave]), index]
         for rank in range(num_ranks):
@@ -195,7 +222,7 @@ def _place_whole(
             fullness = (loads[wave, rank] + needed) / limits[wave, rank]
             if fullness < least:
                 chosen, chosen_rank, least = wave, rank, fullness
-    return chosen, chosen_rank
+    return chosen, chosen_rank, least
 
 
 @compiled

@@ -40,6 +40,8 @@ class Demand(NamedTuple):
     """Ticks of all ranks together, of what fits into full waves."""
     room_ticks: int
     """Ticks of a micro-batch of whole sequences that has no room left."""
+    tokens: int
+    """Of an HDP rank, on average."""
     hill: tuple[int, ...]
     """Ticks of the larger waves that rings need which no ring size makes short enough; falling."""
 
@@ -59,11 +61,11 @@ class Machine(NamedTuple):
 class Shape(NamedTuple):
     """Of the sequence of waves."""
 
-    first: int = 6
+    first: int = 7
     """Index into the sizes that a first wave may have."""
-    rise: int = 3
-    last: int = 6
-    fall: int = 6
+    rise: int = 2
+    last: int = 8
+    fall: int = 7
     hill: int = 1
     """Where the larger waves are rising: 0 all, 1 half of them, 2 none."""
 
@@ -76,14 +78,14 @@ class Profile(NamedTuple):
     """Ticks until the last stage is done, if every rank's micro-batches have their wave's size."""
 
 
-def search(demand: Demand, machine: Machine) -> list[Profile]:
-    """The best profiles for waves of one size, best first; coordinate descent over their shapes."""
-    seen: dict[Shape, Profile] = {}
+def search(demand: Demand, machine: Machine) -> tuple[Shape, int]:
+    """The best shape for full waves of one size, and its estimate; coordinate descent."""
+    seen: dict[Shape, int] = {}
 
     def look_at(shape: Shape) -> int:
         if shape not in seen:
-            seen[shape] = profile_of(demand, shape, machine)
-        return seen[shape].estimate
+            seen[shape] = profile_of(demand, shape, machine).estimate
+        return seen[shape]
 
     best = Shape() if machine.schedule.ranks > 1 else Shape(0, 0, 0, 0, 1)
     choices = {"last": len(_SIZES), "fall": len(_FALLS), "first": len(_SIZES), "rise": len(_RISES), "hill": 3}
@@ -96,8 +98,7 @@ def search(demand: Demand, machine: Machine) -> list[Profile]:
             best = min(shapes, key=lambda shape: (look_at(shape), shape))
         if best == before:
             break
-    look_at(best)
-    return [seen[shape] for shape in sorted(seen, key=lambda shape: (seen[shape].estimate, shape))]
+    return best, look_at(best)
 
 
 def profile_of(demand: Demand, shape: Shape, machine: Machine, extra: int = 0) -> Profile:
@@ -106,7 +107,12 @@ def profile_of(demand: Demand, shape: Shape, machine: Machine, extra: int = 0) -
     falling = list(_falling(demand.target, _SIZES[shape.last], _FALLS[shape.fall]))[::-1]
     ramps = sum(rising) + sum(falling)
     left = demand.area / machine.speed - ramps
-    full = min(_MOST_WAVES, max(0 if rising or falling or demand.hill else 1, -int(-left // demand.target)) + extra)
+    # sequences that are short take least time for their tokens; even these have to find room
+    most = min(demand.target, demand.room_ticks)
+    room_left = demand.tokens * demand.room_ticks / demand.room - sum(min(wave, most) for wave in [*rising, *falling])
+    room_left -= len(demand.hill) * demand.room_ticks
+    full = max(-int(-left // demand.target), -int(-room_left // most), 0 if rising or falling or demand.hill else 1)
+    full = min(_MOST_WAVES, full + extra)
     up, down = _hill(demand.hill, shape.hill)
     # full waves stand on both sides of the hill, and most behind it, where waves may only shrink slowly
     before = full // 3 if demand.hill else full

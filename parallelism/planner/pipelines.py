@@ -31,7 +31,9 @@ from evermesh.parallelism.planner.pipeline_profile import (
     Demand,
     Machine,
     Profile,
+    Shape,
     pack_estimate,
+    profile_of,
     search,
     stage_ticks,
     wave_replay,
@@ -47,14 +49,16 @@ from evermesh.parallelism.planner.pipeline_replay import (
     replay_ticks,
     together_ticks,
 )
+from evermesh.parallelism.planner.pipeline_regroup import regroup
 from evermesh.parallelism.planner.waves import Assignment
 from evermesh.parallelism.pool import Pool
 from evermesh.parallelism.simulator import micro_batch_s
 
-_TARGETS = (2000, 1500, 1250, 1000, 850, 700, 550, 400, 300, 200)
+_TARGETS = (2000, 1500, 1250, 1100, 1000, 925, 850, 775, 700, 625, 550, 400, 300, 200)
 """Sizes of a full wave to try, in thousandths of the time of a micro-batch of whole sequences that is full of tokens."""
 _FILLED = 4
 """Profiles that are filled."""
+_EXTRA = (0, 1, 3)
 _MOVES = 400
 """Of waves that are tried for one order."""
 
@@ -113,10 +117,14 @@ def plan_pipelines_s(lengths: Sequence[int], layout: Layout, cost: CostModel, po
         return Planned(((),) * layout.hdp, 0.0)
     problem = _problem(lengths, layout, cost, pool)
     best: _Candidate | None = None
-    for wanted, profile in _profiles(problem, layout):
-        found = _filled(problem, wanted, profile)
-        if best is None or found.ticks < best.ticks:
-            best = found
+    for wanted, shape in _shapes(problem, layout):
+        before = best
+        for extra in _EXTRA:
+            found = _filled(problem, wanted, profile_of(wanted, shape, problem.machine, extra))
+            if before is None or found.ticks < before.ticks:
+                before = found
+        if best is None or (before.ticks < best.ticks):
+            best = before
     assert best is not None
     return Planned(_assignment(best, problem, layout, lengths), best.ticks / problem.costs.ticks_per_s)
 
@@ -187,7 +195,7 @@ def _whole(costs: Coefficients, lengths: Integers) -> Integers:
     return whole
 
 
-def _profiles(problem: _Problem, layout: Layout) -> list[tuple[Demand, Profile]]:
+def _shapes(problem: _Problem, layout: Layout) -> list[tuple[Demand, Shape]]:
     """The most promising ones, each of another size of full waves."""
     found = []
     for recomputed in (False, True):
@@ -198,9 +206,9 @@ def _profiles(problem: _Problem, layout: Layout) -> list[tuple[Demand, Profile]]
         for share in _TARGETS:
             wanted = _demand(problem, room, recomputed, room_ticks, max(1, room_ticks * share // 1000))
             if wanted is not None:
-                found.append((wanted, search(wanted, problem.machine)[0]))
-    found.sort(key=lambda pair: pair[1].estimate)
-    return found[:_FILLED]
+                found.append((wanted, *search(wanted, problem.machine)))
+    found.sort(key=lambda pair: pair[2])
+    return [(wanted, shape) for wanted, shape, _ in found[:_FILLED]]
 
 
 def _room_ticks(problem: _Problem, room: int, recomputed: bool) -> int:
@@ -219,10 +227,10 @@ def _demand(problem: _Problem, room: int, recomputed: bool, room_ticks: int, tar
         return None
     tall = needed > target
     heights, free = _shelves(rings[tall], needed[tall], problem.ranks.nodes.size)
-    tokens = int(problem.batch.lengths[~tall].sum())
-    area = max(int((rings * needed)[~tall].sum()), target * tokens // room)
+    tokens = int(problem.batch.lengths.sum()) // problem.ranks.nodes.size
+    area = int((rings * needed)[~tall].sum())
     area -= int((free * np.minimum(heights, room_ticks)).sum())
-    return Demand(target, room, recomputed, max(0, area), room_ticks, tuple(heights.tolist()))
+    return Demand(target, room, recomputed, max(0, area), room_ticks, tokens, tuple(heights.tolist()))
 
 
 def _shelves(rings: Integers, needed: Integers, num_ranks: int) -> tuple[Integers, Integers]:
@@ -253,8 +261,8 @@ def _filled(problem: _Problem, wanted: Demand, profile: Profile) -> _Candidate:
         if lost == 0:
             break
         waves = _with_more(waves, wanted, lost, problem)
-    sequence = np.argsort(descending)  # the position in the fill of every wave in the order of the profile
-    return _replay_filled(problem, sorted_waves, sequence, placement, loads)
+    loads = regroup(problem.ranks, sorted_waves, placement, loads)
+    return _replay_filled(problem, sorted_waves, descending, placement, loads)
 
 
 def _with_more(waves: Waves, wanted: Demand, lost: int, problem: _Problem) -> Waves:
@@ -266,11 +274,15 @@ def _with_more(waves: Waves, wanted: Demand, lost: int, problem: _Problem) -> Wa
 
 
 def _replay_filled(
-    problem: _Problem, waves: Waves, sequence: Integers, placement: Placement, loads: Integers
+    problem: _Problem, waves: Waves, positions: Integers, placement: Placement, loads: Integers
 ) -> _Candidate:
+    """``positions`` are those of the waves in the profile, largest first."""
     machine, speeds = problem.machine, problem.ranks.speeds
     largest = (loads / speeds).max(axis=1).astype(np.int64) + machine.fixed
     parts = stage_ticks(largest, waves.recomputed, machine.schedule.num_stages)
+    # waves came out a little larger or smaller than was meant; unlike neighbours would wait for each other
+    sequence = np.empty_like(positions)
+    sequence[positions] = np.argsort(-largest, kind="stable")
     sequence = _better_order(pack_estimate(machine.schedule, sequence.size), parts, sequence)
     position = np.argsort(sequence)
     wave_at, counts, root, following = _arrange(placement, loads > 0, position, problem.groups)
