@@ -75,7 +75,7 @@ def _pack(schedule: PipelineSchedule, number: int) -> tuple[Integers, ...]:
 def no_gangs(num_micro_batches: int, num_ranks: int) -> Gangs:
     """Nobody runs anything together."""
     alone = np.tile(np.arange(num_ranks, dtype=np.int64), (num_micro_batches, 1))
-    return Gangs(alone, np.ones_like(alone), alone)
+    return Gangs(alone, np.ones_like(alone), alone.copy())
 
 
 @compiled

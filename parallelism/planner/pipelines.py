@@ -56,8 +56,10 @@ from evermesh.parallelism.simulator import micro_batch_s
 
 _TARGETS = (2000, 1500, 1250, 1100, 1000, 925, 850, 775, 700, 625, 550, 400, 300, 200)
 """Sizes of a full wave to try, in thousandths of the time of a micro-batch of whole sequences that is full of tokens."""
-_FILLED = 4
-"""Profiles that are filled."""
+_SEARCHED = 6
+"""Sizes of which the best shape is searched: those that promise most with a usual one."""
+_FILLED = 3
+"""Sizes and shapes that are filled."""
 _EXTRA = (0, 1, 3)
 _MOVES = 400
 """Of waves that are tried for one order."""
@@ -112,7 +114,7 @@ def plan_pipelines(lengths: Sequence[int], layout: Layout, cost: CostModel, pool
 
 def plan_pipelines_s(lengths: Sequence[int], layout: Layout, cost: CostModel, pool: Pool) -> Planned:
     """``plan_pipelines``, and when the last pipeline is done; raises as that does."""
-    _check(lengths, layout, pool)
+    check_batch(lengths, layout, pool)
     if not lengths:
         return Planned(((),) * layout.hdp, 0.0)
     problem = _problem(lengths, layout, cost, pool)
@@ -158,7 +160,7 @@ def pipelines_s(
     return total / ticks_per_s
 
 
-def _check(lengths: Sequence[int], layout: Layout, pool: Pool) -> None:
+def check_batch(lengths: Sequence[int], layout: Layout, pool: Pool) -> None:
     if len(pool) != layout.hdp:
         raise LayoutDoesNotFit(f"the pool has {len(pool)} HDP ranks, but layout.hdp is {layout.hdp}.", "hdp")
     for index, length in enumerate(lengths):
@@ -206,9 +208,11 @@ def _shapes(problem: _Problem, layout: Layout) -> list[tuple[Demand, Shape]]:
         for share in _TARGETS:
             wanted = _demand(problem, room, recomputed, room_ticks, max(1, room_ticks * share // 1000))
             if wanted is not None:
-                found.append((wanted, *search(wanted, problem.machine)))
-    found.sort(key=lambda pair: pair[2])
-    return [(wanted, shape) for wanted, shape, _ in found[:_FILLED]]
+                found.append((profile_of(wanted, Shape(), problem.machine).estimate, wanted))
+    found.sort(key=lambda pair: pair[0])
+    searched = [(*search(wanted, problem.machine), wanted) for _, wanted in found[:_SEARCHED]]
+    searched.sort(key=lambda triple: triple[1])
+    return [(wanted, shape) for shape, _, wanted in searched[:_FILLED]]
 
 
 def _room_ticks(problem: _Problem, room: int, recomputed: bool) -> int:
