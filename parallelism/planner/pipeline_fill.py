@@ -16,7 +16,9 @@ from evermesh.parallelism.planner.pipeline_replay import Integers
 
 _MOST_AREA = 1.25
 """Rings wider than the one with the least time of all members together may take so much more of it."""
-_MOST_LOOKS = 10_000_000
+_WIDEST_GAP = 6
+"""Ranks that share a sequence which one could hold, because nobody has time for it alone."""
+_MOST_LOOKS = 3_000_000
 """At micro-batches for the one that a sequence fills best."""
 
 Floats = npt.NDArray[np.float64]
@@ -143,6 +145,10 @@ def fill(
                 gap_wave, gap_rank = _find_gap(batch, index, waves, limits, loads, tokens)
                 if gap_wave >= 0:
                     wave, first = gap_wave, gap_rank
+                else:
+                    gap_wave, gap_rank, wider = _find_gaps(costs, ranks, batch, index, waves, limits, loads, tokens)
+                    if gap_wave >= 0:
+                        wave, first, ring = gap_wave, gap_rank, wider
         else:
             wave, first, ring = _place_ring(costs, ranks, length, waves, limits, loads, tokens)
         if wave < 0:
@@ -179,6 +185,31 @@ def _find_gap(
             if 0.0 <= lacking < least and tokens[wave, rank] + length <= waves.room[wave]:
                 chosen, chosen_rank, least = wave, rank, lacking
     return chosen, chosen_rank
+
+
+@compiled
+def _find_gaps(
+    costs: Coefficients,
+    ranks: Ranks,
+    batch: Batch,
+    index: int,
+    waves: Waves,
+    limits: Floats,
+    loads: Integers,
+    tokens: Integers,
+) -> tuple[int, int, int]:
+    """Neighbours that have room for a sequence together, which none of them has alone: wave, first and number; -1 if none."""
+    length = batch.lengths[index]
+    for ring in range(2, min(_WIDEST_GAP, ranks.nodes.size, length) + 1):
+        for wave in range(waves.targets.size):
+            recomputed = waves.recomputed[wave]
+            needed, _, _ = ring_ticks(costs, ranks, length, ring, recomputed)
+            if needed * ring > _MOST_AREA * batch.whole[int(recomputed), index] or needed > waves.targets[wave]:
+                continue
+            first, _ = _find_start(ranks, length, ring, needed, wave, waves, limits, loads, tokens, 1.0)
+            if first >= 0:
+                return wave, first, ring
+    return -1, 0, 0
 
 
 @compiled

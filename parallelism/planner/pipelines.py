@@ -61,7 +61,7 @@ _SEARCHED = 6
 _FILLED = 3
 """Sizes and shapes that are filled."""
 _EXTRA = (0, 1, 3)
-_MOVES = 400
+_MOVES = 200
 """Of waves that are tried for one order."""
 
 
