@@ -101,8 +101,8 @@ def search(demand: Demand, machine: Machine) -> tuple[Shape, int]:
     return best, look_at(best)
 
 
-def profile_of(demand: Demand, shape: Shape, machine: Machine, extra: int = 0) -> Profile:
-    """Waves of that shape with enough full ones, and ``extra`` more, for all of the batch."""
+def profile_of(demand: Demand, shape: Shape, machine: Machine, slack: int = 1000) -> Profile:
+    """Waves of that shape with enough full ones for all of the batch; all as many thousandths of that as ``slack`` says."""
     rising = list(_rising(demand.target, _SIZES[shape.first], _RISES[shape.rise]))
     falling = list(_falling(demand.target, _SIZES[shape.last], _FALLS[shape.fall]))[::-1]
     ramps = sum(rising) + sum(falling)
@@ -112,12 +112,12 @@ def profile_of(demand: Demand, shape: Shape, machine: Machine, extra: int = 0) -
     room_left = demand.tokens * demand.room_ticks / demand.room - sum(min(wave, most) for wave in [*rising, *falling])
     room_left -= len(demand.hill) * demand.room_ticks
     full = max(-int(-left // demand.target), -int(-room_left // most), 0 if rising or falling or demand.hill else 1)
-    full = min(_MOST_WAVES, full + extra)
+    full = min(_MOST_WAVES, full)
     up, down = _hill(demand.hill, shape.hill)
     # full waves stand on both sides of the hill, and most behind it, where waves may only shrink slowly
     before = full // 3 if demand.hill else full
     targets = [*rising, *[demand.target] * before, *up, *down, *[demand.target] * (full - before), *falling]
-    waves = waves_of(targets, demand, machine)
+    waves = waves_of([wave * slack // 1000 for wave in targets], demand, machine)
     return Profile(waves, estimate(waves.targets, waves.recomputed, machine))
 
 

@@ -30,7 +30,6 @@ from evermesh.parallelism.planner.pipeline_fill import Batch, Flags, Placement, 
 from evermesh.parallelism.planner.pipeline_profile import (
     Demand,
     Machine,
-    Profile,
     Shape,
     pack_estimate,
     profile_of,
@@ -60,7 +59,8 @@ _SEARCHED = 6
 """Sizes of which the best shape is searched: those that promise most with a usual one."""
 _FILLED = 3
 """Sizes and shapes that are filled."""
-_EXTRA = (0, 1, 3)
+_USUAL_SLACK, _SLACKS = 1010, (1000, 1020, 1035)
+"""Thousandths of the time that sequences take, for which waves are made: they never fill them quite evenly."""
 _MOVES = 200
 """Of waves that are tried for one order."""
 
@@ -118,16 +118,10 @@ def plan_pipelines_s(lengths: Sequence[int], layout: Layout, cost: CostModel, po
     if not lengths:
         return Planned(((),) * layout.hdp, 0.0)
     problem = _problem(lengths, layout, cost, pool)
-    best: _Candidate | None = None
-    for wanted, shape in _shapes(problem, layout):
-        before = best
-        for extra in _EXTRA:
-            found = _filled(problem, wanted, profile_of(wanted, shape, problem.machine, extra))
-            if before is None or found.ticks < before.ticks:
-                before = found
-        if best is None or (before.ticks < best.ticks):
-            best = before
-    assert best is not None
+    filled = [(_filled(problem, wanted, shape, _USUAL_SLACK), wanted, shape) for wanted, shape in _shapes(problem, layout)]
+    best, wanted, shape = min(filled, key=lambda candidate: candidate[0].ticks)
+    others = (_filled(problem, wanted, shape, slack) for slack in _SLACKS)
+    best = min(best, *others, key=lambda candidate: candidate.ticks)
     return Planned(_assignment(best, problem, layout, lengths), best.ticks / problem.costs.ticks_per_s)
 
 
@@ -252,9 +246,9 @@ def _shelves(rings: Integers, needed: Integers, num_ranks: int) -> tuple[Integer
     return np.array(heights, dtype=np.int64), np.array(free, dtype=np.int64)
 
 
-def _filled(problem: _Problem, wanted: Demand, profile: Profile) -> _Candidate:
-    """The profile with the sequences in it, its waves in a good order."""
-    waves, lost = profile.waves, 1
+def _filled(problem: _Problem, wanted: Demand, shape: Shape, slack: int) -> _Candidate:
+    """Waves of that shape with the sequences in them, in a good order."""
+    waves = profile_of(wanted, shape, problem.machine, slack).waves
     while True:
         descending = np.argsort(-waves.targets, kind="stable")
         sorted_waves = Waves(*(field[descending] for field in waves))
