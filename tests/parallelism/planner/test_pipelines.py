@@ -18,8 +18,8 @@ from evermesh.parallelism.pieces import share_of
 from evermesh.parallelism.pipeline.schedule import PipelineSchedule
 from evermesh.parallelism.pipeline.simulator import StageSeconds, replay, replay_waves
 from evermesh.parallelism.planner.bound import lower_bound
-from evermesh.parallelism.planner.pipeline_bound import pipeline_bound
-from evermesh.parallelism.planner.pipeline_replay import (
+from evermesh.parallelism.planner.pipelines import pipeline_bound, pipelines_s, plan_pipelines, plan_pipelines_s
+from evermesh.parallelism.planner.pipelines.replay import (
     Gangs,
     count_members,
     join,
@@ -28,7 +28,6 @@ from evermesh.parallelism.planner.pipeline_replay import (
     replay_ticks,
     together_ticks,
 )
-from evermesh.parallelism.planner.pipelines import pipelines_s, plan_pipelines, plan_pipelines_s
 from evermesh.parallelism.planner.waves import Assignment, align
 from evermesh.parallelism.pool import Pool
 
@@ -160,7 +159,10 @@ def test_pipelines_that_wait_for_each_other_are_refused() -> None:
     join(gangs.root[1], gangs.following[1], 0, 1)
     ticks = np.ones((2, 2, 4), dtype=np.int64)
     # one has the micro-batch that both should run together, the other has not
-    assert replay_ticks(orders, np.array([1, 0]), ticks, Gangs(gangs.root, count_members(gangs.root), gangs.following)) == -1
+    assert (
+        replay_ticks(orders, np.array([1, 0]), ticks, Gangs(gangs.root, count_members(gangs.root), gangs.following))
+        == -1
+    )
     with pytest.raises(PlanInvalid):
         verify_plan(_plan(crossed, lengths, 100), lengths, Layout(hdp=2, pp=2, capacity=100))
 
@@ -277,7 +279,9 @@ def test_python_and_machine_code_give_one_plan_in_every_process() -> None:
     found = []
     for mode, seed in (("compiled", "0"), ("compiled", "1"), ("python", "2")):
         environment = {**os.environ, "EVERMESH_PLANNER": mode, "PYTHONHASHSEED": seed, "PYTHONPATH": ":".join(sys.path)}
-        done = subprocess.run([sys.executable, "-c", _PROGRAM], env=environment, capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, "-c", _PROGRAM], env=environment, capture_output=True, text=True, check=True
+        )
         found.append(done.stdout)
     assert found[0].count("\n") == 3
     assert len(set(found)) == 1

@@ -8,15 +8,14 @@ import functools
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from evermesh.parallelism.pipeline.schedule import PipelineSchedule
 from evermesh.parallelism.planner.compiling import compiled
-
-Integers = npt.NDArray[np.int64]
+from evermesh.parallelism.planner.pipelines.problem import Flags, Integers
 
 KINDS = ("forward", "backward", "backward input", "backward weight")
 FORWARD, BACKWARD, BACKWARD_INPUT, BACKWARD_WEIGHT = range(4)
+_IN_A_CIRCLE, _OTHERS_MISSING = -2, -1
 
 
 class Orders(NamedTuple):
@@ -128,80 +127,124 @@ def replay_ticks(orders: Orders, order_of: Integers, ticks: Integers, gangs: Gan
         ticks: [HDP rank, micro-batch, kind] of one stage, from ``together_ticks``.
         gangs: who runs what together; members have at least as many micro-batches as its index says.
     """
-    actions, firsts, rank_of = orders
-    num_ranks, num_indices = ticks.shape[0], ticks.shape[1]
-    pp, num_stages = firsts.shape[1] - 1, rank_of.size
-    position = np.empty((pp, num_ranks), dtype=np.int64)
-    free_at = np.zeros((pp, num_ranks), dtype=np.int64)
-    arrived = np.full((2, num_ranks, num_indices, num_stages), -1, dtype=np.int64)
-    waiting = np.zeros((pp, num_ranks), dtype=np.bool_)  # for the other members of its gang
-    present = np.zeros((pp, num_indices, num_ranks), dtype=np.int64)
-    meeting = np.zeros((pp, num_indices, num_ranks), dtype=np.int64)
-    latest = np.zeros((pp, num_indices, num_ranks), dtype=np.int64)
-    stack = np.empty(pp * num_ranks, dtype=np.int64)
-    queued = np.ones((pp, num_ranks), dtype=np.bool_)
-    for q in range(pp):
-        for r in range(num_ranks):
-            position[q, r] = firsts[order_of[r], q]
-            stack[q * num_ranks + r] = q * num_ranks + r
-    height, last_stop = pp * num_ranks, 0
+    state = _start(orders, order_of, ticks.shape[1])
+    stack, queued, height, last_stop = state.stack, state.queued, state.stack.size, 0
+    num_ranks = order_of.size
     while height > 0:
         height -= 1
         q, r = stack[height] // num_ranks, stack[height] % num_ranks
         queued[q, r] = False
-        while not waiting[q, r] and position[q, r] < firsts[order_of[r], q + 1]:
-            kind, stage, index = actions[position[q, r]]
-            ready = free_at[q, r]
-            if kind == FORWARD and stage > 0:
-                message = arrived[0, r, index, stage]
-                if message < 0:
-                    break
-                ready = max(ready, message)
-            elif (kind == BACKWARD or kind == BACKWARD_INPUT) and stage < num_stages - 1:  # noqa: PLR1714
-                message = arrived[1, r, index, stage]
-                if message < 0:
-                    break
-                ready = max(ready, message)
+        while not state.waiting[q, r] and state.position[q, r] < orders.firsts[order_of[r], q + 1]:
+            kind, stage, index = orders.actions[state.position[q, r]]
+            ready = _message_at(orders, state, kind, stage, index, r)
+            if ready < 0:
+                break
+            ready = max(ready, state.free_at[q, r])
             size = 1 if kind == BACKWARD_WEIGHT else gangs.size[index, r]
             if size > 1:
-                root, what = gangs.root[index, r], kind * num_stages + stage
-                if present[q, index, root] == 0:
-                    meeting[q, index, root], latest[q, index, root] = what, ready
-                elif meeting[q, index, root] != what:
+                ready = _meet(state, gangs, q, r, index, kind * orders.rank_of.size + stage, ready)
+                if ready == _IN_A_CIRCLE:
                     return -1
-                ready = max(ready, latest[q, index, root])
-                latest[q, index, root] = ready
-                present[q, index, root] += 1
-                if present[q, index, root] < size:
-                    waiting[q, r] = True
+                if ready == _OTHERS_MISSING:
                     break
-                present[q, index, root] = 0
-            stop = ready + ticks[r, index, kind]
-            last_stop = max(last_stop, stop)
+            last_stop = max(last_stop, ready + ticks[r, index, kind])
             member = r
             for _ in range(size):
-                waiting[q, member] = False
-                free_at[q, member] = stop
-                position[q, member] += 1
-                if member != r and not queued[q, member]:
-                    queued[q, member] = True
-                    stack[height] = q * num_ranks + member
-                    height += 1
-                receiver = -1
-                if kind == FORWARD and stage < num_stages - 1:
-                    arrived[0, member, index, stage + 1] = stop
-                    receiver = rank_of[stage + 1]
-                elif kind != FORWARD and kind != BACKWARD_WEIGHT and stage > 0:  # noqa: PLR1714
-                    arrived[1, member, index, stage - 1] = stop
-                    receiver = rank_of[stage - 1]
-                if receiver >= 0 and not (receiver == q and member == r) and not queued[receiver, member]:
-                    queued[receiver, member] = True
-                    stack[height] = receiver * num_ranks + member
-                    height += 1
-                if size > 1:
-                    member = gangs.following[index, member]
-    for q in range(pp):
+                state.waiting[q, member] = False
+                state.free_at[q, member] = ready + ticks[r, index, kind]
+                state.position[q, member] += 1
+                receiver = _hand_on(orders, state, kind, stage, index, member, state.free_at[q, member])
+                for place in ((q, member), (receiver, member)):
+                    if place[0] >= 0 and place != (q, r) and not queued[place]:
+                        queued[place] = True
+                        stack[height] = place[0] * num_ranks + member
+                        height += 1
+                member = gangs.following[index, member]
+    for q in range(orders.firsts.shape[1] - 1):
         for r in range(num_ranks):
-            if position[q, r] < firsts[order_of[r], q + 1]:
+            if state.position[q, r] < orders.firsts[order_of[r], q + 1]:
                 return -1
     return last_stop
+
+
+class _State(NamedTuple):
+    """Of a replay; [pipeline rank, HDP rank] where nothing else is said."""
+
+    position: Integers
+    """The next action."""
+    free_at: Integers
+    arrived: Integers
+    """[direction, HDP rank, micro-batch, stage]: when the message came that the stage needs; -1: not yet."""
+    waiting: Flags
+    """For the other members of its gang."""
+    present: Integers
+    """[pipeline rank, micro-batch, root of the gang]: members that are there."""
+    meeting: Integers
+    """The same: for what they wait."""
+    latest: Integers
+    """The same: when the last of them was ready."""
+    stack: Integers
+    """Places to look at."""
+    queued: Flags
+
+
+@compiled
+def _start(orders: Orders, order_of: Integers, num_indices: int) -> _State:
+    num_ranks, pp = order_of.size, orders.firsts.shape[1] - 1
+    position = np.empty((pp, num_ranks), dtype=np.int64)
+    for q in range(pp):
+        for r in range(num_ranks):
+            position[q, r] = orders.firsts[order_of[r], q]
+    present = np.zeros((pp, num_indices, num_ranks), dtype=np.int64)
+    return _State(
+        position,
+        np.zeros((pp, num_ranks), dtype=np.int64),
+        np.full((2, num_ranks, num_indices, orders.rank_of.size), -1, dtype=np.int64),
+        np.zeros((pp, num_ranks), dtype=np.bool_),
+        present,
+        np.zeros_like(present),
+        np.zeros_like(present),
+        np.arange(pp * num_ranks, dtype=np.int64),
+        np.ones((pp, num_ranks), dtype=np.bool_),
+    )
+
+
+@compiled
+def _message_at(orders: Orders, state: _State, kind: int, stage: int, index: int, rank: int) -> int:
+    """When what the action cannot start without came; 0 when it needs nothing, -1 when it has not come."""
+    if kind == FORWARD:
+        return state.arrived[0, rank, index, stage] if stage > 0 else 0
+    if kind == BACKWARD_WEIGHT or stage == orders.rank_of.size - 1:
+        return 0
+    return state.arrived[1, rank, index, stage]
+
+
+@compiled
+def _hand_on(orders: Orders, state: _State, kind: int, stage: int, index: int, rank: int, stop: int) -> int:
+    """Send what the action gave; the pipeline rank that gets it, -1 for none."""
+    if kind == FORWARD:
+        if stage == orders.rank_of.size - 1:
+            return -1
+        state.arrived[0, rank, index, stage + 1] = stop
+        return orders.rank_of[stage + 1]
+    if kind == BACKWARD_WEIGHT or stage == 0:
+        return -1
+    state.arrived[1, rank, index, stage - 1] = stop
+    return orders.rank_of[stage - 1]
+
+
+@compiled
+def _meet(state: _State, gangs: Gangs, q: int, rank: int, index: int, what: int, ready: int) -> int:
+    """Join the gang; when all are there, the time of the last."""
+    at = (q, index, gangs.root[index, rank])
+    if state.present[at] == 0:
+        state.meeting[at], state.latest[at] = what, ready
+    elif state.meeting[at] != what:
+        return _IN_A_CIRCLE
+    state.latest[at] = max(state.latest[at], ready)
+    state.present[at] += 1
+    if state.present[at] < gangs.size[index, rank]:
+        state.waiting[q, rank] = True
+        return _OTHERS_MISSING
+    state.present[at] = 0
+    return state.latest[at]

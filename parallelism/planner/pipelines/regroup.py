@@ -3,8 +3,7 @@
 import numpy as np
 
 from evermesh.parallelism.planner.compiling import compiled
-from evermesh.parallelism.planner.pipeline_fill import Flags, Placement, Ranks, Waves
-from evermesh.parallelism.planner.pipeline_replay import Integers
+from evermesh.parallelism.planner.pipelines.problem import Flags, Integers, Placement, Ranks, Waves
 
 
 @compiled

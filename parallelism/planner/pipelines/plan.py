@@ -4,9 +4,9 @@ All pipelines run the same waves, small to large to small, each with micro-batch
 one wave, and ranks that share experts, which run all waves together, wait for nobody.
 
 1. For some sizes of a full wave: every sequence gets the smallest ring that stays within it, which says how many waves are
-   needed; ``pipeline_profile`` chooses how they rise and fall.
-2. The profiles that promise most are filled with the sequences (``pipeline_fill``), their waves put in the best order that
-   moving one at a time finds, and all pipelines replayed with their real schedule (``pipeline_replay``).
+   needed; ``profile`` chooses how they rise and fall.
+2. The profiles that promise most are filled with the sequences (``fill``), their waves put in the best order that
+   moving one at a time finds, and all pipelines replayed with their real schedule (``replay``).
 3. The one that ends first is the plan.
 
 Everything is decided on integers, ties break by index: the plan is a pure function of its arguments.
@@ -19,36 +19,31 @@ import numpy as np
 
 from evermesh.parallelism.batch_plan import MicroBatch, Piece
 from evermesh.parallelism.cost import CostModel
-from evermesh.parallelism.errors import LayoutDoesNotFit, PlanInvalid, SequenceTooLong
 from evermesh.parallelism.layout import Layout
 from evermesh.parallelism.pieces import share_of
-from evermesh.parallelism.pipeline.schedule import PipelineSchedule
 from evermesh.parallelism.pipeline.simulator import run_together
-from evermesh.parallelism.planner.compiling import compiled
 from evermesh.parallelism.planner.costs import Coefficients, shared_s, ticks
-from evermesh.parallelism.planner.pipeline_fill import Batch, Flags, Placement, Ranks, Waves, demand, fill
-from evermesh.parallelism.planner.pipeline_profile import (
+from evermesh.parallelism.planner.pipelines.fill import fill
+from evermesh.parallelism.planner.pipelines.order import arrange, better_order, replayed
+from evermesh.parallelism.planner.pipelines.problem import (
+    Integers,
+    Placement,
+    Problem,
+    Waves,
+    check_batch,
+    problem_of,
+)
+from evermesh.parallelism.planner.pipelines.profile import (
     Demand,
-    Machine,
     Shape,
     pack_estimate,
     profile_of,
     search,
     stage_ticks,
-    wave_replay,
 )
-from evermesh.parallelism.planner.pipeline_replay import (
-    Gangs,
-    Integers,
-    Orders,
-    count_members,
-    join,
-    no_gangs,
-    pack_orders,
-    replay_ticks,
-    together_ticks,
-)
-from evermesh.parallelism.planner.pipeline_regroup import regroup
+from evermesh.parallelism.planner.pipelines.regroup import regroup
+from evermesh.parallelism.planner.pipelines.replay import Gangs, count_members, join, no_gangs
+from evermesh.parallelism.planner.pipelines.rings import choose_rings
 from evermesh.parallelism.planner.waves import Assignment
 from evermesh.parallelism.pool import Pool
 from evermesh.parallelism.simulator import micro_batch_s
@@ -61,8 +56,6 @@ _FILLED = 3
 """Sizes and shapes that are filled."""
 _USUAL_SLACK, _SLACKS = 1010, (1000, 1020, 1035)
 """Thousandths of the time that sequences take, for which waves are made: they never fill them quite evenly."""
-_MOVES = 200
-"""Of waves that are tried for one order."""
 
 
 class Planned(NamedTuple):
@@ -70,19 +63,6 @@ class Planned(NamedTuple):
 
     assignment: Assignment
     seconds: float
-
-
-class _Problem(NamedTuple):
-    """What is planned, as the compiled loops see it."""
-
-    costs: Coefficients
-    batch: Batch
-    order: Integers
-    """[index in the batch]: the sequence it is."""
-    ranks: Ranks
-    machine: Machine
-    groups: Integers
-    """[HDP rank]: the first rank of those it keeps step with; -1: none."""
 
 
 class _Candidate(NamedTuple):
@@ -117,17 +97,17 @@ def plan_pipelines_s(lengths: Sequence[int], layout: Layout, cost: CostModel, po
     check_batch(lengths, layout, pool)
     if not lengths:
         return Planned(((),) * layout.hdp, 0.0)
-    problem = _problem(lengths, layout, cost, pool)
-    filled = [(_filled(problem, wanted, shape, _USUAL_SLACK), wanted, shape) for wanted, shape in _shapes(problem, layout)]
+    problem = problem_of(lengths, layout, cost, pool)
+    filled = [
+        (_filled(problem, wanted, shape, _USUAL_SLACK), wanted, shape) for wanted, shape in _shapes(problem, layout)
+    ]
     best, wanted, shape = min(filled, key=lambda candidate: candidate[0].ticks)
     others = (_filled(problem, wanted, shape, slack) for slack in _SLACKS)
     best = min(best, *others, key=lambda candidate: candidate.ticks)
     return Planned(_assignment(best, problem, layout, lengths), best.ticks / problem.costs.ticks_per_s)
 
 
-def pipelines_s(
-    assignment: Assignment, lengths: Sequence[int], layout: Layout, cost: CostModel, pool: Pool
-) -> float:
+def pipelines_s(assignment: Assignment, lengths: Sequence[int], layout: Layout, cost: CostModel, pool: Pool) -> float:
     """When the last pipeline of any assignment is done, seconds: a fast ``replay_waves`` that knows nodes and speeds.
 
     Raises:
@@ -148,50 +128,17 @@ def pipelines_s(
     root, following = gangs.root.copy(), gangs.following.copy()
     for (rank, index), members in run_together(assignment, layout).items():
         join(root[index], following[index], rank, members[0])
-    parts = stage_ticks((seconds * ticks_per_s).astype(np.int64).ravel(), recomputed.ravel(), layout.pipeline.num_stages)
+    parts = stage_ticks(
+        (seconds * ticks_per_s).astype(np.int64).ravel(), recomputed.ravel(), layout.pipeline.num_stages
+    )
     counts = np.array([len(micro_batches) for micro_batches in assignment], dtype=np.int64)
-    total = _replayed(layout.pipeline, counts, parts.reshape(num_ranks, most, 4), Gangs(root, count_members(root), following))
+    total = replayed(
+        layout.pipeline, counts, parts.reshape(num_ranks, most, 4), Gangs(root, count_members(root), following)
+    )
     return total / ticks_per_s
 
 
-def check_batch(lengths: Sequence[int], layout: Layout, pool: Pool) -> None:
-    if len(pool) != layout.hdp:
-        raise LayoutDoesNotFit(f"the pool has {len(pool)} HDP ranks, but layout.hdp is {layout.hdp}.", "hdp")
-    for index, length in enumerate(lengths):
-        if length < 1:
-            raise LayoutDoesNotFit(f"sequence {index} has {length} tokens; every sequence has at least 1.")
-        if length > layout.hdp * layout.capacity:
-            raise SequenceTooLong(index, length, layout.capacity, layout.hdp)
-
-
-def _problem(lengths: Sequence[int], layout: Layout, cost: CostModel, pool: Pool) -> _Problem:
-    sizes = np.array(lengths, dtype=np.int64)
-    order = np.argsort(-sizes, kind="stable")
-    total_s = sum(cost.whole_s(length, recomputed=True) + cost.micro_batch_s for length in lengths)
-    costs = Coefficients.of(cost, layout, total_s)
-    nodes = np.array(pool.nodes, dtype=np.int64)
-    _, of_node = np.unique(nodes, return_counts=True)
-    ranks = Ranks(nodes, np.array(pool.speeds), int(of_node.min()), bool((of_node == of_node[0]).all()))
-    groups = np.full(layout.hdp, -1, dtype=np.int64)
-    for group in layout.lock_step_groups:
-        groups[list(group)] = group[0]
-    machine = Machine(layout.pipeline, ticks(costs, cost.micro_batch_s), float(sum(pool.speeds)), costs.keep_capacity)
-    return _Problem(costs, Batch(sizes[order], _whole(costs, sizes[order])), order, ranks, machine, groups)
-
-
-@compiled
-def _whole(costs: Coefficients, lengths: Integers) -> Integers:
-    """``Batch.whole``."""
-    whole = np.empty((2, lengths.size), dtype=np.int64)
-    for index in range(lengths.size):
-        for recomputed in range(2):
-            whole[recomputed, index] = ticks(
-                costs, shared_s(costs, lengths[index], 1, 1, False, False, recomputed == 1)
-            )
-    return whole
-
-
-def _shapes(problem: _Problem, layout: Layout) -> list[tuple[Demand, Shape]]:
+def _shapes(problem: Problem, layout: Layout) -> list[tuple[Demand, Shape]]:
     """The most promising ones, each of another size of full waves."""
     found = []
     for recomputed in (False, True):
@@ -209,7 +156,7 @@ def _shapes(problem: _Problem, layout: Layout) -> list[tuple[Demand, Shape]]:
     return [(wanted, shape) for shape, _, wanted in searched[:_FILLED]]
 
 
-def _room_ticks(problem: _Problem, room: int, recomputed: bool) -> int:
+def _room_ticks(problem: Problem, room: int, recomputed: bool) -> int:
     """What a micro-batch takes that is full of the whole sequences of the batch."""
     lengths, whole = problem.batch.lengths, problem.batch.whole[int(recomputed)]
     short = lengths <= room
@@ -218,9 +165,9 @@ def _room_ticks(problem: _Problem, room: int, recomputed: bool) -> int:
     return int(whole[short].sum()) * room // int(lengths[short].sum())
 
 
-def _demand(problem: _Problem, room: int, recomputed: bool, room_ticks: int, target: int) -> Demand | None:
+def _demand(problem: Problem, room: int, recomputed: bool, room_ticks: int, target: int) -> Demand | None:
     """None: some sequence has no room."""
-    rings, needed = demand(problem.costs, problem.ranks, problem.batch, room, recomputed, target)
+    rings, needed = choose_rings(problem.costs, problem.ranks, problem.batch, room, recomputed, target)
     if (rings == 0).any():
         return None
     tall = needed > target
@@ -246,33 +193,39 @@ def _shelves(rings: Integers, needed: Integers, num_ranks: int) -> tuple[Integer
     return np.array(heights, dtype=np.int64), np.array(free, dtype=np.int64)
 
 
-def _filled(problem: _Problem, wanted: Demand, shape: Shape, slack: int) -> _Candidate:
+def _filled(problem: Problem, wanted: Demand, shape: Shape, slack: int) -> _Candidate:
     """Waves of that shape with the sequences in them, in a good order."""
     waves = profile_of(wanted, shape, problem.machine, slack).waves
     while True:
-        descending = np.argsort(-waves.targets, kind="stable")
-        sorted_waves = Waves(*(field[descending] for field in waves))
-        count = problem.batch.lengths.size
-        numbers = (np.zeros(count, dtype=np.int64) for _ in range(4))
-        placement = Placement(*numbers, np.zeros(count, dtype=np.bool_))
-        lost, loads = fill(problem.costs, problem.ranks, problem.batch, sorted_waves, wanted.target, placement)
+        positions = np.argsort(-waves.targets, kind="stable")
+        largest_first = Waves(waves.targets[positions], waves.room[positions], waves.recomputed[positions])
+        placement = _nowhere(problem.batch.lengths.size)
+        lost, loads = fill(problem.costs, problem.ranks, problem.batch, largest_first, wanted.target, placement)
         if lost == 0:
             break
         waves = _with_more(waves, wanted, lost, problem)
-    loads = regroup(problem.ranks, sorted_waves, placement, loads)
-    return _replay_filled(problem, sorted_waves, descending, placement, loads)
+    loads = regroup(problem.ranks, largest_first, placement, loads)
+    return _replay_filled(problem, largest_first, positions, placement, loads)
 
 
-def _with_more(waves: Waves, wanted: Demand, lost: int, problem: _Problem) -> Waves:
+def _nowhere(count: int) -> Placement:
+    def numbers() -> Integers:
+        return np.zeros(count, dtype=np.int64)
+
+    return Placement(numbers(), numbers(), numbers(), numbers(), np.zeros(count, dtype=np.bool_))
+
+
+def _with_more(waves: Waves, wanted: Demand, lost: int, problem: Problem) -> Waves:
     """More full waves, in the middle, for ``lost`` sequences that found no room."""
     number = 1 + lost // (4 * problem.ranks.nodes.size)
     middle = int(np.argmax(waves.targets))
-    new = (wanted.target, wanted.room, wanted.recomputed)
-    return Waves(*(np.insert(field, middle, [value] * number) for field, value in zip(waves, new, strict=True)))
+    targets = np.insert(waves.targets, middle, [wanted.target] * number)
+    room = np.insert(waves.room, middle, [wanted.room] * number)
+    return Waves(targets, room, np.insert(waves.recomputed, middle, [wanted.recomputed] * number))
 
 
 def _replay_filled(
-    problem: _Problem, waves: Waves, positions: Integers, placement: Placement, loads: Integers
+    problem: Problem, waves: Waves, positions: Integers, placement: Placement, loads: Integers
 ) -> _Candidate:
     """``positions`` are those of the waves in the profile, largest first."""
     machine, speeds = problem.machine, problem.ranks.speeds
@@ -281,110 +234,17 @@ def _replay_filled(
     # waves came out a little larger or smaller than was meant; unlike neighbours would wait for each other
     sequence = np.empty_like(positions)
     sequence[positions] = np.argsort(-largest, kind="stable")
-    sequence = _better_order(pack_estimate(machine.schedule, sequence.size), parts, sequence)
+    sequence = better_order(pack_estimate(machine.schedule, sequence.size), parts, sequence)
     position = np.argsort(sequence)
-    wave_at, counts, root, following = _arrange(placement, loads > 0, position, problem.groups)
+    wave_at, counts, root, following = arrange(placement, loads > 0, position, problem.groups)
     ticks_at = ((loads.T[np.arange(len(counts))[:, None], wave_at] + machine.fixed) / speeds[:, None]).astype(np.int64)
     parts = stage_ticks(ticks_at.ravel(), waves.recomputed[wave_at].ravel(), machine.schedule.num_stages)
     gangs = Gangs(root, count_members(root), following)
-    total = _replayed(machine.schedule, counts, parts.reshape(*ticks_at.shape, 4), gangs)
+    total = replayed(machine.schedule, counts, parts.reshape(*ticks_at.shape, 4), gangs)
     return _Candidate(total, waves, wave_at, counts, placement)
 
 
-def _replayed(schedule: PipelineSchedule, counts: Integers, parts: Integers, gangs: Gangs) -> int:
-    """Ticks until the last is done."""
-    numbers, order_of = np.unique(counts, return_inverse=True)
-    orders = pack_orders(schedule, tuple(numbers.tolist()))
-    total = replay_ticks(orders, order_of.astype(np.int64), together_ticks(parts, gangs), gangs)
-    if total < 0:
-        raise PlanInvalid("the pipelines wait for each other in a circle; the plan cannot run.")
-    return int(total)
-
-
-@compiled
-def _arrange(
-    placement: Placement, used: Flags, position: Integers, groups: Integers
-) -> tuple[Integers, Integers, Integers, Integers]:
-    """Which wave is which micro-batch of every rank, how many each has, and who runs which together.
-
-    ``used`` [wave, rank] says who has sequences, ``position`` [wave] when pipelines run it. Ranks that are in no ring and keep
-    step with nobody leave out what is empty, the others only what is empty at the end.
-    """
-    num_waves, num_ranks = used.shape
-    root = np.empty((num_waves, num_ranks), dtype=np.int64)
-    following = np.empty((num_waves, num_ranks), dtype=np.int64)
-    counts = np.zeros(num_ranks, dtype=np.int64)
-    in_step = np.zeros(num_ranks, dtype=np.bool_)
-    wave_at = np.empty((num_ranks, num_waves), dtype=np.int64)
-    for rank in range(num_ranks):
-        root[:, rank], following[:, rank] = rank, rank
-        in_step[rank] = groups[rank] >= 0
-    for index in range(placement.wave.size):
-        at, first = position[placement.wave[index]], placement.first[index]
-        for rank in range(first, first + placement.ring[index]):
-            counts[rank] = max(counts[rank], at + 1)
-            if placement.ring[index] > 1:
-                in_step[rank] = True
-                join(root[at], following[at], first, rank)
-    for rank in range(num_ranks):
-        leader = groups[rank]
-        if leader >= 0:
-            counts[leader] = max(counts[leader], counts[rank])
-    for rank in range(num_ranks):
-        leader = groups[rank]
-        if leader >= 0:
-            counts[rank] = counts[leader]
-            for at in range(counts[rank]):
-                join(root[at], following[at], leader, rank)
-        for wave in range(num_waves):
-            wave_at[rank, position[wave]] = wave
-        if not in_step[rank]:
-            counts[rank] = 0
-            for at in range(num_waves):
-                wave = wave_at[rank, at]
-                if used[wave, rank]:
-                    wave_at[rank, counts[rank]] = wave
-                    counts[rank] += 1
-    return wave_at, counts, root, following
-
-
-@compiled
-def _better_order(orders: Orders, parts: Integers, sequence: Integers) -> Integers:
-    """Move one wave at a time to where one pipeline with all waves ends earlier, while that helps."""
-    number = sequence.size
-    best = sequence.copy()
-    least = wave_replay(orders, parts[best])
-    budget = _MOVES
-    improved = True
-    while improved:
-        improved = False
-        for origin in range(number):
-            step = 1
-            while step < number:
-                for target in (origin - step, origin + step):
-                    if target < 0 or target >= number or budget == 0:
-                        continue
-                    budget -= 1
-                    moved = _moved(best, origin, target)
-                    total = wave_replay(orders, parts[moved])
-                    if total < least:
-                        best, least, improved = moved, total, True
-                step *= 2
-    return best
-
-
-@compiled
-def _moved(sequence: Integers, origin: int, target: int) -> Integers:
-    """With the entry at ``origin`` at ``target``, those between them one place on."""
-    moved = sequence.copy()
-    step = 1 if target > origin else -1
-    for at in range(origin, target, step):
-        moved[at] = sequence[at + step]
-    moved[target] = sequence[origin]
-    return moved
-
-
-def _assignment(found: _Candidate, problem: _Problem, layout: Layout, lengths: Sequence[int]) -> Assignment:
+def _assignment(found: _Candidate, problem: Problem, layout: Layout, lengths: Sequence[int]) -> Assignment:
     pieces: dict[tuple[int, int], list[Piece]] = {}
     placed = zip(problem.order.tolist(), *(field.tolist() for field in found.placement), strict=True)
     for sequence, wave, first, size, heads, gathers in placed:

@@ -11,14 +11,12 @@ from evermesh.parallelism.layout import Layout
 from evermesh.parallelism.planner.bound import LowerBound
 from evermesh.parallelism.planner.compiling import compiled
 from evermesh.parallelism.planner.costs import Coefficients, is_recomputed, shared_s
-from evermesh.parallelism.planner.pipeline_fill import Floats
-from evermesh.parallelism.planner.pipeline_replay import Integers
-from evermesh.parallelism.planner.pipelines import check_batch
+from evermesh.parallelism.planner.pipelines.problem import Floats, Integers, check_batch
 from evermesh.parallelism.pool import Pool
 
 
 def pipeline_bound(lengths: Sequence[int], layout: Layout, cost: CostModel, pool: Pool) -> LowerBound:
-    """The larger of two bounds, for any number, contents and order of micro-batches; compare planner.bound.
+    """The larger of two bounds, for any number, contents and order of micro-batches; compare ``planner.bound``.
 
     Work, and the time until a pipeline is full and empty again. With P ranks and S stages in each pipeline, rank P - 1 holds no
     stage before stage P - 1. Its first action on a micro-batch with tokens comes after P - 1 stages forward of that micro-batch,

@@ -1,10 +1,11 @@
 """Chooses how many waves a batch is run in, how large each is, and in which order: small, large, small.
 
-A pipeline fills and drains with its first and last micro-batches, so these are small. How fast the waves in between may grow
-without a stage standing idle follows from the order of 1F1B: with S the forward time of the waves before one, the next may
-be f1 + 2 S / (P - 1); at the other end, mirrored and with a backward pass of twice a forward, the last before S may be
-fn + S / (P - 1) / 2 larger, so waves shrink four times as slowly as they grow. Each small wave costs the fixed time of a
-micro-batch. The search weighs the one against the other: it replays one pipeline whose waves all have their sizes.
+A pipeline fills and drains with its first and last micro-batches, so these are small. With P stages, a backward pass of twice a
+forward pass, and S the forward time of the waves before one, the last stage of 1F1B never waits for a forward pass that takes
+at most f1 + 2 S / (P - 1): waves may grow by (P + 1) / (P - 1) each. Towards the end every wave lacks a little less than the
+wave after it lacks; that is the shape that a linear program gives for the best sizes, which the benchmark solves
+(bench_pipeline_planner). Each small wave costs the fixed time of a micro-batch. The search weighs the one against the
+other: it replays one pipeline whose waves all have their sizes.
 """
 
 import functools
@@ -15,8 +16,8 @@ import numpy as np
 
 from evermesh.parallelism.pipeline.schedule import PipelineSchedule
 from evermesh.parallelism.planner.compiling import compiled
-from evermesh.parallelism.planner.pipeline_fill import Waves
-from evermesh.parallelism.planner.pipeline_replay import Gangs, Integers, Orders, pack_orders, replay_ticks
+from evermesh.parallelism.planner.pipelines.problem import Flags, Integers, Machine, Waves
+from evermesh.parallelism.planner.pipelines.replay import Gangs, Orders, pack_orders, replay_ticks
 
 _SIZES = (1000, 700, 500, 350, 250, 180, 120, 80, 50, 30)
 """Of the first and the last wave, in thousandths of a full one."""
@@ -44,18 +45,6 @@ class Demand(NamedTuple):
     """Of an HDP rank, on average."""
     hill: tuple[int, ...]
     """Ticks of the larger waves that rings need which no ring size makes short enough; falling."""
-
-
-class Machine(NamedTuple):
-    """What runs the waves."""
-
-    schedule: PipelineSchedule
-    fixed: int
-    """Ticks of a micro-batch without tokens."""
-    speed: float
-    """Of all HDP ranks together."""
-    keep_room: int
-    """Tokens up to which nothing is computed again; 0: always is."""
 
 
 class Shape(NamedTuple):
@@ -133,7 +122,7 @@ def waves_of(targets: list[int], demand: Demand, machine: Machine) -> Waves:
     return Waves(sizes, room.astype(np.int64), recomputed.astype(np.bool_))
 
 
-def estimate(targets: Integers, recomputed: np.ndarray, machine: Machine) -> int:
+def estimate(targets: Integers, recomputed: Flags, machine: Machine) -> int:
     """Ticks until the last stage is done."""
     ticks = stage_ticks(targets + machine.fixed, recomputed, machine.schedule.num_stages)
     number = len(targets)
@@ -152,7 +141,7 @@ def pack_estimate(schedule: PipelineSchedule, number: int) -> Orders:
 
 
 @compiled
-def stage_ticks(ticks: Integers, recomputed: np.ndarray, num_stages: int) -> Integers:
+def stage_ticks(ticks: Integers, recomputed: Flags, num_stages: int) -> Integers:
     """[..., micro-batch, kind]: what every kind of action takes in one stage."""
     parts = np.empty((ticks.size, 4), dtype=np.int64)
     for index in range(ticks.size):
