@@ -18,12 +18,12 @@ from evermesh.parallelism.pool import Pool
 def pipeline_bound(lengths: Sequence[int], layout: Layout, cost: CostModel, pool: Pool) -> LowerBound:
     """The larger of two bounds, for any number, contents and order of micro-batches; compare ``planner.bound``.
 
-    Work, and the time until a pipeline is full and empty again. With P ranks and S stages in each pipeline, rank P - 1 holds no
-    stage before stage P - 1. Its first action on a micro-batch with tokens comes after P - 1 stages forward of that micro-batch,
-    and, unless gradients of weights are put off, P - 1 stages backward come after its last. Both are at least those of the
-    smallest micro-batch that any plan can have: one sequence, or its share on any ring. In between, the rank does a P-th
-    of its pipeline's work. So k pipelines with speeds v take at least (work / P + k (P - 1) (f + b) / S) / sum of v; the bound
-    is the least over k, of the k fastest.
+    Work, and the time until a pipeline is full and empty again. With P ranks and S stages in each pipeline, rank P - 1 holds
+    no stage before stage P - 1. Its first action on a micro-batch with tokens comes after P - 1 stages forward of that
+    micro-batch, and, unless gradients of weights are put off, P - 1 stages backward come after its last. Both are at least
+    those of the smallest micro-batch that any plan can have: one sequence, or its share on any ring. In between, the rank
+    does a P-th of its pipeline's work. So k pipelines with speeds v take at least
+    (work / P + k (P - 1) (f + b) / S) / sum of v; the bound is the least over k, of the k fastest.
 
     Longest sequence: on its best ring, from the first action to the last that cannot be put off.
 

@@ -78,7 +78,7 @@ def _place_in_gaps(
     wave: int,
     rank: int,
 ) -> tuple[int, int, int]:
-    """Wave, first rank and ring of a sequence that would make a wave too large on one ``rank``: there, if nothing is better."""
+    """Wave, first rank and ring of a sequence that would make ``wave`` too large: there, if nothing is better."""
     gap_wave, gap_rank = _find_gap(batch, index, waves, filling)
     if gap_wave >= 0:
         return gap_wave, gap_rank, 1

@@ -36,8 +36,8 @@ def arrange(
 ) -> tuple[Integers, Integers, Integers, Integers]:
     """Which wave is which micro-batch of every rank, how many each has, and who runs which together.
 
-    ``used`` [wave, rank] says who has sequences, ``position`` [wave] when pipelines run it. Ranks that are in no ring and keep
-    step with nobody leave out what is empty, the others only what is empty at the end.
+    ``used`` [wave, rank] says who has sequences, ``position`` [wave] when pipelines run it. Ranks that are in no ring and
+    keep step with nobody leave out what is empty, the others only what is empty at the end.
     """
     num_waves, num_ranks = used.shape
     root = np.empty((num_waves, num_ranks), dtype=np.int64)

@@ -1,10 +1,10 @@
 """Chooses how many waves a batch is run in, how large each is, and in which order: small, large, small.
 
-A pipeline fills and drains with its first and last micro-batches, so these are small. With P stages, a backward pass of twice a
-forward pass, and S the forward time of the waves before one, the last stage of 1F1B never waits for a forward pass that takes
-at most f1 + 2 S / (P - 1): waves may grow by (P + 1) / (P - 1) each. Towards the end every wave lacks a little less than the
-wave after it lacks; that is the shape that a linear program gives for the best sizes, which the benchmark solves
-(bench_pipeline_planner). Each small wave costs the fixed time of a micro-batch. The search weighs the one against the
+A pipeline fills and drains with its first and last micro-batches, so these are small. With P stages, a backward pass of
+twice a forward pass, and S the forward time of the waves before one, the last stage of 1F1B never waits for a forward
+pass that takes at most f1 + 2 S / (P - 1): waves may grow by (P + 1) / (P - 1) each. Towards the end every wave lacks a
+little less than the wave after it; that is the shape that a linear program gives for the best sizes, which the benchmark
+solves (bench_pipeline_planner). Each small wave costs the fixed time of a micro-batch. The search weighs the one against the
 other: it replays one pipeline whose waves all have their sizes.
 """
 

@@ -10,8 +10,8 @@ from evermesh.parallelism.planner.pipelines.problem import Flags, Integers, Plac
 def regroup(ranks: Ranks, waves: Waves, placement: Placement, loads: Integers) -> Integers:
     """Exchange whole micro-batches between ranks of one speed and waves of one kind; ``loads`` afterwards.
 
-    The largest go where rings are largest, the next to the next: that makes the sum of what is largest in every wave least for
-    given rings. ``placement`` is changed with it. Where it would help nobody, nothing changes.
+    The largest go where rings are largest, the next to the next, so that what is largest in every wave adds up to little.
+    ``placement`` is changed with it. Where it would help nobody, nothing changes.
     """
     num_waves, num_ranks = loads.shape
     movable = np.ones(loads.shape, dtype=np.bool_)

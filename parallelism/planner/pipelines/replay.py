@@ -11,7 +11,7 @@ import numpy as np
 
 from evermesh.parallelism.pipeline.schedule import PipelineSchedule
 from evermesh.parallelism.planner.compiling import compiled
-from evermesh.parallelism.planner.pipelines.problem import Flags, Integers
+from evermesh.parallelism.planner.pipelines.problem import Integers
 
 KINDS = ("forward", "backward", "backward input", "backward weight")
 FORWARD, BACKWARD, BACKWARD_INPUT, BACKWARD_WEIGHT = range(4)
@@ -127,124 +127,109 @@ def replay_ticks(orders: Orders, order_of: Integers, ticks: Integers, gangs: Gan
         ticks: [HDP rank, micro-batch, kind] of one stage, from ``together_ticks``.
         gangs: who runs what together; members have at least as many micro-batches as its index says.
     """
-    state = _start(orders, order_of, ticks.shape[1])
-    stack, queued, height, last_stop = state.stack, state.queued, state.stack.size, 0
-    num_ranks = order_of.size
+    actions, firsts, rank_of = orders
+    num_ranks, num_stages = order_of.size, rank_of.size
+    position = _first_positions(firsts, order_of)
+    pp = position.shape[0]
+    free_at = np.zeros((pp, num_ranks), dtype=np.int64)
+    arrived = np.full((2, num_ranks, ticks.shape[1], num_stages), -1, dtype=np.int64)
+    waiting = np.zeros((pp, num_ranks), dtype=np.bool_)  # for the other members of its gang
+    meetings = np.zeros((pp, ticks.shape[1], num_ranks, 3), dtype=np.int64)
+    stack, queued = np.arange(pp * num_ranks), np.ones((pp, num_ranks), dtype=np.bool_)
+    height, last_stop = stack.size, 0
     while height > 0:
         height -= 1
         q, r = stack[height] // num_ranks, stack[height] % num_ranks
         queued[q, r] = False
-        while not state.waiting[q, r] and state.position[q, r] < orders.firsts[order_of[r], q + 1]:
-            kind, stage, index = orders.actions[state.position[q, r]]
-            ready = _message_at(orders, state, kind, stage, index, r)
+        while not waiting[q, r] and position[q, r] < firsts[order_of[r], q + 1]:
+            at = position[q, r]
+            kind, stage, index = actions[at, 0], actions[at, 1], actions[at, 2]
+            ready = _message_at(arrived, kind, stage, index, r)
             if ready < 0:
                 break
-            ready = max(ready, state.free_at[q, r])
+            ready = max(ready, free_at[q, r])
             size = 1 if kind == BACKWARD_WEIGHT else gangs.size[index, r]
             if size > 1:
-                ready = _meet(state, gangs, q, r, index, kind * orders.rank_of.size + stage, ready)
+                ready = _meet(meetings[q, index, gangs.root[index, r]], size, kind * num_stages + stage, ready)
                 if ready == _IN_A_CIRCLE:
                     return -1
                 if ready == _OTHERS_MISSING:
+                    waiting[q, r] = True
                     break
-            last_stop = max(last_stop, ready + ticks[r, index, kind])
+            stop = ready + ticks[r, index, kind]
+            last_stop = max(last_stop, stop)
             member = r
             for _ in range(size):
-                state.waiting[q, member] = False
-                state.free_at[q, member] = ready + ticks[r, index, kind]
-                state.position[q, member] += 1
-                receiver = _hand_on(orders, state, kind, stage, index, member, state.free_at[q, member])
-                for place in ((q, member), (receiver, member)):
-                    if place[0] >= 0 and place != (q, r) and not queued[place]:
-                        queued[place] = True
-                        stack[height] = place[0] * num_ranks + member
-                        height += 1
-                member = gangs.following[index, member]
-    for q in range(orders.firsts.shape[1] - 1):
+                waiting[q, member] = False
+                free_at[q, member] = stop
+                position[q, member] += 1
+                after = _hand_on(arrived, kind, stage, index, member, stop)
+                receiver = rank_of[after] if after >= 0 else q
+                if not queued[receiver, member] and (receiver != q or member != r):
+                    queued[receiver, member] = True
+                    stack[height] = receiver * num_ranks + member
+                    height += 1
+                if member != r and not queued[q, member]:
+                    queued[q, member] = True
+                    stack[height] = q * num_ranks + member
+                    height += 1
+                if size > 1:
+                    member = gangs.following[index, member]
+    for q in range(pp):
         for r in range(num_ranks):
-            if state.position[q, r] < orders.firsts[order_of[r], q + 1]:
+            if position[q, r] < firsts[order_of[r], q + 1]:
                 return -1
     return last_stop
 
 
-class _State(NamedTuple):
-    """Of a replay; [pipeline rank, HDP rank] where nothing else is said."""
-
-    position: Integers
-    """The next action."""
-    free_at: Integers
-    arrived: Integers
-    """[direction, HDP rank, micro-batch, stage]: when the message came that the stage needs; -1: not yet."""
-    waiting: Flags
-    """For the other members of its gang."""
-    present: Integers
-    """[pipeline rank, micro-batch, root of the gang]: members that are there."""
-    meeting: Integers
-    """The same: for what they wait."""
-    latest: Integers
-    """The same: when the last of them was ready."""
-    stack: Integers
-    """Places to look at."""
-    queued: Flags
+@compiled
+def _first_positions(firsts: Integers, order_of: Integers) -> Integers:
+    """Where the order of every rank begins: [pipeline rank, HDP rank]."""
+    position = np.empty((firsts.shape[1] - 1, order_of.size), dtype=np.int64)
+    for q in range(position.shape[0]):
+        for r in range(position.shape[1]):
+            position[q, r] = firsts[order_of[r], q]
+    return position
 
 
 @compiled
-def _start(orders: Orders, order_of: Integers, num_indices: int) -> _State:
-    num_ranks, pp = order_of.size, orders.firsts.shape[1] - 1
-    position = np.empty((pp, num_ranks), dtype=np.int64)
-    for q in range(pp):
-        for r in range(num_ranks):
-            position[q, r] = orders.firsts[order_of[r], q]
-    present = np.zeros((pp, num_indices, num_ranks), dtype=np.int64)
-    return _State(
-        position,
-        np.zeros((pp, num_ranks), dtype=np.int64),
-        np.full((2, num_ranks, num_indices, orders.rank_of.size), -1, dtype=np.int64),
-        np.zeros((pp, num_ranks), dtype=np.bool_),
-        present,
-        np.zeros_like(present),
-        np.zeros_like(present),
-        np.arange(pp * num_ranks, dtype=np.int64),
-        np.ones((pp, num_ranks), dtype=np.bool_),
-    )
+def _message_at(arrived: Integers, kind: int, stage: int, index: int, rank: int) -> int:
+    """When what the action cannot start without came; 0 when it needs nothing, -1 when it has not come.
 
-
-@compiled
-def _message_at(orders: Orders, state: _State, kind: int, stage: int, index: int, rank: int) -> int:
-    """When what the action cannot start without came; 0 when it needs nothing, -1 when it has not come."""
+    ``arrived`` is [direction, HDP rank, micro-batch, stage that needs it].
+    """
     if kind == FORWARD:
-        return state.arrived[0, rank, index, stage] if stage > 0 else 0
-    if kind == BACKWARD_WEIGHT or stage == orders.rank_of.size - 1:
+        return arrived[0, rank, index, stage] if stage > 0 else 0
+    if kind == BACKWARD_WEIGHT or stage == arrived.shape[3] - 1:
         return 0
-    return state.arrived[1, rank, index, stage]
+    return arrived[1, rank, index, stage]
 
 
 @compiled
-def _hand_on(orders: Orders, state: _State, kind: int, stage: int, index: int, rank: int, stop: int) -> int:
-    """Send what the action gave; the pipeline rank that gets it, -1 for none."""
-    if kind == FORWARD:
-        if stage == orders.rank_of.size - 1:
-            return -1
-        state.arrived[0, rank, index, stage + 1] = stop
-        return orders.rank_of[stage + 1]
-    if kind == BACKWARD_WEIGHT or stage == 0:
+def _hand_on(arrived: Integers, kind: int, stage: int, index: int, rank: int, stop: int) -> int:
+    """Send what the action gave; the stage that needs it, -1 for none."""
+    if kind == BACKWARD_WEIGHT:
         return -1
-    state.arrived[1, rank, index, stage - 1] = stop
-    return orders.rank_of[stage - 1]
+    after = stage + 1 if kind == FORWARD else stage - 1
+    if after < 0 or after == arrived.shape[3]:
+        return -1
+    arrived[0 if kind == FORWARD else 1, rank, index, after] = stop
+    return after
 
 
 @compiled
-def _meet(state: _State, gangs: Gangs, q: int, rank: int, index: int, what: int, ready: int) -> int:
-    """Join the gang; when all are there, the time of the last."""
-    at = (q, index, gangs.root[index, rank])
-    if state.present[at] == 0:
-        state.meeting[at], state.latest[at] = what, ready
-    elif state.meeting[at] != what:
+def _meet(meeting: Integers, size: int, what: int, ready: int) -> int:
+    """Join a gang of ``size``; when all are there, the time of the last.
+
+    ``meeting`` holds how many are there, what for, and when the last of them was ready.
+    """
+    if meeting[0] == 0:
+        meeting[1], meeting[2] = what, ready
+    elif meeting[1] != what:
         return _IN_A_CIRCLE
-    state.latest[at] = max(state.latest[at], ready)
-    state.present[at] += 1
-    if state.present[at] < gangs.size[index, rank]:
-        state.waiting[q, rank] = True
+    meeting[2] = max(meeting[2], ready)
+    meeting[0] += 1
+    if meeting[0] < size:
         return _OTHERS_MISSING
-    state.present[at] = 0
-    return state.latest[at]
+    meeting[0] = 0
+    return meeting[2]

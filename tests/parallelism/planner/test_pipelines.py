@@ -63,7 +63,7 @@ def _plan(assignment: Assignment, lengths: tuple[int, ...], capacity: int) -> Ba
     return BatchPlan(lengths, capacity, assignment, certificate, planner="pipelines", cost_version=0, speeds_version=0)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     lengths=st.lists(st.one_of(st.integers(1, 60), st.integers(1, 1900)), max_size=40).map(tuple),
     choice=st.sampled_from(LAYOUTS),
@@ -89,7 +89,7 @@ def test_any_batch_gets_a_plan_that_passes_the_proof_and_is_not_below_its_bound(
         assert rank in in_ring or all(mb.pieces for mb in assignment[rank])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     lengths=st.lists(st.integers(1, 3000), min_size=1, max_size=40).map(tuple),
     ranks_per_node=st.sampled_from((3, 4, 5)),
@@ -202,7 +202,7 @@ def _without_empty_end(waves: list[list[Piece]], layout: Layout) -> tuple[MicroB
             Pool.of(1),
         ),
         (Layout(hdp=2, pp=2, capacity=300), ((500, 90, 40), (300, 300, 10), (60, 50, 40)), Pool.of(2)),
-        (Layout(hdp=2, pp=4, capacity=300), ((550, 30), (290, 280), (20, 10)), Pool.of(2, speeds=(1.0, 0.5))),
+        (Layout(hdp=2, pp=4, capacity=300), ((550, 30), (290, 280), (200, 100)), Pool.of(2, speeds=(1.0, 0.5))),
     ],
     ids=str,
 )
@@ -257,7 +257,7 @@ def test_what_cannot_be_planned_is_refused_with_the_numbers() -> None:
         plan_pipelines((201,), layout, COST, Pool.of(2))
     with pytest.raises(LayoutDoesNotFit, match="sequence 1 has 0 tokens"):
         pipeline_bound((5, 0), layout, COST, Pool.of(2))
-    with pytest.raises(LayoutDoesNotFit, match="the pool has 3 HDP ranks, but layout.hdp is 2"):
+    with pytest.raises(LayoutDoesNotFit, match=r"the pool has 3 HDP ranks, but layout\.hdp is 2"):
         plan_pipelines((5,), layout, COST, Pool.of(3))
     assert plan_pipelines((), layout, COST, Pool.of(2)) == ((), ())
 
@@ -268,9 +268,9 @@ from evermesh.parallelism import Layout
 from evermesh.parallelism.planner.pipelines import plan_pipelines
 from evermesh.parallelism.pool import Pool
 from tests.parallelism.planner.test_pipelines import COST, LAYOUTS, _long_tailed
-for choice in LAYOUTS[2:8:2]:
+for choice in (LAYOUTS[2], LAYOUTS[7]):
     layout = Layout.model_validate({"hdp": 4, "capacity": 500, **choice})
-    plan = plan_pipelines(_long_tailed(1, 24), layout, COST, Pool.of(4, 2, (1.0, 0.9, 1.0, 1.0)))
+    plan = plan_pipelines(_long_tailed(1, 16), layout, COST, Pool.of(4, 2, (1.0, 0.9, 1.0, 1.0)))
     print(hashlib.sha256(repr(plan).encode()).hexdigest())
 """
 
@@ -283,5 +283,5 @@ def test_python_and_machine_code_give_one_plan_in_every_process() -> None:
             [sys.executable, "-c", _PROGRAM], env=environment, capture_output=True, text=True, check=True
         )
         found.append(done.stdout)
-    assert found[0].count("\n") == 3
+    assert found[0].count("\n") == 2
     assert len(set(found)) == 1
