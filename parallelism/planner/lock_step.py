@@ -1,0 +1,241 @@
+"""Plans for ranks that keep step: everything a group runs at once begins and ends together, so waves have to be level.
+
+Ranks that share experts, or gather parameters block by block, wait for the longest of them in every micro-batch. A wave
+costs its group the time of its longest micro-batch, so a wave is good when all its ranks are busy until its end:
+
+- a duration is chosen for the wave, that with which it does most necessary work per rank and second;
+- from long to short every sequence gets the smallest ring that ends within it, so that heavy sequences get more ranks than
+  their memory needs, and what is light is packed into micro-batches of about that duration, also beside others of one ring;
+- waves go to the group that is free first, within a target for the end of the step, which falls by bisection; wide rings,
+  which join groups, come before narrow ones, so that nobody gets a step only to keep in step;
+- at the end, durations of waves are changed at random as long as the effort lasts.
+
+Groups run waves of their own at their own times: one with many short sequences beside one with few long ones. The result
+is a pure function of the arguments: times are integer ticks, ties break by index, random numbers are our own.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from evermesh.parallelism.batch_plan import MicroBatch
+from evermesh.parallelism.cost import CostModel
+from evermesh.parallelism.errors import SequenceTooLong
+from evermesh.parallelism.layout import Layout
+from evermesh.parallelism.planner.bound import LowerBound, smallest_ring
+from evermesh.parallelism.planner.compiling import compiled
+from evermesh.parallelism.planner.costs import Coefficients, best_sharing, shared_s, ticks
+from evermesh.parallelism.planner.lock_step_loops import NEVER, Integers, Problem, Waves, search
+from evermesh.parallelism.planner.lock_step_places import Wave, place
+from evermesh.parallelism.planner.waves import Assignment
+from evermesh.parallelism.pool import Pool
+
+_EFFORT = 30_000
+"""Sequences placed while durations are changed; some 0.1 s with 512 ranks."""
+_EVERY_DEGREE = 16
+"""Up to so many ranks rings may have any size; above, sizes grow by a twelfth, beside those that memory asks for."""
+_LEAST_SHARE = 64
+"""Tokens; no ring gives its members fewer, but where memory asks for the ring."""
+_SLOW = 0.95
+"""Ranks below this part of the fastest rank's speed are slow: they run no rings, where everything fits without them."""
+
+
+def plan_lock_step(lengths: Sequence[int], layout: Layout, cost: CostModel, pool: Pool) -> Assignment:
+    """The micro-batches of every HDP rank of a layout without pipeline whose ranks keep step.
+
+    Raises:
+        SequenceTooLong: all ranks together cannot hold a sequence.
+    """
+    _check_lengths(lengths, layout, pool)
+    if not lengths:
+        return ((),) * len(pool)
+    found = [_search(lengths, layout, cost, pool, costs) for costs in _choices(lengths, layout, cost, pool)]
+    _, waves = min(found, key=lambda one: one[0])
+    return _assignment(waves, lengths, layout, cost, pool)
+
+
+def lock_step_bound(lengths: Sequence[int], layout: Layout, cost: CostModel, pool: Pool) -> LowerBound:
+    """A time that no plan of ranks that keep step can beat: all work spread evenly, or the longest sequence.
+
+    A sequence costs its ring at least min over d of d x T(s, d). A wave costs all ranks of its group the fixed time of a
+    micro-batch and holds their capacity, so with groups of g ranks at least ceil(tokens / (g x capacity)) waves are paid,
+    g times each. Faster ranks do more, so sums are divided by the speeds of all ranks together.
+
+    Raises:
+        SequenceTooLong: all ranks together cannot hold a sequence.
+    """
+    _check_lengths(lengths, layout, pool)
+    if not lengths:
+        return LowerBound(0.0, "nothing")
+    costs = Coefficients.of(cost, layout, 1.0)
+    distinct, numbers = np.unique(np.array(lengths, np.int64), return_counts=True)
+    together = np.array([_least(costs, length, len(pool), _largest_node(pool), True) for length in distinct])
+    alone = np.array([min(cost.whole_s(int(length)), least) for length, least in zip(distinct, together, strict=True)])
+    group = _group_size(layout, len(pool))
+    fixed_s = group * -(-sum(lengths) // (group * layout.capacity)) * cost.micro_batch_s
+    speeds = math.fsum(pool.speeds)
+    spread = (float(numbers @ together) + fixed_s) / speeds
+    unconstrained = (float(numbers @ alone) + cost.micro_batch_s) / speeds
+    longest = _least(costs, distinct[-1], len(pool), _largest_node(pool), False)
+    longest = (longest + cost.micro_batch_s) / max(pool.speeds)
+    if longest >= spread:
+        return LowerBound(longest, "longest sequence")
+    return LowerBound(spread, "work" if spread <= 1.01 * unconstrained else "memory")
+
+
+@compiled
+def _least(costs: Coefficients, length: int, ranks: int, node_size: int, together: bool) -> float:
+    """Seconds of a sequence on its best ring, of all members ``together`` or of each."""
+    recomputed = costs.keep_capacity == 0
+    first = (length + costs.capacity - 1) // costs.capacity
+    if together and first == 1:
+        return shared_s(costs, length, 1, 1, False, False, recomputed)  # sharing only adds to the work
+    least = np.inf
+    for ring in range(first, min(ranks, max(first, length)) + 1):
+        seconds = best_sharing(costs, length, ring, node_size, ring > node_size, recomputed)[0]
+        least = min(least, ring * seconds if together else seconds)
+    return least
+
+
+def _check_lengths(lengths: Sequence[int], layout: Layout, pool: Pool) -> None:
+    for sequence, length in enumerate(lengths):
+        if smallest_ring(length, layout.capacity) > len(pool):
+            raise SequenceTooLong(sequence, length, layout.capacity, len(pool))
+
+
+def _choices(lengths: Sequence[int], layout: Layout, cost: CostModel, pool: Pool) -> Iterator[Coefficients]:
+    """Costs with the whole capacity, and, where small micro-batches keep their activations, with as much as they may hold."""
+    costs = Coefficients.of(cost, layout, sum(map(cost.whole_s, lengths)))
+    yield costs if costs.keep_capacity == costs.capacity else costs._replace(keep_capacity=0)
+    if 0 < costs.keep_capacity < costs.capacity and max(lengths) <= costs.keep_capacity * len(pool):
+        yield costs._replace(capacity=costs.keep_capacity)
+
+
+def _search(
+    lengths: Sequence[int], layout: Layout, cost: CostModel, pool: Pool, costs: Coefficients
+) -> tuple[int, list[Wave]]:
+    """When the waves found end, in ticks, and the waves."""
+    descending = sorted(range(len(lengths)), key=lambda sequence: -lengths[sequence])
+    ordered = np.array([lengths[sequence] for sequence in descending], np.int64)
+    degrees = _degrees(ordered, costs.capacity, _blocks(layout, len(pool)))
+    ticks_NK = _table(costs, ordered, degrees, _largest_node(pool))
+    areas = (np.minimum(ticks_NK, NEVER // degrees) * degrees).min(1)
+    ranks = _ranks(layout, len(pool))
+    fastest, speeds = _speeds([pool.speeds[rank] for rank in ranks])
+    problem = Problem(
+        lengths=ordered,
+        degrees=degrees,
+        ticks_NK=ticks_NK,
+        areas=areas,
+        capacity=costs.capacity,
+        fixed=ticks(costs, cost.micro_batch_s),
+        blocks=np.array(_blocks(layout, len(pool)), np.int64),
+        speeds=speeds,
+    )
+    effort = max(1, _EFFORT // len(lengths))
+    end, waves = search(problem, int(areas.sum() * 1024 // speeds.sum()), effort)
+    end = int(end / fastest) if end < NEVER else end
+    if speeds.min() < 1024:  # where slow ranks are left out of rings nothing may fit, or too little
+        slowest = problem._replace(speeds=np.full_like(speeds, 1024))
+        even_end, even_waves = search(slowest, int(areas.sum() // len(pool)), effort)
+        even_end = int(even_end / min(pool.speeds))
+        if even_end < end:
+            end, waves = even_end, even_waves
+    return end, list(_waves(waves, descending, ranks))
+
+
+def _waves(found: Waves, descending: Sequence[int], ranks: Sequence[int]) -> Iterator[Wave]:
+    num_bins, num_waves = found.counts.tolist()
+    contents: list[list[int]] = [[] for _ in range(num_bins)]
+    for sequence, at in zip(descending, found.bin_of.tolist(), strict=True):
+        contents[at].append(sequence)
+    in_wave: list[list[int]] = [[] for _ in range(num_waves)]
+    for at, wave in enumerate(found.wave_of[:num_bins].tolist()):
+        if contents[at]:
+            in_wave[wave].append(at)
+    for wave, bins in enumerate(in_wave):
+        start, size = int(found.starts[wave]), int(found.sizes[wave])
+        slow = {ranks[found.slow_of[at]]: contents[at] for at in bins if found.slow_of[at] >= 0}
+        rings = [(int(found.degree_of[at]), contents[at]) for at in bins if found.slow_of[at] < 0]
+        yield Wave(tuple(ranks[start : start + size]), rings, slow)
+
+
+def _assignment(
+    waves: Sequence[Wave], lengths: Sequence[int], layout: Layout, cost: CostModel, pool: Pool
+) -> Assignment:
+    costs = Coefficients.of(cost, layout, 1.0)
+    in_groups = {rank for group in layout.lock_step_groups for rank in group}
+    micro_batches: list[list[MicroBatch]] = [[] for _ in range(len(pool))]
+    for wave in waves:
+        for rank, micro_batch in place(wave, lengths, layout, costs, pool).items():
+            step = len(micro_batches[rank]) if rank in in_groups else None
+            micro_batches[rank].append(replace(micro_batch, lock_step=step))
+    return tuple(map(tuple, micro_batches))
+
+
+def _ranks(layout: Layout, number: int) -> list[int]:
+    """All ranks, those of a group side by side."""
+    if _group_size(layout, number) == number:
+        return list(range(number))
+    return [rank for group in layout.lock_step_groups for rank in group]
+
+
+def _group_size(layout: Layout, number: int) -> int:
+    """Ranks of a group; where groups differ in size, all ranks keep step."""
+    groups = layout.lock_step_groups
+    if not groups:
+        return 1
+    sizes = {len(group) for group in groups}
+    return sizes.pop() if len(sizes) == 1 and len(groups) * len(groups[0]) == number else number
+
+
+def _blocks(layout: Layout, number: int) -> list[int]:
+    """Ranks of blocks, from all to one group, each a divisor of the one before."""
+    blocks = [number]
+    while blocks[-1] > _group_size(layout, number):
+        groups = blocks[-1] // _group_size(layout, number)
+        blocks.append(blocks[-1] // next(part for part in range(2, groups + 1) if groups % part == 0))
+    return blocks
+
+
+def _degrees(descending: Integers, capacity: int, blocks: Sequence[int]) -> Integers:
+    """Sizes that rings may have."""
+    number = blocks[0]
+    sizes = {*range(1, min(number, _EVERY_DEGREE) + 1), *blocks}
+    size = _EVERY_DEGREE
+    while (size := size + size // 12) < number:
+        sizes.add(size)
+    return np.array(sorted(sizes | {smallest_ring(length, capacity) for length in descending.tolist()}), np.int64)
+
+
+@compiled
+def _table(costs: Coefficients, lengths: Integers, degrees: Integers, node_size: int) -> Integers:
+    """Ticks of every member, by sequence and degree."""
+    ticks_NK = np.full((len(lengths), len(degrees)), NEVER, np.int64)
+    recomputed = costs.keep_capacity == 0
+    for i in range(len(lengths)):
+        length = lengths[i]
+        for k in range(len(degrees)):
+            degree = degrees[k]
+            least = (length + costs.capacity - 1) // costs.capacity
+            if degree < least or (degree > least and degree * _LEAST_SHARE > length):
+                continue
+            seconds, _, _ = best_sharing(costs, length, degree, node_size, degree > node_size, recomputed)
+            ticks_NK[i, k] = ticks(costs, seconds)
+    return ticks_NK
+
+
+def _speeds(speeds: Sequence[float]) -> tuple[float, Integers]:
+    """The speed of rings, and every rank's in 1024ths of it, at most 1024."""
+    whole = min(speed for speed in speeds if speed >= _SLOW * max(speeds))
+    return whole, np.array([min(1024, int(1024 * speed / whole)) for speed in speeds], np.int64)
+
+
+def _largest_node(pool: Pool) -> int:
+    return max(Counter(pool.nodes).values())
+
+
+__all__ = ["lock_step_bound", "plan_lock_step"]

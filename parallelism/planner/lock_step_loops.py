@@ -1,0 +1,361 @@
+"""The loops of the lock-step planner: waves of bins, found by a search over the durations of waves.
+
+Numbers, NumPy arrays and tuples only (``compiling``). A *bin* is a ring of some degree with the sequences that one micro-batch
+of it holds; a *wave* is what the ranks of a block run at once; a block is one group of ranks that keep step, or several
+neighbouring groups that rings join.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from evermesh.parallelism.planner.compiling import compiled
+
+Integers = npt.NDArray[np.int64]
+NEVER = 2**60
+"""Ticks of what is not allowed."""
+_CANDIDATES = 16
+_MULTIPLIER, _INCREMENT, _MODULUS = 1_103_515_245, 12_345, 2**31  # random numbers that are the same everywhere
+
+
+class Problem(NamedTuple):
+    """Of n sequences from long to short, and K degrees that rings may have, ascending."""
+
+    lengths: Integers
+    degrees: Integers
+    ticks_NK: Integers
+    """Of every member of a ring, without the fixed ticks of a micro-batch; ``NEVER``: not allowed."""
+    areas: Integers
+    """Least ticks of all members together."""
+    capacity: int
+    """Tokens of a member in a micro-batch."""
+    fixed: int
+    """Ticks of a micro-batch."""
+    blocks: Integers
+    """Ranks of a block at every level, falling: from all ranks to one group. Each divides the one before."""
+    speeds: Integers
+    """Of every rank, in 1024ths; those below are in no rings and get micro-batches of their own that end in time."""
+
+
+class Waves(NamedTuple):
+    """Where everything runs; arrays as long as there are sequences."""
+
+    bin_of: Integers
+    """Of every sequence."""
+    wave_of: Integers
+    """Of every bin."""
+    degree_of: Integers
+    """Of every bin."""
+    slow_of: Integers
+    """Of every bin, the slow rank that runs it; -1: any of the others."""
+    starts: Integers
+    """First rank of the block of every wave."""
+    sizes: Integers
+    """Ranks of the block of every wave."""
+    durations: Integers
+    """Ticks that were allowed to every wave: what the search changes."""
+    counts: Integers
+    """How many bins and waves there are."""
+
+
+@compiled
+def no_waves(number: int, slow: int) -> Waves:
+    """Room for the waves of so many sequences; a wave has bins for all slow ranks, also where these stay empty."""
+    bins = number * (1 + slow)
+    return Waves(
+        np.zeros(number, np.int64),
+        np.zeros(bins, np.int64),
+        np.zeros(bins, np.int64),
+        np.zeros(bins, np.int64),
+        np.zeros(number, np.int64),
+        np.zeros(number, np.int64),
+        np.zeros(number, np.int64),
+        np.zeros(2, np.int64),
+    )
+
+
+class _Bins(NamedTuple):
+    """The bins of one wave that is tried: degrees as indices, ticks left, tokens left; and which sequence is where."""
+
+    degrees: Integers
+    ticks: Integers
+    room: Integers
+    slow: Integers
+    placed: Integers
+    where: Integers
+
+
+@compiled
+def _open(bins: _Bins, at: int, degree: int, ticks: int, room: int, slow: int) -> None:
+    bins.degrees[at] = degree
+    bins.ticks[at] = ticks
+    bins.room[at] = room
+    bins.slow[at] = slow
+
+
+@compiled
+def _fill(
+    problem: Problem, taken: Integers, first: int, block: tuple[int, int], limit: int, bins: _Bins
+) -> tuple[int, int, int, int]:
+    """Fill a wave, longest first: a new ring as small as the limit of ticks allows, else where it costs the least area.
+
+    ``block`` is its first rank and how many it has. Returns how many sequences and bins the wave has, the ticks of its
+    longest ring, and the area of its sequences.
+    """
+    lengths, degrees, ticks_NK = problem.lengths, problem.degrees, problem.ticks_NK
+    start, free = block
+    number, used, least_left, area = 0, 0, limit, 0
+    for rank in range(start, start + free):
+        if problem.speeds[rank] < 1024:
+            left = (limit + problem.fixed) * problem.speeds[rank] // 1024 - problem.fixed
+            _open(bins, used, 0, left, problem.capacity, rank)
+            used += 1
+    free -= used
+    shortest = lengths[len(lengths) - 1]
+    for i in range(first, len(lengths)):
+        if taken[i]:
+            continue
+        best = -1
+        for k in range(len(degrees)):
+            if degrees[k] > free:
+                break
+            if ticks_NK[i, k] <= limit:
+                best = used
+                _open(bins, best, k, limit, problem.capacity, -1)
+                used += 1
+                free -= degrees[k]
+                break
+        if best < 0:
+            best_area, best_left, some_room = NEVER, NEVER, free > 0
+            for b in range(used):
+                k = bins.degrees[b]
+                degree = degrees[k]
+                some_room = some_room or (bins.room[b] * degree >= shortest and bins.ticks[b] > 0)
+                left = bins.ticks[b] - ticks_NK[i, k]
+                if left < 0 or (lengths[i] + degree - 1) // degree > bins.room[b]:
+                    continue
+                needed = degree * ticks_NK[i, k]
+                if needed < best_area or (needed == best_area and left < best_left):
+                    best, best_area, best_left = b, needed, left
+            if not some_room:
+                break
+            if best < 0:
+                continue
+        k = bins.degrees[best]
+        bins.ticks[best] -= ticks_NK[i, k]
+        bins.room[best] -= (lengths[i] + degrees[k] - 1) // degrees[k]
+        bins.placed[number] = i
+        bins.where[number] = best
+        number += 1
+        area += problem.areas[i]
+        if bins.slow[best] < 0:
+            least_left = min(least_left, bins.ticks[best])
+        else:
+            least_left = 0
+    return number, used, limit - least_left, area
+
+
+@compiled
+def _candidates(problem: Problem, first: int, ranks: int, budget: int, found: Integers) -> int:
+    """Limits of ticks worth trying for a wave whose longest sequence is ``first``; returns how many."""
+    number = 0
+    ticks, degrees = problem.ticks_NK[first], problem.degrees
+    low, high, least = -1, -1, NEVER
+    for k in range(len(degrees)):
+        if degrees[k] <= ranks and ticks[k] < least:
+            low = k if low < 0 else low
+            high, least = k, ticks[k]
+    if low >= 0:
+        steps = min(6, high - low)
+        for step in range(steps + 1):
+            limit = ticks[low + (high - low) * step // max(1, steps)]
+            if limit <= budget:
+                found[number] = limit
+                number += 1
+    full = problem.areas[first] * problem.capacity // problem.lengths[first]
+    for limit in (full, full * 3 // 4, budget, (budget - problem.fixed) // 2, (budget - 2 * problem.fixed) // 3):
+        if 0 < limit <= budget:
+            found[number] = limit
+            number += 1
+    return number
+
+
+@compiled
+def _fits(problem: Problem, sequence: int, ranks: int, limit: int) -> bool:
+    for k in range(len(problem.degrees)):
+        if problem.degrees[k] <= ranks and problem.ticks_NK[sequence, k] <= limit:
+            return True
+    return False
+
+
+@compiled
+def _best_limit(
+    problem: Problem, taken: Integers, first: int, block: tuple[int, int], budget: int, bins: _Bins, limits: Integers
+) -> int:
+    """The limit whose wave does most of the work that is necessary, per rank and tick."""
+    best, best_rate = -1, -1.0
+    for c in range(_candidates(problem, first, block[1], budget, limits)):
+        _, _, height, area = _fill(problem, taken, first, block, limits[c], bins)
+        rate = area / (block[1] * (height + problem.fixed))
+        if rate > best_rate:
+            best, best_rate = limits[c], rate
+    return best
+
+
+@compiled
+def _last_limit(
+    problem: Problem,
+    taken: Integers,
+    first: int,
+    block: tuple[int, int],
+    budget: int,
+    remaining: int,
+    bins: _Bins,
+    area: int,
+) -> int:
+    """The least limit, to a 256th, with which everything that remains fits one wave; -1 where it exceeds the budget."""
+    low, high, best, least = area // block[1], budget, -1, NEVER
+    number, _, height, _ = _fill(problem, taken, first, block, high, bins)
+    if number < remaining:
+        return -1
+    best, least, high = high, height, min(high, height)
+    while high - low > (high >> 8) + 1:
+        middle = (low + high) // 2
+        number, _, height, _ = _fill(problem, taken, first, block, middle, bins)
+        if number < remaining:
+            low = middle
+            continue
+        high = min(middle, height)
+        if height < least:
+            best, least = middle, height
+    return best
+
+
+@compiled
+def build(problem: Problem, target: int, wanted: Integers, waves: Waves) -> int:
+    """Put every sequence into waves that end within ``target`` ticks; returns when they end, ``NEVER`` where it fails.
+
+    Levels from wide to narrow: a block runs waves as long as the longest sequence left does not fit the next smaller block
+    within the target, always the block that is free first. Waves take the limits ``wanted``, as far as these go, then the
+    best of some.
+    """
+    n = len(problem.lengths)
+    group = problem.blocks[len(problem.blocks) - 1]
+    loads = np.zeros(problem.blocks[0] // group, np.int64)
+    taken = np.zeros(n, np.int64)
+    bins = _Bins(
+        np.zeros(problem.blocks[0], np.int64),
+        np.zeros(problem.blocks[0], np.int64),
+        np.zeros(problem.blocks[0], np.int64),
+        np.zeros(problem.blocks[0], np.int64),
+        np.zeros(n, np.int64),
+        np.zeros(n, np.int64),
+    )
+    limits = np.zeros(_CANDIDATES, np.int64)
+    num_bins, num_waves, first, remaining, level = 0, 0, 0, n, 0
+    tokens_left, area_left = problem.lengths.sum(), problem.areas.sum()
+    while remaining > 0:
+        while taken[first]:
+            first += 1
+        ranks = problem.blocks[level]
+        is_last_level = level + 1 == len(problem.blocks)
+        if not is_last_level and _fits(problem, first, problem.blocks[level + 1], target - problem.fixed):
+            level += 1
+            continue
+        per_block = ranks // group
+        free, load = 0, NEVER
+        for b in range(len(loads) // per_block):
+            latest = loads[b * per_block : (b + 1) * per_block].max()
+            if latest < load:
+                free, load = b, latest
+        block = (free * ranks, ranks)
+        budget = target - load - problem.fixed
+        limit = -1
+        if per_block == len(loads) and tokens_left <= ranks * problem.capacity:
+            limit = _last_limit(problem, taken, first, block, budget, remaining, bins, area_left)
+        if limit < 0 and num_waves < len(wanted):
+            limit = min(wanted[num_waves], budget)
+        if limit < 0:
+            limit = _best_limit(problem, taken, first, block, budget, bins, limits)
+        number, used, height, area = _fill(problem, taken, first, block, limit, bins)
+        if limit < 0 or number == 0:
+            return NEVER
+        for j in range(number):
+            i = bins.placed[j]
+            taken[i] = 1
+            tokens_left -= problem.lengths[i]
+            waves.bin_of[i] = num_bins + bins.where[j]
+        for b in range(used):
+            waves.wave_of[num_bins + b] = num_waves
+            waves.degree_of[num_bins + b] = problem.degrees[bins.degrees[b]]
+            waves.slow_of[num_bins + b] = bins.slow[b]
+        waves.starts[num_waves] = free * ranks
+        waves.sizes[num_waves] = ranks
+        waves.durations[num_waves] = limit
+        loads[free * per_block : (free + 1) * per_block] = load + height + problem.fixed
+        num_bins, num_waves = num_bins + used, num_waves + 1
+        remaining -= number
+        area_left -= area
+    waves.counts[0] = num_bins
+    waves.counts[1] = num_waves
+    return loads.max()
+
+
+@compiled
+def _keep(best: Waves, found: Waves) -> None:
+    best.bin_of[:] = found.bin_of
+    best.wave_of[:] = found.wave_of
+    best.degree_of[:] = found.degree_of
+    best.slow_of[:] = found.slow_of
+    best.starts[:] = found.starts
+    best.sizes[:] = found.sizes
+    best.durations[:] = found.durations
+    best.counts[:] = found.counts
+
+
+@compiled
+def search(problem: Problem, bound: int, effort: int) -> tuple[int, Waves]:
+    """Waves that end early, and when they do, in ticks; ``NEVER`` where none were found.
+
+    First the target falls by bisection between the bound and what was found; then the durations of the waves found are
+    changed at random, ``effort`` times, and what ends earlier is kept.
+    """
+    n = len(problem.lengths)
+    slow = (problem.speeds < 1024).sum()
+    best, found = no_waves(n, slow), no_waves(n, slow)
+    nothing = np.zeros(0, np.int64)
+    best_end = NEVER
+    for target in (bound + bound // 16, bound + bound // 4, 2 * bound, 8 * bound, NEVER // 4):
+        best_end = build(problem, target, nothing, found)
+        if best_end < NEVER:
+            _keep(best, found)
+            break
+    low = bound
+    for _ in range(6):
+        if best_end - low <= bound // 200:
+            break
+        target = (low + min(best_end, 3 * low)) // 2
+        end = build(problem, target, nothing, found)
+        if end < best_end:
+            best_end = end
+            _keep(best, found)
+        if end > target:
+            low = target
+    state = 1
+    for _ in range(effort):
+        if best_end - bound <= bound // 1000 or best_end >= NEVER:
+            break
+        count = best.counts[1]
+        wanted = best.durations[:count].copy()
+        for _ in range(2):
+            state = (state * _MULTIPLIER + _INCREMENT) % _MODULUS
+            wave = (state >> 8) % count
+            state = (state * _MULTIPLIER + _INCREMENT) % _MODULUS
+            change = (state >> 8) % 401 - 200  # thousandths
+            wanted[wave] += wanted[wave] // 1000 * change
+        end = build(problem, best_end - 1, wanted, found)
+        if end < best_end:
+            best_end = end
+            _keep(best, found)
+    return best_end, best
