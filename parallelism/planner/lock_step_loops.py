@@ -96,25 +96,29 @@ def _open(bins: _Bins, at: int, degree: int, ticks: int, room: int, slow: int) -
 
 @compiled
 def _fill(
-    problem: Problem, taken: Integers, first: int, block: tuple[int, int], limit: int, bins: _Bins
+    problem: Problem, taken: Integers, first: int, block: tuple[int, int], limit: int, everything: bool, bins: _Bins
 ) -> tuple[int, int, int, int]:
-    """Fill a wave, longest first: a new ring as small as the limit of ticks allows, else where it costs the least area.
+    """Fill a wave, longest first: a new ring as small as the limit of ticks allows, else where there is room.
 
-    ``block`` is its first rank and how many it has. Returns how many sequences and bins the wave has, the ticks of its
-    longest ring, and the area of its sequences.
+    The smallest rings, which are the last to be opened, take turns; in larger ones a sequence goes where it costs the least
+    area. Where much does not fit, some of what comes next is passed over; with ``everything``, the first that does not fit
+    is the end. ``block`` is its first rank and how many it has. Returns how many sequences and bins the wave has, the ticks
+    of its longest ring, and the area of its sequences.
     """
     lengths, degrees, ticks_NK = problem.lengths, problem.degrees, problem.ticks_NK
+    number, used, least_left, area, turn, step = 0, 0, limit, 0, 0, 1
     start, free = block
-    number, used, least_left, area = 0, 0, limit, 0
     for rank in range(start, start + free):
         if problem.speeds[rank] < 1024:
             left = (limit + problem.fixed) * problem.speeds[rank] // 1024 - problem.fixed
             _open(bins, used, 0, left, problem.capacity, rank)
             used += 1
     free -= used
-    shortest = lengths[len(lengths) - 1]
-    for i in range(first, len(lengths)):
+    i = first - 1
+    while i + step < len(lengths):
+        i += step
         if taken[i]:
+            step = 1
             continue
         best = -1
         for k in range(len(degrees)):
@@ -126,22 +130,25 @@ def _fill(
                 used += 1
                 free -= degrees[k]
                 break
-        if best < 0:
-            best_area, best_left, some_room = NEVER, NEVER, free > 0
-            for b in range(used):
+        if best < 0 and used > 0:
+            best_area, smallest = NEVER, bins.degrees[used - 1]
+            b = turn if turn < used else 0
+            for _ in range(used):
+                b = b - 1 if b > 0 else used - 1
                 k = bins.degrees[b]
-                degree = degrees[k]
-                some_room = some_room or (bins.room[b] * degree >= shortest and bins.ticks[b] > 0)
-                left = bins.ticks[b] - ticks_NK[i, k]
-                if left < 0 or (lengths[i] + degree - 1) // degree > bins.room[b]:
+                if ticks_NK[i, k] > bins.ticks[b] or (lengths[i] - 1) // degrees[k] >= bins.room[b]:
                     continue
-                needed = degree * ticks_NK[i, k]
-                if needed < best_area or (needed == best_area and left < best_left):
-                    best, best_area, best_left = b, needed, left
-            if not some_room:
+                if degrees[k] * ticks_NK[i, k] < best_area:
+                    best, best_area = b, degrees[k] * ticks_NK[i, k]
+                if k == smallest:
+                    best = turn = b
+                    break
+        if best < 0:
+            if everything:
                 break
-            if best < 0:
-                continue
+            step += 1 + step // 8
+            continue
+        step = 1
         k = bins.degrees[best]
         bins.ticks[best] -= ticks_NK[i, k]
         bins.room[best] -= (lengths[i] + degrees[k] - 1) // degrees[k]
@@ -149,10 +156,7 @@ def _fill(
         bins.where[number] = best
         number += 1
         area += problem.areas[i]
-        if bins.slow[best] < 0:
-            least_left = min(least_left, bins.ticks[best])
-        else:
-            least_left = 0
+        least_left = min(least_left, bins.ticks[best]) if bins.slow[best] < 0 else 0
     return number, used, limit - least_left, area
 
 
@@ -175,7 +179,7 @@ def _candidates(problem: Problem, first: int, ranks: int, budget: int, found: In
                 number += 1
     full = problem.areas[first] * problem.capacity // problem.lengths[first]
     for limit in (full, full * 3 // 4, budget, (budget - problem.fixed) // 2, (budget - 2 * problem.fixed) // 3):
-        if 0 < limit <= budget:
+        if least <= limit <= budget:
             found[number] = limit
             number += 1
     return number
@@ -196,7 +200,7 @@ def _best_limit(
     """The limit whose wave does most of the work that is necessary, per rank and tick."""
     best, best_rate = -1, -1.0
     for c in range(_candidates(problem, first, block[1], budget, limits)):
-        _, _, height, area = _fill(problem, taken, first, block, limits[c], bins)
+        _, _, height, area = _fill(problem, taken, first, block, limits[c], False, bins)
         rate = area / (block[1] * (height + problem.fixed))
         if rate > best_rate:
             best, best_rate = limits[c], rate
@@ -216,13 +220,13 @@ def _last_limit(
 ) -> int:
     """The least limit, to a 256th, with which everything that remains fits one wave; -1 where it exceeds the budget."""
     low, high, best, least = area // block[1], budget, -1, NEVER
-    number, _, height, _ = _fill(problem, taken, first, block, high, bins)
+    number, _, height, _ = _fill(problem, taken, first, block, high, True, bins)
     if number < remaining:
         return -1
     best, least, high = high, height, min(high, height)
     while high - low > (high >> 8) + 1:
         middle = (low + high) // 2
-        number, _, height, _ = _fill(problem, taken, first, block, middle, bins)
+        number, _, height, _ = _fill(problem, taken, first, block, middle, True, bins)
         if number < remaining:
             low = middle
             continue
@@ -278,7 +282,7 @@ def build(problem: Problem, target: int, wanted: Integers, waves: Waves) -> int:
             limit = min(wanted[num_waves], budget)
         if limit < 0:
             limit = _best_limit(problem, taken, first, block, budget, bins, limits)
-        number, used, height, area = _fill(problem, taken, first, block, limit, bins)
+        number, used, height, area = _fill(problem, taken, first, block, limit, False, bins)
         if limit < 0 or number == 0:
             return NEVER
         for j in range(number):
