@@ -20,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
+import numpy.typing as npt
 
 from evermesh.parallelism.batch_plan import MicroBatch
 from evermesh.parallelism.cost import CostModel
@@ -33,6 +34,7 @@ from evermesh.parallelism.planner.lock_step_places import Wave, place
 from evermesh.parallelism.planner.waves import Assignment
 from evermesh.parallelism.pool import Pool
 
+Seconds = npt.NDArray[np.float64]
 _EFFORT = 30_000
 """Sequences placed while durations are changed; some 0.1 s with 512 ranks."""
 _EVERY_DEGREE = 16
@@ -58,11 +60,16 @@ def plan_lock_step(lengths: Sequence[int], layout: Layout, cost: CostModel, pool
 
 
 def lock_step_bound(lengths: Sequence[int], layout: Layout, cost: CostModel, pool: Pool) -> LowerBound:
-    """A time that no plan of ranks that keep step can beat: all work spread evenly, or the longest sequence.
+    """A time that no plan of ranks that keep step can beat: all work spread evenly, or what the longest sequence needs.
 
-    A sequence costs its ring at least min over d of d x T(s, d). A wave costs all ranks of its group the fixed time of a
-    micro-batch and holds their capacity, so with groups of g ranks at least ceil(tokens / (g x capacity)) waves are paid,
-    g times each. Faster ranks do more, so sums are divided by the speeds of all ranks together.
+    - Work: a sequence costs its ring at least min over d of d x T(s, d). A wave costs all ranks of its group the fixed time
+      of a micro-batch and holds their capacity, so with groups of g ranks at least ceil(tokens / (g x capacity)) waves
+      are paid, g times each.
+    - The longest sequence takes its time on its best ring. On a ring of d ranks it keeps all ranks of the ceil(d / g) groups
+      busy or waiting for as long; the other ranks of these hold no more than their capacity, at best the sequences with
+      most work per token. What they must wait is added to the work, for the d with which the sum is least.
+
+    Where ranks differ in speed, sums are divided by all speeds together, and waiting is left out.
 
     Raises:
         SequenceTooLong: all ranks together cannot hold a sequence.
@@ -72,18 +79,53 @@ def lock_step_bound(lengths: Sequence[int], layout: Layout, cost: CostModel, poo
         return LowerBound(0.0, "nothing")
     costs = Coefficients.of(cost, layout, 1.0)
     distinct, numbers = np.unique(np.array(lengths, np.int64), return_counts=True)
-    together = np.array([_least(costs, length, len(pool), _largest_node(pool), True) for length in distinct])
-    alone = np.array([min(cost.whole_s(int(length)), least) for length, least in zip(distinct, together, strict=True)])
-    group = _group_size(layout, len(pool))
-    fixed_s = group * -(-sum(lengths) // (group * layout.capacity)) * cost.micro_batch_s
+    node_size, group, ranks = _largest_node(pool), _group_size(layout, len(pool)), len(pool)
+    work_s = np.array([_least(costs, length, ranks, node_size, True) for length in distinct])
+    tokens = sum(lengths)
+    fixed_s = group * -(-tokens // (group * layout.capacity)) * cost.micro_batch_s
     speeds = math.fsum(pool.speeds)
-    spread = (float(numbers @ together) + fixed_s) / speeds
-    unconstrained = (float(numbers @ alone) + cost.micro_batch_s) / speeds
-    longest = _least(costs, distinct[-1], len(pool), _largest_node(pool), False)
-    longest = (longest + cost.micro_batch_s) / max(pool.speeds)
-    if longest >= spread:
-        return LowerBound(longest, "longest sequence")
-    return LowerBound(spread, "work" if spread <= 1.01 * unconstrained else "memory")
+    spread_s = (float(numbers @ work_s) + fixed_s) / speeds
+    alone_s = cost.micro_batch_s + _least(costs, distinct[-1], ranks, node_size, False)
+    longest_s = alone_s / max(pool.speeds)
+    if min(pool.speeds) == max(pool.speeds):
+        numbers[-1] -= 1
+        waiting_s = _least_waiting(costs, distinct, numbers, work_s, ranks, node_size, group)
+        longest_s = max(longest_s, spread_s + waiting_s / speeds)
+    if longest_s > 1.01 * spread_s:
+        return LowerBound(longest_s, "longest sequence")
+    whole_s = np.array([min(cost.whole_s(int(length)), least) for length, least in zip(distinct, work_s, strict=True)])
+    numbers[-1] += min(pool.speeds) == max(pool.speeds)
+    unconstrained_s = (float(numbers @ whole_s) + cost.micro_batch_s) / speeds
+    return LowerBound(max(spread_s, longest_s), "work" if spread_s <= 1.01 * unconstrained_s else "memory")
+
+
+@compiled
+def _least_waiting(
+    costs: Coefficients,
+    distinct: Integers,
+    numbers: Integers,
+    work_s: Seconds,
+    ranks: int,
+    node_size: int,
+    group: int,
+) -> float:
+    """Seconds that ranks together wait for the longest sequence at least; ``numbers`` are of what may run beside it."""
+    length, recomputed = distinct[len(distinct) - 1], costs.keep_capacity == 0
+    by_intensity = np.argsort(-(work_s / distinct), kind="mergesort")
+    least = np.inf
+    for ring in range((length + costs.capacity - 1) // costs.capacity, min(ranks, length) + 1):
+        seconds = best_sharing(costs, length, ring, node_size, ring > node_size, recomputed)[0]
+        block = (ring + group - 1) // group * group
+        room, beside_s = (block - ring) * costs.capacity, 0.0
+        for i in by_intensity:
+            held = min(room, numbers[i] * distinct[i])
+            beside_s += work_s[i] / distinct[i] * held
+            room -= held
+            if room == 0:
+                break
+        beside_s = min(beside_s, (block - ring) * seconds)
+        least = min(least, block * seconds - beside_s - work_s[len(work_s) - 1])
+    return max(0.0, least)
 
 
 @compiled
