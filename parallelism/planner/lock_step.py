@@ -175,6 +175,7 @@ def _search(
         capacity=costs.capacity,
         fixed=ticks(costs, cost.micro_batch_s),
         blocks=np.array(_blocks(layout, len(pool)), np.int64),
+        smallest=0,
         speeds=speeds,
     )
     effort = max(1, _EFFORT // len(lengths))

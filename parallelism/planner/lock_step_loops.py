@@ -1,8 +1,8 @@
 """The loops of the lock-step planner: waves of bins, found by a search over the durations of waves.
 
-Numbers, NumPy arrays and tuples only (``compiling``). A *bin* is a ring of some degree with the sequences that one micro-batch
-of it holds; a *wave* is what the ranks of a block run at once; a block is one group of ranks that keep step, or several
-neighbouring groups that rings join.
+Numbers, NumPy arrays and tuples only (``compiling``). A *bin* is a ring of some degree with the sequences that one
+micro-batch of it holds. A *wave* is what the ranks of a block run at once. A *block* is one group of ranks that keep step,
+or several neighbouring groups that rings join.
 """
 
 from typing import NamedTuple
@@ -16,6 +16,8 @@ Integers = npt.NDArray[np.int64]
 NEVER = 2**60
 """Ticks of what is not allowed."""
 _CANDIDATES = 16
+_SMALLEST = 3
+"""Degrees tried as the smallest."""
 _MULTIPLIER, _INCREMENT, _MODULUS = 1_103_515_245, 12_345, 2**31  # random numbers that are the same everywhere
 
 
@@ -34,6 +36,8 @@ class Problem(NamedTuple):
     """Ticks of a micro-batch."""
     blocks: Integers
     """Ranks of a block at every level, falling: from all ranks to one group. Each divides the one before."""
+    smallest: int
+    """Index of the smallest degree that new rings get, where it does."""
     speeds: Integers
     """Of every rank, in 1024ths; those below are in no rings and get micro-batches of their own that end in time."""
 
@@ -95,6 +99,20 @@ def _open(bins: _Bins, at: int, degree: int, ticks: int, room: int, slow: int) -
 
 
 @compiled
+def _degree(problem: Problem, sequence: int, free: int, limit: int) -> int:
+    """Index of the smallest ring within the limit of ticks that the free ranks can form; -1: none."""
+    for k in range(problem.smallest, len(problem.degrees)):
+        if problem.degrees[k] > free:
+            break
+        if problem.ticks_NK[sequence, k] <= limit:
+            return k
+    for k in range(problem.smallest):
+        if problem.degrees[k] <= free and problem.ticks_NK[sequence, k] <= limit:
+            return k
+    return -1
+
+
+@compiled
 def _fill(
     problem: Problem, taken: Integers, first: int, block: tuple[int, int], limit: int, everything: bool, bins: _Bins
 ) -> tuple[int, int, int, int]:
@@ -120,16 +138,12 @@ def _fill(
         if taken[i]:
             step = 1
             continue
-        best = -1
-        for k in range(len(degrees)):
-            if degrees[k] > free:
-                break
-            if ticks_NK[i, k] <= limit:
-                best = used
-                _open(bins, best, k, limit, problem.capacity, -1)
-                used += 1
-                free -= degrees[k]
-                break
+        best, k = -1, _degree(problem, i, free, limit)
+        if k >= 0:
+            best = used
+            _open(bins, best, k, limit, problem.capacity, -1)
+            used += 1
+            free -= degrees[k]
         if best < 0 and used > 0:
             best_area, smallest = NEVER, bins.degrees[used - 1]
             b = turn if turn < used else 0
@@ -183,14 +197,6 @@ def _candidates(problem: Problem, first: int, ranks: int, budget: int, found: In
             found[number] = limit
             number += 1
     return number
-
-
-@compiled
-def _fits(problem: Problem, sequence: int, ranks: int, limit: int) -> bool:
-    for k in range(len(problem.degrees)):
-        if problem.degrees[k] <= ranks and problem.ticks_NK[sequence, k] <= limit:
-            return True
-    return False
 
 
 @compiled
@@ -264,7 +270,7 @@ def build(problem: Problem, target: int, wanted: Integers, waves: Waves) -> int:
             first += 1
         ranks = problem.blocks[level]
         is_last_level = level + 1 == len(problem.blocks)
-        if not is_last_level and _fits(problem, first, problem.blocks[level + 1], target - problem.fixed):
+        if not is_last_level and _degree(problem, first, problem.blocks[level + 1], target - problem.fixed) >= 0:
             level += 1
             continue
         per_block = ranks // group
@@ -319,33 +325,64 @@ def _keep(best: Waves, found: Waves) -> None:
 
 
 @compiled
-def search(problem: Problem, bound: int, effort: int) -> tuple[int, Waves]:
-    """Waves that end early, and when they do, in ticks; ``NEVER`` where none were found.
+def _with_smallest(problem: Problem, smallest: int) -> Problem:
+    return Problem(
+        problem.lengths,
+        problem.degrees,
+        problem.ticks_NK,
+        problem.areas,
+        problem.capacity,
+        problem.fixed,
+        problem.blocks,
+        smallest,
+        problem.speeds,
+    )
 
-    First the target falls by bisection between the bound and what was found; then the durations of the waves found are
-    changed at random, ``effort`` times, and what ends earlier is kept.
-    """
-    n = len(problem.lengths)
-    slow = (problem.speeds < 1024).sum()
-    best, found = no_waves(n, slow), no_waves(n, slow)
+
+@compiled
+def _lower_target(problem: Problem, bound: int, best_end: int, best: Waves, found: Waves) -> int:
+    """Let the target fall by bisection between the bound and what was found; returns when ``best`` ends then."""
     nothing = np.zeros(0, np.int64)
-    best_end = NEVER
+    first = NEVER
     for target in (bound + bound // 16, bound + bound // 4, 2 * bound, 8 * bound, NEVER // 4):
-        best_end = build(problem, target, nothing, found)
-        if best_end < NEVER:
-            _keep(best, found)
+        first = build(problem, target, nothing, found)
+        if first < NEVER:
             break
+    if first < best_end:
+        best_end = first
+        _keep(best, found)
     low = bound
     for _ in range(6):
-        if best_end - low <= bound // 200:
-            break
         target = (low + min(best_end, 3 * low)) // 2
+        if best_end - low <= bound // 200 or first >= NEVER:
+            break
         end = build(problem, target, nothing, found)
         if end < best_end:
             best_end = end
             _keep(best, found)
         if end > target:
             low = target
+    return best_end
+
+
+@compiled
+def search(problem: Problem, bound: int, effort: int) -> tuple[int, Waves]:
+    """Waves that end early, and when they do, in ticks; ``NEVER`` where none were found.
+
+    First the target falls, with rings as small as can be, then with somewhat larger ones, which are easier to fill. Then the
+    durations of the waves found are changed at random, ``effort`` times, and what ends earlier is kept.
+    """
+    n = len(problem.lengths)
+    slow = (problem.speeds < 1024).sum()
+    best, found = no_waves(n, slow), no_waves(n, slow)
+    best_end, chosen = NEVER, problem
+    for smallest in range(min(_SMALLEST, len(problem.degrees), 1 + effort // 10)):
+        if best_end - bound <= bound // 128:
+            break
+        tried = _with_smallest(problem, smallest)
+        end = _lower_target(tried, bound, best_end, best, found)
+        if end < best_end:
+            best_end, chosen = end, tried
     state = 1
     for _ in range(effort):
         if best_end - bound <= bound // 1000 or best_end >= NEVER:
@@ -356,10 +393,13 @@ def search(problem: Problem, bound: int, effort: int) -> tuple[int, Waves]:
             state = (state * _MULTIPLIER + _INCREMENT) % _MODULUS
             wave = (state >> 8) % count
             state = (state * _MULTIPLIER + _INCREMENT) % _MODULUS
-            change = (state >> 8) % 401 - 200  # thousandths
-            wanted[wave] += wanted[wave] // 1000 * change
-        end = build(problem, best_end - 1, wanted, found)
+            widest = 200 if (state >> 20) % 2 else 700  # thousandths
+            wanted[wave] += wanted[wave] // 1000 * ((state >> 8) % (2 * widest + 1) - widest)
+        end = build(chosen, best_end - 1, wanted, found)
         if end < best_end:
             best_end = end
             _keep(best, found)
     return best_end, best
+
+
+__all__ = ["NEVER", "Integers", "Problem", "Waves", "search"]

@@ -50,9 +50,24 @@ def check(plan: Sequence[MicroBatch], lengths: Sequence[int]) -> None:
 
 
 def bound_ms(lengths: Sequence[int]) -> float:
-    """No plan under these rules is faster: all work at its least, spread evenly, and as few micro-batches as memory allows."""
-    least = [min(size * sequence_ms(length, size) for size in SIZES if fits(length, size)) for length in lengths]
-    return fewest_micro_batches(lengths) * FIXED_MS + sum(least) / GPUS
+    """No plan under these rules is faster: fixed times, all work at its least, and waiting for the longest sequence.
+
+    The work is spread evenly over as few micro-batches as memory allows. While a group runs the longest sequence, the
+    other GPUs hold no more than their memory does, at best the sequences with most work per token; the rest of that time
+    they wait.
+    """
+    ordered = sorted(lengths, reverse=True)
+    least = [min(size * sequence_ms(length, size) for size in SIZES if fits(length, size)) for length in ordered]
+    beside = sorted(zip(least[1:], ordered[1:], strict=True), key=lambda one: one[0] / one[1], reverse=True)
+    waiting = math.inf
+    for size in (size for size in SIZES if fits(ordered[0], size)):
+        room, work = (GPUS - size) * CAPACITY, 0.0
+        for work_ms, length in beside:
+            held = min(room, length)
+            work, room = work + work_ms * held / length, room - held
+        alone = sequence_ms(ordered[0], size)
+        waiting = min(waiting, GPUS * alone - least[0] - min(work, (GPUS - size) * alone))
+    return fewest_micro_batches(lengths) * FIXED_MS + (sum(least) + max(0.0, waiting)) / GPUS
 
 
 def fits(length: int, size: int) -> bool:
@@ -66,10 +81,10 @@ def fewest_micro_batches(lengths: Sequence[int]) -> int:
 
 
 def static_plan(lengths: Sequence[int], size: int = GPUS) -> list[MicroBatch] | None:
-    """One size for all groups and micro-batches, the fewest into which best-fit packing succeeds; None if none fits."""
+    """One size for all groups and micro-batches, the fewest into which everything goes; None if it does not."""
     fewest = fewest_micro_batches(lengths)
     for number in range(fewest, fewest + MORE_MICRO_BATCHES):
-        plan = [_best_fit(chunk, size) for chunk in chunks(lengths, number)]
+        plan = [_emptiest_fit(chunk, size) for chunk in chunks(lengths, number)]
         if all(plan):
             return [groups for groups in plan if groups]
     return None
@@ -79,13 +94,13 @@ def adaptive_plan(lengths: Sequence[int]) -> list[MicroBatch]:
     """The paper's "BatchAda": the best single size for this batch, over numbers of micro-batches too."""
     fewest, plans = fewest_micro_batches(lengths), []
     for size, number in itertools.product(SIZES, range(fewest, fewest + MORE_MICRO_BATCHES)):
-        plan = [_best_fit(chunk, size) for chunk in chunks(lengths, number)]
+        plan = [_emptiest_fit(chunk, size) for chunk in chunks(lengths, number)]
         plans += [[groups for groups in plan if groups]] if all(plan) else []
     return min(plans, key=lambda plan: sum(map(micro_batch_ms, plan)))
 
 
-def _best_fit(lengths: Sequence[int], size: int) -> MicroBatch | None:
-    """Best-fit decreasing into the groups of one size; of all that have room, the one with fewest tokens where none is full."""
+def _emptiest_fit(lengths: Sequence[int], size: int) -> MicroBatch | None:
+    """From long to short into the group of one size that has most room; None where none has enough."""
     groups: list[list[int]] = [[] for _ in range(GPUS // size)]
     for length in sorted(lengths, reverse=True):
         fitting = [group for group in groups if sum(group) + length <= size * CAPACITY]
