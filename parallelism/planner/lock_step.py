@@ -40,7 +40,9 @@ _EFFORT = 30_000
 _EVERY_DEGREE = 16
 """Up to so many ranks rings may have any size; above, sizes grow by a twelfth, beside those that memory asks for."""
 _LEAST_SHARE = 64
-"""Tokens; no ring gives its members fewer, but where memory asks for the ring."""
+"""Tokens that rings of large capacities give their members at least, but where memory asks for the ring."""
+_ALMOST_NEVER = 2.0**58
+"""Ticks; no sum of times is as long."""
 _SLOW = 0.95
 """Ranks below this part of the fastest rank's speed are slow: they run no rings, where everything fits without them."""
 
@@ -158,36 +160,39 @@ def _choices(lengths: Sequence[int], layout: Layout, cost: CostModel, pool: Pool
 
 def _search(
     lengths: Sequence[int], layout: Layout, cost: CostModel, pool: Pool, costs: Coefficients
-) -> tuple[int, list[Wave]]:
-    """When the waves found end, in ticks, and the waves."""
+) -> tuple[float, list[Wave]]:
+    """When the waves found end, in seconds, and the waves."""
     descending = sorted(range(len(lengths)), key=lambda sequence: -lengths[sequence])
     ordered = np.array([lengths[sequence] for sequence in descending], np.int64)
-    degrees = _degrees(ordered, costs.capacity, _blocks(layout, len(pool)))
-    ticks_NK = _table(costs, ordered, degrees, _largest_node(pool))
-    areas = (np.minimum(ticks_NK, NEVER // degrees) * degrees).min(1)
-    ranks = _ranks(layout, len(pool))
+    blocks, ranks = _blocks(layout, len(pool)), _ranks(layout, len(pool))
+    degrees = _degrees(ordered, costs.capacity, blocks)
+    seconds_NK = _table(costs, ordered, degrees, _largest_node(pool))
+    areas_s = (seconds_NK * degrees).min(1)
+    total_s = float(areas_s.sum()) + len(lengths) * cost.micro_batch_s
+    costs = costs._replace(ticks_per_s=2.0 ** (50 - math.frexp(total_s)[1]))
+    ticks_NK = (np.minimum(seconds_NK * costs.ticks_per_s, _ALMOST_NEVER) + 0.5).astype(np.int64)
+    ticks_NK[ticks_NK >= _ALMOST_NEVER] = NEVER
     fastest, speeds = _speeds([pool.speeds[rank] for rank in ranks])
     problem = Problem(
         lengths=ordered,
         degrees=degrees,
         ticks_NK=ticks_NK,
-        areas=areas,
+        areas=(areas_s * costs.ticks_per_s + 0.5).astype(np.int64),
         capacity=costs.capacity,
         fixed=ticks(costs, cost.micro_batch_s),
-        blocks=np.array(_blocks(layout, len(pool)), np.int64),
+        blocks=np.array(blocks, np.int64),
         smallest=0,
         speeds=speeds,
     )
     effort = max(1, _EFFORT // len(lengths))
-    end, waves = search(problem, int(areas.sum() * 1024 // speeds.sum()), effort)
-    end = int(end / fastest) if end < NEVER else end
+    end, waves = search(problem, int(problem.areas.sum() * 1024 // speeds.sum()), effort)
+    end_s = end / fastest / costs.ticks_per_s
     if speeds.min() < 1024:  # where slow ranks are left out of rings nothing may fit, or too little
-        slowest = problem._replace(speeds=np.full_like(speeds, 1024))
-        even_end, even_waves = search(slowest, int(areas.sum() // len(pool)), effort)
-        even_end = int(even_end / min(pool.speeds))
-        if even_end < end:
-            end, waves = even_end, even_waves
-    return end, list(_waves(waves, descending, ranks))
+        even = problem._replace(speeds=np.full_like(speeds, 1024))
+        end, even_waves = search(even, int(problem.areas.sum() // len(pool)), effort)
+        if end / min(pool.speeds) / costs.ticks_per_s < end_s:
+            end_s, waves = end / min(pool.speeds) / costs.ticks_per_s, even_waves
+    return end_s, list(_waves(waves, descending, ranks))
 
 
 def _waves(found: Waves, descending: Sequence[int], ranks: Sequence[int]) -> Iterator[Wave]:
@@ -255,20 +260,20 @@ def _degrees(descending: Integers, capacity: int, blocks: Sequence[int]) -> Inte
 
 
 @compiled
-def _table(costs: Coefficients, lengths: Integers, degrees: Integers, node_size: int) -> Integers:
-    """Ticks of every member, by sequence and degree."""
-    ticks_NK = np.full((len(lengths), len(degrees)), NEVER, np.int64)
+def _table(costs: Coefficients, lengths: Integers, degrees: Integers, node_size: int) -> Seconds:
+    """Seconds of every member, by sequence and degree; infinite where a ring is too small or large."""
+    seconds_NK = np.full((len(lengths), len(degrees)), np.inf)
     recomputed = costs.keep_capacity == 0
+    share = max(1, min(_LEAST_SHARE, costs.capacity // 32))
     for i in range(len(lengths)):
         length = lengths[i]
         for k in range(len(degrees)):
             degree = degrees[k]
             least = (length + costs.capacity - 1) // costs.capacity
-            if degree < least or (degree > least and degree * _LEAST_SHARE > length):
+            if degree < least or (degree > least and degree * share > length):
                 continue
-            seconds, _, _ = best_sharing(costs, length, degree, node_size, degree > node_size, recomputed)
-            ticks_NK[i, k] = ticks(costs, seconds)
-    return ticks_NK
+            seconds_NK[i, k] = best_sharing(costs, length, degree, node_size, degree > node_size, recomputed)[0]
+    return seconds_NK
 
 
 def _speeds(speeds: Sequence[float]) -> tuple[float, Integers]:

@@ -1,7 +1,7 @@
-"""Megatron Core's scheduler for hybrid context parallelism, run as released, and the times of anybody's plans.
+"""Megatron Core's scheduler for hybrid context parallelism, run as released.
 
-``pip install -e ".[bench]"`` installs it: a small wheel for Linux that needs torch, NumPy and packaging only. EVERMESH_MEGATRON
-may name a folder with the unpacked wheel instead. Without it its rows are left out.
+``pip install -e ".[bench]"`` installs it: a small wheel for Linux that needs torch, NumPy and packaging only.
+EVERMESH_MEGATRON may name a folder with the unpacked wheel instead. Without it its rows are left out.
 """
 
 import importlib
@@ -16,8 +16,6 @@ from evermesh.parallelism import CostModel, Layout
 from evermesh.parallelism.batch_plan import MicroBatch, Piece
 from evermesh.parallelism.errors import PlanInvalid
 from evermesh.parallelism.pieces import share_of
-from evermesh.parallelism.pipeline.simulator import replay, run_together, stage_seconds
-from evermesh.parallelism.planner.waves import Assignment
 from evermesh.parallelism.pool import Pool
 from evermesh.parallelism.simulator import micro_batch_s
 
@@ -99,13 +97,4 @@ def phases_s(phases: Phases, lengths: Sequence[int], cost: CostModel, pool: Pool
     )
 
 
-def lock_step_s(assignment: Assignment, lengths: Sequence[int], layout: Layout, cost: CostModel, pool: Pool) -> float:
-    """Seconds until the last rank of a plan in waves is done, with the links and speeds of a pool; without pipeline."""
-    seconds = [
-        [[stage_seconds(micro_batch_s(one, lengths, cost, pool) / pool.speeds[rank], one)] for one in micro_batches]
-        for rank, micro_batches in enumerate(assignment)
-    ]
-    return replay(layout.pipeline, seconds, run_together(assignment, layout)).makespan_s
-
-
-__all__ = ["lock_step_s", "megatron_phases", "megatron_scheduler", "phases_s"]
+__all__ = ["megatron_phases", "megatron_scheduler", "phases_s"]
