@@ -17,7 +17,7 @@ is a pure function of the arguments: times are integer ticks, ties break by inde
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -152,7 +152,7 @@ def _check_lengths(lengths: Sequence[int], layout: Layout, pool: Pool) -> None:
 
 def _choices(lengths: Sequence[int], layout: Layout, cost: CostModel, pool: Pool) -> Iterator[Coefficients]:
     """Costs with the whole capacity, and, where small micro-batches keep their activations, with as much as they may hold."""
-    costs = Coefficients.of(cost, layout, sum(map(cost.whole_s, lengths)))
+    costs = Coefficients.of(cost, layout, 1.0)
     yield costs if costs.keep_capacity == costs.capacity else costs._replace(keep_capacity=0)
     if 0 < costs.keep_capacity < costs.capacity and max(lengths) <= costs.keep_capacity * len(pool):
         yield costs._replace(capacity=costs.keep_capacity)
@@ -192,6 +192,7 @@ def _search(
         end, even_waves = search(even, int(problem.areas.sum() // len(pool)), effort)
         if end / min(pool.speeds) / costs.ticks_per_s < end_s:
             end_s, waves = end / min(pool.speeds) / costs.ticks_per_s, even_waves
+    assert waves.counts[1] > 0, "no waves were found"
     return end_s, list(_waves(waves, descending, ranks))
 
 
@@ -218,9 +219,12 @@ def _assignment(
     in_groups = {rank for group in layout.lock_step_groups for rank in group}
     micro_batches: list[list[MicroBatch]] = [[] for _ in range(len(pool))]
     for wave in waves:
-        for rank, micro_batch in place(wave, lengths, layout, costs, pool).items():
+        placed = place(wave, lengths, layout, costs, pool)
+        choice: Literal["none", "block"] = "none" if placed.keeps else "block"
+        offload = 0.0 if placed.keeps else layout.offload
+        for rank, pieces in placed.pieces.items():
             step = len(micro_batches[rank]) if rank in in_groups else None
-            micro_batches[rank].append(replace(micro_batch, lock_step=step))
+            micro_batches[rank].append(MicroBatch(pieces, choice, offload, step))
     return tuple(map(tuple, micro_batches))
 
 

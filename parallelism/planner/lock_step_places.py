@@ -2,10 +2,10 @@
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from evermesh.parallelism.batch_plan import MicroBatch, Piece
+from evermesh.parallelism.batch_plan import Piece
 from evermesh.parallelism.layout import Layout
 from evermesh.parallelism.pieces import share_of
 from evermesh.parallelism.planner.costs import Coefficients, best_sharing, is_recomputed
@@ -19,16 +19,22 @@ class Wave(NamedTuple):
     """Of the block."""
     rings: Sequence[tuple[int, Sequence[int]]]
     """Number of members, and the sequences of their micro-batch."""
-    slow: dict[int, Sequence[int]]
+    slow: Mapping[int, Sequence[int]]
     """Sequences of slow ranks, which are in no rings."""
 
 
-def place(wave: Wave, lengths: Sequence[int], layout: Layout, costs: Coefficients, pool: Pool) -> dict[int, MicroBatch]:
-    """The micro-batch of every rank of the block; one without pieces where it has nothing to do.
+class Placed(NamedTuple):
+    """A wave whose rings have their ranks."""
 
-    All of a wave compute their blocks again, or none, since ranks that keep step must agree.
-    """
-    by_ring = {(rank,): sequences for rank, sequences in wave.slow.items()}
+    pieces: dict[int, tuple[Piece, ...]]
+    """Of every rank of the block; none where it has nothing to do."""
+    keeps: bool
+    """Whether all of them keep their activations. Ranks that keep step must agree."""
+
+
+def place(wave: Wave, lengths: Sequence[int], layout: Layout, costs: Coefficients, pool: Pool) -> Placed:
+    """Give every ring its ranks, large ones first, and every sequence its cheapest scheme of attention there."""
+    by_ring: dict[tuple[int, ...], Sequence[int]] = {(rank,): sequences for rank, sequences in wave.slow.items()}
     free = [rank for rank in wave.ranks if rank not in wave.slow]
     for members, sequences in sorted(wave.rings, key=lambda ring: -ring[0]):  # stable
         ring = _neighbours(members, free, pool)
@@ -36,17 +42,18 @@ def place(wave: Wave, lengths: Sequence[int], layout: Layout, costs: Coefficient
         by_ring[ring] = sequences
     fullest = max(sum(-(-lengths[i] // len(ring)) for i in sequences) for ring, sequences in by_ring.items())
     keeps = layout.recompute == "none" or not is_recomputed(costs, fullest)
-    nothing = MicroBatch((), recompute="none" if keeps else "block", offload=0.0 if keeps else layout.offload)
-    placed = dict.fromkeys(wave.ranks, nothing)
+    pieces: dict[int, tuple[Piece, ...]] = dict.fromkeys(wave.ranks, ())
     for ring, sequences in by_ring.items():
+        if len(ring) == 1:
+            pieces[ring[0]] = tuple(Piece(i, ((0, lengths[i]),), ring) for i in sequences)
+            continue
         schemes = [_scheme(costs, lengths[i], ring, pool, not keeps) for i in sequences]
         for index, rank in enumerate(ring):
-            pieces = (
+            pieces[rank] = tuple(
                 Piece(i, share_of(lengths[i], len(ring), index).ranges(), ring, heads, gathers)
                 for i, (heads, gathers) in zip(sequences, schemes, strict=True)
             )
-            placed[rank] = MicroBatch(tuple(pieces), nothing.recompute, nothing.offload)
-    return placed
+    return Placed(pieces, keeps)
 
 
 def _neighbours(members: int, free: Sequence[int], pool: Pool) -> tuple[int, ...]:
@@ -68,11 +75,9 @@ def _neighbours(members: int, free: Sequence[int], pool: Pool) -> tuple[int, ...
 
 def _scheme(costs: Coefficients, length: int, ring: tuple[int, ...], pool: Pool, recomputed: bool) -> tuple[int, bool]:
     """Heads and gathering; those who divide heads are neighbours in one node."""
-    if len(ring) == 1:
-        return 1, False
     in_node = Counter(pool.nodes[rank] for rank in ring).values()
     _, heads, gathers = best_sharing(costs, length, len(ring), math.gcd(*in_node), len(in_node) > 1, recomputed)
     return heads, gathers
 
 
-__all__ = ["Wave", "place"]
+__all__ = ["Placed", "Wave", "place"]

@@ -76,7 +76,7 @@ def test_a_sequence_that_all_ranks_cannot_hold_is_refused() -> None:
     layout, pool = Layout(hdp=4, capacity=100, ep=2), Pool.of(4)
     for planner in (plan_lock_step, lock_step_bound):
         with pytest.raises(SequenceTooLong, match="401"):
-            planner((7, 401), layout, COST, pool)  # type: ignore[operator]
+            planner((7, 401), layout, COST, pool)
 
 
 def test_groups_run_waves_of_their_own() -> None:
