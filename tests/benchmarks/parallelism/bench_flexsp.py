@@ -2,7 +2,8 @@
 
 64 GPUs, batches of 512 sequences of Wikipedia with at most 192 Ki tokens. EVERMESH_DUEL is the number of batches (3; the
 tables in docs/decisions have 40), EVERMESH_DUEL_S the limit of one integer program in seconds (10, as in its code). The
-programs of a batch are solved one after the other; its authors solve them at the same time on the CPUs of all nodes.
+programs of a batch are solved one after the other; its authors solve them at the same time on the CPUs of all nodes. SCIP
+starts from a plan with one size of groups; HiGHS takes none, so FlexSP is given the better of its program and that plan.
 """
 
 import os
@@ -30,31 +31,41 @@ def run() -> list[Row]:
     programs, program_s, solved = zip(*(_program(lengths) for lengths in batches), strict=True)
     adaptive = [_checked_ms(flexsp.adaptive_plan(lengths), lengths) for lengths in batches]
     static = [_checked_ms(flexsp.static_plan(lengths), lengths) for lengths in batches]
+    flexsps = [min(both) for both in zip(programs, adaptive, strict=True)]
     bounds = [flexsp.bound_ms(lengths) for lengths in batches]
-    of = f"{source}, {len(batches)} batches"
+    peers = {
+        "FlexSP's program or the best single size": flexsps,
+        "FlexSP's program, HiGHS": programs,
+        "best single size": adaptive,
+        "groups of 64": static,
+    }
     rows = [
         exact_row(
-            f"step over bound, {what}, {of}", statistics.median(_over(ours, bounds)), "", peer=peer, peer_value=value
+            f"step over bound, median, {source}, {len(batches)} batches",
+            statistics.median(_over(ours, bounds)),
+            "",
+            peer=peer,
+            peer_value=statistics.median(_over(values, bounds)),
         )
-        for what, peer, value in (
-            ("median", "FlexSP's program, HiGHS", statistics.median(_over(programs, bounds))),
-            ("median", "best single size", statistics.median(_over(adaptive, bounds))),
-            ("median", "groups of 64", statistics.median(_over(static, bounds))),
-        )
+        for peer, values in peers.items()
     ]
-    ratios = _over(programs, ours)
+    ratios = _over(flexsps, ours)
     return [
         *rows,
         exact_row("step over bound, worst", max(_over(ours, bounds)), ""),
-        exact_row("program's step over ours, median", statistics.median(ratios), "", goal=1.1),
-        exact_row("program's step over ours, least", min(ratios), "", goal=1.0),
-        exact_row("program's step over its bound, least", min(_over(programs, bounds)), ""),
+        exact_row("FlexSP's step over ours, median", statistics.median(ratios), "", goal=1.1),
+        exact_row("FlexSP's step over ours, least", min(ratios), "", goal=1.0),
+        exact_row("FlexSP's step over its bound, median", statistics.median(_over(flexsps, bounds)), ""),
         exact_row(
-            "planning a batch, median", statistics.median(seconds), "s", goal=0.02,
-            peer="FlexSP's program, HiGHS", peer_value=statistics.median(program_s),
+            "planning a batch, median",
+            statistics.median(seconds),
+            "s",
+            goal=0.02,
+            peer="FlexSP's program, HiGHS",
+            peer_value=statistics.median(program_s),
         ),
         exact_row("programs solved per batch", statistics.mean(solved), ""),
-    ]  # fmt: skip
+    ]
 
 
 def our_plan(lengths: Sequence[int]) -> list[flexsp.MicroBatch]:

@@ -1,15 +1,18 @@
 """The restated systems give right plans, and on small batches those that their papers' algorithms give by hand."""
 
+from typing import Any
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evermesh.parallelism import BatchPlan, CostModel, Layout, verify_plan
 from evermesh.parallelism.batch_plan import Certificate
-from evermesh.parallelism.errors import SequenceTooLong
+from evermesh.parallelism.errors import PlanInvalid, SequenceTooLong
 from evermesh.parallelism.planner.restated import RESTATED
 from evermesh.parallelism.planner.waves import Assignment, align
 from evermesh.parallelism.pool import Pool
+from tests.benchmarks.parallelism.baselines import megatron_phases, phases_s
 
 COST = CostModel(token_s=1.0, pair_s=0.0, micro_batch_s=1.0)
 Rank = list[tuple[list[int], int]]
@@ -83,3 +86,30 @@ def test_wlb_runs_more_micro_batches_where_everything_does_not_fit() -> None:
     shares = restated("wlb", (60, 60, 60, 10), hdp=2)
     assert [sum(len(sequences) for sequences, _ in rank) for rank in shares] == [2, 2]
     assert sorted(len(rank) for rank in shares) in ([1, 2], [2, 2])
+
+
+class _Scheduler:
+    """Answers as Megatron Core's does: by group and rank, the sequences that run one after the other."""
+
+    def __init__(self, capacity: int, ranks: Any) -> None:
+        assert (capacity, ranks.size()) == (100, 3)
+
+    def get_groups_and_subsamples(self, samples: list[tuple[int, int]], config: None) -> tuple[None, list]:
+        return None, [[[0], [0], [2]], [[1], [3], [3]]]
+
+
+def test_groups_of_megatron_core_run_one_after_the_other() -> None:
+    """151 tokens on two ranks beside 60 on one take 75.5 + 1 s; then 40 beside 20 on two take 41 s."""
+    lengths = (151, 40, 60, 20)
+    phases = megatron_phases(_Scheduler, lengths, Layout(hdp=3, capacity=100), Pool.of(3))
+    held = [[[(p.sequence, p.num_tokens) for mb in rank for p in mb.pieces] for rank in phase] for phase in phases]
+    assert held == [[[(0, 76)], [(0, 75)], [(2, 60)]], [[(1, 40)], [(3, 10)], [(3, 10)]]]
+    assert phases_s(phases, lengths, COST, Pool.of(3)) == 76.5 + 41
+
+
+def test_groups_that_lose_a_sequence_or_exceed_memory_are_refused() -> None:
+    layout, pool = Layout(hdp=3, capacity=100), Pool.of(3)
+    with pytest.raises(PlanInvalid, match="1 of 5 sequences"):
+        megatron_phases(_Scheduler, (150, 40, 60, 20, 7), layout, pool)
+    with pytest.raises(PlanInvalid, match="2 ranks cannot hold"):
+        megatron_phases(_Scheduler, (250, 40, 60, 20), layout, pool)
