@@ -166,22 +166,23 @@ def _search(
     ordered = np.array([lengths[sequence] for sequence in descending], np.int64)
     blocks, ranks = _blocks(layout, len(pool)), _ranks(layout, len(pool))
     degrees = _degrees(ordered, costs.capacity, blocks)
-    seconds_NK = _table(costs, ordered, degrees, _largest_node(pool))
+    seconds_NK = _table(costs, ordered, degrees, _largest_node(pool), False)
+    crossing_NK = _table(costs, ordered, degrees, _largest_node(pool), True)
     areas_s = (seconds_NK * degrees).min(1)
     total_s = float(areas_s.sum()) + len(lengths) * cost.micro_batch_s
     costs = costs._replace(ticks_per_s=2.0 ** (50 - math.frexp(total_s)[1]))
-    ticks_NK = (np.minimum(seconds_NK * costs.ticks_per_s, _ALMOST_NEVER) + 0.5).astype(np.int64)
-    ticks_NK[ticks_NK >= _ALMOST_NEVER] = NEVER
     fastest, speeds = _speeds([pool.speeds[rank] for rank in ranks])
     problem = Problem(
         lengths=ordered,
         degrees=degrees,
-        ticks_NK=ticks_NK,
+        ticks_NK=_as_ticks(seconds_NK, costs.ticks_per_s),
+        crossing_NK=_as_ticks(crossing_NK, costs.ticks_per_s),
         areas=(areas_s * costs.ticks_per_s + 0.5).astype(np.int64),
         capacity=costs.capacity,
         fixed=ticks(costs, cost.micro_batch_s),
         blocks=np.array(blocks, np.int64),
         smallest=0,
+        nodes=np.unique(np.array(pool.nodes)[ranks], return_inverse=True)[1].astype(np.int64),
         speeds=speeds,
     )
     effort = max(1, _EFFORT // len(lengths))
@@ -264,8 +265,11 @@ def _degrees(descending: Integers, capacity: int, blocks: Sequence[int]) -> Inte
 
 
 @compiled
-def _table(costs: Coefficients, lengths: Integers, degrees: Integers, node_size: int) -> Seconds:
-    """Seconds of every member, by sequence and degree; infinite where a ring is too small or large."""
+def _table(costs: Coefficients, lengths: Integers, degrees: Integers, node_size: int, crosses_nodes: bool) -> Seconds:
+    """Seconds of every member, by sequence and degree; infinite where a ring is too small or large.
+
+    Rings that exceed a node cross nodes anyway; others where ``crosses_nodes`` says so, and then divide no heads.
+    """
     seconds_NK = np.full((len(lengths), len(degrees)), np.inf)
     recomputed = costs.keep_capacity == 0
     share = max(1, min(_LEAST_SHARE, costs.capacity // 32))
@@ -276,8 +280,16 @@ def _table(costs: Coefficients, lengths: Integers, degrees: Integers, node_size:
             least = (length + costs.capacity - 1) // costs.capacity
             if degree < least or (degree > least and degree * share > length):
                 continue
-            seconds_NK[i, k] = best_sharing(costs, length, degree, node_size, degree > node_size, recomputed)[0]
+            crosses = degree > node_size or (crosses_nodes and degree > 1)
+            together = node_size if degree > node_size or not crosses else 1
+            seconds_NK[i, k] = best_sharing(costs, length, degree, together, crosses, recomputed)[0]
     return seconds_NK
+
+
+def _as_ticks(seconds_NK: Seconds, ticks_per_s: float) -> Integers:
+    ticks_NK = (np.minimum(seconds_NK * ticks_per_s, _ALMOST_NEVER) + 0.5).astype(np.int64)
+    ticks_NK[ticks_NK >= _ALMOST_NEVER] = NEVER
+    return ticks_NK
 
 
 def _speeds(speeds: Sequence[float]) -> tuple[float, Integers]:

@@ -28,6 +28,8 @@ class Problem(NamedTuple):
     degrees: Integers
     ticks_NK: Integers
     """Of every member of a ring, without the fixed ticks of a micro-batch; ``NEVER``: not allowed."""
+    crossing_NK: Integers
+    """The same for a ring that is in several nodes though one could hold it."""
     areas: Integers
     """Least ticks of all members together."""
     capacity: int
@@ -38,6 +40,8 @@ class Problem(NamedTuple):
     """Ranks of a block at every level, falling: from all ranks to one group. Each divides the one before."""
     smallest: int
     """Index of the smallest degree that new rings get, where it does."""
+    nodes: Integers
+    """Of every rank, from 0."""
     speeds: Integers
     """Of every rank, in 1024ths; those below are in no rings and get micro-batches of their own that end in time."""
 
@@ -86,30 +90,85 @@ class _Bins(NamedTuple):
     ticks: Integers
     room: Integers
     slow: Integers
+    crosses: Integers
+    free_in: Integers
+    """Ranks by node that are in no bin."""
     placed: Integers
     where: Integers
 
 
 @compiled
-def _open(bins: _Bins, at: int, degree: int, ticks: int, room: int, slow: int) -> None:
+def _open(bins: _Bins, at: int, degree: int, ticks: int, room: int, slow: int, crosses: int) -> None:
     bins.degrees[at] = degree
+    bins.crosses[at] = crosses
     bins.ticks[at] = ticks
     bins.room[at] = room
     bins.slow[at] = slow
 
 
 @compiled
-def _degree(problem: Problem, sequence: int, free: int, limit: int) -> int:
-    """Index of the smallest ring within the limit of ticks that the free ranks can form; -1: none."""
-    for k in range(problem.smallest, len(problem.degrees)):
-        if problem.degrees[k] > free:
-            break
-        if problem.ticks_NK[sequence, k] <= limit:
-            return k
-    for k in range(problem.smallest):
-        if problem.degrees[k] <= free and problem.ticks_NK[sequence, k] <= limit:
-            return k
-    return -1
+def _fits(problem: Problem, sequence: int, ranks: int, limit: int) -> bool:
+    """Whether a ring of at most so many ranks ends within the limit of ticks."""
+    fits = False
+    for k in range(len(problem.degrees)):
+        fits = fits or (problem.degrees[k] <= ranks and problem.ticks_NK[sequence, k] <= limit)
+    return fits
+
+
+@compiled
+def _node_for(members: int, free_in: Integers) -> int:
+    """The fullest node with so many free ranks; -1: none."""
+    best = -1
+    for node in range(len(free_in)):
+        if free_in[node] >= members and (best < 0 or free_in[node] < free_in[best]):
+            best = node
+    return best
+
+
+@compiled
+def _open_ring(problem: Problem, sequence: int, free: int, limit: int, most: int, at: int, bins: _Bins) -> int:
+    """Open the smallest ring within the limit of ticks, from the node that it fills best; returns its size, 0 if none can be.
+
+    A ring takes ranks of one node if one of them, with at most ``most`` free ranks, has enough, else of the emptiest nodes.
+    ``lock_step_places`` takes the same.
+    """
+    number = len(problem.degrees)
+    for step in range(number):
+        k = (problem.smallest + step) % number
+        degree = problem.degrees[k]
+        if degree > free:
+            continue
+        crosses = 1 if degree > most else 0
+        ticks = problem.crossing_NK[sequence, k] if crosses else problem.ticks_NK[sequence, k]
+        if ticks > limit:
+            continue
+        if crosses:
+            while degree > 0:
+                node = bins.free_in.argmax()
+                taken = min(degree, bins.free_in[node])
+                bins.free_in[node] -= taken
+                degree -= taken
+        else:
+            bins.free_in[_node_for(degree, bins.free_in)] -= degree
+        _open(bins, at, k, limit, problem.capacity, -1, crosses)
+        return problem.degrees[k]
+    return 0
+
+
+@compiled
+def _free_ranks(problem: Problem, block: tuple[int, int], limit: int, bins: _Bins) -> tuple[int, int]:
+    """Count the ranks by node, and give slow ones bins of their own; returns how many of both there are."""
+    used, free = 0, 0
+    bins.free_in[:] = 0
+    for rank in range(block[0], block[0] + block[1]):
+        if problem.speeds[rank] < 1024:
+            left = (limit + problem.fixed) * problem.speeds[rank] // 1024 - problem.fixed
+            _open(bins, used, 0, left, problem.capacity, rank, 0)
+            used += 1
+        else:
+            bins.free_in[problem.nodes[rank]] += 1
+            free += 1
+    return used, free
 
 
 @compiled
@@ -123,37 +182,33 @@ def _fill(
     is the end. ``block`` is its first rank and how many it has. Returns how many sequences and bins the wave has, the ticks
     of its longest ring, and the area of its sequences.
     """
-    lengths, degrees, ticks_NK = problem.lengths, problem.degrees, problem.ticks_NK
-    number, used, least_left, area, turn, step = 0, 0, limit, 0, 0, 1
-    start, free = block
-    for rank in range(start, start + free):
-        if problem.speeds[rank] < 1024:
-            left = (limit + problem.fixed) * problem.speeds[rank] // 1024 - problem.fixed
-            _open(bins, used, 0, left, problem.capacity, rank)
-            used += 1
-    free -= used
+    lengths, degrees = problem.lengths, problem.degrees
+    number, least_left, area, turn, step = 0, limit, 0, 0, 1
+    used, free = _free_ranks(problem, block, limit, bins)
+    most = bins.free_in.max()
     i = first - 1
     while i + step < len(lengths):
         i += step
         if taken[i]:
             step = 1
             continue
-        best, k = -1, _degree(problem, i, free, limit)
-        if k >= 0:
-            best = used
-            _open(bins, best, k, limit, problem.capacity, -1)
-            used += 1
-            free -= degrees[k]
-        if best < 0 and used > 0:
+        best, opened = -1, 0
+        if free > 0:
+            opened = _open_ring(problem, i, free, limit, most, used, bins)
+        if opened > 0:
+            best, free, used = used, free - opened, used + 1
+            most = bins.free_in.max()
+        elif used > 0:
             best_area, smallest = NEVER, bins.degrees[used - 1]
             b = turn if turn < used else 0
             for _ in range(used):
                 b = b - 1 if b > 0 else used - 1
                 k = bins.degrees[b]
-                if ticks_NK[i, k] > bins.ticks[b] or (lengths[i] - 1) // degrees[k] >= bins.room[b]:
+                ticks = problem.crossing_NK[i, k] if bins.crosses[b] else problem.ticks_NK[i, k]
+                if ticks > bins.ticks[b] or (lengths[i] - 1) // degrees[k] >= bins.room[b]:
                     continue
-                if degrees[k] * ticks_NK[i, k] < best_area:
-                    best, best_area = b, degrees[k] * ticks_NK[i, k]
+                if degrees[k] * ticks < best_area:
+                    best, best_area = b, degrees[k] * ticks
                 if k == smallest:
                     best = turn = b
                     break
@@ -164,7 +219,7 @@ def _fill(
             continue
         step = 1
         k = bins.degrees[best]
-        bins.ticks[best] -= ticks_NK[i, k]
+        bins.ticks[best] -= problem.crossing_NK[i, k] if bins.crosses[best] else problem.ticks_NK[i, k]
         bins.room[best] -= (lengths[i] + degrees[k] - 1) // degrees[k]
         bins.placed[number] = i
         bins.where[number] = best
@@ -259,6 +314,8 @@ def build(problem: Problem, target: int, wanted: Integers, waves: Waves) -> int:
         np.zeros(problem.blocks[0], np.int64),
         np.zeros(problem.blocks[0], np.int64),
         np.zeros(problem.blocks[0], np.int64),
+        np.zeros(problem.blocks[0], np.int64),
+        np.zeros(problem.nodes.max() + 1, np.int64),
         np.zeros(n, np.int64),
         np.zeros(n, np.int64),
     )
@@ -270,7 +327,7 @@ def build(problem: Problem, target: int, wanted: Integers, waves: Waves) -> int:
             first += 1
         ranks = problem.blocks[level]
         is_last_level = level + 1 == len(problem.blocks)
-        if not is_last_level and _degree(problem, first, problem.blocks[level + 1], target - problem.fixed) >= 0:
+        if not is_last_level and _fits(problem, first, problem.blocks[level + 1], target - problem.fixed):
             level += 1
             continue
         per_block = ranks // group
@@ -330,11 +387,13 @@ def _with_smallest(problem: Problem, smallest: int) -> Problem:
         problem.lengths,
         problem.degrees,
         problem.ticks_NK,
+        problem.crossing_NK,
         problem.areas,
         problem.capacity,
         problem.fixed,
         problem.blocks,
         smallest,
+        problem.nodes,
         problem.speeds,
     )
 

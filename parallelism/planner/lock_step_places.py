@@ -33,12 +33,12 @@ class Placed(NamedTuple):
 
 
 def place(wave: Wave, lengths: Sequence[int], layout: Layout, costs: Coefficients, pool: Pool) -> Placed:
-    """Give every ring its ranks, large ones first, and every sequence its cheapest scheme of attention there."""
+    """Give every ring its ranks, in the order of the search, and every sequence its cheapest scheme of attention there."""
     by_ring: dict[tuple[int, ...], Sequence[int]] = {(rank,): sequences for rank, sequences in wave.slow.items()}
     free = [rank for rank in wave.ranks if rank not in wave.slow]
-    for members, sequences in sorted(wave.rings, key=lambda ring: -ring[0]):  # stable
+    for members, sequences in wave.rings:
         ring = _neighbours(members, free, pool)
-        free = [rank for rank in free if rank not in ring] if members > 1 else free[1:]
+        free = [rank for rank in free if rank not in ring]
         by_ring[ring] = sequences
     fullest = max(sum(-(-lengths[i] // len(ring)) for i in sequences) for ring, sequences in by_ring.items())
     keeps = layout.recompute == "none" or not is_recomputed(costs, fullest)
@@ -57,9 +57,7 @@ def place(wave: Wave, lengths: Sequence[int], layout: Layout, costs: Coefficient
 
 
 def _neighbours(members: int, free: Sequence[int], pool: Pool) -> tuple[int, ...]:
-    """So many free ranks: of the fullest node that has them, else of as few nodes as possible."""
-    if members == 1:
-        return (free[0],)
+    """So many free ranks: of the fullest node that has them, else of the emptiest nodes. The search assumes the same."""
     by_node: dict[int, list[int]] = {}
     for rank in free:
         by_node.setdefault(pool.nodes[rank], []).append(rank)

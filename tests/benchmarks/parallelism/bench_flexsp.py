@@ -87,11 +87,13 @@ def _problem(ordered: Integers) -> Problem:
         lengths=ordered,
         degrees=degrees,
         ticks_NK=ticks_NK,
+        crossing_NK=ticks_NK,
         areas=(np.minimum(ticks_NK, NEVER // degrees) * degrees).min(1),
         capacity=flexsp.CAPACITY,
         fixed=int(flexsp.FIXED_MS * _TICKS_PER_MS),
         blocks=np.array([flexsp.GPUS], np.int64),
         smallest=0,
+        nodes=np.zeros(flexsp.GPUS, np.int64),  # costs say what a group takes, wherever it is
         speeds=np.full(flexsp.GPUS, 1024, np.int64),
     )
 
