@@ -166,8 +166,7 @@ def _search(
     ordered = np.array([lengths[sequence] for sequence in descending], np.int64)
     blocks, ranks = _blocks(layout, len(pool)), _ranks(layout, len(pool))
     degrees = _degrees(ordered, costs.capacity, blocks)
-    seconds_NK = _table(costs, ordered, degrees, _largest_node(pool), False)
-    crossing_NK = _table(costs, ordered, degrees, _largest_node(pool), True)
+    seconds_NK, crossing_NK = _tables(costs, ordered, degrees, _largest_node(pool))
     areas_s = (seconds_NK * degrees).min(1)
     total_s = float(areas_s.sum()) + len(lengths) * cost.micro_batch_s
     costs = costs._replace(ticks_per_s=2.0 ** (50 - math.frexp(total_s)[1]))
@@ -265,25 +264,29 @@ def _degrees(descending: Integers, capacity: int, blocks: Sequence[int]) -> Inte
 
 
 @compiled
-def _table(costs: Coefficients, lengths: Integers, degrees: Integers, node_size: int, crosses_nodes: bool) -> Seconds:
+def _tables(costs: Coefficients, lengths: Integers, degrees: Integers, node_size: int) -> tuple[Seconds, Seconds]:
     """Seconds of every member, by sequence and degree; infinite where a ring is too small or large.
 
-    Rings that exceed a node cross nodes anyway; others where ``crosses_nodes`` says so, and then divide no heads.
+    First inside a node, as far as a node has room; then across nodes, where small rings divide no heads.
     """
     seconds_NK = np.full((len(lengths), len(degrees)), np.inf)
+    crossing_NK = np.full((len(lengths), len(degrees)), np.inf)
     recomputed = costs.keep_capacity == 0
     share = max(1, min(_LEAST_SHARE, costs.capacity // 32))
     for i in range(len(lengths)):
         length = lengths[i]
+        least = (length + costs.capacity - 1) // costs.capacity
         for k in range(len(degrees)):
             degree = degrees[k]
-            least = (length + costs.capacity - 1) // costs.capacity
-            if degree < least or (degree > least and degree * share > length):
+            if degree > least and degree * share > length:
+                break
+            if degree < least:
                 continue
-            crosses = degree > node_size or (crosses_nodes and degree > 1)
-            together = node_size if degree > node_size or not crosses else 1
-            seconds_NK[i, k] = best_sharing(costs, length, degree, together, crosses, recomputed)[0]
-    return seconds_NK
+            seconds = best_sharing(costs, length, degree, node_size, degree > node_size, recomputed)[0]
+            seconds_NK[i, k] = crossing_NK[i, k] = seconds
+            if 1 < degree <= node_size:
+                crossing_NK[i, k] = best_sharing(costs, length, degree, 1, True, recomputed)[0]
+    return seconds_NK, crossing_NK
 
 
 def _as_ticks(seconds_NK: Seconds, ticks_per_s: float) -> Integers:

@@ -120,7 +120,9 @@ def _node_for(members: int, free_in: Integers) -> int:
     """The fullest node with so many free ranks; -1: none."""
     best = -1
     for node in range(len(free_in)):
-        if free_in[node] >= members and (best < 0 or free_in[node] < free_in[best]):
+        if free_in[node] == members:
+            return node
+        if free_in[node] > members and (best < 0 or free_in[node] < free_in[best]):
             best = node
     return best
 
@@ -136,6 +138,8 @@ def _open_ring(problem: Problem, sequence: int, free: int, limit: int, most: int
     for step in range(number):
         k = (problem.smallest + step) % number
         degree = problem.degrees[k]
+        if degree > free and problem.smallest == 0:
+            break  # all others are larger
         if degree > free:
             continue
         crosses = 1 if degree > most else 0
@@ -197,7 +201,7 @@ def _fill(
             opened = _open_ring(problem, i, free, limit, most, used, bins)
         if opened > 0:
             best, free, used = used, free - opened, used + 1
-            most = bins.free_in.max()
+            most = bins.free_in.max() if opened > 1 or most > 1 else min(most, free)
         elif used > 0:
             best_area, smallest = NEVER, bins.degrees[used - 1]
             b = turn if turn < used else 0
