@@ -16,8 +16,8 @@ Integers = npt.NDArray[np.int64]
 NEVER = 2**60
 """Ticks of what is not allowed."""
 _CANDIDATES = 16
-_SMALLEST = 3
-"""Degrees tried as the smallest."""
+_SMALLEST = 6
+"""Degrees tried as the smallest, each at least twice the last."""
 _MULTIPLIER, _INCREMENT, _MODULUS = 1_103_515_245, 12_345, 2**31  # random numbers that are the same everywhere
 
 
@@ -439,9 +439,13 @@ def search(problem: Problem, bound: int, effort: int) -> tuple[int, Waves]:
     slow = (problem.speeds < 1024).sum()
     best, found = no_waves(n, slow), no_waves(n, slow)
     best_end, chosen = NEVER, problem
-    for smallest in range(min(_SMALLEST, len(problem.degrees), 1 + effort // 10)):
-        if best_end - bound <= bound // 128:
+    tries, last = 0, 0
+    for smallest in range(len(problem.degrees)):
+        if problem.degrees[smallest] < 2 * last:
+            continue
+        if tries == min(_SMALLEST, 1 + effort // 10) or best_end - bound <= bound // 128:
             break
+        tries, last = tries + 1, problem.degrees[smallest]
         tried = _with_smallest(problem, smallest)
         end = _lower_target(tried, bound, best_end, best, found)
         if end < best_end:
