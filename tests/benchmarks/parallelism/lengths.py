@@ -1,0 +1,41 @@
+"""Batches for planners: real lengths where they are at hand, else what is published of their distribution.
+
+EVERMESH_LENGTHS names a folder with ``wikipedia.txt.gz``, one length per line; without it Wikipedia is a log-normal that fits
+its quantiles (median 384 tokens, sigma 1.258, a little light in the tail).
+"""
+
+import gzip
+import itertools
+import os
+from pathlib import Path
+
+import numpy as np
+
+_SHARES = (7.6, 7.6, 8.8, 10.2, 11.4, 10.4, 7.6, 7.6, 7.3, 9.7, 12.1)
+"""Percent of tokens in sequences of up to 2 Ki tokens, 4 Ki, ... 2 Mi, as read from ByteScale's figure 4, Byted."""
+
+
+def wikipedia(number: int, size: int, context: int) -> tuple[str, list[list[int]]]:
+    """Where the lengths come from, and so many batches of ``size`` sequences of at most ``context`` tokens."""
+    folder = os.environ.get("EVERMESH_LENGTHS")
+    if folder:
+        with gzip.open(Path(folder) / "wikipedia.txt.gz", "rt") as file:
+            lengths = [length for length in map(int, file) if length <= context][: number * size]
+        return "Wikipedia", [lengths[i * size : (i + 1) * size] for i in range(number)]
+    random = np.random.default_rng(0)
+    drawn = random.lognormal(5.95, 1.258, (number, size)).clip(1, context).astype(int)
+    return "log-normal like Wikipedia", [batch.tolist() for batch in drawn]
+
+
+def byted(seed: int, num_tokens: int, context: int) -> list[int]:
+    """A batch of about so many tokens whose lengths follow ByteScale's table, log-uniform inside a bucket."""
+    random = np.random.default_rng(seed)
+    edges = [256, *(2048 << i for i in range(len(_SHARES)))]
+    buckets = [(low, high) for low, high in itertools.pairwise(edges) if high <= context]
+    means = np.array([(high - low) / np.log(high / low) for low, high in buckets])
+    weights = np.array(_SHARES[: len(buckets)]) / means
+    lengths: list[int] = []
+    while sum(lengths) < num_tokens:
+        low, high = buckets[random.choice(len(buckets), p=weights / weights.sum())]
+        lengths.append(int(np.exp(random.uniform(np.log(low), np.log(high)))))
+    return lengths
