@@ -1,0 +1,119 @@
+"""How large a model is, and the part of it that every pipeline rank of a layout holds; imports no torch.
+
+The sizes are those of the decoder of ``runtime/model``: norms without bias, no biases, head and embedding of equal shape.
+"""
+
+import functools
+import itertools
+from collections.abc import Sequence
+
+from evermesh.parallelism.cost import ModelShape
+from evermesh.parallelism.errors import LayoutDoesNotFit
+from evermesh.parallelism.layout.degrees import Layout
+from evermesh.parallelism.pipeline.split import split_layers
+from evermesh.parallelism.tiers_traffic import SetSizes
+
+
+def num_parameters(shape: ModelShape) -> int:
+    """Elements of the whole model."""
+    one = Layout()
+    return sum(sizes.padded for sizes in rank_sets(shape, one, 0))
+
+
+def check_shape(shape: ModelShape, layout: Layout) -> None:
+    """Return if a model of these sizes can be shared as ``layout`` says.
+
+    Raises:
+        LayoutDoesNotFit: a degree does not divide what it shares.
+    """
+    experts = shape.experts
+    divided = {"tp": (layout.tp, {"heads": shape.heads, "kv_heads": shape.kv_heads, "ffn": shape.ffn})}
+    if experts is not None:
+        divided["ep"] = (layout.ep, {"experts": experts.experts})
+        divided["etp"] = (layout.etp, {"width of an expert": experts.ffn})
+    elif layout.ep * layout.etp > 1:
+        raise LayoutDoesNotFit(f"ep {layout.ep} x etp {layout.etp}, but the model has no experts to share.", axis="ep")
+    for axis, (degree, sizes) in divided.items():
+        broken = [f"{name} {size}" for name, size in sizes.items() if size % degree]
+        if broken:
+            raise LayoutDoesNotFit(f"layout.{axis} is {degree}, which does not divide {' nor '.join(broken)}.", axis)
+
+
+def stage_layers(shape: ModelShape, layout: Layout) -> tuple[range, ...]:
+    """The layers of every pipeline stage, as the runtime divides them by FLOPs, or as ``layout.split`` says.
+
+    Raises:
+        LayoutDoesNotFit: there are fewer layers than stages, or ``split`` names another number.
+    """
+    if isinstance(layout.split, tuple):
+        if len(layout.split) != layout.pipeline.num_stages or sum(layout.split) != shape.layers:
+            stages = layout.pipeline.num_stages
+            raise LayoutDoesNotFit(
+                f"layout.split {layout.split} is not {stages} stages with {shape.layers} layers together.", axis="split"
+            )
+        ends = [sum(layout.split[:stage]) for stage in range(len(layout.split) + 1)]
+        return tuple(range(start, stop) for start, stop in itertools.pairwise(ends))
+    return balanced_layers(shape, layout.pipeline.num_stages, ())
+
+
+@functools.lru_cache(maxsize=4096)
+def balanced_layers(shape: ModelShape, num_stages: int, speeds: tuple[float, ...]) -> tuple[range, ...]:
+    """The layers of every stage so that the slowest is as fast as it can be; ``speeds`` of the stages' devices."""
+    layers = [2.0 * shape.active_elements(layer) for layer in range(shape.layers)]
+    return split_layers(layers, num_stages, head_s=2.0 * shape.hidden * shape.vocabulary, speeds=speeds)
+
+
+def layers_of_rank(shape: ModelShape, layout: Layout, pp_rank: int) -> dict[int, range]:
+    """By stage: the layers that a pipeline rank holds."""
+    split = stage_layers(shape, layout)
+    return {stage: split[stage] for stage in layout.pipeline.stages_of(pp_rank)}
+
+
+def rank_sets(shape: ModelShape, layout: Layout, pp_rank: int) -> tuple[SetSizes, ...]:
+    """The parameters that every rank of a pipeline stage holds, in the sets that are gathered and summed together."""
+    held = layers_of_rank(shape, layout, pp_rank)
+    layers = [layer for of_stage in held.values() for layer in of_stage]
+    vocabulary = -(-shape.vocabulary // layout.tp) * shape.hidden
+    is_first, is_last = 0 in held, layout.pipeline.num_stages - 1 in held
+    head = shape.hidden + (0 if shape.tied_embeddings else vocabulary)  # with the norm before it
+    ends = [vocabulary] * is_first + [head] * is_last
+    dense: list[tuple[int | None, int]] = [(None, size) for size in ends]
+    dense += [(layer, _dense_elements(shape, layer, layout.tp)) for layer in layers]
+    experts: list[tuple[int | None, int]] = [
+        (layer, _expert_elements(shape, layout.ep * layout.etp)) for layer in layers if shape.has_experts(layer)
+    ]
+    if not layout.tiers.by_block:
+        dense, experts = _joined(dense), _joined(experts)
+    padded_to = layout.division.states, layout.expert_division.states
+    return (*_sets(dense, padded_to[0]), *_sets(experts, padded_to[1], of_experts=True))
+
+
+def _joined(sizes: list[tuple[int | None, int]]) -> list[tuple[int | None, int]]:
+    return [(None, sum(size for _, size in sizes))] if sizes else []
+
+
+def _sets(sizes: Sequence[tuple[int | None, int]], multiple: int, *, of_experts: bool = False) -> list[SetSizes]:
+    return [
+        SetSizes(
+            -(-size // multiple) * multiple, of_experts=of_experts, layer=layer, gathers=2 if layer is not None else 1
+        )
+        for layer, size in sizes
+    ]
+
+
+def _dense_elements(shape: ModelShape, layer: int, tp: int) -> int:
+    """Of one layer on one rank, without its experts."""
+    norms = 2 * shape.hidden
+    attention = shape.attention_elements() // tp
+    if not shape.has_experts(layer) or shape.experts is None:
+        return norms + attention + shape.ffn_matrices * shape.hidden * shape.ffn // tp
+    shared = shape.ffn_matrices * shape.hidden * shape.experts.shared_ffn // tp
+    return norms + attention + shape.hidden * shape.experts.experts + shared
+
+
+def _expert_elements(shape: ModelShape, sharers: int) -> int:
+    assert shape.experts is not None
+    return shape.experts.experts * shape.ffn_matrices * shape.hidden * shape.experts.ffn // sharers
+
+
+__all__ = ["balanced_layers", "check_shape", "layers_of_rank", "num_parameters", "rank_sets", "stage_layers"]
