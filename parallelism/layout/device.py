@@ -1,6 +1,6 @@
 """What one device can do, as the search for a layout sees it; imports no torch."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
@@ -29,8 +29,14 @@ class Device(BaseModel):
     """Of device memory: what an update of the optimizer is bound by."""
     host_bytes_per_s: PositiveFloat
     """To host memory and back, each way."""
+    host_memory_bytes: PositiveInt = 128 * _GIB
+    """Host memory that belongs to a device, for offloaded activations."""
     layer_s: NonNegativeFloat = 0.0
     """Fixed seconds of one layer for one micro-batch, forward and backward: launches of kernels."""
+    hop_s: NonNegativeFloat = 0.0
+    """Fixed seconds of one step of a collective, of which one among n ranks has n - 1."""
+    overlap_loss: NonNegativeFloat = 0.0
+    """Seconds of computation that one second of traffic behind it costs: both use the same memory and cores."""
     link_bytes_per_s: PositiveFloat
     """Between two devices of a node, where no topology is given."""
     network_bytes_per_s: PositiveFloat
@@ -58,7 +64,7 @@ class Device(BaseModel):
         )
 
 
-_GPU = {"reserve_bytes": 6 * _GIB, "layer_s": 60e-6}
+_GPU: dict[str, Any] = {"reserve_bytes": 6 * _GIB, "layer_s": 60e-6, "hop_s": 4e-6, "overlap_loss": 0.15}
 DEVICES: dict[DeviceName, Device] = {
     "h100": Device(
         name="h100",
@@ -105,6 +111,8 @@ DEVICES: dict[DeviceName, Device] = {
         memory_bytes_per_s=10e9,
         host_bytes_per_s=10e9,
         layer_s=1.1e-3,
+        hop_s=1e-4,
+        overlap_loss=1.0,
         link_bytes_per_s=1e9,
         network_bytes_per_s=1e9,
         fused_norms=False,

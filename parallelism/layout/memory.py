@@ -5,15 +5,16 @@ micro-batches as the schedule has in flight, each of them full; logits, ring buf
 knows (contexts, buffers of the communication library, fragments).
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 from evermesh.parallelism.cost import ModelShape
 from evermesh.parallelism.errors import LayoutDoesNotFit
 from evermesh.parallelism.layout.activations import Precision, block_tokens, exchanged_bytes, logits_bytes
 from evermesh.parallelism.layout.degrees import Layout
-from evermesh.parallelism.layout.sizes import layers_of_rank, rank_sets
+from evermesh.parallelism.layout.sizes import held_layers, rank_sets
 from evermesh.parallelism.layout.states import StateMemory, state_memory
 from evermesh.parallelism.pipeline.schedule import PipelineSchedule
 
@@ -114,8 +115,8 @@ def layout_memory(
     use = use or Occupancy()
     in_flight = [stages_in_flight(layout.pipeline, pp_rank, use.micro_batches) for pp_rank in range(layout.pp)]
     most: dict[object, int] = {}
-    for pp_rank in range(layout.pp):
-        kind = _kind(shape, layout, pp_rank)
+    for pp_rank, held in enumerate(held_layers(shape, layout)):
+        kind = _kind(shape, layout, held)
         if kind not in most or in_flight[pp_rank] > in_flight[most[kind]]:
             most[kind] = pp_rank
     return tuple(_rank_memory(shape, layout, pp_rank, in_flight[pp_rank], precision, use) for pp_rank in most.values())
@@ -146,10 +147,11 @@ def stages_in_flight(schedule: PipelineSchedule, rank: int, micro_batches: int |
     return min(all_of_step, ranks * virtual)
 
 
-def _kind(shape: ModelShape, layout: Layout, pp_rank: int) -> object:
+def _kind(shape: ModelShape, layout: Layout, held: Mapping[int, range]) -> object:
     """Equal for pipeline ranks that hold alike."""
-    held = layers_of_rank(shape, layout, pp_rank)
     last = layout.pipeline.num_stages - 1
+    if isinstance(layout.activations, str) and shape.experts is None:
+        return 0 in held, last in held, tuple(map(len, held.values()))
     blocks = [[(shape.has_experts(layer), layout.activations_of(layer)) for layer in held[stage]] for stage in held]
     return 0 in held, last in held, tuple(map(tuple, blocks))
 
@@ -157,7 +159,7 @@ def _kind(shape: ModelShape, layout: Layout, pp_rank: int) -> object:
 def _rank_memory(
     shape: ModelShape, layout: Layout, pp_rank: int, in_flight: int, precision: Precision, use: Occupancy
 ) -> RankMemory:
-    held = layers_of_rank(shape, layout, pp_rank)
+    held = held_layers(shape, layout)[pp_rank]
     blocks = [[block_tokens(shape, layout, layer, precision, use.imbalance) for layer in held[stage]] for stage in held]
     working = max(block.whole for of_stage in blocks for block in of_stage)
     if layout.pipeline.num_stages - 1 in held:
@@ -165,7 +167,7 @@ def _rank_memory(
     keys_and_values = 2 * shape.kv_heads * shape.head_dim / layout.tp * precision.element_bytes
     return RankMemory(
         pp_rank=pp_rank,
-        states=state_memory(rank_sets(shape, layout, pp_rank), layout, precision.element_bytes),
+        states=_states(shape, layout.model_copy(update=_OF_NO_STATES), pp_rank, precision.element_bytes),
         per_token=TokenBytes(
             kept=in_flight * max(sum(block.kept for block in of_stage) for of_stage in blocks),
             working=working,
@@ -176,6 +178,15 @@ def _rank_memory(
         gathered_keys=use.longest * keys_and_values if layout.gathers_keys else 0.0,
         reserve=use.reserve_bytes,
     )
+
+
+_OF_NO_STATES: dict[str, Any] = {"activations": "keep", "offload": 0.0, "capacity": 1}
+"""What parameters and states do not depend on."""
+
+
+@functools.lru_cache(maxsize=4096)
+def _states(shape: ModelShape, layout: Layout, pp_rank: int, element_bytes: int) -> StateMemory:
+    return state_memory(rank_sets(shape, layout, pp_rank), layout, element_bytes)
 
 
 __all__ = ["Occupancy", "RankMemory", "TokenBytes", "fullest", "layout_memory", "stages_in_flight"]

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from evermesh.parallelism.cost import ModelShape
 from evermesh.parallelism.errors import LayoutDoesNotFit
 from evermesh.parallelism.layout.degrees import Layout
+from evermesh.parallelism.pipeline.schedule import PipelineSchedule
 from evermesh.parallelism.pipeline.split import split_layers
 from evermesh.parallelism.tiers_traffic import SetSizes
 
@@ -45,15 +46,18 @@ def stage_layers(shape: ModelShape, layout: Layout) -> tuple[range, ...]:
     Raises:
         LayoutDoesNotFit: there are fewer layers than stages, or ``split`` names another number.
     """
-    if isinstance(layout.split, tuple):
-        if len(layout.split) != layout.pipeline.num_stages or sum(layout.split) != shape.layers:
-            stages = layout.pipeline.num_stages
-            raise LayoutDoesNotFit(
-                f"layout.split {layout.split} is not {stages} stages with {shape.layers} layers together.", axis="split"
-            )
-        ends = [sum(layout.split[:stage]) for stage in range(len(layout.split) + 1)]
-        return tuple(range(start, stop) for start, stop in itertools.pairwise(ends))
-    return balanced_layers(shape, layout.pipeline.num_stages, ())
+    return _stage_layers(shape, layout.pipeline.num_stages, layout.split if isinstance(layout.split, tuple) else ())
+
+
+def _stage_layers(shape: ModelShape, num_stages: int, split: tuple[int, ...]) -> tuple[range, ...]:
+    if not split:
+        return balanced_layers(shape, num_stages, ())
+    if len(split) != num_stages or sum(split) != shape.layers:
+        raise LayoutDoesNotFit(
+            f"layout.split {split} is not {num_stages} stages with {shape.layers} layers together.", axis="split"
+        )
+    ends = itertools.accumulate(split, initial=0)
+    return tuple(range(start, stop) for start, stop in itertools.pairwise(ends))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -63,15 +67,23 @@ def balanced_layers(shape: ModelShape, num_stages: int, speeds: tuple[float, ...
     return split_layers(layers, num_stages, head_s=2.0 * shape.hidden * shape.vocabulary, speeds=speeds)
 
 
-def layers_of_rank(shape: ModelShape, layout: Layout, pp_rank: int) -> dict[int, range]:
-    """By stage: the layers that a pipeline rank holds."""
-    split = stage_layers(shape, layout)
-    return {stage: split[stage] for stage in layout.pipeline.stages_of(pp_rank)}
+def held_layers(shape: ModelShape, layout: Layout) -> tuple[dict[int, range], ...]:
+    """By pipeline rank, by stage: the layers that it holds; raises as ``stage_layers`` does."""
+    return _held_layers(shape, layout.pipeline, layout.split if isinstance(layout.split, tuple) else ())
+
+
+@functools.lru_cache(maxsize=4096)
+def _held_layers(shape: ModelShape, schedule: PipelineSchedule, split: tuple[int, ...]) -> tuple[dict[int, range], ...]:
+    layers = _stage_layers(shape, schedule.num_stages, split)
+    held: tuple[dict[int, range], ...] = tuple({} for _ in range(schedule.ranks))
+    for stage, of_stage in enumerate(layers):
+        held[schedule.rank_of(stage)][stage] = of_stage
+    return held
 
 
 def rank_sets(shape: ModelShape, layout: Layout, pp_rank: int) -> tuple[SetSizes, ...]:
     """The parameters that every rank of a pipeline stage holds, in the sets that are gathered and summed together."""
-    held = layers_of_rank(shape, layout, pp_rank)
+    held = held_layers(shape, layout)[pp_rank]
     layers = [layer for of_stage in held.values() for layer in of_stage]
     vocabulary = -(-shape.vocabulary // layout.tp) * shape.hidden
     is_first, is_last = 0 in held, layout.pipeline.num_stages - 1 in held
@@ -116,4 +128,4 @@ def _expert_elements(shape: ModelShape, sharers: int) -> int:
     return shape.experts.experts * shape.ffn_matrices * shape.hidden * shape.experts.ffn // sharers
 
 
-__all__ = ["balanced_layers", "check_shape", "layers_of_rank", "num_parameters", "rank_sets", "stage_layers"]
+__all__ = ["balanced_layers", "check_shape", "held_layers", "num_parameters", "rank_sets", "stage_layers"]
