@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from evermesh.parallelism.cost import FlopConvention, ModelShape
 from evermesh.parallelism.errors import LayoutDoesNotFit
-from evermesh.parallelism.layout.degrees import Layout
+from evermesh.parallelism.layout.degrees import Layout, check_folding
 from evermesh.parallelism.layout.flops import model_flops, utilisation
 from evermesh.parallelism.layout.memory import Occupancy, RankMemory, fullest, layout_memory
 from evermesh.parallelism.layout.network import Network, node_orders
@@ -98,6 +98,7 @@ def estimate_layout(
     search = _Search(shape, topology, lengths, options or SearchOptions())
     network = Network(topology, order)
     layout.check_world(network.world_size)
+    check_folding(layout.hdp, layout.tp, layout.ep, layout.etp)
     check_shape(shape, layout)
     return search.examine(layout, network)
 
@@ -271,9 +272,12 @@ class _Search:
 
     def _split(self, layout: Layout, schedule: PipelineSchedule, network: Network) -> tuple[int, ...]:
         """Layers of every stage in proportion to the speed of its devices (Holmes, section 3.3)."""
-        speeds = network.stage_speeds(layout)
+        device, speeds = self.options.device, network.stage_speeds(layout)
         of_stages = tuple(speeds[schedule.rank_of(stage)] for stage in range(schedule.num_stages))
-        return tuple(len(layers) for layers in balanced_layers(self.shape, schedule.num_stages, of_stages))
+        pairs_per_token = sum(batch.pairs for batch in self.batches) / sum(batch.tokens for batch in self.batches)
+        attention = 3.5 / 3.0 * self.shape.attention_flops_per_pair() / self.shape.layers * pairs_per_token
+        attention *= device.flops_per_s / device.attention_flops_per_s
+        return tuple(len(held) for held in balanced_layers(self.shape, schedule.num_stages, of_stages, attention))
 
     def _capacities(self, layout: Layout) -> list[int]:
         """Tokens of a micro-batch to try, most first: what fits, holds the longest sequence, and is of any use."""

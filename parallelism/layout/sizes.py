@@ -61,9 +61,14 @@ def _stage_layers(shape: ModelShape, num_stages: int, split: tuple[int, ...]) ->
 
 
 @functools.lru_cache(maxsize=4096)
-def balanced_layers(shape: ModelShape, num_stages: int, speeds: tuple[float, ...]) -> tuple[range, ...]:
-    """The layers of every stage so that the slowest is as fast as it can be; ``speeds`` of the stages' devices."""
-    layers = [2.0 * shape.active_elements(layer) for layer in range(shape.layers)]
+def balanced_layers(
+    shape: ModelShape, num_stages: int, speeds: tuple[float, ...], attention: float = 0.0
+) -> tuple[range, ...]:
+    """The layers of every stage so that the slowest is as fast as it can be.
+
+    ``speeds`` of the stages' devices; ``attention``: what it takes in one layer for a token, in FLOPs of matrix products.
+    """
+    layers = [2.0 * shape.active_elements(layer) + attention for layer in range(shape.layers)]
     return split_layers(layers, num_stages, head_s=2.0 * shape.hidden * shape.vocabulary, speeds=speeds)
 
 
