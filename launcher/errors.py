@@ -4,6 +4,7 @@
     └── LauncherError
         ├── JobFileInvalid   (ValueError)       a job file or an override breaks a rule; names key and line
         ├── LengthsInvalid   (ValueError)       a file of sequence lengths cannot be read
+        ├── LayoutRequestInvalid (ValueError)   a model, topology or device to find a layout for is wrong or missing
         ├── RunNotFound      (LookupError)      there is no such run, or none at all
         ├── JobAmbiguous     (LookupError)      several jobs could be meant
         ├── RunAlive         (RuntimeError)     another launcher holds the run
@@ -60,6 +61,10 @@ class JobFileInvalid(LauncherError, ValueError):
 
 class LengthsInvalid(LauncherError, ValueError):
     """A file of sequence lengths cannot be read; the message names the line."""
+
+
+class LayoutRequestInvalid(LauncherError, ValueError):
+    """A model, a topology or a device to find a layout for is wrong or missing."""
 
 
 class RunNotFound(LauncherError, LookupError):

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from evermesh.launcher.commands import checkpoint, data, demo, export, jobs, plan, watching
+from evermesh.launcher.commands import checkpoint, data, demo, export, jobs, layout, plan, watching
 
 app = typer.Typer(
     name="evermesh",
@@ -25,6 +25,7 @@ app.command("nodes", epilog=watching.NODES_EXAMPLES)(watching.nodes)
 app.command("dashboard", epilog=watching.DASHBOARD_EXAMPLES)(watching.dashboard)
 app.command("stop", epilog=watching.STOP_EXAMPLES)(watching.stop)
 app.command("plan", epilog=plan.EXAMPLES)(plan.plan)
+app.command("layout", epilog=layout.EXAMPLES)(layout.layout)
 app.add_typer(checkpoint.app)
 app.command("export", epilog=export.EXAMPLES)(export.export)
 app.add_typer(data.app)

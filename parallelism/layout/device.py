@@ -29,8 +29,8 @@ class Device(BaseModel):
     """Of device memory: what an update of the optimizer is bound by."""
     host_bytes_per_s: PositiveFloat
     """To host memory and back, each way."""
-    host_memory_bytes: PositiveInt = 128 * _GIB
-    """Host memory that belongs to a device, for offloaded activations."""
+    host_memory_bytes: PositiveInt | None = 128 * _GIB
+    """Host memory that belongs to a device, for offloaded activations; None: it has no other than its own."""
     layer_s: NonNegativeFloat = 0.0
     """Fixed seconds of one layer for one micro-batch, forward and backward: launches of kernels."""
     hop_s: NonNegativeFloat = 0.0
@@ -113,6 +113,7 @@ DEVICES: dict[DeviceName, Device] = {
         layer_s=1.1e-3,
         hop_s=1e-4,
         overlap_loss=1.0,
+        host_memory_bytes=None,
         link_bytes_per_s=1e9,
         network_bytes_per_s=1e9,
         fused_norms=False,

@@ -26,7 +26,7 @@ def choices_of(layout: Layout) -> str:
     tiers = layout.tiers
     held = f"sharding {tiers.parameters}/{tiers.gradients}/{tiers.states}"
     held += " per micro-batch" if tiers.in_lock_step else ""
-    policy = layout.activations if isinstance(layout.activations, str) else "mixed"
+    policy: str = layout.activations if isinstance(layout.activations, str) else "mixed"
     policy += f" {layout.offload:g}" if layout.offload else ""
     return f"{schedule}{held}, {policy}, {layout.capacity:,} tokens"
 
@@ -73,13 +73,13 @@ def _time(found: RankedLayout) -> str:
 
 def _memory(found: RankedLayout) -> str:
     memory, room = found.memory, found.memory_bytes / _GIB
-    most = memory.largest_capacity(found.memory_bytes)
     parts = sorted(memory.parts.items(), key=lambda part: -part[1])
     shown = ", ".join(f"{name} {size / _GIB:,.1f}" for name, size in parts if size >= 0.01 * memory.total)
-    host = f" {memory.host / _GIB:,.1f} GiB of activations wait in host memory." if memory.host else ""
+    host = f" {memory.host / _GIB:,.1f} GiB of activations for each device wait in host memory." if memory.host else ""
+    bound = "host memory" if found.host_binds else "device memory"
     return (
-        f"Pipeline rank {memory.pp_rank} needs most memory, {memory.total / _GIB:,.1f} of {room:,.1f} GiB a device: {shown}. "
-        f"Micro-batches of up to {most:,} tokens would fit.{host}"
+        f"Pipeline rank {memory.pp_rank} needs most memory, {memory.total / _GIB:,.1f} of {room:,.1f} GiB a device: {shown}."
+        f"{host} Micro-batches of up to {found.largest_capacity:,} tokens would fit; {bound} bounds them."
     )
 
 

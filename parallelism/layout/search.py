@@ -50,6 +50,10 @@ class RankedLayout:
     """Of the pipeline rank that needs most."""
     memory_bytes: int
     """That a device has."""
+    largest_capacity: int
+    """Tokens of a micro-batch with which everything would still fit."""
+    host_binds: bool
+    """Whether host memory is what bounds these."""
     tokens: float
     """Of a batch, mean."""
     mfu: float
@@ -176,9 +180,8 @@ class _Search:
                 if network.world_size % (pp * tp):
                     continue
                 stage = network.world_size // pp
-                eps, etps = (1,), (1,)
-                if experts is not None:
-                    eps, etps = _divisors(experts.experts), _divisors(experts.ffn, network.devices)
+                eps = _divisors(experts.experts) if experts is not None else (1,)
+                etps = _divisors(experts.ffn, network.devices) if experts is not None else (1,)
                 for ep, etp in itertools.product(eps, etps):
                     degrees = _Degrees(pp, tp, ep, etp)
                     if stage % (ep * etp) == 0 and self._divides(degrees, network):
@@ -241,7 +244,8 @@ class _Search:
         for (schedule, virtual), tiers, activations in itertools.product(
             schedules, self._tiers(plain, network), options.activations
         ):
-            if degrees.pp * virtual > self.shape.layers:
+            moves_nowhere = activations.policy == "offload" and options.device.host_memory_bytes is None
+            if degrees.pp * virtual > self.shape.layers or moves_nowhere:
                 continue
             fields: dict[str, Any] = {
                 **degrees._asdict(),
@@ -281,14 +285,8 @@ class _Search:
 
     def _capacities(self, layout: Layout) -> list[int]:
         """Tokens of a micro-batch to try, most first: what fits, holds the longest sequence, and is of any use."""
-        device = self.options.device
-        memory = layout_memory(
-            self.shape, layout.model_copy(update={"capacity": 1}), self.options.precision, self._use()
-        )
-        fits = min(rank.largest_capacity(device.memory_bytes) for rank in memory)
-        host = max(rank.per_token.host for rank in memory)
-        if host:
-            fits = min(fits, int(device.host_memory_bytes / host))
+        memory = self._memory(layout)
+        fits = min(self._fitting(memory))
         needed = max(-(-self.longest // layout.hdp), 1)
         if fits < needed:
             nearest = fullest([rank.at(needed) for rank in memory])
@@ -303,9 +301,17 @@ class _Search:
         smaller = itertools.islice((size for size in below if size >= max(needed, _FEWEST_TOKENS)), _CAPACITIES - 1)
         return [most if most >= needed else fits, *smaller]
 
-    def _use(self) -> Occupancy:
+    def _memory(self, layout: Layout) -> tuple[RankMemory, ...]:
         options = self.options
-        return Occupancy(options.device.reserve_bytes, longest=self.longest, imbalance=options.imbalance)
+        use = Occupancy(options.device.reserve_bytes, longest=self.longest, imbalance=options.imbalance)
+        return layout_memory(self.shape, layout, options.precision, use)
+
+    def _fitting(self, memory: Sequence[RankMemory]) -> tuple[int, int]:
+        """The most tokens of a micro-batch by device memory, and by host memory."""
+        device = self.options.device
+        host = max(rank.per_token.host for rank in memory)
+        fits = min(rank.largest_capacity(device.memory_bytes) for rank in memory)
+        return fits, int((device.host_memory_bytes or 0) / host) if host else fits
 
     def examine(self, layout: Layout, network: Network) -> RankedLayout:
         """The layout as it is."""
@@ -319,12 +325,16 @@ class _Search:
         return replace(found, step=step, mfu=self._mfu(step, candidate.network), is_planned=True)
 
     def _ranked(self, layout: Layout, network: Network, step: StepTime) -> RankedLayout:
+        memory = self._memory(layout)
+        by_device, by_host = self._fitting(memory)
         return RankedLayout(
             layout=layout,
             node_order=network.order,
             step=step,
-            memory=fullest(layout_memory(self.shape, layout, self.options.precision, self._use())),
+            memory=fullest(memory),
             memory_bytes=self.options.device.memory_bytes,
+            largest_capacity=min(by_device, by_host),
+            host_binds=by_host < by_device,
             tokens=self.tokens,
             mfu=self._mfu(step, network),
             convention=self.options.convention,

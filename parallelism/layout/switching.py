@@ -9,33 +9,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveInt
-
 from evermesh.parallelism.cost import ModelShape
+from evermesh.parallelism.errors import LayoutDoesNotFit
 from evermesh.parallelism.layout.degrees import Layout
 from evermesh.parallelism.layout.explain import degrees_of
 from evermesh.parallelism.layout.memory import layout_memory
 from evermesh.parallelism.layout.network import Network
 from evermesh.parallelism.layout.options import SearchOptions
+from evermesh.parallelism.layout.policy import SwitchingPolicy
 from evermesh.parallelism.layout.search import RankedLayout, estimate_layout, search_layouts
 from evermesh.parallelism.topology import Topology
-
-
-class SwitchingPolicy(BaseModel):
-    """When a switch is worth it."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    window: PositiveInt = 16
-    """Batches that are looked at together."""
-    in_sight: PositiveInt = 1000
-    """Batches that a switch has to pay off in: the lengths are expected to stay as they are for so long."""
-    least_gain: float = Field(default=0.05, gt=0.0, lt=1.0)
-    """Share of a step that a switch has to save; below it, estimates are no reason to move."""
-    patience: PositiveInt = 3
-    """Windows in a row that have to say so."""
-    restart_s: NonNegativeFloat = 10.0
-    """Fixed seconds of a switch: groups are made anew, code is compiled, caches are cold."""
 
 
 class Option(NamedTuple):
@@ -141,7 +124,10 @@ class SearchedOptions:
 
     def __call__(self, batches: Sequence[Sequence[int]]) -> tuple[Option, Sequence[Option]]:
         """See ``Options``."""
-        found = search_layouts(self.shape, self.topology, batches, self.search)
+        try:
+            found = search_layouts(self.shape, self.topology, batches, self.search)
+        except LayoutDoesNotFit:  # by formula not even the one in use fits: no advice is better than a guess
+            found = []
         current = estimate_layout(self.shape, self.topology, batches, self.current, self.search)
         others = [self._option(one) for one in found if one.layout != self.current]
         return Option(self.current, current.step.total, 0.0), others
@@ -161,4 +147,4 @@ def move_s(shape: ModelShape, layout: Layout, topology: Topology, options: Searc
     return received / min(network.device_bytes_per_s(network.world_size), network.intra_bytes_per_s)
 
 
-__all__ = ["Advice", "LayoutAdvisor", "Option", "Options", "SearchedOptions", "SwitchingPolicy", "decide", "move_s"]
+__all__ = ["Advice", "LayoutAdvisor", "Option", "Options", "SearchedOptions", "decide", "move_s"]

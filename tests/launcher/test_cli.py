@@ -46,6 +46,7 @@ def test_the_command_line_starts_without_torch_and_other_slow_imports() -> None:
         (["resume"], "evermesh resume quickstart --workers 3"),
         (["runs"], "evermesh runs --runs /data/runs --json"),
         (["plan"], "evermesh plan lengths.txt.gz --workers 64 --capacity 32768"),
+        (["layout"], "evermesh layout model.yaml --nodes 16 --context 8192"),
         (["checkpoint"], "evermesh checkpoint verify runs/quickstart"),
         (["checkpoint", "ls"], "evermesh checkpoint ls quickstart"),
         (["checkpoint", "show"], "evermesh checkpoint show runs/quickstart"),
@@ -69,7 +70,19 @@ def test_help_shows_an_example(command: list[str], example: str) -> None:
 
 @pytest.mark.parametrize(
     "command",
-    ["launch", "resume", "plan", "checkpoint show", "data prepare", "status", "top", "logs", "dashboard", "stop"],
+    [
+        "launch",
+        "resume",
+        "plan",
+        "layout",
+        "checkpoint show",
+        "data prepare",
+        "status",
+        "top",
+        "logs",
+        "dashboard",
+        "stop",
+    ],
 )
 def test_examples_are_not_folded_on_a_terminal_of_80_columns(command: str) -> None:
     narrow, wide = (help_of(command.split(), width).partition("Example")[2].splitlines() for width in (80, 200))

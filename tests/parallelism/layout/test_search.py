@@ -206,6 +206,7 @@ def test_data_parallel_groups_stay_on_one_kind_of_network() -> None:
     """Nodes come interleaved; the search puts those alike side by side, and only pipeline edges between them."""
     found = search_layouts(SMALL, MIXED, LENGTHS, FEW.model_copy(update={"supports": lambda layout: layout.pp == 2}))[0]
     assert found.node_order in {(0, 2, 1, 3), (1, 3, 0, 2)}
+    assert isinstance(found.layout.split, tuple)
     first, second = found.layout.split
     fast_first = found.node_order[0] == 0
     assert (first > second) == fast_first

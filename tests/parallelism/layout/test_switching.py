@@ -7,6 +7,7 @@ import pytest
 from evermesh.parallelism import Layout
 from evermesh.parallelism.layout.device import DEVICES
 from evermesh.parallelism.layout.options import SearchOptions
+from evermesh.parallelism.layout.policy import SwitchingPolicy
 from evermesh.parallelism.layout.search import search_layouts
 from evermesh.parallelism.layout.sizes import num_parameters
 from evermesh.parallelism.layout.switching import (
@@ -14,7 +15,6 @@ from evermesh.parallelism.layout.switching import (
     LayoutAdvisor,
     Option,
     SearchedOptions,
-    SwitchingPolicy,
     decide,
     move_s,
 )

@@ -78,7 +78,7 @@ def _calibrated(
     shape: ModelShape, layouts: Sequence[Layout], batches: Sequence[int], published_s: Sequence[float]
 ) -> list[float]:
     """Deviations of all rows, after the rate of the device is set so that the first is right."""
-    device, deviations = DEVICES["a100"], []
+    device, deviations = DEVICES["a100"], list[float]()
     for layout, sequences, seconds in zip(layouts, batches, published_s, strict=True):
         topology, lengths = device.topology(layout.world_size // 8, 8), [[2048] * sequences]
         if not deviations:
