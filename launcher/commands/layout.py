@@ -61,9 +61,7 @@ def layout(
 
     given = Source.read(source)
     options = given.options(_device(given, device, teraflops, memory))
-    options = options.model_copy(
-        update={"convention": convention, "top": top, "planned": max(planned, top * bool(planned))}
-    )
+    options = options.model_copy(update={"convention": convention, "top": top, "planned": planned})
     cluster = read_topology(topology) if topology else _cluster(given, options.device, nodes, gpus)
     asked = LengthsAsked(lengths, context, batch_tokens, batches)
     sample, vocabulary = given.lengths(asked, Console(stderr=True))

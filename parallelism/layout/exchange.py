@@ -7,10 +7,16 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from evermesh.parallelism.cost import ModelShape
 from evermesh.parallelism.layout.degrees import Layout
 from evermesh.parallelism.layout.network import Network
+from evermesh.parallelism.layout.rates import Hardware
+from evermesh.parallelism.layout.sizes import contents, rank_sets
 from evermesh.parallelism.tiers import LEVELS, Division, Level
 from evermesh.parallelism.tiers_traffic import SetSizes
+
+_UPDATE_BYTES = 30
+"""That an update reads and writes for each element: master and moments both ways, gradient, parameter."""
 
 
 class Exchange(NamedTuple):
@@ -79,4 +85,44 @@ def _exchange(
     )
 
 
-__all__ = ["Exchange", "exchange"]
+class Exchanged(NamedTuple):
+    """Traffic besides that of tokens, of the pipeline rank for which it takes longest, in seconds; and its update."""
+
+    once: Mapping[str, float]
+    """Of each step."""
+    per_micro_batch: float
+    """Of each micro-batch; hides behind computation as far as it fits."""
+
+
+def exchanged(shape: ModelShape, layout: Layout, hardware: Hardware) -> Exchanged:
+    """Of the pipeline rank that is slowest; raises LayoutDoesNotFit where nodes that have to talk cannot."""
+    device, in_step = hardware.device, layout.tiers.in_lock_step
+    found: list[Exchanged] = []
+    for sets in {rank_sets(shape, layout, pp_rank): None for pp_rank in _different(shape, layout)}:
+        parts = exchange(sets, layout, hardware.network, hardware.precision.element_bytes, device.hop_s)
+        reduces = 0.0 if in_step and not layout.keeps_gradients else parts.reduces
+        once = {
+            "gradients": reduces + parts.sums,
+            "sharded parameters": 0.0 if in_step else parts.gathers,
+            "updated parameters": parts.publishes,
+            "update": _owned(sets, layout) * _UPDATE_BYTES / device.memory_bytes_per_s,
+        }
+        found.append(Exchanged(once, (2.0 * parts.gathers + parts.reduces - reduces) if in_step else 0.0))
+    return max(found, key=lambda one: sum(one.once.values()) + one.per_micro_batch)
+
+
+def _owned(sets: Sequence[SetSizes], layout: Layout) -> float:
+    """Elements that a rank updates."""
+    dense, experts = layout.division.states, layout.expert_division.states
+    return sum(sizes.padded / (experts if sizes.of_experts else dense) for sizes in sets)
+
+
+def _different(shape: ModelShape, layout: Layout) -> list[int]:
+    """Pipeline ranks that hold different things, as far as it matters what they hold."""
+    kinds: dict[object, int] = {}
+    for pp_rank, kind in enumerate(contents(shape, layout)):
+        kinds.setdefault(kind, pp_rank)
+    return list(kinds.values())
+
+
+__all__ = ["Exchange", "Exchanged", "exchange", "exchanged"]

@@ -34,7 +34,7 @@ class SearchOptions(BaseModel):
     top: PositiveInt = 5
     """Layouts to return, each with other degrees."""
     planned: NonNegativeInt = 8
-    """Layouts for which the real planner plans the batches; 0: none, the formula alone ranks."""
+    """Layouts for which the real planner plans the batches, at least ``top``; 0: none, the formula alone ranks."""
     most_tp: PositiveInt | None = None
     """Largest tensor-parallel degree; None: the devices of a node. It never leaves a node."""
     schedules: tuple[tuple[ScheduleName, int], ...] = (

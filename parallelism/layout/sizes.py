@@ -6,6 +6,7 @@ The sizes are those of the decoder of ``runtime/model``: norms without bias, no 
 import functools
 import itertools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from evermesh.parallelism.cost import ModelShape
 from evermesh.parallelism.errors import LayoutDoesNotFit
@@ -86,6 +87,39 @@ def _held_layers(shape: ModelShape, schedule: PipelineSchedule, split: tuple[int
     return held
 
 
+class Content(NamedTuple):
+    """What a pipeline rank holds."""
+
+    has_embedding: bool
+    has_head: bool
+    layers: int
+    mixtures: int
+    elements: int
+    """Of the matrices that a token passes through in its layers."""
+
+
+def contents(shape: ModelShape, layout: Layout) -> tuple[Content, ...]:
+    """What every pipeline rank holds, in numbers."""
+    return _contents_of(shape, layout.pipeline, layout.split if isinstance(layout.split, tuple) else ())
+
+
+@functools.lru_cache(maxsize=4096)
+def _contents_of(shape: ModelShape, schedule: PipelineSchedule, split: tuple[int, ...]) -> tuple[Content, ...]:
+    found = []
+    for held in _held_layers(shape, schedule, split):
+        layers = [layer for of_stage in held.values() for layer in of_stage]
+        found.append(
+            Content(
+                has_embedding=0 in held,
+                has_head=schedule.num_stages - 1 in held,
+                layers=len(layers),
+                mixtures=sum(map(shape.has_experts, layers)),
+                elements=sum(map(shape.active_elements, layers)),
+            )
+        )
+    return tuple(found)
+
+
 def rank_sets(shape: ModelShape, layout: Layout, pp_rank: int) -> tuple[SetSizes, ...]:
     """The parameters that every rank of a pipeline stage holds, in the sets that are gathered and summed together."""
     held = held_layers(shape, layout)[pp_rank]
@@ -133,4 +167,13 @@ def _expert_elements(shape: ModelShape, sharers: int) -> int:
     return shape.experts.experts * shape.ffn_matrices * shape.hidden * shape.experts.ffn // sharers
 
 
-__all__ = ["balanced_layers", "check_shape", "held_layers", "num_parameters", "rank_sets", "stage_layers"]
+__all__ = [
+    "Content",
+    "balanced_layers",
+    "check_shape",
+    "contents",
+    "held_layers",
+    "num_parameters",
+    "rank_sets",
+    "stage_layers",
+]

@@ -5,23 +5,17 @@ per step on the links that it uses. It leaves out what only a plan shows (packs 
 is a little early; ``planned`` has the real planner plan every batch and puts its makespan in the place of the formula.
 """
 
-import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from evermesh.parallelism.cost import ModelShape
 from evermesh.parallelism.layout.degrees import Layout
-from evermesh.parallelism.layout.exchange import exchange
+from evermesh.parallelism.layout.exchange import Exchanged, exchanged
 from evermesh.parallelism.layout.rates import Hardware, Rates, rates
 from evermesh.parallelism.layout.sample import Batch
-from evermesh.parallelism.layout.sizes import held_layers, rank_sets
-from evermesh.parallelism.pipeline.schedule import PipelineSchedule
+from evermesh.parallelism.layout.sizes import contents
 from evermesh.parallelism.planner import plan_batch
-from evermesh.parallelism.tiers_traffic import SetSizes
-
-_UPDATE_BYTES = 30
-"""That an update reads and writes for each element: master and moments both ways, gradient, parameter."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,15 +39,6 @@ class StepTime:
         return ", ".join(f"{name} {seconds:.3g} s" for name, seconds in shown if seconds >= 0.005 * self.total)
 
 
-class Exchanged(NamedTuple):
-    """Traffic besides that of tokens, of the pipeline rank for which it takes longest, in seconds; and its update."""
-
-    once: Mapping[str, float]
-    """Of each step."""
-    per_micro_batch: float
-    """Of each micro-batch; hides behind computation as far as it fits."""
-
-
 class Setup(NamedTuple):
     """A layout of a model on given hardware, and what follows from these without any batch."""
 
@@ -61,7 +46,7 @@ class Setup(NamedTuple):
     layout: Layout
     hardware: Hardware
     rates: Rates
-    traffic: "Exchanged"
+    traffic: Exchanged
     message_s_per_token: float
     """Of one message between stages."""
 
@@ -74,7 +59,7 @@ class Setup(NamedTuple):
 
     @classmethod
     def from_parts(
-        cls, shape: ModelShape, layout: Layout, hardware: Hardware, found: Rates, traffic: "Exchanged"
+        cls, shape: ModelShape, layout: Layout, hardware: Hardware, found: Rates, traffic: Exchanged
     ) -> "Setup":
         """Of what is known already."""
         message = 0.0
@@ -202,73 +187,6 @@ def _around(setup: Setup, busy: float, number: int) -> dict[str, float]:
     return {**once, "sharded parameters": once["sharded parameters"] + exposed}
 
 
-def exchanged(shape: ModelShape, layout: Layout, hardware: Hardware) -> Exchanged:
-    """Raises LayoutDoesNotFit where nodes that have to talk cannot."""
-    device, in_step = hardware.device, layout.tiers.in_lock_step
-    found: list[Exchanged] = []
-    for sets in {rank_sets(shape, layout, pp_rank): None for pp_rank in _different(shape, layout)}:
-        parts = exchange(sets, layout, hardware.network, hardware.precision.element_bytes, device.hop_s)
-        reduces = 0.0 if in_step and not layout.keeps_gradients else parts.reduces
-        once = {
-            "gradients": reduces + parts.sums,
-            "sharded parameters": 0.0 if in_step else parts.gathers,
-            "updated parameters": parts.publishes,
-            "update": _owned(sets, layout) * _UPDATE_BYTES / device.memory_bytes_per_s,
-        }
-        found.append(Exchanged(once, (2.0 * parts.gathers + parts.reduces - reduces) if in_step else 0.0))
-    return max(found, key=lambda one: sum(one.once.values()) + one.per_micro_batch)
-
-
-def _owned(sets: Sequence[SetSizes], layout: Layout) -> float:
-    """Elements that a rank updates."""
-    dense, experts = layout.division.states, layout.expert_division.states
-    return sum(sizes.padded / (experts if sizes.of_experts else dense) for sizes in sets)
-
-
-def _different(shape: ModelShape, layout: Layout) -> list[int]:
-    """Pipeline ranks that hold different things, as far as it matters what they hold."""
-    kinds: dict[object, int] = {}
-    for pp_rank, kind in enumerate(_contents(shape, layout)):
-        kinds.setdefault(kind, pp_rank)
-    return list(kinds.values())
-
-
-class _Content(NamedTuple):
-    """What a pipeline rank holds."""
-
-    has_embedding: bool
-    has_head: bool
-    layers: int
-    mixtures: int
-    elements: int
-    """Of the matrices that a token passes through in its layers."""
-
-
-def _contents(shape: ModelShape, layout: Layout) -> tuple[_Content, ...]:
-    return _contents_of(shape, layout.pipeline, layout.split if isinstance(layout.split, tuple) else ())
-
-
-@functools.lru_cache(maxsize=4096)
-def _contents_of(shape: ModelShape, schedule: PipelineSchedule, split: tuple[int, ...]) -> tuple[_Content, ...]:
-    """By pipeline rank."""
-    plain = Layout(
-        pp=schedule.ranks, schedule=schedule.name, virtual_stages=schedule.virtual_stages, split=split or "flops"
-    )
-    contents = []
-    for held in held_layers(shape, plain):
-        layers = [layer for of_stage in held.values() for layer in of_stage]
-        contents.append(
-            _Content(
-                0 in held,
-                schedule.num_stages - 1 in held,
-                len(layers),
-                sum(map(shape.has_experts, layers)),
-                sum(map(shape.active_elements, layers)),
-            )
-        )
-    return tuple(contents)
-
-
 def _stage_shares(setup: Setup, pairs_per_token: float) -> list[float]:
     """Of the time of a token, by pipeline rank."""
     shape, layout, found = setup.shape, setup.layout, setup.rates
@@ -280,7 +198,7 @@ def _stage_shares(setup: Setup, pairs_per_token: float) -> list[float]:
     alike = of_layers - per_flop * (shape.linear_flops_per_token() - head)  # all that is not a product
     shares = [
         2.0 * per_flop * content.elements + alike * content.layers / shape.layers + per_flop * head * content.has_head
-        for content in _contents(shape, layout)
+        for content in contents(shape, layout)
     ]
     return [share / sum(shares) for share in shares]
 
@@ -289,4 +207,4 @@ def _mean(steps: Sequence[StepTime]) -> StepTime:
     return StepTime({name: sum(step.parts[name] for step in steps) / len(steps) for name in steps[0].parts})
 
 
-__all__ = ["Exchanged", "Setup", "StepTime", "bubble", "estimate", "exchanged", "planned"]
+__all__ = ["Setup", "StepTime", "bubble", "estimate", "planned"]
