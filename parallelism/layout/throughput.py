@@ -134,9 +134,10 @@ def _planned(setup: Setup, batch: Batch) -> StepTime:
     closed = dict(_estimate(setup, batch).parts)
     plan = plan_batch(batch.lengths, setup.layout, setup.rates.cost_model())
     uneven = setup.unevenness(batch.pairs / batch.tokens)
-    left = plan.certificate.makespan_s * uneven - sum(_work(setup, batch).values()) * uneven
+    left = (plan.certificate.makespan_s - sum(_work(setup, batch).values())) * uneven
     if left < 0:  # rings that the planner shares better than by memory alone
-        closed["rings"] += left
+        closed["rings"] += left / uneven
+        closed["uneven stages"] += left - left / uneven
         left = 0.0
     closed["pipeline bubble"] = min(left, closed["pipeline bubble"])
     closed["waiting"] = left - closed["pipeline bubble"]
