@@ -1,7 +1,7 @@
 """How fast the ranks of a layout reach each other, on nodes in a given order; imports no torch.
 
 A group whose ranks are all in one node uses the links of that node. One that crosses nodes uses a class of network cards
-that all its nodes have: one communicator uses one kind of network (Holmes, arXiv 2312.03549, section 3.2: groups that mix
+that all its nodes have: one communicator uses one kind of network (Holmes, arXiv 2312.03549: groups that mix
 InfiniBand and RoCE fall back to Ethernet). The cards of a node are shared by all groups that cross its border at the same
 time, and a library spreads a group over all of them, so rails need no care of their own.
 """
@@ -115,7 +115,7 @@ def node_orders(topology: Topology) -> Iterator[tuple[int, ...]]:
 
     Alike are nodes with the same network cards, devices and speeds. Pipeline stages are blocks of consecutive ranks, so
     data-parallel groups then stay among nodes alike as far as their number allows, and only pipeline edges, which
-    send least, go between kinds (Holmes, arXiv 2312.03549, section 3.1).
+    send least, go between kinds (Holmes, arXiv 2312.03549).
     """
     kinds: dict[object, list[int]] = defaultdict(list)
     for index, node in enumerate(topology.nodes):

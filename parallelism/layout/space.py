@@ -103,7 +103,7 @@ class Space:
         ]
 
     def _split(self, layout: Layout, schedule: PipelineSchedule) -> tuple[int, ...]:
-        """Layers of every stage in proportion to the speed of its devices (Holmes, section 3.3)."""
+        """Layers of every stage in proportion to the speed of its devices (Holmes, arXiv 2312.03549)."""
         device, speeds = self.options.device, self.network.stage_speeds(layout)
         of_stages = tuple(speeds[schedule.rank_of(stage)] for stage in range(schedule.num_stages))
         attention = 3.5 / 3.0 * self.shape.attention_flops_per_pair() / self.shape.layers * self.pairs_per_token

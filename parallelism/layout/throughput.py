@@ -105,7 +105,7 @@ def bubble(layout: Layout) -> float:
     """Time that each rank of a pipeline is idle, in units of what one micro-batch takes on it.
 
     For equal micro-batches, of which there are a multiple of the ranks, and at least twice as many in the shape of a V; never
-    less. (p - 1) / v for 1F1B; where gradients of weights are put off, they fill it (Qi et al., arXiv 2401.10241, table 1).
+    less. (p - 1) / v for 1F1B; where gradients of weights are put off, they fill it (Qi et al., arXiv 2401.10241).
     """
     share = 1.0
     if layout.pipeline.splits_backward:

@@ -24,7 +24,7 @@ def split_layers(
         num_stages: stages of the whole pipeline.
         embedding_s: seconds that the first stage takes besides its layers.
         head_s: seconds that the last stage takes besides its layers (head and loss).
-        speeds: of every stage's devices (Holmes, arXiv 2312.03549, section 3.3); none: all are equally fast.
+        speeds: of every stage's devices (Holmes, arXiv 2312.03549); none: all are equally fast.
 
     Raises:
         LayoutDoesNotFit: there are fewer layers than stages.

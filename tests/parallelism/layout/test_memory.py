@@ -81,7 +81,7 @@ def test_a_gpt_block_keeps_what_was_published() -> None:
 
 
 def test_inputs_of_all_blocks_of_mt_nlg_take_the_published_terabytes() -> None:
-    """Smith et al. (arXiv 2201.11990, section 2.1): 16.9 TB for 1,920 sequences of 2,048 tokens."""
+    """Smith et al. (arXiv 2201.11990): 16.9 TB for 1,920 sequences of 2,048 tokens."""
     layout = Layout(activations="recompute")
     kept = sum(block_tokens(MT_NLG, layout, layer, BF16).kept for layer in range(MT_NLG.layers))
     assert kept * 1920 * 2048 / 1e12 == pytest.approx(16.9, rel=0.002)

@@ -67,7 +67,7 @@ def test_published_utilisation_follows_from_the_step_time(
 
 
 def test_full_recomputation_gives_the_published_throughput_of_mt_nlg() -> None:
-    """Smith et al. (arXiv 2201.11990, section 2.3): 126, 121, 113 TFLOP/s on 280, 350, 420 DGX A100."""
+    """Smith et al. (arXiv 2201.11990): 126, 121, 113 TFLOP/s on 280, 350, 420 DGX A100."""
     for nodes, seconds, published in ((280, 60.1, 126), (350, 50.2, 121), (420, 44.4, 113)):
         ours = model_flops(MT_NLG, [2048] * 1920, "full", recomputed=True) / seconds / (8 * nodes) / 1e12
         print(f"\n{nodes} nodes: {ours:.1f} TFLOP/s, published {published}: {ours / published - 1:+.1%}", end="")
@@ -110,7 +110,7 @@ def _matching(
 
 @pytest.mark.parametrize("rows", [MEGATRON, MEGASCALE], ids=["Megatron-LM", "MegaScale"])
 def test_strong_scaling_of_the_175b_model_is_predicted_from_one_row(rows: Sequence[_Row]) -> None:
-    """TP 8, PP 8, six virtual stages, micro-batches of one sequence (MegaScale, section 6.1)."""
+    """TP 8, PP 8, six virtual stages, micro-batches of one sequence (MegaScale, table 1)."""
     layouts = [
         Layout(tp=8, pp=8, hdp=gpus // 64, schedule="interleaved-1f1b", virtual_stages=6, capacity=2048)
         for gpus, *_ in rows
