@@ -5,6 +5,7 @@
         ├── JobFileInvalid   (ValueError)       a job file or an override breaks a rule; names key and line
         ├── LengthsInvalid   (ValueError)       a file of sequence lengths cannot be read
         ├── ScenarioInvalid  (ValueError)       what is to be simulated cannot be read, or contradicts itself
+        ├── LayoutRequestInvalid (ValueError)   a model, topology or device to find a layout for is wrong or missing
         ├── RunNotFound      (LookupError)      there is no such run, or none at all
         ├── JobAmbiguous     (LookupError)      several jobs could be meant
         ├── RunAlive         (RuntimeError)     another launcher holds the run
@@ -65,6 +66,10 @@ class LengthsInvalid(LauncherError, ValueError):
 
 class ScenarioInvalid(LauncherError, ValueError):
     """What is to be simulated cannot be read, or contradicts itself; names the option or the file."""
+
+
+class LayoutRequestInvalid(LauncherError, ValueError):
+    """A model, a topology or a device to find a layout for is wrong or missing."""
 
 
 class RunNotFound(LauncherError, LookupError):

@@ -81,7 +81,12 @@ def value(text: str) -> Any:
 
 def write(values: Mapping[str, Any], path: Path) -> None:
     """Write ``values`` so that ``read`` finds the same."""
-    path.write_text(yaml.dump(values, Dumper=_Dumper, sort_keys=False))
+    path.write_text(text_of(values))
+
+
+def text_of(values: Mapping[str, Any]) -> str:
+    """YAML that ``read`` understands."""
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False)
 
 
 def dotted(key: Sequence[str | int]) -> str:

@@ -30,6 +30,19 @@ class ExpertShape(BaseModel):
     """Experts that the router of a layer chooses from."""
     active_ffn: PositiveInt
     """Width that one token passes through: of its chosen experts together, and of the shared one."""
+    top_k: PositiveInt = 1
+    """Experts that one token chooses."""
+    shared_ffn: NonNegativeInt = 0
+    """Of ``active_ffn``: the width of the expert that every token passes through."""
+    first_dense_layers: NonNegativeInt = 0
+    """Layers at the bottom that have none."""
+    period: PositiveInt = 1
+    """Above these, every ``period``-th layer has one."""
+
+    @property
+    def ffn(self) -> int:
+        """Width of one expert."""
+        return (self.active_ffn - self.shared_ffn) // self.top_k
 
 
 class ModelShape(BaseModel):
@@ -46,17 +59,46 @@ class ModelShape(BaseModel):
     vocabulary: PositiveInt
     experts: ExpertShape | None = None
     """None: every layer has a dense feed-forward block."""
+    gated: bool = True
+    """Whether feed-forward blocks have a gate, so three matrices (SwiGLU), or two (GPT)."""
+    tied_embeddings: bool = False
+    """Whether one matrix is embedding and head."""
+
+    @property
+    def ffn_matrices(self) -> int:
+        """Of a feed-forward block."""
+        return 3 if self.gated else 2
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether ``layer`` (from 0) has a mixture of experts."""
+        experts = self.experts
+        if experts is None or layer < experts.first_dense_layers:
+            return False
+        return (layer - experts.first_dense_layers + 1) % experts.period == 0
+
+    def attention_elements(self) -> int:
+        """Elements of the four matrices of one layer's attention."""
+        return self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
+
+    def active_elements(self, layer: int) -> int:
+        """Elements of the matrices that one token passes through in ``layer``; half its forward FLOPs outside attention."""
+        if not self.has_experts(layer):
+            return self.attention_elements() + self.ffn_matrices * self.hidden * self.ffn
+        assert self.experts is not None
+        through = self.ffn_matrices * self.experts.active_ffn + self.experts.experts
+        return self.attention_elements() + self.hidden * through
 
     def linear_flops_per_token(self) -> float:
         """Forward FLOPs of all matrix products that do not depend on the sequence length, logits included.
 
         Of a mixture of experts only what a token passes through counts, and its router.
         """
+        matrices = self.ffn_matrices
         attention = self.layers * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
-        feed_forward = self.layers * 3 * self.ffn
+        feed_forward = self.layers * matrices * self.ffn
         if self.experts is not None:
-            of_experts = 3 * self.experts.active_ffn + self.experts.experts
-            feed_forward = (self.layers - self.experts.layers) * 3 * self.ffn + self.experts.layers * of_experts
+            of_experts = matrices * self.experts.active_ffn + self.experts.experts
+            feed_forward = (self.layers - self.experts.layers) * matrices * self.ffn + self.experts.layers * of_experts
         return 2.0 * self.hidden * (attention + feed_forward + self.vocabulary)
 
     def attention_flops_per_pair(self) -> float:

@@ -2,20 +2,23 @@
 
 import math
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    TypeAdapter,
     model_validator,
 )
 
 from evermesh.parallelism.cost import CostModel
 from evermesh.parallelism.layout import Layout
+from evermesh.parallelism.layout.policy import SwitchingPolicy
 from evermesh.runtime.data.config import DataConfig
 from evermesh.runtime.deepspeed_engine.checks import check_config
 from evermesh.runtime.layout import check_compile, check_model
@@ -82,6 +85,13 @@ class CompileConfig(_Frozen):
         return tuple(sorted({max(1, round(capacity / math.sqrt(2) ** step)) for step in range(11)}))
 
 
+def _policy(value: Any) -> Any:
+    """``true`` is the default policy, ``false`` none."""
+    if isinstance(value, bool | str):
+        return SwitchingPolicy() if TypeAdapter(bool).validate_python(value) else None
+    return value
+
+
 class TrainConfig(_Frozen):
     """Everything that decides what a training run computes."""
 
@@ -107,6 +117,10 @@ class TrainConfig(_Frozen):
     device: Annotated[CpuDevice | CudaDevice, Field(discriminator="kind")] = CpuDevice()
     compile: CompileConfig | None = None
     """Compile what blocks do with tokens one by one; null: everything runs as it is written."""
+    advise_layout: Annotated[SwitchingPolicy | None, BeforeValidator(_policy)] = None
+    """Watch the lengths of batches, and log when another layout would be worth a switch: true, or when it is worth it; null
+    or false: not. It is advice only: the run goes on as it is. A window costs rank 0 a search in the background,
+    milliseconds of one core on a few nodes, seconds on thousands."""
     seed: NonNegativeInt = 0
     """Seed of the initial weights and of the order of the data."""
     deterministic: bool = False

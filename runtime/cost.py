@@ -4,7 +4,8 @@ from evermesh.parallelism.cost import CostModel, ModelShape
 from evermesh.parallelism.layout import Layout
 from evermesh.runtime.config import TrainConfig
 
-_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2}
+ELEMENT_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2}
+"""Of parameters and activations, by ``TrainConfig.dtype``."""
 
 
 def nominal_cost(config: TrainConfig, shape: ModelShape) -> CostModel:
@@ -14,7 +15,7 @@ def nominal_cost(config: TrainConfig, shape: ModelShape) -> CostModel:
     counted. Set ``train.cost`` to measured coefficients.
     """
     threads = None if config.device.kind == "cuda" else config.device.threads
-    return cost_of_shape(shape, config.layout, threads, _BYTES[config.dtype])
+    return cost_of_shape(shape, config.layout, threads, ELEMENT_BYTES[config.dtype])
 
 
 def cost_of_shape(shape: ModelShape, layout: Layout, threads: int | None, bytes_per_element: int) -> CostModel:

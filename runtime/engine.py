@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from evermesh.checkpoint.shard_map import ShardMap
-from evermesh.parallelism.memory import StateMemory, state_memory
+from evermesh.parallelism.layout.states import StateMemory, state_memory
 from evermesh.runtime.config import TrainConfig
 from evermesh.runtime.lamb import build_optimizer
 from evermesh.runtime.micro_batch import MicroBatchRunner

@@ -1,5 +1,6 @@
 """Which layouts the trainer can run; imports no torch, so that the launcher can ask before it starts anything."""
 
+import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,7 @@ from evermesh.runtime.model.sharding import DECODER_SHARDING
 from evermesh.runtime.model.stages import nominal_costs, stage_parts
 
 if TYPE_CHECKING:
-    from evermesh.runtime.config import TrainConfig
+    from evermesh.runtime.config import CompileConfig, TrainConfig
     from evermesh.runtime.model.config import ModelConfig
 
 
@@ -62,6 +63,25 @@ def check_model(layout: Layout, model: "ModelConfig") -> None:
             f"experts under model.moe.",
             axis=axis,
         )
+
+
+def is_supported(layout: Layout, model: "ModelConfig", compiles: "CompileConfig | None" = None) -> bool:
+    """Whether ``model`` can be shared, and its blocks compiled, as ``layout`` says, on any number of HDP ranks."""
+    # the checks do not look at these, so that one answer serves many layouts
+    return _is_supported(
+        layout.model_copy(update={"hdp": 1, "capacity": 1, "sharding": Layout().sharding}), model, compiles
+    )
+
+
+@functools.lru_cache(maxsize=65_536)
+def _is_supported(layout: Layout, model: "ModelConfig", compiles: "CompileConfig | None") -> bool:
+    try:
+        check_model(layout, model)
+        if compiles is not None:
+            check_compile(layout, compiles.of_capacity(layout.capacity))
+    except LayoutDoesNotFit:
+        return False
+    return True
 
 
 def _check_chunks(layout: Layout) -> None:

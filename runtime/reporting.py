@@ -1,12 +1,17 @@
 """Measures every step of a run, and tells the user and the folder of the run about it."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
+
 from evermesh.fault.events import EventLog
+from evermesh.parallelism.layout.explain import fields_of
+from evermesh.parallelism.layout.switching import Advice
 from evermesh.parallelism.ledger import ByteLedger
+from evermesh.runtime.advice import LayoutWatch, layout_watch
 from evermesh.runtime.compiling import padding_of
 from evermesh.runtime.feed import PlannedBatch
 from evermesh.runtime.telemetry import PlanSummary, StepReport
@@ -67,6 +72,7 @@ class Reporter:
         self._events = EventLog(trainer.directory / "events.jsonl") if trainer.directory and trainer.rank == 0 else None
         self._clock = _Clock()
         self._told_graphs = 0
+        self._watch = _layout_watch(trainer)
 
     def begin(self) -> None:
         """The first step begins now."""
@@ -75,6 +81,11 @@ class Reporter:
     def leave_out(self, seconds: float) -> None:
         """Count the last ``seconds`` to no step."""
         self._clock.leave_out(seconds)
+
+    def end(self) -> None:
+        """No step follows."""
+        if self._watch is not None:
+            self._log_advice(self._watch.close())
 
     def log(self, kind: str, text: str, **fields: Any) -> None:
         """Write an event, on rank 0."""
@@ -116,6 +127,8 @@ class Reporter:
             compiled_graphs=trainer.compiled.graphs,
             held_out_loss=held_out_loss,
         )
+        if self._watch is not None:
+            self._log_advice(self._watch.observe(batch.plan.lengths))
         if not outcome.committed:
             self.log("skipped", f"loss {outcome.loss}, gradient norm {outcome.grad_norm}: no update")
         if trainer.directory is not None:
@@ -123,6 +136,11 @@ class Reporter:
                 telemetry.write(report.to_json() + "\n")
         if self._report is not None:
             self._report(report)
+
+    def _log_advice(self, found: Iterable[Advice]) -> None:
+        for advice in found:
+            fields = {"layout": fields_of(advice.layout), "saves_s": advice.saves_s}
+            self.log("layout advice", f"another layout would pay: {advice.reason}", **fields)
 
     def _log_compiled(self, padding: float) -> None:
         """Tell what rank 0 compiled in this step, if anything."""
@@ -134,6 +152,16 @@ class Reporter:
                 f"far; padding to them adds {padding:.1%} tokens to this step"
             )
             self.log("compiled", text, graphs=compiled.graphs, seconds=compiled.seconds)
+
+
+def _layout_watch(trainer: "Trainer") -> LayoutWatch | None:
+    """What watches the lengths of batches, on rank 0 of a run that asks for it."""
+    config, policy = trainer.config, trainer.config.advise_layout
+    if policy is None or trainer.rank != 0:
+        return None
+    name = torch.cuda.get_device_name(trainer.device) if trainer.device.type == "cuda" else ""
+    shape = config.model.shape(trainer.built.model.vocabulary)
+    return layout_watch(config, policy, shape, trainer.groups.world.nodes, name)
 
 
 class _Clock:

@@ -258,6 +258,7 @@ class Trainer:
 
     def _end(self, reason: Reason, saved: Path | None) -> FitResult:
         """Collective: says how the run ended, and with which parameters."""
+        self.reporter.end()
         digest = parameters_digest(self.optimizer.owned_state(), self.groups.host)
         text = f"after step {self.progress.step} ({reason}), parameters {digest}"
         self._log("finished" if reason == "finished" else "stopped", text, parameters=digest)

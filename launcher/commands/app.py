@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from evermesh.launcher.commands import checkpoint, data, demo, export, jobs, plan, simulate, watching
+from evermesh.launcher.commands import checkpoint, data, demo, export, jobs, layout, plan, simulate, watching
 
 app = typer.Typer(
     name="evermesh",
@@ -26,6 +26,7 @@ app.command("dashboard", epilog=watching.DASHBOARD_EXAMPLES)(watching.dashboard)
 app.command("stop", epilog=watching.STOP_EXAMPLES)(watching.stop)
 app.command("plan", epilog=plan.EXAMPLES)(plan.plan)
 app.command("simulate", epilog=simulate.EXAMPLES)(simulate.simulate)
+app.command("layout", epilog=layout.EXAMPLES)(layout.layout)
 app.add_typer(checkpoint.app)
 app.command("export", epilog=export.EXAMPLES)(export.export)
 app.add_typer(data.app)

@@ -258,6 +258,7 @@ class ModelConfig(_Frozen):
             ffn=self.ffn,
             vocabulary=self.vocabulary or vocabulary,
             experts=self._expert_shape(),
+            tied_embeddings=self.tied_embeddings,
         )
 
     def _expert_shape(self) -> ExpertShape | None:
@@ -265,4 +266,14 @@ class ModelConfig(_Frozen):
             return None
         active_ffn = self.moe.top_k * self.moe.ffn + self.moe.shared_ffn
         layers = sum(map(self.has_experts, range(self.layers)))
-        return ExpertShape(layers=layers, experts=self.moe.experts, active_ffn=active_ffn)
+        if not layers:  # the period is longer than the model
+            return None
+        return ExpertShape(
+            layers=layers,
+            experts=self.moe.experts,
+            active_ffn=active_ffn,
+            top_k=self.moe.top_k,
+            shared_ffn=self.moe.shared_ffn,
+            first_dense_layers=self.moe.first_dense_layers,
+            period=self.moe.period,
+        )

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from evermesh.parallelism import Layout, plan_batch
 from evermesh.parallelism.collectives import CollectiveRecord
 from evermesh.parallelism.gradients import gradient_of
-from evermesh.parallelism.memory import StateMemory, state_memory
+from evermesh.parallelism.layout.states import StateMemory, state_memory
 from evermesh.runtime import process_group
 from evermesh.runtime.model.building import build_model, build_runner
 from evermesh.runtime.model.config import ModelConfig

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from evermesh.parallelism import ByteLedger, CostModel, Layout, plan_batch
-from evermesh.parallelism.memory import state_memory
+from evermesh.parallelism.layout.states import state_memory
 from evermesh.runtime import process_group
 from evermesh.runtime.config import TrainConfig
 from evermesh.runtime.micro_batch import LocalBatch, LocalMicroBatch

@@ -10,11 +10,12 @@ from evermesh.parallelism.errors import LayoutDoesNotFit
 from evermesh.parallelism.pipeline import split_layers
 
 
-def _slowest(stages: tuple[range, ...], layer_s: list[int], embedding_s: int, head_s: int) -> int:
+def _slowest(stages: tuple[range, ...], layer_s: list[int], ends_s: tuple[int, int], speeds: list[int]) -> float:
+    """``ends_s``: of embedding and head."""
     seconds = [sum(layer_s[layer] for layer in stage) for stage in stages]
-    seconds[0] += embedding_s
-    seconds[-1] += head_s
-    return max(seconds)
+    seconds[0] += ends_s[0]
+    seconds[-1] += ends_s[1]
+    return max(work / speed for work, speed in zip(seconds, speeds, strict=True))
 
 
 @given(
@@ -22,9 +23,10 @@ def _slowest(stages: tuple[range, ...], layer_s: list[int], embedding_s: int, he
     embedding_s=st.integers(0, 30),
     head_s=st.integers(0, 30),
     choice=st.integers(0, 8),
+    speeds=st.one_of(st.just([1] * 9), st.lists(st.integers(1, 8), min_size=9, max_size=9)),
 )
 def test_no_other_split_has_a_faster_slowest_stage(
-    layer_s: list[int], embedding_s: int, head_s: int, choice: int
+    layer_s: list[int], embedding_s: int, head_s: int, choice: int, speeds: list[int]
 ) -> None:
     layers = len(layer_s)
     num_stages = 1 + choice % layers
@@ -32,10 +34,11 @@ def test_no_other_split_has_a_faster_slowest_stage(
         tuple(range(start, stop) for start, stop in itertools.pairwise((0, *cuts, layers)))
         for cuts in itertools.combinations(range(1, layers), num_stages - 1)
     ]
-    ours = split_layers(layer_s, num_stages, embedding_s=embedding_s, head_s=head_s)
+    of_stages = speeds[:num_stages]
+    ours = split_layers(layer_s, num_stages, embedding_s=embedding_s, head_s=head_s, speeds=of_stages)
     assert ours in splits
-    assert _slowest(ours, layer_s, embedding_s, head_s) == min(
-        _slowest(split, layer_s, embedding_s, head_s) for split in splits
+    assert _slowest(ours, layer_s, (embedding_s, head_s), of_stages) == min(
+        _slowest(split, layer_s, (embedding_s, head_s), of_stages) for split in splits
     )
 
 
