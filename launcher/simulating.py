@@ -18,8 +18,7 @@ from evermesh.parallelism.batch_plan import BatchPlan, Certificate
 from evermesh.parallelism.cost import CostModel
 from evermesh.parallelism.errors import LayoutDoesNotFit, SequenceTooLong
 from evermesh.parallelism.layout import Layout
-from evermesh.parallelism.pipeline.simulator import critical_share
-from evermesh.parallelism.planner import lower_bound, plan_batch
+from evermesh.parallelism.planner import bound_for, plan_batch
 from evermesh.parallelism.pool import Pool
 from evermesh.parallelism.simulator import Lost, Outcome, Scenario, SlowLink, SlowRank, simulate_events
 from evermesh.parallelism.simulator.foreign import read_foreign
@@ -262,7 +261,7 @@ def _of_plan(path: Path, degrees: Degrees, cost: CostModel | None) -> Case:
         )
     layout = Layout(**{**degrees.given(), **found})
     cost = cost or _nominal(layout)
-    bound = lower_bound(plan.lengths, layout.hdp, plan.capacity, cost, pp=layout.pp, chain=critical_share(layout))
+    bound = bound_for(plan.lengths, layout, cost)
     return Case(dataclasses.replace(plan, certificate=Certificate(0.0, bound.seconds, bound.binding)), layout, cost)
 
 

@@ -59,6 +59,10 @@ class MicroBatch:
         return sum(piece.num_tokens for piece in self.pieces)
 
 
+Assignment = tuple[tuple[MicroBatch, ...], ...]
+"""The micro-batches of every HDP rank, in their order."""
+
+
 @dataclass(frozen=True, eq=False)
 class PackedRanks(Sequence[tuple[MicroBatch, ...]]):
     """The micro-batches of every rank in a few columns of numbers; a rank's objects are made when it is asked for.

@@ -1,6 +1,6 @@
 """Plans a batch from the lengths of its sequences."""
 
-from evermesh.parallelism.planner.bound import lower_bound
-from evermesh.parallelism.planner.hybrid import HybridPlanner, Planner, plan_batch
+from evermesh.parallelism.planner.batch import HybridPlanner, Planner, bound_for, plan_batch
+from evermesh.parallelism.planner.bound import LowerBound, lower_bound
 
-__all__ = ["HybridPlanner", "Planner", "lower_bound", "plan_batch"]
+__all__ = ["HybridPlanner", "LowerBound", "Planner", "bound_for", "lower_bound", "plan_batch"]

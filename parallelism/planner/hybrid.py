@@ -1,4 +1,4 @@
-"""Plans a batch for hybrid data and context parallelism: rings of any size for what is long or heavy, packs for the rest.
+"""Plans for ranks that hold the whole model and keep step with nobody: rings of any size for what is long, packs for others.
 
 For a series of target times, from the lower bound upwards, until rings can be placed so that they end by the target
 (``rings``): whole sequences fill the gaps and level the ends (``filling``), and the better of two ways to stack rings becomes
@@ -6,25 +6,21 @@ the plan (``assembling``). All loops are compiled and count in integer ticks; ti
 function of its arguments, the same in every process.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 
-from evermesh.parallelism.batch_plan import BatchPlan, Certificate, MicroBatch, PackedRanks
+from evermesh.parallelism.batch_plan import Certificate, PackedRanks
 from evermesh.parallelism.cost import CostModel
-from evermesh.parallelism.errors import LayoutDoesNotFit
 from evermesh.parallelism.layout import Layout
-from evermesh.parallelism.pipeline.simulator import critical_share, replay_waves
 from evermesh.parallelism.planner.assembling import Columns, assemble
-from evermesh.parallelism.planner.bound import bound_of, check_lengths, fastest_s, least_work_s
+from evermesh.parallelism.planner.bound import bound_of, least_work_s
 from evermesh.parallelism.planner.compiling import compiled
 from evermesh.parallelism.planner.costs import Coefficients, shared_s, ticks
 from evermesh.parallelism.planner.few_ranks import EFFORT, MOST_RANKS, search
 from evermesh.parallelism.planner.filling import Filling, Slots, fill, level, slots_between
 from evermesh.parallelism.planner.problem import Problem
 from evermesh.parallelism.planner.rings import Integers, Rings, place_rings
-from evermesh.parallelism.planner.waves import align
 from evermesh.parallelism.pool import Pool
 
 _TARGETS = (
@@ -55,68 +51,6 @@ _MOST_SEARCHED = 256
 """Sequences up to which plans for few ranks are searched."""
 _LEVELLING = 1_200_000
 """Comparisons to spend on exchanges between ranks; a few milliseconds."""
-
-
-class Planner(Protocol):
-    """Anything that turns the lengths of a batch into a plan; a pure function of them."""
-
-    def plan(self, lengths: Sequence[int]) -> BatchPlan:
-        """The plan of a batch with sequences of these lengths (tokens, at least 1)."""
-        ...
-
-
-def plan_batch(
-    lengths: Sequence[int], layout: Layout, cost_model: CostModel, *, pool: Pool | None = None, speeds_version: int = 0
-) -> BatchPlan:
-    """Plan one batch on the ranks of ``pool`` (None: ``layout.hdp`` equal ranks on one node).
-
-    Args:
-        lengths: tokens of every sequence, each at least 1.
-        layout: degrees and the capacity of a micro-batch.
-        cost_model: seconds per token, pair, micro-batch and ring step.
-        pool: nodes and speeds of the HDP ranks, each of them a whole pipeline where ``layout.pp`` > 1.
-        speeds_version: version of the speeds; recorded in the plan.
-
-    Raises:
-        SequenceTooLong: a sequence exceeds the capacity of all ranks together.
-        LayoutDoesNotFit: a length is not positive, or the pool has another number of ranks than the layout.
-    """
-    pool = pool or Pool.of(layout.hdp)
-    if len(pool) != layout.hdp:
-        raise LayoutDoesNotFit(f"the pool has {len(pool)} ranks, but layout.hdp is {layout.hdp}. Make them equal.")
-    array = np.asarray(lengths, np.int64)
-    if len(array) and array.min() < 1:
-        sequence = int(array.argmin())
-        raise LayoutDoesNotFit(f"sequence {sequence} has {array[sequence]} tokens; every sequence has at least 1.")
-    check_lengths(array, layout, len(pool))
-    ranks: Sequence[tuple[MicroBatch, ...]]
-    ranks, certificate = plan_rings(array, layout, cost_model, pool)
-    if layout.runs_in_waves:
-        ranks = align(tuple(ranks), lengths, layout, cost_model)
-        seconds = replay_waves(ranks, lengths, layout, cost_model).makespan_s
-        chain = fastest_s(Coefficients.of(cost_model, layout, 1.0), int(array.max(initial=1)), layout.hdp, layout.hdp)
-        bound = max(certificate.lower_bound_s / layout.pp, chain * critical_share(layout) if len(array) else 0.0)
-        certificate = Certificate(seconds, bound, certificate.binding)
-    return BatchPlan(
-        lengths=tuple(array.tolist()),
-        capacity=layout.capacity,
-        ranks=ranks,
-        certificate=certificate,
-        planner="hybrid",
-        cost_version=cost_model.version,
-        speeds_version=speeds_version,
-    )
-
-
-class HybridPlanner:
-    """``plan_batch`` with its layout, cost model and pool bound."""
-
-    def __init__(self, layout: Layout, cost_model: CostModel, pool: Pool | None = None) -> None:
-        self.layout, self.cost_model, self.pool = layout, cost_model, pool
-
-    def plan(self, lengths: Sequence[int]) -> BatchPlan:
-        """The plan of a batch; see ``plan_batch``."""
-        return plan_batch(lengths, self.layout, self.cost_model, pool=self.pool)
 
 
 def plan_rings(lengths: Integers, layout: Layout, cost: CostModel, pool: Pool) -> tuple[PackedRanks, Certificate]:

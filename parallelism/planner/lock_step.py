@@ -31,8 +31,8 @@ from evermesh.parallelism.planner.compiling import compiled
 from evermesh.parallelism.planner.costs import Coefficients, best_sharing, shared_s, ticks
 from evermesh.parallelism.planner.lock_step_loops import NEVER, Integers, Problem, Waves, search
 from evermesh.parallelism.planner.lock_step_places import Wave, place
-from evermesh.parallelism.planner.waves import Assignment
 from evermesh.parallelism.pool import Pool
+from evermesh.parallelism.rank_work import Assignment
 
 Seconds = npt.NDArray[np.float64]
 _EFFORT = 30_000

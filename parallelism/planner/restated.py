@@ -22,8 +22,8 @@ from evermesh.parallelism.layout import Layout
 from evermesh.parallelism.pieces import share_of
 from evermesh.parallelism.planner.bound import smallest_ring
 from evermesh.parallelism.planner.costs import Coefficients, best_sharing
-from evermesh.parallelism.planner.waves import Assignment
 from evermesh.parallelism.pool import Pool
+from evermesh.parallelism.rank_work import Assignment
 
 Baseline = Callable[[Sequence[int], Layout, CostModel, Pool], Assignment]
 Pack = list[int]

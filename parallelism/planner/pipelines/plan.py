@@ -44,8 +44,8 @@ from evermesh.parallelism.planner.pipelines.profile import (
 from evermesh.parallelism.planner.pipelines.regroup import regroup
 from evermesh.parallelism.planner.pipelines.replay import Gangs, count_members, join, no_gangs
 from evermesh.parallelism.planner.pipelines.rings import choose_rings
-from evermesh.parallelism.planner.waves import Assignment
 from evermesh.parallelism.pool import Pool
+from evermesh.parallelism.rank_work import Assignment
 from evermesh.parallelism.simulator import micro_batch_s
 
 _TARGETS = (2000, 1500, 1250, 1100, 1000, 925, 850, 775, 700, 625, 550, 400, 300, 200)

@@ -13,11 +13,11 @@ from evermesh.parallelism import CostModel, Layout
 from evermesh.parallelism.cost import ModelShape
 from evermesh.parallelism.planner.lock_step import lock_step_bound, plan_lock_step
 from evermesh.parallelism.planner.restated import RESTATED
-from evermesh.parallelism.planner.waves import align
 from evermesh.parallelism.pool import Pool
 from tests.benchmarks.harness import Row, exact_row
 from tests.benchmarks.parallelism.baselines import megatron_phases, megatron_scheduler, phases_s
 from tests.benchmarks.parallelism.lengths import byted, wikipedia
+from tests.parallelism.planner.aligned import align
 from tests.parallelism.planner.steps import lock_step_s
 
 SHAPE = ModelShape(hidden=4096, layers=32, heads=32, kv_heads=8, head_dim=128, ffn=11008, vocabulary=32000)

@@ -20,8 +20,8 @@ from evermesh.parallelism import CostModel, Layout, plan_batch
 from evermesh.parallelism.cost import ModelShape
 from evermesh.parallelism.planner import lower_bound
 from evermesh.parallelism.planner.pipelines import pipeline_bound, pipelines_s, plan_pipelines_s
-from evermesh.parallelism.planner.waves import Assignment
 from evermesh.parallelism.pool import Pool
+from evermesh.parallelism.rank_work import Assignment
 from evermesh.parallelism.simulator import micro_batch_s
 from tests.benchmarks.harness import Row, exact_row
 from tests.benchmarks.parallelism.pipeline_peers import (

@@ -17,8 +17,8 @@ from evermesh.parallelism import CostModel, Layout, MicroBatch, Piece
 from evermesh.parallelism.pieces import share_of
 from evermesh.parallelism.pipeline.schedule import Action, PipelineSchedule
 from evermesh.parallelism.planner.pipelines import pipelines_s
-from evermesh.parallelism.planner.waves import Assignment
 from evermesh.parallelism.pool import Pool
+from evermesh.parallelism.rank_work import Assignment
 
 
 class Unit(NamedTuple):

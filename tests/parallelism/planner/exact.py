@@ -1,8 +1,9 @@
 """Proven optima of small instances with CP-SAT: every ring size and every schedule of one pool of equal ranks.
 
-Sequences are tasks of a cumulative resource, the ranks: whole ones need one rank, rings as many as their size, chosen among all
-sizes. Where a micro-batch has a fixed cost, whole sequences are packed into micro-batches by the solver too; a ring has its own.
-Any schedule that respects the resource can be given ranks (interval graphs are perfect), so the optimum is that of all plans.
+Sequences are tasks of a cumulative resource, the ranks: whole ones need one rank, rings as many as their size, chosen among
+all sizes. Where a micro-batch has a fixed cost, whole sequences are packed into micro-batches by the solver too; a ring has
+its own. Any schedule that respects the resource can be given ranks (interval graphs are perfect), so the optimum is that
+of all plans.
 """
 
 import random

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 from evermesh.parallelism import CostModel, Layout
 from evermesh.parallelism.pipeline.simulator import replay, run_together, stage_seconds
-from evermesh.parallelism.planner.waves import Assignment
 from evermesh.parallelism.pool import Pool
+from evermesh.parallelism.rank_work import Assignment
 from evermesh.parallelism.simulator import micro_batch_s
 
 

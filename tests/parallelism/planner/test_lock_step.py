@@ -17,8 +17,8 @@ from evermesh.parallelism.batch_plan import Certificate, MicroBatch, Piece
 from evermesh.parallelism.errors import SequenceTooLong
 from evermesh.parallelism.pieces import share_of
 from evermesh.parallelism.planner.lock_step import lock_step_bound, plan_lock_step
-from evermesh.parallelism.planner.waves import Assignment
 from evermesh.parallelism.pool import Pool
+from evermesh.parallelism.rank_work import Assignment
 from tests.parallelism.planner.steps import lock_step_s
 
 ZERO_3 = {"parameters": "all", "gradients": "all", "keep_for": "micro_batch"}

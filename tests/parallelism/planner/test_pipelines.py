@@ -28,8 +28,8 @@ from evermesh.parallelism.planner.pipelines.replay import (
     replay_ticks,
     together_ticks,
 )
-from evermesh.parallelism.planner.waves import Assignment
 from evermesh.parallelism.pool import Pool
+from evermesh.parallelism.rank_work import Assignment
 
 COST = CostModel(
     token_s=1e-5, pair_s=2e-9, micro_batch_s=1e-3, recompute_token_s=2e-6, ring_token_s=1e-6, network_token_s=4e-6

@@ -10,9 +10,10 @@ from evermesh.parallelism import BatchPlan, CostModel, Layout, verify_plan
 from evermesh.parallelism.batch_plan import Certificate
 from evermesh.parallelism.errors import PlanInvalid, SequenceTooLong
 from evermesh.parallelism.planner.restated import RESTATED
-from evermesh.parallelism.planner.waves import Assignment, align
 from evermesh.parallelism.pool import Pool
+from evermesh.parallelism.rank_work import Assignment
 from tests.benchmarks.parallelism.baselines import megatron_phases, phases_s
+from tests.parallelism.planner.aligned import align
 
 COST = CostModel(token_s=1.0, pair_s=0.0, micro_batch_s=1.0)
 Rank = list[tuple[list[int], int]]

@@ -1,4 +1,4 @@
-"""Puts the micro-batches of a plan into waves: what HDP ranks run together has one index on all of them.
+"""A simple peer of the planners in waves: what HDP ranks run together gets one index on all of them.
 
 Pipelines and shared experts need it. A wave holds at most one micro-batch of each HDP rank; a ring lies in one wave. All
 pipelines follow one order (``pipeline.schedule``), whatever their number of micro-batches, so with rings and experts at
@@ -18,9 +18,9 @@ from evermesh.parallelism.batch_plan import MicroBatch
 from evermesh.parallelism.cost import CostModel
 from evermesh.parallelism.errors import PlanInvalid
 from evermesh.parallelism.layout import Layout
+from evermesh.parallelism.rank_work import Assignment
 from evermesh.parallelism.simulator import micro_batch_s
 
-Assignment = tuple[tuple[MicroBatch, ...], ...]
 Wave = dict[int, MicroBatch]
 """By HDP rank."""
 

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from evermesh.parallelism import BatchPlan, CostModel, Layout, MicroBatch, Piece, plan_batch, verify_plan
 from evermesh.parallelism.errors import LayoutDoesNotFit, PlanInvalid
 from evermesh.parallelism.pieces import share_of
-from evermesh.parallelism.planner.waves import align
 from evermesh.parallelism.tiers import Tiers
+from tests.parallelism.planner.aligned import align
 
 COST = CostModel(token_s=1e-5, pair_s=2e-9, micro_batch_s=1e-3)
 CAPACITY = 500
