@@ -48,25 +48,28 @@ class Program:
         return tuple(f"rank {rank // self.pp} pp {rank % self.pp}" for rank in range(len(self.ranks)))
 
 
+Ranks = Sequence[Sequence[MicroBatch]]
+
+
 def program_of(plan: BatchPlan, layout: Layout) -> Program:
     """The tasks of ``plan``; ``layout`` says the pipeline and what else than rings joins ranks.
 
     Raises:
         PlanInvalid: a member of a ring does not have the sequence.
     """
-    groups = layout.lock_step_groups
-    components = _joined(plan.ranks, groups)
+    groups, ranks = layout.lock_step_groups, tuple(plan.ranks)
+    components = _joined(ranks, groups)
     program = Program(layout.pp, layout.pipeline.num_stages, bool(groups))
     if layout.pp > 1 or groups:
-        _add_actions(program, plan, layout, components)
+        _add_actions(program, ranks, layout, components)
     else:
-        _add_micro_batches(program, plan, components)
+        _add_micro_batches(program, ranks, components)
     return program
 
 
-def _add_micro_batches(program: Program, plan: BatchPlan, components: list[list[int]]) -> None:
+def _add_micro_batches(program: Program, ranks: Ranks, components: list[list[int]]) -> None:
     gang_of: dict[int, int] = {}
-    for rank, micro_batches in enumerate(plan.ranks):
+    for rank, micro_batches in enumerate(ranks):
         program.ranks.append([])
         for index, micro_batch in enumerate(micro_batches):
             gang = gang_of.setdefault(components[rank][index], len(gang_of))
@@ -76,11 +79,11 @@ def _add_micro_batches(program: Program, plan: BatchPlan, components: list[list[
             program.ranks[-1].append(Task(micro_batch, index, gang))
 
 
-def _add_actions(program: Program, plan: BatchPlan, layout: Layout, components: list[list[int]]) -> None:
+def _add_actions(program: Program, ranks: Ranks, layout: Layout, components: list[list[int]]) -> None:
     schedule = layout.pipeline
     gang_of: dict[tuple[int, Action] | tuple[int, int, Action], int] = {}
     places: dict[tuple[int, Action], int] = {}
-    for hdp_rank, micro_batches in enumerate(plan.ranks):
+    for hdp_rank, micro_batches in enumerate(ranks):
         for pipeline_rank in range(layout.pp):
             program.ranks.append([])
             for action in schedule.actions(pipeline_rank, len(micro_batches)):
@@ -104,13 +107,13 @@ def _add_actions(program: Program, plan: BatchPlan, layout: Layout, components: 
     }
     for rank, tasks in enumerate(program.ranks):
         hdp_rank, pipeline_rank = divmod(rank, layout.pp)
-        actions = schedule.actions(pipeline_rank, len(plan.ranks[hdp_rank]))
+        actions = schedule.actions(pipeline_rank, len(ranks[hdp_rank]))
         for task, action in zip(tasks, actions, strict=True):
             message = schedule.sent(action)
             task.sends_to = None if message is None else receivers[hdp_rank, message]
 
 
-def _joined(ranks: Sequence[Sequence[MicroBatch]], groups: Sequence[Sequence[int]]) -> list[list[int]]:
+def _joined(ranks: Ranks, groups: Sequence[Sequence[int]]) -> list[list[int]]:
     """By rank and micro-batch, the number of the set of micro-batches that run together, directly or through others."""
     numbers: list[range] = []
     for micro_batches in ranks:
