@@ -34,7 +34,7 @@ class Ranks(NamedTuple):
     """Of every HDP rank."""
     speeds: Floats
     node_size: int
-    """Ranks of the smallest node: rings up to that size stay in one."""
+    """Ranks of the largest node: rings up to that size stay in one."""
     aligned: bool
     """Whether all nodes have that size; otherwise wider rings never divide heads."""
 
@@ -112,7 +112,7 @@ def problem_of(lengths: Sequence[int], layout: Layout, cost: CostModel, pool: Po
     costs = Coefficients.of(cost, layout, total_s)
     nodes = np.array(pool.nodes, dtype=np.int64)
     _, of_node = np.unique(nodes, return_counts=True)
-    ranks = Ranks(nodes, np.array(pool.speeds), int(of_node.min()), bool((of_node == of_node[0]).all()))
+    ranks = Ranks(nodes, np.array(pool.speeds), int(of_node.max()), bool((of_node == of_node[0]).all()))
     groups = np.full(layout.hdp, -1, dtype=np.int64)
     for group in layout.lock_step_groups:
         groups[list(group)] = group[0]

@@ -68,7 +68,7 @@ def _plan(assignment: Assignment, lengths: tuple[int, ...], capacity: int) -> Ba
     lengths=st.lists(st.one_of(st.integers(1, 60), st.integers(1, 1900)), max_size=40).map(tuple),
     choice=st.sampled_from(LAYOUTS),
     hdp=st.sampled_from((4, 8)),
-    ranks_per_node=st.sampled_from((None, 4, 3)),
+    ranks_per_node=st.sampled_from((None, 4, 3, 5)),
     slow=st.sampled_from(((), (0,), (1, 3))),
 )
 def test_any_batch_gets_a_plan_that_passes_the_proof_and_is_not_below_its_bound(
