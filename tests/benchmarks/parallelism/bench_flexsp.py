@@ -84,12 +84,12 @@ def _problem(ordered: Integers) -> Problem:
         ordered[:, None] <= flexsp.CAPACITY * degrees, np.rint(ms_NK * _TICKS_PER_MS).astype(np.int64), NEVER
     )
     return Problem(
-        lengths=ordered,
+        lengths=ordered * flexsp.GPUS,  # a member's share is rounded up to a token; here it may be a 64th
         degrees=degrees,
         ticks_NK=ticks_NK,
         crossing_NK=ticks_NK,
         areas=(np.minimum(ticks_NK, NEVER // degrees) * degrees).min(1),
-        capacity=flexsp.CAPACITY,
+        capacity=flexsp.CAPACITY * flexsp.GPUS,
         fixed=int(flexsp.FIXED_MS * _TICKS_PER_MS),
         blocks=np.array([flexsp.GPUS], np.int64),
         smallest=0,
