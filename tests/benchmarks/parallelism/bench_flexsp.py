@@ -13,7 +13,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from evermesh.parallelism.planner.lock_step_loops import NEVER, Integers, Problem, Waves, search
+from evermesh.parallelism.planner.lock_step_filling import NEVER, Integers, Problem
+from evermesh.parallelism.planner.lock_step_loops import Waves, search
 from tests.benchmarks.harness import Row, exact_row
 from tests.benchmarks.parallelism import flexsp
 from tests.benchmarks.parallelism.lengths import wikipedia
