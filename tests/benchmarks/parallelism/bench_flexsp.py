@@ -13,7 +13,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from evermesh.parallelism.planner.lock_step_loops import NEVER, Integers, Problem, Waves, search
+from evermesh.parallelism.planner.lock_step_filling import NEVER, Integers, Problem
+from evermesh.parallelism.planner.lock_step_loops import Waves, search
 from tests.benchmarks.harness import Row, exact_row
 from tests.benchmarks.parallelism import flexsp
 from tests.benchmarks.parallelism.lengths import wikipedia
@@ -84,12 +85,12 @@ def _problem(ordered: Integers) -> Problem:
         ordered[:, None] <= flexsp.CAPACITY * degrees, np.rint(ms_NK * _TICKS_PER_MS).astype(np.int64), NEVER
     )
     return Problem(
-        lengths=ordered,
+        lengths=ordered * flexsp.GPUS,  # a member's share is rounded up to a token; here it may be a 64th
         degrees=degrees,
         ticks_NK=ticks_NK,
         crossing_NK=ticks_NK,
         areas=(np.minimum(ticks_NK, NEVER // degrees) * degrees).min(1),
-        capacity=flexsp.CAPACITY,
+        capacity=flexsp.CAPACITY * flexsp.GPUS,
         fixed=int(flexsp.FIXED_MS * _TICKS_PER_MS),
         blocks=np.array([flexsp.GPUS], np.int64),
         smallest=0,
