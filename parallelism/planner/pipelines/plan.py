@@ -107,7 +107,9 @@ def plan_pipelines_s(lengths: Sequence[int], layout: Layout, cost: CostModel, po
     return Planned(_assignment(best, problem, layout, lengths), best.ticks / problem.costs.ticks_per_s)
 
 
-def pipelines_s(assignment: Assignment, lengths: Sequence[int], layout: Layout, cost: CostModel, pool: Pool) -> float:
+def pipelines_s(
+    assignment: Sequence[Sequence[MicroBatch]], lengths: Sequence[int], layout: Layout, cost: CostModel, pool: Pool
+) -> float:
     """When the last pipeline of any assignment is done, seconds: a fast ``replay_waves`` that knows nodes and speeds.
 
     Raises:

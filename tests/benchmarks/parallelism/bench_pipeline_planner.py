@@ -32,6 +32,7 @@ from tests.benchmarks.parallelism.pipeline_peers import (
     equal_counts,
     pipeline_balance,
 )
+from tests.parallelism.planner.aligned import align
 
 SEEDS = int(os.environ.get("EVERMESH_BENCH_SEEDS", "20"))
 PEER_SEEDS, PP, CAPACITY, MICRO_BATCHES = 3, 8, 8192, 32
@@ -50,7 +51,16 @@ PEERS: dict[str, Peer] = {
     "PP-balance (ByteScale), restated": pipeline_balance,
     "pull request 2959 (Megatron), restated": equal_counts,
     "plan for pp 1 in waves": lambda lengths, layout, cost: pipelines_s(
-        plan_batch(lengths, layout, cost).ranks, lengths, layout, cost, Pool.of(layout.hdp)
+        align(
+            tuple(plan_batch(lengths, Layout(hdp=layout.hdp, capacity=layout.capacity), cost).ranks),
+            lengths,
+            layout,
+            cost,
+        ),
+        lengths,
+        layout,
+        cost,
+        Pool.of(layout.hdp),
     ),
 }
 
@@ -107,7 +117,7 @@ def _own_bound_s(assignment: Assignment, lengths: Sequence[int]) -> float:
 def _best_sizes_s(lengths: Sequence[int], layout: Layout) -> float:
     """Of 40, 48, ... micro-batches among which the least work of a pipeline is divided without a rest or a limit."""
     fixed_s = math.ceil(sum(lengths) / CAPACITY) * COST.micro_batch_s / layout.hdp
-    work_s = PP * lower_bound(lengths, layout.hdp, CAPACITY, COST, pp=PP).seconds - fixed_s
+    work_s = lower_bound(lengths, layout, COST).seconds - fixed_s
     return min(
         best_sizes_s(layout.pipeline, number, work_s, COST.micro_batch_s, work_s) for number in range(40, 129, 8)
     )

@@ -42,7 +42,7 @@ def _compare(name: str, batches: list[tuple[int, ...]], layout: Layout, cost: Co
         times.append(planned - started)
         checks.append(time.monotonic() - planned)
         ratios.append(plan.certificate.ratio)
-        bound = lower_bound(lengths, layout.hdp, layout.capacity, cost).seconds
+        bound = lower_bound(lengths, layout, cost).seconds
         static.append(_static_s(lengths, layout, cost) / bound)
     peer = "static mesh"
     mean, worst = statistics.mean(static), max(static)

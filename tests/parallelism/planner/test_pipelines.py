@@ -229,7 +229,7 @@ def test_it_is_near_the_bound_which_is_above_that_without_pipelines() -> None:
         lengths = _long_tailed(seed, 300)
         seconds = plan_pipelines_s(lengths, layout, cost, pool).seconds
         bound = pipeline_bound(lengths, layout, cost, pool).seconds
-        assert bound >= lower_bound(lengths, 4, CAPACITY, cost, pp=4).seconds
+        assert bound >= lower_bound(lengths, layout, cost).seconds / layout.pp
         assert seconds <= 1.12 * bound
 
 
