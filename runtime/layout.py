@@ -44,6 +44,12 @@ def check_model(layout: Layout, model: "ModelConfig") -> None:
             "many, or give one word for all.",
             axis="activations",
         )
+    if layout.ulysses > 1 or layout.gathers_keys:
+        raise LayoutDoesNotFit(
+            f"layout.ulysses is {layout.ulysses} and layout.gathers_keys {layout.gathers_keys}: they can be planned and "
+            "simulated, but the trainer's rings only pass keys and values around. Leave them out.",
+            axis="ulysses",
+        )
     check_deepspeed_degrees(layout)
     _check_chunks(layout)
     DECODER_SHARDING.check_degree(layout.tp, model.model_dump())

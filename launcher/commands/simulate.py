@@ -58,13 +58,13 @@ def simulate(
     as_json: Annotated[bool, typer.Option("--json", help="All figures as JSON.")] = False,
 ) -> None:
     """Replay one step and say how long it takes, who waits for whom, and what a fault costs."""
-    from evermesh.launcher import simulating
+    from evermesh.launcher import planning, simulating
     from evermesh.launcher.plan_picture import plan_png
     from evermesh.parallelism.simulator import chrome_trace
 
-    degrees = simulating.Degrees(hdp, tp, pp, capacity, ranks_per_node)
-    case = simulating.read_case(source, degrees, simulating.read_cost(cost), batch)
-    found = simulating.run(case, degrees, simulating.Faults(slow or (), slow_link or (), lose or ()))
+    degrees = planning.Degrees(hdp, tp, pp, capacity, ranks_per_node)
+    case = planning.read_case(source, degrees, planning.read_cost(cost), batch)
+    found = simulating.run(case, simulating.Faults(slow or (), slow_link or (), lose or ()))
     timeline = found.outcome.timeline
     if trace:
         trace.write_bytes(chrome_trace(timeline))

@@ -135,7 +135,7 @@ def test_plan_of_a_job_draws_a_row_per_rank_and_its_certificate(job_file: Path, 
 
 def test_plan_of_a_list_of_lengths_is_a_batch_plan_in_json(tmp_path: Path) -> None:
     (tmp_path / "lengths.txt.gz").write_bytes(gzip.compress(b"# tokens\n900\n\n100\n100 # short\n"))
-    found = evermesh("plan", tmp_path / "lengths.txt.gz", "--workers", "4", "--capacity", "300", "--json")
+    found = evermesh("plan", tmp_path / "lengths.txt.gz", "--workers", "4", "--capacity", "300", "--json", "-")
     plan = json.loads(found.stdout)
     assert plan["lengths"] == [900, 100, 100]
     assert len(plan["ranks"]) == 4
