@@ -15,6 +15,7 @@ _COLOURS = ("#9fb8d6", "#4f86c6", "#3aa17e", "#e0a030", "#d9713c", "#b8405e", "#
 """Of rings of 1 to 7 ranks, in every picture."""
 _COLOURS_OF_LARGE = ("#3f3f74", "#11757e", "#7a4a21", "#8c8f2c", "#c06fb0", "#5b5b5b", "#101010")
 """Of larger rings, in the order of the sizes that a plan has."""
+_MOST_SIZES = 12
 _HEADLINE_WIDTH = 150
 _STYLES = (
     "black on bright_blue",
@@ -38,15 +39,27 @@ def certificate_line(plan: BatchPlan) -> str:
 
 def headline(plan: BatchPlan) -> str:
     """What is in the batch and how it was cut."""
-    rings = ", ".join(
-        f"{count} on {'1 rank' if size == 1 else f'{size} ranks'}" for size, count in plan.ring_sizes().items()
-    )
+    rings = ", ".join(_rings(plan.ring_sizes()))
     counts = [len(micro_batches) for micro_batches in plan.ranks]
     return (
         f"{len(plan.lengths):,} sequences, {plan.num_tokens:,} tokens, longest {max(plan.lengths):,}; "
         f"{len(plan.ranks)} ranks of {plan.capacity:,} tokens. Sequences: {rings}. "
         f"Micro-batches per rank: {min(counts)} to {max(counts)}."
     )
+
+
+def _rings(sizes: Mapping[int, int]) -> list[str]:
+    """So many sequences on so many ranks; many sizes are told by powers of two."""
+    if len(sizes) <= _MOST_SIZES:
+        return [f"{count:,} on {'1 rank' if size == 1 else f'{size} ranks'}" for size, count in sizes.items()]
+    found = []
+    for low in (1 << power for power in range(max(sizes).bit_length())):
+        inside = [size for size in sizes if low <= size < 2 * low]
+        if inside:
+            names = f"{min(inside)} to {max(inside)}" if len(inside) > 1 else str(inside[0])
+            unit = "rank" if names == "1" else "ranks"
+            found.append(f"{sum(sizes[size] for size in inside):,} on {names} {unit}")
+    return found
 
 
 def seconds(value: float) -> str:

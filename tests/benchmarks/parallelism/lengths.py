@@ -4,6 +4,7 @@ EVERMESH_LENGTHS names a folder with ``wikipedia.txt.gz``, one length per line; 
 its quantiles (median 384 tokens, sigma 1.258, a little light in the tail).
 """
 
+import functools
 import gzip
 import itertools
 import os
@@ -39,3 +40,43 @@ def byted(seed: int, num_tokens: int, context: int) -> list[int]:
         low, high = buckets[random.choice(len(buckets), p=weights / weights.sum())]
         lengths.append(int(np.exp(random.uniform(np.log(low), np.log(high)))))
     return lengths
+
+
+_GITHUB = (34.0, 14.2, 10.7, 9.5, 7.6, 7.6, 6.4, 4.5, 2.9, 1.6, 0.8)
+"""As ``_SHARES``, GitHub; the last three divide what the figure leaves unlabelled."""
+CORPORA = ("byted", "github", "wikipedia", "prolong", "wlbllm")
+"""What ``large_batch`` draws from; the last three are real samples, in the folder that EVERMESH_LENGTHS names."""
+
+
+def available_corpora() -> tuple[str, ...]:
+    """Those of ``CORPORA`` that can be drawn from here."""
+    return CORPORA if os.environ.get("EVERMESH_LENGTHS") else CORPORA[:2]
+
+
+def large_batch(corpus: str, seed: int, num_tokens: int, context: int) -> list[int]:
+    """At least so many tokens of sequences of at most ``context``, drawn at random."""
+    random = np.random.default_rng(seed)
+    if corpus in ("byted", "github"):
+        lows = np.array([256 if corpus == "byted" else 128, *(2048 << i for i in range(10))], float)
+        highs, shares = (
+            np.array([2048 << i for i in range(11)], float),
+            np.array(_SHARES if corpus == "byted" else _GITHUB),
+        )
+        kept = highs <= context
+        lows, highs, shares = lows[kept], highs[kept], shares[kept]
+        means = (highs - lows) / np.log(highs / lows)
+        weights = shares / means / (shares / means).sum()
+        bucket = random.choice(len(weights), 2 * int(num_tokens / (weights @ means)) + 64, p=weights)
+        drawn = np.exp(np.log(lows[bucket]) + random.random(len(bucket)) * np.log(highs[bucket] / lows[bucket]))
+    else:
+        sample = _sample(corpus)
+        sample = sample[sample <= context]
+        drawn = random.choice(sample, 2 * int(num_tokens / sample.mean()) + 64)
+    lengths = drawn.astype(np.int64)
+    return lengths[: int(np.searchsorted(np.cumsum(lengths), num_tokens)) + 1].tolist()
+
+
+@functools.cache
+def _sample(corpus: str) -> np.ndarray:
+    with gzip.open(Path(os.environ["EVERMESH_LENGTHS"]) / f"{corpus}.txt.gz", "rt") as file:
+        return np.array([int(line) for line in file])

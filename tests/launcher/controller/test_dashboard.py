@@ -9,10 +9,9 @@ from urllib.parse import urlsplit
 
 import httpx2
 import pytest
-from rich.console import Console
 
-from evermesh.launcher import Run, load_job
-from evermesh.launcher.planning import plan_of_job, plan_of_lengths
+from evermesh.launcher import Run
+from evermesh.launcher.planning import Degrees, read_case
 from evermesh.runtime.telemetry import read_telemetry
 from tests.launcher.controller.browser import CHROMIUM, Page, browser, new_page
 from tests.launcher.controller.recording import Recorded, recorded, status_after, train
@@ -34,8 +33,8 @@ def run(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 @pytest.fixture
 def told(run: Run) -> Recorded:
-    planned = plan_of_job(load_job(run.directory / "job.yaml"), STEPS, Console(quiet=True))
-    return recorded(run.directory, planned.plan, planned.timeline)
+    planned = read_case(run.directory / "job.yaml", Degrees(), batch=STEPS)
+    return recorded(run.directory, planned.plan, planned.timeline())
 
 
 @pytest.fixture(scope="session")
@@ -234,8 +233,8 @@ def test_a_job_of_1000_ranks_and_20000_steps_stays_quick(told: Recorded, page: P
     told.steps[12_344]["loss"] = 99.0
     lengths = tmp_path / "lengths.txt"
     lengths.write_text("\n".join(str(64 + 97 * i % 4000 + 60_000 * (i % 400 == 0)) for i in range(6000)))
-    planned = plan_of_lengths(lengths, 1000, None)
-    told.plan, told.timeline = planned.plan, planned.timeline
+    planned = read_case(lengths, Degrees(hdp=1000))
+    told.plan, told.timeline = planned.plan, planned.timeline()
     with serve(told) as port:
         show(page, port)
         page.wait("document.querySelector('#plan .block')")
