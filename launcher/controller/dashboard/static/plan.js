@@ -1,6 +1,7 @@
 // The plan of a batch: one row per rank, one block per micro-batch.
 
 import * as format from "./format.js";
+import { ranksOf } from "./packed.js";
 import { setText } from "./tables.js";
 
 const SVG = "http://www.w3.org/2000/svg";
@@ -33,10 +34,11 @@ export class PlanPicture {
 
   // `answer`: {step, plan, spans?}; spans are the predicted times, a list of {rank, micro_batch, start_s, stop_s}.
   show(answer) {
-    this.#answer = answer;
+    const plan = { ...answer.plan, ranks: ranksOf(answer.plan) };
+    this.#answer = { ...answer, plan };
     this.#offerRanks();
     this.#draw();
-    const { plan, step } = answer;
+    const { step } = answer;
     setText(byId("plan-step"), `of step ${format.whole(step)}`);
     setText(byId("plan-note"), facts(plan, answer.spans));
   }
