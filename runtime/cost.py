@@ -1,7 +1,11 @@
 """Coefficients for the planner when nobody has measured them; imports no torch."""
 
+from collections.abc import Sequence
+
 from evermesh.parallelism.cost import CostModel, ModelShape
 from evermesh.parallelism.layout import Layout
+from evermesh.parallelism.mesh import Mesh
+from evermesh.parallelism.pool import Pool
 from evermesh.runtime.config import TrainConfig
 
 ELEMENT_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2}
@@ -27,7 +31,8 @@ def cost_of_shape(shape: ModelShape, layout: Layout, threads: int | None, bytes_
             shape,
             flops_per_s=400e12 * devices,
             attention_flops_per_s=300e12 * devices,
-            bytes_per_s=25e9 * devices,
+            bytes_per_s=300e9 * devices,
+            network_bytes_per_s=25e9 * devices,
             recompute=recompute,
             recompute_products=recompute_products,
         )
@@ -43,6 +48,19 @@ def cost_of_shape(shape: ModelShape, layout: Layout, threads: int | None, bytes_
     # measured on 2 cores with gloo over loopback; a ring step is three messages and two kernels
     per_layer = {"micro_batch_s": 1.1e-3, "piece_s": 2e-5, "ring_step_s": 3.5e-3}
     return compute.model_copy(update={name: seconds * shape.layers for name, seconds in per_layer.items()})
+
+
+def pool_of(nodes: Sequence[int], layout: Layout, cost: CostModel) -> Pool:
+    """The HDP ranks of a layout, for the planner; ``nodes`` holds the node of every rank.
+
+    Nodes count only where ``cost`` says that networks are slower, so that without it plans are the same on any machines.
+    """
+    mesh = Mesh.of(layout)
+    of_hdp = [nodes[mesh.rank(hdp)] for hdp in range(layout.hdp)]
+    differ = cost.network_token_s is not None or cost.network_step_s is not None
+    if not differ or of_hdp != sorted(of_hdp):
+        return Pool.of(layout.hdp)
+    return Pool(tuple(of_hdp), (1.0,) * layout.hdp)
 
 
 def _recomputed(layout: Layout, layers: int) -> tuple[float, float]:

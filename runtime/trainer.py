@@ -17,7 +17,7 @@ from evermesh.parallelism.planner import HybridPlanner, Planner
 from evermesh.runtime import process_group
 from evermesh.runtime.compiling import Compiled
 from evermesh.runtime.config import TrainConfig
-from evermesh.runtime.cost import nominal_cost
+from evermesh.runtime.cost import nominal_cost, pool_of
 from evermesh.runtime.data import HeldOut, Sampler, hold_out, open_sources
 from evermesh.runtime.determinism import parameters_digest, use_deterministic_algorithms
 from evermesh.runtime.engine import build_engine
@@ -106,7 +106,8 @@ class Trainer:
             self.compiled.apply(self.built.model, config.buckets)
         self.evaluation = Evaluation(held_out.batches, self.built, self.runner, self.groups)
         self.cost = config.cost or nominal_cost(config, model.shape(vocabulary))
-        self.planner = planner or HybridPlanner(config.layout, self.cost)
+        pool = pool_of(self.groups.world.nodes, config.layout, self.cost)
+        self.planner = planner or HybridPlanner(config.layout, self.cost, pool)
 
         self.progress = Progress(sampler=self.sampler.state_dict())
         self.reporter = Reporter(self, report, beat)

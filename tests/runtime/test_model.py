@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from evermesh.parallelism import CostModel, Layout
 from evermesh.runtime.config import TrainConfig
-from evermesh.runtime.cost import nominal_cost
+from evermesh.runtime.cost import nominal_cost, pool_of
 from evermesh.runtime.memory.policy import recompute_activations
 from evermesh.runtime.model.config import ModelConfig
 from evermesh.runtime.model.decoder import Decoder, keep_activations
@@ -119,3 +120,10 @@ def test_the_nominal_cost_of_an_hdp_rank_is_shared_by_its_devices() -> None:
     assert one.pair_s == 2 * two.pair_s
     assert one.ring_token_s == 2 * two.ring_token_s
     assert one.micro_batch_s == two.micro_batch_s
+
+
+def test_nodes_count_for_the_planner_where_networks_cost_more() -> None:
+    layout, cost = Layout(hdp=4, tp=2), CostModel(token_s=1e-5, pair_s=1e-9, ring_token_s=1e-6)
+    nodes = (0, 0, 0, 0, 1, 1, 2, 2)
+    assert pool_of(nodes, layout, cost).nodes == (0, 0, 0, 0)
+    assert pool_of(nodes, layout, cost.model_copy(update={"network_token_s": 1e-5})).nodes == (0, 0, 1, 2)
