@@ -121,13 +121,19 @@ def _search(problem: Problem, pack: int, bound_s: float) -> tuple[Columns, int]:
 
 
 def _searched(problem: Problem, alone: Integers, bound: int, pack: int, first: "_Outcome | None") -> "_Outcome | None":
-    """The best of ``first`` and of what a search finds that begins with its rings."""
+    """The best of ``first`` and of what searches find from three beginnings."""
     if first is None or first.end * 2000 <= bound * 2001 or len(problem.lengths) > _MOST_SEARCHED:
         return first
-    sizes = np.ones(len(problem.lengths), np.int64)
-    sizes[first.rings.sequence] = first.rings.size
-    found = _Outcome(*search(problem, alone, bound, pack, sizes, EFFORT), True)
-    return found if found.end < first.end else first
+    ranks, count = len(problem.slowness), len(problem.lengths)
+    placed = np.ones(count, np.int64)
+    placed[first.rings.sequence] = first.rings.size
+    # from what was placed, from everything shared by all, and from nothing shared that need not be
+    smallest = (problem.lengths + problem.costs.capacity - 1) // problem.costs.capacity
+    best = first
+    for sizes in (placed, np.full(count, ranks), smallest):
+        found = _Outcome(*search(problem, alone, bound, pack, sizes, EFFORT // 3), True)
+        best = found if found.end < best.end else best
+    return best
 
 
 @compiled
