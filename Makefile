@@ -19,6 +19,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	echo "installing into $(VENV) (once; it is used again while pyproject.toml and constraints.txt stay the same)" && \
 	$(BIN)/python -m pip install --quiet "$$(grep -E '^torch==' constraints.txt)" && \
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]" && \
+	$(BIN)/python -m evermesh.parallelism.planner && \
 	echo "installed in $$(( $$(date +%s) - start )) s" && touch $@
 
 install: $(INSTALLED)  ## make the environment

@@ -28,7 +28,7 @@ COST = CostModel(token_s=1e-5, pair_s=2e-9, micro_batch_s=1e-3, piece_s=1e-4, ri
 LENGTHS = st.lists(st.one_of(st.integers(1, 60), st.integers(60, 4000)), max_size=60)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(lengths=LENGTHS, hdp=st.integers(1, 12), capacity=st.sampled_from([400, 1000, 4000]))
 def test_every_plan_passes_the_proof_or_is_refused_with_the_numbers(
     lengths: list[int], hdp: int, capacity: int
