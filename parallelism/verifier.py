@@ -79,7 +79,10 @@ def verify_plan(
 def check_pieces(plan: BatchPlan, layout: Layout, pool: Pool | None = None) -> None:
     """Raise ``PlanInvalid`` unless the plan keeps all rules but those of certificates: piece by piece, whatever its form."""
     if isinstance(plan.ranks, PackedRanks) and not fits_together(plan):
-        raise PlanInvalid("the columns of the packed plan do not fit together: some index points at nothing.")
+        raise PlanInvalid(
+            "the columns of the packed plan do not fit together: an index points at nothing, or the members of a ring are "
+            "not the ranks that hold its pieces."
+        )
     holders = _holders(plan)
     for sequence, length in enumerate(plan.lengths):
         _check_tokens(sequence, length, holders.get(sequence, {}))

@@ -24,8 +24,7 @@ def is_right(plan: BatchPlan, layout: Layout, pool: Pool | None) -> bool:
         return False
     columns = columns_of(plan)
     return (
-        _holders_are_members(columns)
-        and _micro_batches_are_right(columns, layout, ranks.offload)
+        _micro_batches_are_right(columns, layout, ranks.offload)
         and _sharing_is_right(columns, layout, pool)
         and _lock_steps_are_right(columns, layout, ranks.lock_step)
         and (waves_go_on(columns, layout) if layout.runs_in_waves else free_ranks_go_on(columns))
@@ -33,7 +32,7 @@ def is_right(plan: BatchPlan, layout: Layout, pool: Pool | None) -> bool:
 
 
 def fits_together(plan: BatchPlan) -> bool:
-    """Whether every index of the columns of a packed plan points at something, and they are for its lengths."""
+    """Whether the columns of a packed plan make objects: every index points at something, and holders are members."""
     ranks = plan.ranks
     assert isinstance(ranks, PackedRanks)
     micro_batches, sequences = len(ranks.micro_batch_start) - 1, len(ranks.lengths)
@@ -50,6 +49,7 @@ def fits_together(plan: BatchPlan) -> bool:
         and _within(ranks.sequence, sequences)
         and _within(ranks.ring, len(ranks))
         and np.array_equal(ranks.lengths, np.asarray(plan.lengths, np.int64))
+        and _holders_are_members(columns_of(plan))
     )
 
 

@@ -1,7 +1,7 @@
 """Random plans of all planners in great number: the verifier accepts every one, with nodes, speeds and certificate.
 
-``make soak-planner`` proves a million of them in two processes; PLANS says how many, FIRST from which seed on. The other tests
-include a slice.
+``make soak-planner`` proves a million of them in two processes; PLANS says how many, FIRST from which seed on. The other
+tests include a slice.
 """
 
 import multiprocessing
@@ -64,8 +64,8 @@ def test_a_million_random_plans_are_accepted() -> None:
         for done in processes.imap_unordered(_prove_chunk, range(first, first + wanted, _CHUNK)):
             counts, planning_s, proof_s = counts + done[0], planning_s + done[1], proof_s + done[2]
             print(
-                f"\r{counts.total()} of {wanted} plans accepted: {dict(counts)}, planning {planning_s:.0f} s, proof {proof_s:.0f} s, "
-                f"{time.monotonic() - started:.0f} s passed",
+                f"\r{counts.total()} of {wanted} plans accepted: {dict(counts)}, planning {planning_s:.0f} s, "
+                f"proof {proof_s:.0f} s, {time.monotonic() - started:.0f} s passed",
                 end="",
                 flush=True,
             )
