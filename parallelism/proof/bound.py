@@ -5,6 +5,7 @@ import numpy as np
 from evermesh.parallelism.cost import CostModel
 from evermesh.parallelism.layout import Layout
 from evermesh.parallelism.pool import Pool
+from evermesh.parallelism.proof.durations import Floats
 from evermesh.parallelism.rank_work import Integers
 
 
@@ -33,13 +34,14 @@ def valid_bound_s(lengths: Integers, layout: Layout, cost: CostModel, pool: Pool
 def _longest_s(length: int, products: float, attention: float, layout: Layout, cost: CostModel, pool: Pool) -> float:
     """Seconds of the longest sequence on its best ring, without the micro-batch."""
     rings = np.arange(-(-length // layout.capacity), len(pool) + 1)
-    shared = attention / rings
-    steps = np.zeros(len(rings))
+    shared: Floats = attention / rings
+    steps: Floats = np.zeros(len(rings))
     if layout.ulysses == 1 and not layout.gathers_keys:
         network = rings > pool.largest_node
         token = cost.ring_token_s if cost.network_token_s is None else cost.network_token_s
         step = cost.ring_step_s if cost.network_step_s is None else cost.network_step_s
-        passed = (rings - 1) / rings * length * np.where(network, token, cost.ring_token_s)
-        shared = np.maximum(shared, passed)
-        steps = (rings - 1) * np.where(network, step, cost.ring_step_s)
+        sent = (rings - 1) / rings * length * np.where(network, token, cost.ring_token_s)
+        shared = np.maximum(shared, sent)
+        step_s: Floats = np.where(network, step, cost.ring_step_s)
+        steps = step_s * (rings - 1)
     return float((cost.piece_s + products / rings + shared + steps).min())

@@ -52,9 +52,10 @@ class Case(NamedTuple):
 def draw(seed: int, kind: Kind | None = None, most_ranks: int = 64) -> Case:
     """The same case for the same arguments."""
     dice = random.Random(seed)
-    kind = kind or dice.choice(("free", "free", "lock-step", "pipelines"))
-    form = dice.choice(_FORM[kind])
-    if kind == "free":
+    often: tuple[Kind, ...] = ("free", "free", "lock-step", "pipelines")
+    chosen = dice.choice(often) if kind is None else kind
+    form = dice.choice(_FORM[chosen])
+    if chosen == "free":
         hdp = dice.randint(1, min(most_ranks, dice.choice((4, 16, 64, 64))))
     else:
         hdp = dice.choice([ranks for ranks in (4, 8, 16, 32) if ranks <= max(4, most_ranks)])

@@ -5,6 +5,7 @@ import math
 import random
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import numpy as np
 import pytest
@@ -97,7 +98,7 @@ def test_packed_plans_are_judged_as_their_pieces_are(seed: int) -> None:
     assert judged[False] > 20
 
 
-def _certificate(**changes: object) -> Callable[[BatchPlan], BatchPlan]:
+def _certificate(**changes: Any) -> Callable[[BatchPlan], BatchPlan]:
     return lambda plan: dataclasses.replace(plan, certificate=dataclasses.replace(plan.certificate, **changes))
 
 
