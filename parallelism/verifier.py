@@ -2,52 +2,98 @@
 
 What is proved:
 - every token of every sequence is held exactly once, so that the weights 1/tokens sum to one;
-- all members of a ring know it and each other, in the same order, and each holds one piece;
+- all members of a ring know it and each other, in the same order, and each holds one piece; they agree about heads and
+  gathering, which the layout allows, and those that divide heads are in one node;
 - the members of a ring differ by at most 2 tokens and L (query, key) pairs;
-- no micro-batch exceeds the capacity; members of a ring agree on recomputation;
+- no rank passes keys and values around with more ranks than ``most_peers``;
+- no micro-batch exceeds the capacity; one that keeps all its activations, where the layout does not, has at most
+  ``keep_capacity`` tokens; members of a ring agree on recomputation;
 - HDP ranks that communicate in every micro-batch (they share experts, or gather parameters block by block) have equally many
   of them, numbered as lock-steps, with one choice of recomputation at each number; nobody else has lock-steps;
 - with a pipeline or lock-steps, a ring is the micro-batch of the same index on all its members;
 - the joint order of all ranks' actions (forward, recomputation, backward of every ring and lock-step, layer by layer,
   with blocking exchanges, in every pipeline stage, and the messages between stages) has no cycle, so nobody waits for
   ever;
-- the certificate does not promise less than its own lower bound.
+- the certificate does not promise less than its own lower bound; given a cost model, its makespan is that of a replay, and
+  its bound is none that this plan or simple arithmetic refutes.
+
+A packed plan is proved column by column (``proof.packed``). Only what fails there, or cannot be told there, is looked at
+piece by piece, which says what is wrong.
 """
 
 from collections import defaultdict
 from collections.abc import Sequence
 
 from evermesh.parallelism.batch_plan import BatchPlan, Piece
-from evermesh.parallelism.errors import PlanInvalid
+from evermesh.parallelism.cost import CostModel
+from evermesh.parallelism.errors import LayoutDoesNotFit, PlanInvalid
 from evermesh.parallelism.joint_order import check_order
 from evermesh.parallelism.layout import Layout
+from evermesh.parallelism.pool import Pool
+from evermesh.parallelism.proof.certificate import check_certificate, check_promise
+from evermesh.parallelism.proof.columns import columns_of
+from evermesh.parallelism.proof.packed import fits_together, is_right
+from evermesh.parallelism.proof.partners import partners
+from evermesh.parallelism.rank_work import PackedRanks
 
 
-def verify_plan(plan: BatchPlan, lengths: Sequence[int], layout: Layout) -> None:
+def verify_plan(
+    plan: BatchPlan,
+    lengths: Sequence[int],
+    layout: Layout,
+    *,
+    cost: CostModel | None = None,
+    pool: Pool | None = None,
+) -> None:
     """Raise ``PlanInvalid`` unless ``plan`` is a right plan of ``lengths`` on the ranks of ``layout``.
 
     The order of a pipeline rank is that of ``layout.schedule``, which the executor follows whatever the plan says.
+
+    Args:
+        plan: packed or not.
+        lengths: tokens of every sequence of the batch.
+        layout: what the plan is for.
+        cost: cost model of the planner; None: the certificate is only held against itself.
+        pool: nodes and speeds of the HDP ranks; None: where ranks are is not looked at, and for the certificate all are
+            equally fast, in one node.
+
+    Raises:
+        PlanInvalid: with the first thing that is wrong.
+        LayoutDoesNotFit: the pool has another number of ranks than the layout.
     """
+    if pool is not None and len(pool) != layout.hdp:
+        raise LayoutDoesNotFit(f"the pool has {len(pool)} ranks, but layout.hdp is {layout.hdp}. Make them equal.")
     if plan.lengths != tuple(lengths):
         raise PlanInvalid(
             f"the plan is for {len(plan.lengths)} sequences of other lengths than the {len(lengths)} given."
         )
     if len(plan.ranks) != layout.hdp:
         raise PlanInvalid(f"the plan is for {len(plan.ranks)} ranks, but the layout has {layout.hdp}.")
+    if not is_right(plan, layout, pool):
+        check_pieces(plan, layout, pool)
+    check_promise(plan.certificate)
+    if cost is not None:
+        check_certificate(plan, layout, cost, pool or Pool.of(layout.hdp))
+
+
+def check_pieces(plan: BatchPlan, layout: Layout, pool: Pool | None = None) -> None:
+    """Raise ``PlanInvalid`` unless the plan keeps all rules but those of certificates: piece by piece, whatever its form."""
+    if isinstance(plan.ranks, PackedRanks) and not fits_together(plan):
+        raise PlanInvalid(
+            "the columns of the packed plan do not fit together: an index points at nothing, or the members of a ring are "
+            "not the ranks that hold its pieces."
+        )
     holders = _holders(plan)
-    for sequence, length in enumerate(lengths):
+    for sequence, length in enumerate(plan.lengths):
         _check_tokens(sequence, length, holders.get(sequence, {}))
         _check_ring(sequence, length, holders[sequence])
+        _check_sharing(sequence, holders[sequence], layout, pool)
+    _check_peers(plan, layout)
     _check_micro_batches(plan, layout)
     _check_lock_steps(plan, layout)
     if layout.runs_in_waves:
         _check_waves(plan)
     check_order(plan, layout)
-    if plan.certificate.makespan_s < plan.certificate.lower_bound_s * (1 - 1e-9):
-        raise PlanInvalid(
-            f"the certificate promises {plan.certificate.makespan_s:.6g} s, less than its lower bound "
-            f"{plan.certificate.lower_bound_s:.6g} s."
-        )
 
 
 def _holders(plan: BatchPlan) -> dict[int, dict[int, Piece]]:
@@ -98,6 +144,38 @@ def _check_ring(sequence: int, length: int, pieces: dict[int, Piece]) -> None:
         )
 
 
+def _check_sharing(sequence: int, pieces: dict[int, Piece], layout: Layout, pool: Pool | None) -> None:
+    schemes = {(piece.heads, piece.gathers) for piece in pieces.values()}
+    if len(schemes) > 1:
+        raise PlanInvalid(f"the ring of sequence {sequence} disagrees about heads and gathering: {sorted(schemes)}.")
+    ring, (heads, gathers) = next(iter(pieces.values())).ring, schemes.pop()
+    if heads < 1 or len(ring) % heads:
+        raise PlanInvalid(f"{heads} neighbours divide heads in the ring of {len(ring)} of sequence {sequence}.")
+    if heads > layout.ulysses:
+        raise PlanInvalid(
+            f"{heads} neighbours divide heads in the ring of sequence {sequence}; layout.ulysses is {layout.ulysses}."
+        )
+    if gathers and not layout.gathers_keys:
+        raise PlanInvalid(f"sequence {sequence} gathers its keys and values, which layout.gathers_keys does not allow.")
+    for first in range(0, len(ring), heads):
+        neighbours = ring[first : first + heads]
+        if pool is not None and pool.crosses_nodes(neighbours):
+            raise PlanInvalid(
+                f"the ranks {neighbours} divide the heads of sequence {sequence}, but are not in one node."
+            )
+
+
+def _check_peers(plan: BatchPlan, layout: Layout) -> None:
+    if layout.most_peers is None:
+        return
+    peers = partners(columns_of(plan))
+    if (peers > layout.most_peers).any():
+        raise PlanInvalid(
+            f"rank {int(peers.argmax())} passes keys and values around with {int(peers.max())} ranks; layout.most_peers is "
+            f"{layout.most_peers}."
+        )
+
+
 def _pairs_before(position: int) -> int:
     """(query, key) pairs of a causal mask for the queries before ``position``."""
     return position * (position + 1) // 2
@@ -105,6 +183,7 @@ def _pairs_before(position: int) -> int:
 
 def _check_micro_batches(plan: BatchPlan, layout: Layout) -> None:
     most = 1.0 if "offload" in layout.activation_policies else 0.0
+    kept = layout.capacity if layout.recompute == "none" else layout.keep_capacity or 0
     choice: dict[int, str] = {}
     for rank, micro_batches in enumerate(plan.ranks):
         for index, micro_batch in enumerate(micro_batches):
@@ -117,6 +196,11 @@ def _check_micro_batches(plan: BatchPlan, layout: Layout) -> None:
                 raise PlanInvalid(
                     f"micro-batch {index} of rank {rank} offloads {micro_batch.offload} of its tokens; the layout allows 0 "
                     f"to {most}."
+                )
+            if micro_batch.recompute == "none" and micro_batch.num_tokens > kept:
+                raise PlanInvalid(
+                    f"micro-batch {index} of rank {rank} keeps the activations of {micro_batch.num_tokens} tokens; the "
+                    f"layout has room for those of {kept}."
                 )
             for piece in micro_batch.pieces:
                 if choice.setdefault(piece.sequence, micro_batch.recompute) != micro_batch.recompute:

@@ -52,6 +52,9 @@ class Layout(BaseModel):
     and values around; more: every sequence gets what costs it least."""
     gathers_keys: bool = False
     """Whether a sequence may gather all its keys and values at once instead of passing them around."""
+    most_peers: PositiveInt | None = Field(default=None, ge=4)
+    """With how many ranks at most a rank passes keys and values around in one batch: connections, each with its buffers.
+    4 is enough for the planner's rings of neighbours that divide no heads. None: any number."""
     sharding: AnySharding = Tiers()
     """What the HDP ranks divide among them of parameters, gradients and optimizer states; by default the states (ZeRO-1).
     With kind deepspeed, that library does it."""
@@ -81,6 +84,24 @@ class Layout(BaseModel):
                 f"layout.offload is {self.offload}, but no block offloads: layout.activations is {self.activations}. "
                 "Set layout.activations to offload, or leave layout.offload out.",
                 "offload",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _peers_can_be_bounded(self) -> Self:
+        if self.most_peers is None:
+            return self
+        if self.pp > 1 or self.ep * self.etp > self.tp or self.sharding.in_lock_step:
+            raise LayoutDoesNotFit(
+                f"layout.most_peers is {self.most_peers}, but rings of pipelines, and of ranks that share experts or gather "
+                "parameters, may join any ranks. Leave layout.most_peers out.",
+                "most_peers",
+            )
+        if self.most_peers < 4 * self.ulysses:
+            raise LayoutDoesNotFit(
+                f"layout.most_peers is {self.most_peers}, but rings of ranks that divide heads have up to 4 x ulysses = "
+                f"{4 * self.ulysses}. Set layout.most_peers to at least that, or leave it out.",
+                "most_peers",
             )
         return self
 

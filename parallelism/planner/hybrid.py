@@ -70,7 +70,7 @@ def plan_rings(lengths: Integers, layout: Layout, cost: CostModel, pool: Pool) -
         node_end=np.searchsorted(nodes, nodes, side="right"),
         node_size=pool.largest_node,
     )
-    tried = [_search(problem, pack, bound.seconds) for pack in pack_sizes(costs)]
+    tried = [_search(problem, pack, bound.seconds, layout.most_peers) for pack in pack_sizes(costs)]
     columns, makespan = min(tried, key=lambda found: found[1])
     ranks = PackedRanks(lengths, *columns, offload=layout.offload)
     return ranks, Certificate(makespan / costs.ticks_per_s, bound.seconds, bound.binding)
@@ -89,7 +89,7 @@ class _Outcome(NamedTuple):
     fits: bool
 
 
-def _search(problem: Problem, pack: int, bound_s: float) -> tuple[Columns, int]:
+def _search(problem: Problem, pack: int, bound_s: float, most_peers: int | None) -> tuple[Columns, int]:
     """The columns of the best plan with packs of at most so many tokens, and its makespan in ticks."""
     work, alone = _times(problem.costs, problem.lengths, problem.node_size, pack)
     bound = ticks(problem.costs, bound_s)
@@ -103,15 +103,22 @@ def _search(problem: Problem, pack: int, bound_s: float) -> tuple[Columns, int]:
                 best = found
             if best is not None and best.end <= _GOOD_ENOUGH * bound:
                 break
-    if len(problem.slowness) <= MOST_RANKS:
-        best = _searched(problem, alone, bound, pack, best)
     assert best is not None, "rings that follow each other always fit into a thousand times the bound"
+    if len(problem.slowness) <= MOST_RANKS:
+        searched = _assembled(problem, _searched(problem, alone, bound, pack, best), pack)
+        if most_peers is None or _peers(searched[0]) <= most_peers:
+            return searched
+    return _assembled(problem, best, pack)
+
+
+def _assembled(problem: Problem, found: _Outcome, pack: int) -> tuple[Columns, int]:
+    """The columns, and when the last rank is done, ticks."""
     columns, makespan = assemble(
         problem.costs,
         problem.lengths,
-        best.rings,
-        best.slots,
-        best.filling,
+        found.rings,
+        found.slots,
+        found.filling,
         problem.slowness,
         problem.node_of,
         problem.node_size,
@@ -120,9 +127,21 @@ def _search(problem: Problem, pack: int, bound_s: float) -> tuple[Columns, int]:
     return columns, makespan
 
 
-def _searched(problem: Problem, alone: Integers, bound: int, pack: int, first: "_Outcome | None") -> "_Outcome | None":
+def _peers(columns: Columns) -> int:
+    """With how many ranks some rank passes keys and values around."""
+    peers: dict[int, set[int]] = {}
+    for sequence in np.flatnonzero(np.diff(columns.ring_start) > columns.heads):
+        ring = columns.ring[columns.ring_start[sequence] : columns.ring_start[sequence + 1]].tolist()
+        heads = int(columns.heads[sequence])
+        for one, other in zip(ring, ring[heads:] + ring[:heads], strict=True):
+            peers.setdefault(one, set()).add(other)
+            peers.setdefault(other, set()).add(one)
+    return max(map(len, peers.values()), default=0)
+
+
+def _searched(problem: Problem, alone: Integers, bound: int, pack: int, first: _Outcome) -> _Outcome:
     """The best of ``first`` and of what searches find from three beginnings."""
-    if first is None or first.end * 2000 <= bound * 2001 or len(problem.lengths) > _MOST_SEARCHED:
+    if first.end * 2000 <= bound * 2001 or len(problem.lengths) > _MOST_SEARCHED:
         return first
     ranks, count = len(problem.slowness), len(problem.lengths)
     placed = np.ones(count, np.int64)

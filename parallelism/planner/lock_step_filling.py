@@ -227,7 +227,7 @@ def best_limit(
     best, best_rate = -1, -1.0
     for c in range(_candidates(problem, first, block[1], budget, limits)):
         _, _, height, area = fill(problem, taken, first, block, limits[c], False, bins)
-        rate = area / (block[1] * (height + problem.fixed))
+        rate = area / (block[1] * max(1, height + problem.fixed))
         if rate > best_rate:
             best, best_rate = limits[c], rate
     return best
