@@ -155,11 +155,11 @@ def _sharings(
     for ring in range(len(rings.first)):
         sequence, size = rings.sequence[ring], rings.size[ring]
         nodes = node_of[ranks_of(rings, ring)]
-        crosses_nodes = nodes[0] != nodes[-1]
+        crosses_nodes = nodes.min() != nodes.max()
         again = is_recomputed(costs, (lengths[sequence] + size - 1) // size)
         seconds, together, gathering = best_sharing(costs, lengths[sequence], size, node_size, crosses_nodes, again)
         for group in range(0, size, together):
-            if nodes[group] != nodes[group + together - 1]:
+            if nodes[group : group + together].min() != nodes[group : group + together].max():
                 # a node that lost a rank: neighbours that would divide heads are not all in one
                 together, gathering = 1, False
                 seconds = shared_s(costs, lengths[sequence], size, 1, False, crosses_nodes, again)

@@ -355,7 +355,7 @@ def _relieve(
     pack: int,
     fixed: int,
 ) -> int:
-    """Take sequences out of a slot until it has room for the others: the shortest that is enough, or the longest. Its ticks."""
+    """Take sequences out of a slot, the shortest that is enough or the longest, until the others fit; returns their ticks."""
     slow = slowness[slots.rank[slot]]
     mine = members(filling, lengths, slot)
     used = slot_ticks(lengths, mine, alone, slow, pack, fixed)

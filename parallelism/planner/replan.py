@@ -1,4 +1,4 @@
-"""A new plan for a batch that is already loaded, when some of its ranks are lost or slow: most sequences stay where they are."""
+"""A new plan for a batch that is loaded already, when ranks are lost or slow: most sequences stay where they are."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
@@ -22,7 +22,7 @@ from evermesh.parallelism.planner.rings import Floats, Integers
 from evermesh.parallelism.pool import Pool
 from evermesh.parallelism.rank_work import PackedRanks
 
-_GOAL = 1.015
+_GOAL = 1.018
 """Of the new bound: ranks that end before need not give anything away."""
 _GOOD_ENOUGH = 1.02
 """Of the new bound: a mended plan that takes longer is compared with a new one."""
@@ -108,12 +108,12 @@ def replan_batch(
     old_rank = np.array([rank for rank in range(len(pool)) if rank not in lost], np.int64)
     moved = moved_between(_packed(plan), _packed(chosen), old_rank)
     return Replanned(
-        replace(chosen, speeds_version=version),
-        of_left,
-        left,
-        anew if mended is None else None,
-        moved.sequences,
-        moved.tokens,
+        plan=replace(chosen, speeds_version=version),
+        layout=of_left,
+        pool=left,
+        anew=anew if mended is None else None,
+        moved_sequences=moved.sequences,
+        moved_tokens=moved.tokens,
     )
 
 
