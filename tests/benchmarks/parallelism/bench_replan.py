@@ -50,7 +50,7 @@ def _rows(name: str, found: list[tuple[Replanned, float, float]]) -> list[Row]:
     ratios = [replanned.plan.certificate.ratio for replanned, _, _ in found]
     shares = [100 * replanned.share_moved for replanned, _, _ in found]
     tokens = [100 * replanned.moved_tokens / replanned.plan.num_tokens for replanned, _, _ in found]
-    seconds, anew_s = ([row[column] for row in found] for column in (1, 2))
+    seconds, anew_s = [row[1] for row in found], [row[2] for row in found]
     anew = sum(replanned.anew is not None for replanned, _, _ in found)
     return [
         exact_row(f"makespan/bound, worst, {name}", max(ratios), "", goal=1.02),
