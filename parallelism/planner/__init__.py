@@ -2,5 +2,15 @@
 
 from evermesh.parallelism.planner.batch import HybridPlanner, Planner, bound_for, plan_batch
 from evermesh.parallelism.planner.bound import LowerBound, lower_bound
+from evermesh.parallelism.planner.replan import Replanned, replan_batch
 
-__all__ = ["HybridPlanner", "LowerBound", "Planner", "bound_for", "lower_bound", "plan_batch"]
+__all__ = [
+    "HybridPlanner",
+    "LowerBound",
+    "Planner",
+    "Replanned",
+    "bound_for",
+    "lower_bound",
+    "plan_batch",
+    "replan_batch",
+]

@@ -24,6 +24,19 @@ class Columns(NamedTuple):
     recomputed: NDArray[np.bool_]
 
 
+class Sharings(NamedTuple):
+    """How rings share their sequences."""
+
+    order: Integers
+    """The members of every ring in ring order, ring behind ring."""
+    heads: Integers
+    """Of every sequence."""
+    gathers: NDArray[np.bool_]
+    """Of every sequence."""
+    durations: Integers
+    """Of every ring on ranks of nominal speed, ticks."""
+
+
 @compiled
 def assemble(
     costs: Coefficients,
@@ -37,12 +50,27 @@ def assemble(
     pack: int,
 ) -> tuple[Columns, int]:
     """The columns, and when the last rank is done, ticks: rings in the order in which they were placed, packs around them."""
+    heads, gathers, durations = _sharings(costs, lengths, rings, node_of, node_size)
+    sharings = Sharings(_ring_orders(rings, heads), heads, gathers, durations)
+    return columns_of(costs, lengths, rings, sharings, slots, filling, slowness, pack)
+
+
+@compiled
+def columns_of(
+    costs: Coefficients,
+    lengths: Integers,
+    rings: Rings,
+    sharings: Sharings,
+    slots: Slots,
+    filling: Filling,
+    slowness: Floats,
+    pack: int,
+) -> tuple[Columns, int]:
+    """As ``assemble``, of rings whose members know their places."""
     ranks, count = len(slowness), len(rings.first)
     by_rank, ring_of_rank = _rings_by_rank(rings, ranks)
     slot_order = np.argsort(slots.rank * (count + 1) + slots.before)
     slot_start = np.searchsorted(slots.rank[slot_order], np.arange(ranks + 1))
-    heads, gathers, durations = _sharings(costs, lengths, rings, node_of, node_size)
-
     num_pieces = int(rings.size.sum())
     for sequence in filling.next:
         num_pieces += 1 if sequence >= -1 else 0
@@ -86,16 +114,16 @@ def assemble(
                 piece += 1
         rank_start[rank + 1] = micro_batch
     micro_batch_start[micro_batch] = piece
-    ring_start, ring = _members(lengths, rings, heads, sequence_of, rank_start, micro_batch_start)
-    makespan = _replay(rings, durations, slots, slot_order, slot_start, slot_ticks, slowness)
+    ring_start, ring = _members(lengths, rings, sharings.order, sequence_of, rank_start, micro_batch_start)
+    makespan = _replay(rings, sharings.durations, slots, slot_order, slot_start, slot_ticks, slowness)
     columns = Columns(
         rank_start,
         micro_batch_start[: micro_batch + 1].copy(),
         sequence_of,
         ring_start,
         ring,
-        heads,
-        gathers,
+        sharings.heads,
+        sharings.gathers,
         recomputed[:micro_batch].copy(),
     )
     return columns, makespan
@@ -127,11 +155,11 @@ def _sharings(
     for ring in range(len(rings.first)):
         sequence, size = rings.sequence[ring], rings.size[ring]
         nodes = node_of[ranks_of(rings, ring)]
-        crosses_nodes = nodes[0] != nodes[-1]
+        crosses_nodes = nodes.min() != nodes.max()
         again = is_recomputed(costs, (lengths[sequence] + size - 1) // size)
         seconds, together, gathering = best_sharing(costs, lengths[sequence], size, node_size, crosses_nodes, again)
         for group in range(0, size, together):
-            if nodes[group] != nodes[group + together - 1]:
+            if nodes[group : group + together].min() != nodes[group : group + together].max():
                 # a node that lost a rank: neighbours that would divide heads are not all in one
                 together, gathering = 1, False
                 seconds = shared_s(costs, lengths[sequence], size, 1, False, crosses_nodes, again)
@@ -142,19 +170,34 @@ def _sharings(
 
 
 @compiled
-def _members(
-    lengths: Integers,
-    rings: Rings,
-    heads: Integers,
-    sequence_of: Integers,
-    rank_start: Integers,
-    micro_batch_start: Integers,
-) -> tuple[Integers, Integers]:
-    """The members of the ring of every sequence, in ring order: a single rank for those that are whole.
+def _ring_orders(rings: Rings, heads: Integers) -> Integers:
+    """The members of every ring in ring order.
 
     A ring goes up over every other rank and back over those between, so that a rank only ever talks to the two before and the
     two after it, whatever rings it is in. Ranks that divide heads stay together.
     """
+    order = np.empty(int(rings.size.sum()), np.int64)
+    at = 0
+    for ring in range(len(rings.first)):
+        ranks, together = ranks_of(rings, ring), heads[rings.sequence[ring]]
+        groups = rings.size[ring] // together
+        for k in range(groups):
+            group = 2 * k if 2 * k < groups else 2 * (groups - 1 - k) + 1
+            order[at : at + together] = ranks[group * together : (group + 1) * together]
+            at += together
+    return order
+
+
+@compiled
+def _members(
+    lengths: Integers,
+    rings: Rings,
+    order: Integers,
+    sequence_of: Integers,
+    rank_start: Integers,
+    micro_batch_start: Integers,
+) -> tuple[Integers, Integers]:
+    """The members of the ring of every sequence, in ring order: a single rank for those that are whole."""
     start = np.zeros(len(lengths) + 1, np.int64)
     start[1:] = 1
     for ring in range(len(rings.first)):
@@ -164,14 +207,11 @@ def _members(
     for rank in range(len(rank_start) - 1):
         for piece in range(micro_batch_start[rank_start[rank]], micro_batch_start[rank_start[rank + 1]]):
             ring_of[start[sequence_of[piece]]] = rank
+    at = 0
     for ring in range(len(rings.first)):
-        sequence, ranks = rings.sequence[ring], ranks_of(rings, ring)
-        together = heads[sequence]
-        groups = rings.size[ring] // together
-        for k in range(groups):
-            group = 2 * k if 2 * k < groups else 2 * (groups - 1 - k) + 1
-            for j in range(together):
-                ring_of[start[sequence] + k * together + j] = ranks[group * together + j]
+        first, size = start[rings.sequence[ring]], rings.size[ring]
+        ring_of[first : first + size] = order[at : at + size]
+        at += size
     return start, ring_of
 
 

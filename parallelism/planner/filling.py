@@ -67,10 +67,26 @@ def fill(
 
     ``alone`` is the time of every sequence without its micro-batch, which takes ``fixed`` and holds ``pack`` tokens.
     """
+    filling = Filling(np.full(len(slots.rank), -1, np.int64), np.full(len(lengths), -1, np.int64))
+    fill_further(filling, slots, slots.room.copy(), lengths, whole, alone, slowness, pack, fixed)
+    return filling
+
+
+@compiled
+def fill_further(
+    filling: Filling,
+    slots: Slots,
+    room: Integers,
+    lengths: Integers,
+    whole: Integers,
+    alone: Integers,
+    slowness: Floats,
+    pack: int,
+    fixed: int,
+) -> None:
+    """As ``fill``, into slots that hold something already; ``room`` is what that leaves, and is used up."""
     count, ranks = len(slots.rank), len(slowness)
-    room, slot_at = slots.room.copy(), np.arange(count)
-    open_tokens = np.zeros(count, np.int64)
-    filling = Filling(np.full(count, -1, np.int64), np.full(len(lengths), -1, np.int64))
+    slot_at, open_tokens = np.arange(count), np.zeros(count, np.int64)
     for at in range(count // 2 - 1, -1, -1):
         _sift(room, slot_at, count, at)
     for sequence in whole:
@@ -91,7 +107,6 @@ def fill(
         filling.head[slot] = sequence
         room[0] -= cost
         _sift(room, slot_at, count, 0)
-    return filling
 
 
 @compiled

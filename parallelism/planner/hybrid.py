@@ -20,7 +20,7 @@ from evermesh.parallelism.planner.costs import Coefficients, shared_s, ticks
 from evermesh.parallelism.planner.few_ranks import EFFORT, MOST_RANKS, search
 from evermesh.parallelism.planner.filling import Filling, Slots, fill, level, slots_between
 from evermesh.parallelism.planner.problem import Problem
-from evermesh.parallelism.planner.rings import Integers, Rings, place_rings
+from evermesh.parallelism.planner.rings import FOREVER, Floats, Integers, Rings, place_rings
 from evermesh.parallelism.pool import Pool
 
 _TARGETS = (
@@ -47,6 +47,8 @@ _TARGETS = (
 """Target times to try, as multiples of the lower bound, until the rings fit."""
 _GOOD_ENOUGH = 1.0015
 """Of the bound: no further target is tried."""
+_SLOW = 0.995
+"""Of the speed of the fastest rank; slower ranks are tried behind all others."""
 _MOST_SEARCHED = 256
 """Sequences up to which plans for few ranks are searched."""
 _LEVELLING = 1_200_000
@@ -60,20 +62,62 @@ def plan_rings(lengths: Integers, layout: Layout, cost: CostModel, pool: Pool) -
     speeds = np.asarray(pool.speeds)
     bound = bound_of(Coefficients.of(cost, layout, 1.0), lengths, speeds, pool.largest_node)
     costs = Coefficients.of(cost, layout, bound.seconds * len(pool))
-    nodes = np.asarray(pool.nodes, np.int64)
-    problem = Problem(
-        costs=costs,
-        lengths=lengths,
-        by_length=np.argsort(-lengths, kind="stable"),
-        slowness=1.0 / speeds,
-        node_of=nodes,
-        node_end=np.searchsorted(nodes, nodes, side="right"),
-        node_size=pool.largest_node,
-    )
-    tried = [_search(problem, pack, bound.seconds, layout.most_peers) for pack in pack_sizes(costs)]
-    columns, makespan = min(tried, key=lambda found: found[1])
-    ranks = PackedRanks(lengths, *columns, offload=layout.offload)
+    makespan, best = FOREVER, None
+    for order in _orders(speeds):
+        nodes = np.asarray(pool.nodes, np.int64)[order]
+        problem = Problem(
+            costs=costs,
+            lengths=lengths,
+            by_length=np.argsort(-lengths, kind="stable"),
+            slowness=1.0 / speeds[order],
+            node_of=nodes,
+            node_end=_node_ends(nodes),
+            node_size=pool.largest_node,
+        )
+        for pack in pack_sizes(costs):
+            columns, end = _search(problem, pack, bound.seconds, layout.most_peers)
+            if end < makespan:
+                makespan, best = end, _in_order(columns, order)
+    assert best is not None, "some order of the ranks gives a plan"
+    ranks = PackedRanks(lengths, *best, offload=layout.offload)
     return ranks, Certificate(makespan / costs.ticks_per_s, bound.seconds, bound.binding)
+
+
+def _orders(speeds: Floats) -> list[Integers]:
+    """In which order ranks are laid out for rings, which take neighbours: as they are; and slow ranks behind all others.
+
+    A ring is as slow as its slowest member. Few ranks need no neighbours.
+    """
+    as_they_are = np.arange(len(speeds))
+    slow = speeds < _SLOW * speeds.max()
+    if len(speeds) <= MOST_RANKS or not slow.any():
+        return [as_they_are]
+    return [as_they_are, np.argsort(np.where(slow, -speeds, -2 * speeds.max()), kind="stable")]
+
+
+def _node_ends(nodes: Integers) -> Integers:
+    """Of every rank, the first behind it that is in another node."""
+    ends = np.append(np.flatnonzero(np.diff(nodes)) + 1, len(nodes))
+    return ends[np.searchsorted(ends, np.arange(len(nodes)), side="right")]
+
+
+def _in_order(columns: Columns, order: Integers) -> Columns:
+    """The columns with rank ``order[r]`` in place of rank r."""
+    if (order == np.arange(len(order))).all():
+        return columns
+    rank_of = np.repeat(order, np.diff(columns.rank_start))
+    micro_batches = np.argsort(rank_of, kind="stable")
+    pieces_in = np.diff(columns.micro_batch_start)
+    place = np.empty(len(micro_batches), np.int64)
+    place[micro_batches] = np.arange(len(micro_batches))
+    pieces = np.argsort(np.repeat(place, pieces_in), kind="stable")
+    return columns._replace(
+        rank_start=np.searchsorted(rank_of[micro_batches], np.arange(len(order) + 1)),
+        micro_batch_start=np.append(0, np.cumsum(pieces_in[micro_batches])),
+        sequence=columns.sequence[pieces],
+        ring=order[columns.ring],
+        recomputed=columns.recomputed[micro_batches],
+    )
 
 
 def pack_sizes(costs: Coefficients) -> tuple[int, ...]:

@@ -25,7 +25,7 @@ class Rings(NamedTuple):
 
     sequence: Integers
     member: Integers
-    """Ranks; those of a ring follow each other, ascending."""
+    """Ranks; those of a ring follow each other, ascending (in ring order where a plan is mended)."""
     first: Integers
     """Where the ranks of every ring begin in ``member``."""
     size: Integers

@@ -14,6 +14,8 @@ import numpy as np
 
 _SHARES = (7.6, 7.6, 8.8, 10.2, 11.4, 10.4, 7.6, 7.6, 7.3, 9.7, 12.1)
 """Percent of tokens in sequences of up to 2 Ki tokens, 4 Ki, ... 2 Mi, as read from ByteScale's figure 4, Byted."""
+_GITHUB_SHARES = (34.0, 14.2, 10.7, 9.5, 7.6, 7.6, 6.4, 4.5, 2.9, 1.6, 0.8)
+"""As ``_SHARES``, for GitHub; its last three are our split of the 5.3 % that the figure does not label."""
 
 
 def wikipedia(number: int, size: int, context: int) -> tuple[str, list[list[int]]]:
@@ -30,15 +32,26 @@ def wikipedia(number: int, size: int, context: int) -> tuple[str, list[list[int]
 
 def byted(seed: int, num_tokens: int, context: int) -> list[int]:
     """A batch of about so many tokens whose lengths follow ByteScale's table, log-uniform inside a bucket."""
+    return _drawn(_SHARES, 256, seed, num_tokens, context)
+
+
+def github(seed: int, num_tokens: int, context: int) -> list[int]:
+    """As ``byted``, with ByteScale's shares for GitHub."""
+    return _drawn(_GITHUB_SHARES, 128, seed, num_tokens, context)
+
+
+def _drawn(shares: tuple[float, ...], shortest: int, seed: int, num_tokens: int, context: int) -> list[int]:
     random = np.random.default_rng(seed)
-    edges = [256, *(2048 << i for i in range(len(_SHARES)))]
+    edges = [shortest, *(2048 << i for i in range(len(shares)))]
     buckets = [(low, high) for low, high in itertools.pairwise(edges) if high <= context]
     means = np.array([(high - low) / np.log(high / low) for low, high in buckets])
-    weights = np.array(_SHARES[: len(buckets)]) / means
+    weights = np.array(shares[: len(buckets)]) / means
     lengths: list[int] = []
-    while sum(lengths) < num_tokens:
+    total = 0
+    while total < num_tokens:
         low, high = buckets[random.choice(len(buckets), p=weights / weights.sum())]
         lengths.append(int(np.exp(random.uniform(np.log(low), np.log(high)))))
+        total += lengths[-1]
     return lengths
 
 
