@@ -17,7 +17,7 @@ _SURE = 3.0
 _LEAST_HICCUP = 0.2
 """A relative error that is not called an outlier."""
 _MOST_UNCERTAIN = 0.05
-"""Relative standard error of the time predicted for the whole window."""
+"""Relative standard error of the time predicted for the whole window; a third of the gain, where that is more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +92,7 @@ class Calibration:
         if error_after >= error_before or gain < policy.least_gain or not _is_sure(before, after):
             return None
         fitted = fit(found, self.model, weights)
-        if fitted.relative_error > _MOST_UNCERTAIN:
+        if fitted.relative_error > max(_MOST_UNCERTAIN, gain / 3):
             return None
         model = fitted.model.model_copy(update={"version": self.model.version + 1})
         proposal = Proposal(model, self.model, fitted, error_before, error_after)
