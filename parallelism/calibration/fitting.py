@@ -194,7 +194,7 @@ def _result(prior: CostModel, now: Floats, design: Design, scaled: tuple[Floats,
     covariance = np.linalg.inv(hessian)
     own = np.sqrt(np.diag(covariance))
     rows = design.rows(now)
-    seen: list[bool] = rows.any(axis=0).tolist()
+    seen = [bool(count) for count in rows.sum(axis=0)]
     total = rows.sum(axis=0) * size
     names = [name for name, is_seen in zip(COEFFICIENTS, seen, strict=True) if is_seen]
     errors = dict(zip(COEFFICIENTS, (own * size).tolist(), strict=True))

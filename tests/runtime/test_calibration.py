@@ -99,7 +99,8 @@ def test_all_ranks_know_a_new_model_for_the_same_step_and_the_event_announced_it
         assert one.cost == other.cost
         assert one.cost.version == one.version == other.version
         assert one.saved == other.saved
-    events = _events(directory)
+    # what the last step announced is for the run that goes on
+    events = [event for event in _events(directory) if event.step is not None and event.step < len(ranks[0])]
     assert events
     for event in events:
         assert event.step is not None
