@@ -109,7 +109,10 @@ def test_all_ranks_know_a_new_model_for_the_same_step_and_the_event_announced_it
         assert behind.cost == CostModel.model_validate(event.fields["new"])
         assert behind.version == before.version + 1 == event.fields["version"]
         assert event.text.startswith(f"from step {event.step + 1} on: version {behind.version}, error ")
-        assert event.fields["error_after"] < event.fields["error_before"]
+        error_before, error_after = event.fields["error_before"], event.fields["error_after"]
+        assert isinstance(error_before, float)
+        assert isinstance(error_after, float)
+        assert error_after < error_before
         assert event.fields["standard_errors"]
 
 
