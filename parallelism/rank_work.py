@@ -104,9 +104,7 @@ class PackedRanks(Sequence[tuple[MicroBatch, ...]]):
         if isinstance(rank, slice):
             return tuple(self[index] for index in range(len(self))[rank])
         rank = range(len(self))[rank]
-        return tuple(
-            self._micro_batch(rank, index) for index in range(self.rank_start[rank], self.rank_start[rank + 1])
-        )
+        return tuple(self.micro_batch(rank, index) for index in range(self.rank_start[rank], self.rank_start[rank + 1]))
 
     def __iter__(self) -> Iterator[tuple[MicroBatch, ...]]:
         return (self[rank] for rank in range(len(self)))
@@ -119,7 +117,8 @@ class PackedRanks(Sequence[tuple[MicroBatch, ...]]):
     def __hash__(self) -> int:
         return hash((len(self), self.sequence.tobytes()))
 
-    def _micro_batch(self, rank: int, index: int) -> MicroBatch:
+    def micro_batch(self, rank: int, index: int) -> MicroBatch:
+        """Number ``index`` of all micro-batches, which is one of ``rank``."""
         start, stop = self.micro_batch_start[index : index + 2]
         recomputed = bool(self.recomputed[index])
         return MicroBatch(

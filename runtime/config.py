@@ -16,6 +16,7 @@ from pydantic import (
     model_validator,
 )
 
+from evermesh.parallelism.calibration.policy import CalibrationPolicy
 from evermesh.parallelism.cost import CostModel
 from evermesh.parallelism.layout import Layout
 from evermesh.parallelism.layout.policy import SwitchingPolicy
@@ -85,11 +86,15 @@ class CompileConfig(_Frozen):
         return tuple(sorted({max(1, round(capacity / math.sqrt(2) ** step)) for step in range(11)}))
 
 
-def _policy(value: Any) -> Any:
+def _or_default(policy: type[BaseModel]) -> BeforeValidator:
     """``true`` is the default policy, ``false`` none."""
-    if isinstance(value, bool | str):
-        return SwitchingPolicy() if TypeAdapter(bool).validate_python(value) else None
-    return value
+
+    def read(value: Any) -> Any:
+        if isinstance(value, bool | str):
+            return policy() if TypeAdapter(bool).validate_python(value) else None
+        return value
+
+    return BeforeValidator(read)
 
 
 class TrainConfig(_Frozen):
@@ -103,6 +108,9 @@ class TrainConfig(_Frozen):
     layout: Layout = Layout()
     cost: CostModel | None = None
     """Coefficients for the planner; null: derived from the model's sizes."""
+    calibrate: Annotated[CalibrationPolicy | None, _or_default(CalibrationPolicy)] = None
+    """Fit the coefficients for the planner to the times that ranks measure, while the run goes on: on, or when to do so; null
+    or off: not. Plans then depend on the clock, so two runs no longer add in the same order."""
     optimizer: AnyOptimizer = AdamWConfig()
     """How gradients become updates; AdamW where ``kind`` is not given."""
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -117,7 +125,7 @@ class TrainConfig(_Frozen):
     device: Annotated[CpuDevice | CudaDevice, Field(discriminator="kind")] = CpuDevice()
     compile: CompileConfig | None = None
     """Compile what blocks do with tokens one by one; null: everything runs as it is written."""
-    advise_layout: Annotated[SwitchingPolicy | None, BeforeValidator(_policy)] = None
+    advise_layout: Annotated[SwitchingPolicy | None, _or_default(SwitchingPolicy)] = None
     """Watch the lengths of batches, and log when another layout would be worth a switch: true, or when it is worth it; null
     or false: not. It is advice only: the run goes on as it is. A window costs rank 0 a search in the background,
     milliseconds of one core on a few nodes, seconds on thousands."""
@@ -135,9 +143,25 @@ class TrainConfig(_Frozen):
     def _ranks_can_share_the_model(self) -> Self:
         check_model(self.layout, self.model)
         check_config(self)
+        self._check_calibration()
         if self.compile is not None:
             check_compile(self.layout, self.buckets)
         return self
+
+    def _check_calibration(self) -> None:
+        if self.calibrate is None:
+            return
+        if self.deterministic:
+            raise ValueError(
+                "calibrate is on, so plans depend on measured times, but deterministic asks for the same bits every time. "
+                "Set train.calibrate to off, and train.cost to the coefficients that a calibrated run has logged."
+            )
+        if self.layout.pp > 1 or self.layout.deepspeed is not None:
+            found = f"layout.pp is {self.layout.pp}" if self.layout.pp > 1 else "layout.sharding is deepspeed"
+            raise ValueError(
+                f"calibrate is on, but {found}: a micro-batch then has no time of its own that ranks could measure. "
+                "Set train.calibrate to off."
+            )
 
     @property
     def buckets(self) -> tuple[int, ...]:

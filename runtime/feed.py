@@ -1,5 +1,7 @@
 """The batch feed: one step ahead, in the background, it draws a batch, gets it planned, and reads this rank's pieces."""
 
+import dataclasses
+import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,6 +19,7 @@ from evermesh.parallelism.layout import Layout
 from evermesh.parallelism.mesh import Mesh
 from evermesh.parallelism.planner import Planner
 from evermesh.parallelism.verifier import verify_plan
+from evermesh.runtime.calibration import Calibrated, Measured, OnlineCalibration
 from evermesh.runtime.data import Batch, Corpus, Sampler, read_pieces
 from evermesh.runtime.micro_batch import LocalBatch, LocalMicroBatch
 
@@ -31,6 +34,10 @@ class PlannedBatch:
     """What this rank processes of it."""
     sampler_state: dict[str, Any]
     """Where the sampler stands after this batch."""
+    calibrated: Calibrated | None = None
+    """What is known of the cost model; None: nobody calibrates it."""
+    waited_s: float = 0.0
+    """How long the step waited for it."""
 
 
 class BatchFeed:
@@ -40,7 +47,8 @@ class BatchFeed:
     control group, which nothing else uses; its records tell the step that a batch is for, the first one after the step at
     which ``control.moment`` stands now. Of the ranks of a node that train on the same tokens (``readers``; None: there are
     none) the first reads them and sends them to the others, so that a node reads every token once. Preparation runs in
-    one thread, one batch ahead; leaving the ``with`` block ends it.
+    one thread, one batch ahead; leaving the ``with`` block ends it. The thread also lets ``calibration`` exchange what it
+    has measured, behind the plan of a batch; its planner is then the one here.
     """
 
     def __init__(
@@ -51,11 +59,13 @@ class BatchFeed:
         layout: Layout,
         control: Communicator,
         readers: Communicator | None = None,
+        calibration: OnlineCalibration | None = None,
     ) -> None:
         self.sampler, self.corpora, self.planner, self.layout, self.control = sampler, corpora, planner, layout, control
         self.readers = readers or Communicator()
+        self.calibration = calibration
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="batch-feed")
-        self._next: Future[PlannedBatch] = self._thread.submit(self._prepare)
+        self._next: Future[PlannedBatch] = self._thread.submit(self._prepare, ())
 
     def next(self, *, last: bool = False) -> PlannedBatch:
         """The next batch; the one after it is started unless this is the ``last``. Collective in effect.
@@ -64,10 +74,13 @@ class BatchFeed:
             PlanInvalid: a rank drew another batch, or the plan failed its proof.
             SequenceTooLong: a sequence fits no ring.
         """
+        began_s = time.perf_counter()
         batch = self._next.result()
+        waited_s = time.perf_counter() - began_s
         if not last:
-            self._next = self._thread.submit(self._prepare)
-        return batch
+            measured = self.calibration.take() if self.calibration is not None else ()
+            self._next = self._thread.submit(self._prepare, measured)
+        return dataclasses.replace(batch, waited_s=waited_s)
 
     def __enter__(self) -> Self:
         return self
@@ -95,12 +108,13 @@ class BatchFeed:
         moment.phase = before
         return planned
 
-    def _prepare(self) -> PlannedBatch:
+    def _prepare(self, measured: Sequence[Measured]) -> PlannedBatch:
         step = self.control.moment.step + 1
         self.control.moment.begin_step(step)
         batch = self.sampler.next_batch()
         plan, local = self._planned(batch, step)
-        return PlannedBatch(batch, plan, local, self.sampler.state_dict())
+        calibrated = self.calibration.exchange(measured) if self.calibration is not None else None
+        return PlannedBatch(batch, plan, local, self.sampler.state_dict(), calibrated)
 
     def _planned(self, batch: Batch, step: int) -> tuple[BatchPlan, LocalBatch]:
         """The plan that all ranks agree on, and this rank's part with its tokens. Collective."""

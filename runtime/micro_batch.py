@@ -20,6 +20,7 @@ from evermesh.parallelism.tensor.tokens import pad_tokens, without_padding
 from evermesh.runtime.memory.policy import ActivationMemory
 from evermesh.runtime.model.decoder import Decoder, keep_activations
 from evermesh.runtime.model.stages import Part
+from evermesh.runtime.stopwatch import Stopwatch
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +85,8 @@ class MicroBatchRunner:
         weight = next(model.parameters())
         self.device, self.dtype = weight.device, weight.dtype
         self.kernel = kernel_for(weight.device, weight.dtype)
+        self.stopwatch: Stopwatch | None = None
+        """Takes the time of every micro-batch, where there is no pipeline; None: nobody wants to know."""
 
     def accumulate(self, batch: LocalBatch) -> tuple[Tensor, list[TokenContext]]:
         """Add this rank's gradients of the mean loss; returns its part of that loss, a float64 scalar, and what layers
@@ -96,10 +99,14 @@ class MicroBatchRunner:
         runs = [_Run(self, batch, micro_batch) for micro_batch in batch.micro_batches]
         if self.pipeline is None:
             total = torch.zeros((), dtype=torch.float64, device=self.device)
+            if self.stopwatch is not None:
+                self.stopwatch.start()
             for run in runs:
                 loss = run.forward(self.parts[0], None)
                 self._backward(loss, is_last=run is runs[-1])
                 total += loss.detach()
+                if self.stopwatch is not None:
+                    self.stopwatch.lap()
         else:
             stages = {stage: _Stage(part, runs) for stage, part in self.parts.items()}
             total = self.pipeline.run(stages, self._activations(batch)).loss

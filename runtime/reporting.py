@@ -12,6 +12,7 @@ from evermesh.parallelism.layout.explain import fields_of
 from evermesh.parallelism.layout.switching import Advice
 from evermesh.parallelism.ledger import ByteLedger
 from evermesh.runtime.advice import LayoutWatch, layout_watch
+from evermesh.runtime.calibration import event_of
 from evermesh.runtime.compiling import padding_of
 from evermesh.runtime.feed import PlannedBatch
 from evermesh.runtime.telemetry import PlanSummary, StepReport
@@ -125,8 +126,12 @@ class Reporter:
             offloaded_bytes=offloaded_bytes,
             padding_tokens=padding_tokens,
             compiled_graphs=trainer.compiled.graphs,
+            plan_wait_s=batch.waited_s,
             held_out_loss=held_out_loss,
         )
+        if batch.calibrated is not None and batch.calibrated.proposal is not None:
+            text, fields = event_of(batch.calibrated.proposal)
+            self.log("cost model", f"from step {report.step + 1} on: {text}", **fields)
         if self._watch is not None:
             self._log_advice(self._watch.observe(batch.plan.lengths))
         if not outcome.committed:

@@ -31,6 +31,8 @@ class Progress:
     """Of the last steps, by layer with experts, by expert: tokens that chose it; empty where nobody asks."""
     sampler: dict[str, Any] = field(default_factory=dict)
     """State of the sampler after the last trained batch."""
+    calibration: dict[str, Any] = field(default_factory=dict)
+    """Of the cost model after the last trained batch, see ``OnlineCalibration``; empty where nobody calibrates it."""
 
 
 class TrainingState:
@@ -57,7 +59,7 @@ class TrainingState:
         held = optimizer.owned_state()
         for name, tensor in shards.tensors.items():
             self.registry.register_tensor(name, tensor, held.get(name))
-        for name in ("step", "updates", "skipped_in_a_row", "router_biases", "expert_loads", "sampler"):
+        for name in ("step", "updates", "skipped_in_a_row", "router_biases", "expert_loads", "sampler", "calibration"):
             self.registry.register(name, Replicated(), *_attribute(progress, name))
 
     def save(self, directory: Path, keep: int) -> Path:
@@ -88,7 +90,9 @@ class TrainingState:
         shard_map = self.registry.shard_map
         wanted = checkpoint.wanted_regions(shard_map, self.communicator.rank, self.registry.tensors)
         loaded = checkpoint.load(path, wanted, shard_map=shard_map)
-        self.registry.restore(loaded.objects, self.communicator.rank, self.communicator.size)
+        # an older version did not save it: it stays as it is
+        calibration = {"calibration": self.registry.objects(self.communicator)["calibration"]}
+        self.registry.restore(calibration | loaded.objects, self.communicator.rank, self.communicator.size)
         self.optimizer.restore(self.progress.updates)
         self.optimizer.publish()
         return loaded

@@ -80,6 +80,8 @@ class StepReport:
     """Tokens that micro-batches were padded with, over all HDP ranks, so that compiled code can be used again."""
     compiled_graphs: int = 0
     """Graphs that rank 0 has compiled since the attempt began."""
+    plan_wait_s: float = 0.0
+    """Of ``step_s``: seconds that rank 0 waited for the batch and its plan, which are prepared during the step before."""
     held_out_loss: float | None = None
     """Mean loss per counted token of the held-out documents after this step, nats; None: it was not evaluated."""
 

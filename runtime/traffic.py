@@ -73,6 +73,8 @@ OPERATIONS: tuple[tuple[str, Operation, str], ...] = (
     ("plan", "broadcast", "control"),
     ("tokens", "broadcast", "readers"),
     ("loss weights", "all_reduce", "control"),
+    ("calibration", "all_reduce", "control"),
+    ("calibration", "broadcast", "control"),
 )
 """Call site, operation and axis of everything that a training step sends."""
 _CELLS: tuple[Cell, ...] = tuple((*operation, tier) for operation in OPERATIONS for tier in TIERS)

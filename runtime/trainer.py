@@ -15,6 +15,7 @@ from evermesh.checkpoint.errors import CheckpointNotFound
 from evermesh.parallelism.batch_plan import BatchPlan
 from evermesh.parallelism.planner import HybridPlanner, Planner
 from evermesh.runtime import process_group
+from evermesh.runtime.calibration import OnlineCalibration
 from evermesh.runtime.compiling import Compiled
 from evermesh.runtime.config import TrainConfig
 from evermesh.runtime.cost import nominal_cost, pool_of
@@ -30,6 +31,7 @@ from evermesh.runtime.model.families import unused_settings
 from evermesh.runtime.reporting import Asked, Reporter, StepOutcome
 from evermesh.runtime.schedule import learning_rate
 from evermesh.runtime.state import Progress, TrainingState
+from evermesh.runtime.stopwatch import Stopwatch
 from evermesh.runtime.telemetry import StepReport
 from evermesh.runtime.weights import load_initial_weights
 
@@ -106,8 +108,10 @@ class Trainer:
             self.compiled.apply(self.built.model, config.buckets)
         self.evaluation = Evaluation(held_out.batches, self.built, self.runner, self.groups)
         self.cost = config.cost or nominal_cost(config, model.shape(vocabulary))
+        """That the batch under way was planned with."""
         pool = pool_of(self.groups.world.nodes, config.layout, self.cost)
         self.planner = planner or HybridPlanner(config.layout, self.cost, pool)
+        self.calibration = self._calibration()
 
         self.progress = Progress(sampler=self.sampler.state_dict())
         self.reporter = Reporter(self, report, beat)
@@ -145,7 +149,22 @@ class Trainer:
 
     def _feed(self) -> BatchFeed:
         groups, layout = self.groups, self.config.layout
-        return BatchFeed(self.sampler, self.corpora, self.planner, layout, groups.control, groups.readers)
+        return BatchFeed(
+            self.sampler, self.corpora, self.planner, layout, groups.control, groups.readers, self.calibration
+        )
+
+    def _calibration(self) -> OnlineCalibration | None:
+        """What calibrates the cost model, if this run wants that."""
+        policy = self.config.calibrate
+        if policy is None:
+            return None
+        if not isinstance(self.planner, HybridPlanner):
+            raise TypeError(
+                f"train.calibrate changes the cost model of HybridPlanner, but {type(self.planner).__name__} plans. "
+                "Leave train.calibrate out, or pass no planner."
+            )
+        self.runner.stopwatch = Stopwatch(self.device)
+        return OnlineCalibration(self.planner, self.config.layout, policy, self.groups.control)
 
     def _train(self, feed: BatchFeed, last: int, reason: Reason) -> FitResult:
         every = self.config.checkpoint.every
@@ -163,6 +182,8 @@ class Trainer:
     def train_step(self, batch: PlannedBatch) -> StepOutcome:
         """Run one optimizer step. Collective; all ranks agree on the outcome."""
         began_s, self.plan = time.monotonic(), batch.plan
+        if batch.calibrated is not None:
+            self.cost = batch.calibrated.cost
         self.progress.step += 1
         self.groups.moment.begin_step(self.progress.step)
         self.engine.begin_step()
@@ -178,7 +199,14 @@ class Trainer:
             self.experts.learn(contexts, self.groups.world, self.device)
         self.engine.end_step()
         self.progress.sampler = batch.sampler_state
+        self._learn_times(batch)
         return StepOutcome(loss, grad_norm, committed, asked, compute_s)
+
+    def _learn_times(self, batch: PlannedBatch) -> None:
+        """Behind a step: what it took, and the cost model for the next one."""
+        if self.calibration is not None and batch.calibrated is not None and self.runner.stopwatch is not None:
+            self.calibration.note(batch.plan, self.runner.stopwatch.take())
+            self.progress.calibration = batch.calibrated.state
 
     def _evaluate(self, feed: BatchFeed, last: int) -> float | None:
         """The loss on the held-out documents, if this step is one to evaluate. Collective."""
@@ -238,6 +266,8 @@ class Trainer:
         started_s = time.monotonic()
         loaded = self.state.restore(path)
         self.sampler.load_state_dict(self.progress.sampler)
+        if self.calibration is None or not self.calibration.restore(self.progress.calibration):
+            self.progress.calibration = {}
         self.experts.tell_routers()
         text = f"from {path.name}, saved by {loaded.world_size}, on {self.workers} workers"
         self._log("resumed", text, load_s=time.monotonic() - started_s)

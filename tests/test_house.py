@@ -42,6 +42,7 @@ def test_no_import_runs_upwards(room: str) -> None:
         "evermesh.launcher.controller.api",
         "evermesh.launcher.operations",
         "evermesh.launcher.placement.ray",
+        "evermesh.parallelism.calibration",
         "evermesh.parallelism.layout.switching",
         "evermesh.runtime.advice",
         "evermesh.runtime.config",

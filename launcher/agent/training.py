@@ -11,6 +11,7 @@ from evermesh.launcher.agent.worker import Worker
 from evermesh.parallelism.batch_plan import BatchPlan
 from evermesh.parallelism.cost import CostModel
 from evermesh.parallelism.layout import Layout
+from evermesh.parallelism.planner.loading import load_compiled
 from evermesh.parallelism.simulator import simulate
 from evermesh.runtime import process_group
 from evermesh.runtime.config import TrainConfig
@@ -20,6 +21,7 @@ from evermesh.runtime.trainer import Trainer
 
 # the first optimizer of a process loads much of torch, about a second: done here, it is there before any worker is forked
 torch.optim.AdamW([torch.zeros(1)], fused=True)
+load_compiled()  # half a second of the first plan
 
 
 def train(worker: Worker, *, config: dict[str, Any], directory: str, resume: bool) -> dict[str, Any]:

@@ -32,6 +32,11 @@ def compiled(function: F) -> F:
         config.CACHE_DIR = before
 
 
+def is_cached(module: str) -> bool:
+    """Whether another process, or this one, has left machine code of the loops of ``module`` (its last name)."""
+    return bool(_CACHE) and any(Path(_CACHE).rglob(f"{module}.*.nbi"))
+
+
 def _cache_folder() -> str:
     """Beside the sources if that can be written, else where NUMBA_CACHE_DIR or the user's cache is."""
     sources = Path(__file__).parent
@@ -59,4 +64,4 @@ def _cache_folder() -> str:
 _CACHE = _cache_folder() if COMPILED else ""
 
 
-__all__ = ["COMPILED", "compiled"]
+__all__ = ["COMPILED", "compiled", "is_cached"]

@@ -1,0 +1,39 @@
+"""Loads the machine code of the planner's loops ahead of the first batch, as far as it was compiled before.
+
+Loading takes half a second, compiling half a minute. A process from which workers are forked loads, so that no worker has to;
+it never compiles, since it cannot know which of the planners its workers will need.
+"""
+
+from collections.abc import Iterator
+from typing import Literal
+
+from evermesh.parallelism.cost import CostModel
+from evermesh.parallelism.layout import Layout
+from evermesh.parallelism.planner import compiling
+from evermesh.parallelism.planner.batch import plan_batch
+
+Kind = Literal["rings", "lock-step", "pipelines"]
+
+_LENGTHS = (100, 30, 20, 5)
+_COST = CostModel(token_s=1e-6, pair_s=1e-9, micro_batch_s=1e-5, ring_step_s=1e-4, ring_token_s=1e-7)
+_PLANNERS: tuple[tuple[Kind, str, Layout], ...] = (
+    ("rings", "filling", Layout(hdp=2, capacity=64)),
+    ("lock-step", "lock_step_loops", Layout(hdp=2, capacity=64, ep=2)),
+    ("pipelines", "replay", Layout(hdp=2, capacity=64, pp=2)),
+)
+"""A planner, the module with loops that only it uses, and a layout that it plans."""
+
+
+def load_compiled() -> set[Kind]:
+    """Plan a tiny batch with every planner whose loops are compiled; returns which these are. Starts no thread."""
+    return set(_loaded())
+
+
+def _loaded() -> Iterator[Kind]:
+    for kind, module, layout in _PLANNERS:
+        if compiling.is_cached(module):
+            plan_batch(_LENGTHS, layout, _COST)
+            yield kind
+
+
+__all__ = ["load_compiled"]
