@@ -2,8 +2,8 @@
 
 import time
 
-from evermesh.parallelism.planner.warm import warm_up
+from evermesh.parallelism.planner.loading import compile_all
 
 started = time.monotonic()
-warm_up()
+compile_all()
 print(f"the planner is compiled ({time.monotonic() - started:.0f} s)")

@@ -11,6 +11,7 @@ from evermesh.parallelism.cost import CostModel
 from evermesh.parallelism.layout import Layout
 from evermesh.parallelism.planner import compiling
 from evermesh.parallelism.planner.batch import plan_batch
+from evermesh.parallelism.pool import Pool
 
 Kind = Literal["rings", "lock-step", "pipelines"]
 
@@ -29,6 +30,13 @@ def load_compiled() -> set[Kind]:
     return set(_loaded())
 
 
+def compile_all() -> None:
+    """Plan small batches with every planner: compiles all loops that are not in the cache. Takes about a minute, once."""
+    pool_cost = _COST.model_copy(update={"network_token_s": 1e-6})
+    for layout in (*(layout for _, _, layout in _PLANNERS), Layout(hdp=20, capacity=16)):
+        plan_batch(_LENGTHS, layout, pool_cost, pool=Pool.of(layout.hdp, 2))
+
+
 def _loaded() -> Iterator[Kind]:
     for kind, module, layout in _PLANNERS:
         if compiling.is_cached(module):
@@ -36,4 +44,4 @@ def _loaded() -> Iterator[Kind]:
             yield kind
 
 
-__all__ = ["load_compiled"]
+__all__ = ["compile_all", "load_compiled"]
