@@ -10,7 +10,7 @@ from evermesh.parallelism.planner.compiling import compiled
 from evermesh.parallelism.planner.costs import best_sharing, is_recomputed, ticks
 from evermesh.parallelism.planner.filling import Filling, Slots, fill, level, slots_between
 from evermesh.parallelism.planner.problem import Problem
-from evermesh.parallelism.planner.rings import FOREVER, Integers, Rings, scaled
+from evermesh.parallelism.planner.rings import FOREVER, Integers, Rings, ring_ticks, scaled
 
 MOST_RANKS = 16
 """Pools of more ranks are planned by runs of neighbours alone."""
@@ -99,20 +99,81 @@ def attempt(
         np.empty(count, np.int64),
         np.empty(count, np.int64),
     )
-    load, first = np.zeros(ranks, np.int64), 0
-    for k in range(count):
-        size = rings.size[k]
-        chosen, start, stop = _members(problem, load, lengths[shared[k]], size)
-        rings.first[k], rings.start[k], rings.stop[k] = first, start, stop
-        rings.member[first : first + size] = chosen
-        for rank in chosen:
-            load[rank] = stop
-        first += size
+    load = np.zeros(ranks, np.int64)
+    if problem.slowness.min() == problem.slowness.max() and problem.node_of[0] == problem.node_of[ranks - 1]:
+        _place_early(problem, rings, load)
+    else:
+        _place_in_order(problem, rings, load)
     slots = slots_between(rings, load, max(bound, load.max()))
     fixed = ticks(costs, costs.micro_batch_s)
     filling = fill(slots, lengths, whole, alone, problem.slowness, pack, fixed)
     end = level(filling, load, lengths, alone, problem.slowness, pack, fixed, max(bound, load.max()), _LEVELLING)
     return rings, slots, filling, end
+
+
+@compiled
+def _place_in_order(problem: Problem, rings: Rings, load: Integers) -> None:
+    """Place rings one behind the other; ``load`` becomes when every rank is free."""
+    first = 0
+    for k in range(len(rings.sequence)):
+        size = rings.size[k]
+        chosen, start, stop = _members(problem, load, problem.lengths[rings.sequence[k]], size)
+        rings.first[k], rings.start[k], rings.stop[k] = first, start, stop
+        rings.member[first : first + size] = chosen
+        for rank in chosen:
+            load[rank] = stop
+        first += size
+
+
+@compiled
+def _place_early(problem: Problem, rings: Rings, load: Integers) -> None:
+    """Place rings as early as they fit, also before others that were placed, on ranks that are all alike.
+
+    This is the serial schedule of resource-constrained projects (Kolisch, EJOR 1996): some order gives an optimum. Rings
+    end up in the order of their starts.
+    """
+    count, ranks, costs = len(rings.sequence), len(load), problem.costs
+    begin, end = np.empty(count, np.int64), np.empty(count, np.int64)
+    for k in range(count):
+        length, size = problem.lengths[rings.sequence[k]], rings.size[k]
+        duration = ring_ticks(costs, length, size, problem.node_size, False)
+        start = np.int64(FOREVER)
+        for other in range(-1, k):
+            time = np.int64(0) if other < 0 else end[other]
+            if time < start and _fits(begin, end, rings.size, k, time, duration, ranks):
+                start = time
+        begin[k], end[k] = start, start + scaled(duration, problem.slowness[0])
+    order = np.argsort(begin, kind="mergesort")
+    rings.sequence[:], rings.size[:] = rings.sequence[order], rings.size[order]
+    rings.start[:], rings.stop[:] = begin[order], end[order]
+    first = 0
+    for k in range(count):
+        size = rings.size[k]
+        # of the ranks that are free, those that have just become so
+        by_load = np.argsort(load, kind="mergesort")
+        free = np.searchsorted(load[by_load], rings.start[k], side="right")
+        chosen = np.sort(by_load[free - size : free])
+        rings.first[k] = first
+        rings.member[first : first + size] = chosen
+        for rank in chosen:
+            load[rank] = rings.stop[k]
+        first += size
+
+
+@compiled
+def _fits(begin: Integers, end: Integers, sizes: Integers, count: int, time: int, duration: int, ranks: int) -> bool:
+    """Whether a ring that is the next of ``sizes`` can run from ``time`` beside the first ``count``."""
+    for point in range(-1, count):
+        at = time if point < 0 else begin[point]
+        if at < time or at >= time + duration:
+            continue
+        used = sizes[count]
+        for other in range(count):
+            if begin[other] <= at < end[other]:
+                used += sizes[other]
+        if used > ranks:
+            return False
+    return True
 
 
 @compiled

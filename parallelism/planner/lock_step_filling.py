@@ -127,7 +127,8 @@ def _free_ranks(problem: Problem, block: tuple[int, int], limit: int, bins: Bins
     bins.free_in[:] = 0
     for rank in range(block[0], block[0] + block[1]):
         if problem.speeds[rank] < 1024:
-            left = (limit + problem.fixed) * problem.speeds[rank] // 1024 - problem.fixed
+            # the limit may be almost for ever: divided first, it does not overflow
+            left = (limit + problem.fixed) // 1024 * problem.speeds[rank] - problem.fixed
             _open(bins, used, 0, left, problem.capacity, rank, 0)
             used += 1
         else:
