@@ -17,7 +17,7 @@ EXAMPLES = """[bold]Examples[/]
 
   evermesh plan lengths.txt.gz --workers 64 --capacity 32768
 
-  evermesh plan --lengths FILE --hdp 1536 --tp 8 --cost cost.json --json out.json"""
+  evermesh plan --lengths FILE --hdp 1536 --tp 8 --cost cost.json --json OUT"""
 
 _MOST_ROWS = 64
 

@@ -12,7 +12,7 @@ from evermesh.parallelism.calibration.observing import Observation
 from evermesh.parallelism.calibration.policy import CalibrationPolicy
 from evermesh.parallelism.cost import CostModel
 
-_SURE = 3.0
+_SURE = 4.0
 """Standard errors by which the gain on unseen observations is above zero."""
 _LEAST_HICCUP = 0.2
 """A relative error that is not called an outlier."""

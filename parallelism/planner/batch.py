@@ -26,7 +26,13 @@ class Planner(Protocol):
 
 
 def plan_batch(
-    lengths: Sequence[int], layout: Layout, cost_model: CostModel, *, pool: Pool | None = None, speeds_version: int = 0
+    lengths: Sequence[int],
+    layout: Layout,
+    cost_model: CostModel,
+    *,
+    pool: Pool | None = None,
+    speeds_version: int = 0,
+    effort: float = 1.0,
 ) -> BatchPlan:
     """Plan one batch on the ranks of ``pool`` (None: ``layout.hdp`` equal ranks on one node).
 
@@ -38,6 +44,7 @@ def plan_batch(
         cost_model: seconds per token, pair, micro-batch and ring step.
         pool: nodes and speeds of the HDP ranks, each of them a whole pipeline where ``layout.pp`` > 1.
         speeds_version: version of the speeds; recorded in the plan.
+        effort: how much longer than usual to search for pools of at most 16 ranks that hold the whole model.
 
     Raises:
         SequenceTooLong: a sequence exceeds the capacity of all ranks together.
@@ -48,7 +55,7 @@ def plan_batch(
     own = tuple(array.tolist())
     ranks: Sequence[tuple[MicroBatch, ...]]
     if not layout.runs_in_waves:
-        ranks, certificate = plan_rings(array, layout, cost_model, pool)
+        ranks, certificate = plan_rings(array, layout, cost_model, pool, effort)
     else:
         if layout.pp > 1:
             assignment, seconds = plan_pipelines_s(own, layout, cost_model, pool)

@@ -18,21 +18,26 @@ _HEAT = 2
 """Percent of the bound by which a plan may be worse than the one before, at the beginning of the search."""
 EFFORT = 2_000_000
 """Plans tried, times what one takes; some 30 ms."""
+_MOST_PLACED = 32
+"""Sequences up to which whole ones may be placed one by one."""
 _LEVELLING = 2_000
 """Comparisons to spend on exchanges for each plan tried."""
 
 
 @compiled
 def search(
-    problem: Problem, alone: Integers, bound: int, pack: int, sizes: Integers, effort: int
+    problem: Problem, alone: Integers, bound: int, pack: int, sizes: Integers, one_by_one: bool, effort: int
 ) -> tuple[Rings, Slots, Filling, int]:
-    """The best plan found from rings of these ``sizes`` (of every sequence; 1: whole): rings, slots, filling, and its end."""
+    """The best plan found from rings of these ``sizes`` (of every sequence; 1: whole): rings, slots, filling, and its end.
+
+    With ``one_by_one`` few whole sequences are placed like rings, each in a micro-batch of its own; else they are packed.
+    """
     costs, lengths = problem.costs, problem.lengths
     ranks, count = len(problem.slowness), len(lengths)
     smallest = (lengths + costs.capacity - 1) // costs.capacity
     order, sizes = problem.by_length.copy(), sizes.copy()
     best_order, best_sizes = order.copy(), sizes.copy()
-    end = attempt(problem, alone, bound, pack, sizes, order)[3]
+    end = attempt(problem, alone, bound, pack, sizes, order, one_by_one)[3]
     best = end
     tries = max(200, effort // (6 * count + 8 * ranks + 60))
     state, old = 12345, np.int64(0)
@@ -60,7 +65,7 @@ def search(
                 sizes[i] = min(max(old + step, smallest[i]), ranks)
             if sizes[i] == old:
                 continue
-        found = attempt(problem, alone, bound, pack, sizes, order)[3]
+        found = attempt(problem, alone, bound, pack, sizes, order, one_by_one)[3]
         # the margin for worse plans shrinks from some percent to nothing
         left = (tries - k) * 1024 // tries
         margin = (bound * _HEAT // 100) * left // 1024 * left // 1024
@@ -73,7 +78,7 @@ def search(
             order[i], order[j] = order[j], order[i]
         else:
             sizes[i] = old
-    return attempt(problem, alone, bound, pack, best_sizes, best_order)
+    return attempt(problem, alone, bound, pack, best_sizes, best_order, one_by_one)
 
 
 @compiled
@@ -84,12 +89,15 @@ def _next(state: int) -> int:
 
 @compiled
 def attempt(
-    problem: Problem, alone: Integers, bound: int, pack: int, sizes: Integers, order: Integers
+    problem: Problem, alone: Integers, bound: int, pack: int, sizes: Integers, order: Integers, one_by_one: bool
 ) -> tuple[Rings, Slots, Filling, int]:
     """Rings of these sizes placed in this order, each where it ends first; then whole sequences in the same order."""
     costs, lengths = problem.costs, problem.lengths
     ranks = len(problem.slowness)
-    shared, whole = order[sizes[order] > 1], order[sizes[order] == 1]
+    alike = problem.slowness.min() == problem.slowness.max() and problem.node_of[0] == problem.node_of[ranks - 1]
+    fixed = ticks(costs, costs.micro_batch_s)
+    least = 0 if one_by_one and alike and len(order) <= _MOST_PLACED else 1
+    shared, whole = order[sizes[order] > least], order[sizes[order] <= least]
     count = len(shared)
     rings = Rings(
         shared,
@@ -100,12 +108,11 @@ def attempt(
         np.empty(count, np.int64),
     )
     load = np.zeros(ranks, np.int64)
-    if problem.slowness.min() == problem.slowness.max() and problem.node_of[0] == problem.node_of[ranks - 1]:
+    if alike:
         _place_early(problem, rings, load)
     else:
         _place_in_order(problem, rings, load)
     slots = slots_between(rings, load, max(bound, load.max()))
-    fixed = ticks(costs, costs.micro_batch_s)
     filling = fill(slots, lengths, whole, alone, problem.slowness, pack, fixed)
     end = level(filling, load, lengths, alone, problem.slowness, pack, fixed, max(bound, load.max()), _LEVELLING)
     return rings, slots, filling, end
@@ -137,9 +144,9 @@ def _place_early(problem: Problem, rings: Rings, load: Integers) -> None:
     for k in range(count):
         length, size = problem.lengths[rings.sequence[k]], rings.size[k]
         duration = ring_ticks(costs, length, size, problem.node_size, False)
-        start = np.int64(FOREVER)
+        start = FOREVER
         for other in range(-1, k):
-            time = np.int64(0) if other < 0 else end[other]
+            time = 0 if other < 0 else int(end[other])
             if time < start and _fits(begin, end, rings.size, k, time, duration, ranks):
                 start = time
         begin[k], end[k] = start, start + scaled(duration, problem.slowness[0])

@@ -55,7 +55,9 @@ _LEVELLING = 1_200_000
 """Comparisons to spend on exchanges between ranks; a few milliseconds."""
 
 
-def plan_rings(lengths: Integers, layout: Layout, cost: CostModel, pool: Pool) -> tuple[PackedRanks, Certificate]:
+def plan_rings(
+    lengths: Integers, layout: Layout, cost: CostModel, pool: Pool, effort: float = 1.0
+) -> tuple[PackedRanks, Certificate]:
     """The plan of ``lengths``, which fit, for ranks that hold the whole model and keep step with nobody."""
     if not len(lengths):
         return PackedRanks.of([()] * len(pool), ()), Certificate(0.0, 0.0, "nothing")
@@ -75,7 +77,7 @@ def plan_rings(lengths: Integers, layout: Layout, cost: CostModel, pool: Pool) -
             node_size=pool.largest_node,
         )
         for pack in pack_sizes(costs):
-            columns, end = _search(problem, pack, bound.seconds, layout.most_peers)
+            columns, end = _search(problem, pack, bound.seconds, layout.most_peers, effort)
             if end < makespan:
                 makespan, best = end, _in_order(columns, order)
     assert best is not None, "some order of the ranks gives a plan"
@@ -133,7 +135,7 @@ class _Outcome(NamedTuple):
     fits: bool
 
 
-def _search(problem: Problem, pack: int, bound_s: float, most_peers: int | None) -> tuple[Columns, int]:
+def _search(problem: Problem, pack: int, bound_s: float, most_peers: int | None, effort: float) -> tuple[Columns, int]:
     """The columns of the best plan with packs of at most so many tokens, and its makespan in ticks."""
     work, alone = _times(problem.costs, problem.lengths, problem.node_size, pack)
     bound = ticks(problem.costs, bound_s)
@@ -149,7 +151,7 @@ def _search(problem: Problem, pack: int, bound_s: float, most_peers: int | None)
                 break
     assert best is not None, "rings that follow each other always fit into a thousand times the bound"
     if len(problem.slowness) <= MOST_RANKS:
-        searched = _assembled(problem, _searched(problem, alone, bound, pack, best), pack)
+        searched = _assembled(problem, _searched(problem, alone, bound, pack, best, effort), pack)
         if most_peers is None or _peers(searched[0]) <= most_peers:
             return searched
     return _assembled(problem, best, pack)
@@ -183,7 +185,7 @@ def _peers(columns: Columns) -> int:
     return max(map(len, peers.values()), default=0)
 
 
-def _searched(problem: Problem, alone: Integers, bound: int, pack: int, first: _Outcome) -> _Outcome:
+def _searched(problem: Problem, alone: Integers, bound: int, pack: int, first: _Outcome, effort: float) -> _Outcome:
     """The best of ``first`` and of what searches find from three beginnings."""
     if first.end * 2000 <= bound * 2001 or len(problem.lengths) > _MOST_SEARCHED:
         return first
@@ -193,8 +195,8 @@ def _searched(problem: Problem, alone: Integers, bound: int, pack: int, first: _
     # from what was placed, from everything shared by all, and from nothing shared that need not be
     smallest = (problem.lengths + problem.costs.capacity - 1) // problem.costs.capacity
     best = first
-    for sizes in (placed, np.full(count, ranks), smallest):
-        found = _Outcome(*search(problem, alone, bound, pack, sizes, EFFORT // 3), True)
+    for sizes, one_by_one in ((placed, False), (np.full(count, ranks), False), (smallest, True)):
+        found = _Outcome(*search(problem, alone, bound, pack, sizes, one_by_one, int(effort * EFFORT / 3)), True)
         best = found if found.end < best.end else best
     return best
 

@@ -117,7 +117,7 @@ def test_a_plan_in_text_has_one_row_per_rank_with_all_its_tokens() -> None:
     totals = [int(row.split()[-1].replace(",", "")) for row in rows[:4]]
     assert sum(totals) == 14_660
     assert max(map(len, rows)) <= 90
-    assert re.search(r"rank 0 +\[4:2,000─+\]", rows[0])
+    assert re.search(r"rank 0 .*\[4:2,000─+\]", rows[0])
 
 
 @pytest.mark.parametrize("ranks", [1, 4, 70])

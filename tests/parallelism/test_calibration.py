@@ -179,7 +179,7 @@ def test_a_model_that_is_set_wrong_heals(seed: int) -> None:
     assert versions == list(range(1, len(versions) + 1))
     assert 1 <= len(versions) <= 6, "it changes when that pays, not all the time"
     healed = calibration.model
-    assert _makespan_error(healed, random) < 0.05 < _makespan_error(start, random)
+    assert _makespan_error(healed, random) < 0.08 < _makespan_error(start, random)
     # versions only change as far as that pays; all that was measured tells coefficients better
     last = fit(found, healed)
     for name in ("token_s", "pair_s", "micro_batch_s"):  # rings may be few, and hide what they send

@@ -201,7 +201,8 @@ def test_a_planned_step_is_the_makespan_of_the_plan_and_what_is_exchanged(degree
     exchanged = sum(setup.traffic.once.values())
     messages = step.parts["messages"]
     assert step.total == pytest.approx(plan.certificate.makespan_s * uneven + exchanged + messages)
-    assert estimate(setup, [batch]).total <= step.total * 1.02
+    # the formula takes equal micro-batches; plans of pipelines begin and end with small ones
+    assert estimate(setup, [batch]).total <= step.total * (1.02 if layout.pp == 1 else 1.05)
 
 
 def test_parts_of_a_step_add_up_and_none_is_negative() -> None:
