@@ -32,7 +32,7 @@ def smallest_ring(length: int, capacity: int) -> int:
 
 
 def check_lengths(lengths: Integers, layout: Layout, ranks: int) -> None:
-    """Raise unless every sequence has a token and fits into all ranks together."""
+    """Raise unless every sequence fits into all ranks together."""
     if len(lengths) and int(lengths.max()) > layout.capacity * ranks:
         longest = int(lengths.argmax())
         raise SequenceTooLong(longest, int(lengths[longest]), layout.capacity, ranks)

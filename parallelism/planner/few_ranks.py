@@ -17,7 +17,7 @@ MOST_RANKS = 16
 _HEAT = 2
 """Percent of the bound by which a plan may be worse than the one before, at the beginning of the search."""
 EFFORT = 2_000_000
-"""Plans tried, times what one takes; some 30 ms."""
+"""Plans tried, times what one takes; some 50 ms."""
 _MOST_PLACED = 32
 """Sequences up to which whole ones may be placed one by one."""
 _LEVELLING = 2_000

@@ -15,7 +15,6 @@ is a pure function of the arguments: times are integer ticks, ties break by inde
 """
 
 import math
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
@@ -82,7 +81,7 @@ def lock_step_bound(lengths: Sequence[int], layout: Layout, cost: CostModel, poo
         return LowerBound(0.0, "nothing")
     costs = Coefficients.of(cost, layout, 1.0)
     distinct, numbers = np.unique(np.array(lengths, np.int64), return_counts=True)
-    node_size, group, ranks = _largest_node(pool), _group_size(layout, len(pool)), len(pool)
+    node_size, group, ranks = pool.largest_node, _group_size(layout, len(pool)), len(pool)
     work_s = np.array([_least(costs, length, ranks, node_size, True) for length in distinct])
     tokens = sum(lengths)
     fixed_s = group * -(-tokens // (group * layout.capacity)) * cost.micro_batch_s
@@ -167,7 +166,7 @@ def _search(
     ordered = np.array([lengths[sequence] for sequence in descending], np.int64)
     blocks, ranks = _blocks(layout, len(pool)), _ranks(layout, len(pool))
     degrees = _degrees(ordered, costs.capacity, blocks)
-    seconds_NK, crossing_NK = _tables(costs, ordered, degrees, _largest_node(pool))
+    seconds_NK, crossing_NK = _tables(costs, ordered, degrees, pool.largest_node)
     areas_s = (seconds_NK * degrees).min(1)
     total_s = float(areas_s.sum()) + len(lengths) * cost.micro_batch_s
     costs = costs._replace(ticks_per_s=2.0 ** (50 - math.frexp(total_s)[1]))
@@ -300,10 +299,6 @@ def _speeds(speeds: Sequence[float]) -> tuple[float, Integers]:
     """The speed of rings, and every rank's in 1024ths of it, at most 1024."""
     whole = min(speed for speed in speeds if speed >= _SLOW * max(speeds))
     return whole, np.array([min(1024, int(1024 * speed / whole)) for speed in speeds], np.int64)
-
-
-def _largest_node(pool: Pool) -> int:
-    return max(Counter(pool.nodes).values())
 
 
 __all__ = ["lock_step_bound", "plan_lock_step"]

@@ -37,9 +37,8 @@ def pipeline_bound(lengths: Sequence[int], layout: Layout, cost: CostModel, pool
     schedule = layout.pipeline
     speeds = np.sort(np.array(pool.speeds))[::-1].copy()
     distinct, counts = np.unique(np.array(lengths, dtype=np.int64), return_counts=True)
-    _, of_node = np.unique(np.array(pool.nodes), return_counts=True)
     last_weights = 1.0 / schedule.num_stages if schedule.splits_backward else 1.0
-    least = _Least(*_least(Coefficients.of(cost, layout, 1.0), distinct, speeds, int(of_node.max()), last_weights))
+    least = _Least(*_least(Coefficients.of(cost, layout, 1.0), distinct, speeds, pool.largest_node, last_weights))
     fixed_s = math.ceil(sum(lengths) / layout.capacity) * cost.micro_batch_s
     work_s = math.fsum((least.area * counts).tolist()) + fixed_s
     unconstrained_s = math.fsum((least.area_alone * counts).tolist()) + cost.micro_batch_s
