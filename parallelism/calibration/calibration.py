@@ -12,8 +12,13 @@ from evermesh.parallelism.calibration.observing import Observation
 from evermesh.parallelism.calibration.policy import CalibrationPolicy
 from evermesh.parallelism.cost import CostModel
 
-_SURE = 4.0
-"""Standard errors by which the gain on unseen observations is above zero."""
+_SURE = 10.0
+"""Logarithm of the ratio of likelihoods on unseen observations, from which a new model is used."""
+_HICCUPS, _WIDEST = 0.05, 8.0
+"""Share of observations that no model explains, and how widely the logarithms of their errors are spread."""
+_SCALES = tuple(np.geomspace(1e-3, 4.0, 60).tolist())
+"""Widths of noise, as logarithms of what was measured by what was predicted."""
+_LEAST_S = 1e-12
 _LEAST_HICCUP = 0.2
 """A relative error that is not called an outlier."""
 _MOST_UNCERTAIN = 0.05
@@ -89,7 +94,9 @@ class Calibration:
         error_before, error_after = _mean(before, time_s), _mean(after, time_s)
         # the noise of single observations is in both, and no model takes it away
         gain = np.sqrt(max(0.0, error_before**2 - error_after**2))
-        if error_after >= error_before or gain < policy.least_gain or not _is_sure(before, after):
+        if error_after >= error_before or gain < policy.least_gain:
+            return None
+        if not _is_sure(_log_errors(self.model, found[cut:]), _log_errors(tried.model, found[cut:]), tried.noise):
             return None
         fitted = fit(found, self.model, weights)
         if fitted.relative_error > max(_MOST_UNCERTAIN, gain / 3):
@@ -125,11 +132,28 @@ def _mean(errors: Floats, weights: Floats) -> float:
     return float(np.minimum(errors, 1.0) @ weights) / total if total > 0 else 1.0
 
 
-def _is_sure(before: Floats, after: Floats) -> bool:
-    """Whether errors became smaller by more than chance explains; one outlier counts no more than an error of 1."""
-    gains = np.minimum(before, 1.0) - np.minimum(after, 1.0)
-    spread = float(gains.std(ddof=1)) / np.sqrt(len(gains))
-    return bool(gains.mean() > _SURE * spread)
+def _log_errors(model: CostModel, found: Sequence[Observation]) -> Floats:
+    """By which power of e every observation took longer than ``model`` says, [N]."""
+    seconds = np.array([observation.seconds for observation in found])
+    errors: Floats = np.log(seconds / np.maximum(predicted_s(model, found), _LEAST_S))
+    return errors
+
+
+def _is_sure(before: Floats, after: Floats, noise: float) -> bool:
+    """Whether what was measured is far likelier under the new model, which did not see it, nor did the width of its noise.
+
+    Were the old one right, with noise of any width, a ratio of likelihoods above 1 / p would have a probability below p,
+    however the new one was found (Wasserman, Ramdas and Balakrishnan, Universal inference, PNAS 117, 2020): neither few
+    observations nor a coefficient that is in few of them make that wrong.
+    """
+    best = max(_log_likelihood(before, scale) for scale in _SCALES)
+    return _log_likelihood(after, max(_SCALES[0], noise)) - best > _SURE
+
+
+def _log_likelihood(errors: Floats, scale: float) -> float:
+    """Of all errors under normal noise, and now and then a hiccup of any size."""
+    normal = np.exp(-0.5 * np.square(errors / scale)) / (scale * np.sqrt(2.0 * np.pi))
+    return float(np.log((1.0 - _HICCUPS) * normal + _HICCUPS / _WIDEST).sum())
 
 
 def _short(value: float | None) -> str:

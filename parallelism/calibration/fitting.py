@@ -19,7 +19,7 @@ from evermesh.parallelism.cost import CostModel
 
 Floats = NDArray[np.float64]
 
-_ABSOLUTE_ROUNDS, _ROUNDS = 12, 24
+_ABSOLUTE_ROUNDS, _BIWEIGHT_ROUNDS = 12, 12
 _TUKEY = 4.685
 """In scales; 95 % efficient where errors are normal."""
 _PRIOR = 1.0
@@ -34,6 +34,9 @@ _KNOWN = 0.5
 """Of ``_PRIOR``: a coefficient with a smaller standard error is told by the data."""
 _TOKEN, _PAIR, _RECOMPUTE_PAIR = (COEFFICIENTS.index(name) for name in ("token_s", "pair_s", "recompute_pair_s"))
 _RING, _NETWORK = (COEFFICIENTS.index(name) for name in ("ring_token_s", "network_token_s"))
+_TRAFFIC = np.isin(np.arange(len(COEFFICIENTS)), (_RING, _NETWORK))
+_STARTS = (0.0, 10.0)
+"""What traffic is multiplied by in further starts, in which attention hides all of it, and little."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,29 +121,67 @@ def fit(found: Sequence[Observation], prior: CostModel, weights: Sequence[float]
     """
     design = Design.of(found, prior.expert_token_s / prior.token_s)
     before = coefficients_of(prior)
-    size = _sizes(design, before)
     base = np.ones(len(found)) if weights is None else np.asarray(weights, np.float64)
-    now, noise, hessian = before, 1.0, np.eye(len(before))
-    for number in range(_ROUNDS):
-        rows = design.rows(now)
-        first = number < _ABSOLUTE_ROUNDS
+    fitting = _Fitting(design, before, _sizes(design, before), base)
+    # whether attention hides the traffic of a ring decides what is fitted: both are tried
+    starts = [
+        before * np.where(_TRAFFIC, factor, 1.0) for factor in ((1.0, *_STARTS) if len(design.owner_K) else (1.0,))
+    ]
+    now = min((fitting.absolute(start) for start in starts), key=fitting.absolute_error)
+    now, noise, hessian = fitting.biweight(now)
+    return _result(prior, now, design, (hessian, fitting.size), noise)
+
+
+@dataclass(frozen=True, slots=True)
+class _Fitting:
+    """Rounds of weighted least squares from a start, seconds, [P]."""
+
+    design: Design
+    before: Floats
+    size: Floats
+    base: Floats
+    """Weights of the observations, [N]."""
+
+    def absolute(self, now: Floats) -> Floats:
+        """With the least absolute values of relative errors."""
         # a prediction that is far off yet would weigh by its own error
-        unit = design.seconds_N if first else np.maximum(rows @ now, 0.1 * np.median(design.seconds_N))
-        errors = np.abs(rows @ now - design.seconds_N) / unit
-        noise = max(_LEAST_SCALE, 1.4826 * float(np.median(errors)) * _for_freedom(design, size))
-        if first:
-            noise = min(noise, _FAR_OFF)
-            robust = noise / np.maximum(errors, 0.1 * noise)
-        else:
+        unit = self.design.seconds_N
+        for _ in range(_ABSOLUTE_ROUNDS):
+            errors = np.abs(self.design.predicted(now) - unit) / unit
+            noise = min(self._noise(errors), _FAR_OFF)
+            now, _ = self._solved(now, unit, noise / np.maximum(errors, 0.1 * noise), noise)
+        return now
+
+    def absolute_error(self, now: Floats) -> float:
+        """What ``absolute`` makes small."""
+        unit = self.design.seconds_N
+        return float(self.base @ (np.abs(self.design.predicted(now) - unit) / unit))
+
+    def biweight(self, now: Floats) -> tuple[Floats, float, Floats]:
+        """With Tukey's weights around the scale of the errors, which is the second; the third is the last matrix."""
+        noise, hessian = 1.0, np.eye(len(now))
+        for _ in range(_BIWEIGHT_ROUNDS):
+            predicted = self.design.predicted(now)
+            unit = np.maximum(predicted, 0.1 * np.median(self.design.seconds_N))
+            errors = np.abs(predicted - self.design.seconds_N) / unit
+            noise = self._noise(errors)
             robust = np.square(np.clip(1.0 - np.square(errors / (_TUKEY * noise)), 0.0, None))
-        scaled = rows * size / unit[:, None]
-        weighted = scaled * (base * robust / noise**2)[:, None]
-        hessian = weighted.T @ scaled + np.eye(len(size)) / _PRIOR**2
+            now, hessian = self._solved(now, unit, robust, noise)
+        return now, noise, hessian
+
+    def _noise(self, errors: Floats) -> float:
+        return max(_LEAST_SCALE, 1.4826 * float(np.median(errors)) * _for_freedom(self.design, self.size))
+
+    def _solved(self, now: Floats, unit: Floats, robust: Floats, noise: float) -> tuple[Floats, Floats]:
+        """The coefficients with the least weighted squares, and the matrix that they were found with."""
+        rows = self.design.rows(now)
+        scaled = rows * self.size / unit[:, None]
+        weighted = scaled * (self.base * robust / noise**2)[:, None]
+        hessian = weighted.T @ scaled + np.eye(len(self.size)) / _PRIOR**2
         # traffic that attention hides by now stays as it is; at its old value it might not be hidden
-        held = np.where(rows.any(axis=0), before, now)
-        right = weighted.T @ (design.seconds_N / unit) + held / size / _PRIOR**2
-        now = size * _non_negative(hessian, right)
-    return _result(prior, now, design, (hessian, size), noise)
+        held = np.where(rows.any(axis=0), self.before, now)
+        right = weighted.T @ (self.design.seconds_N / unit) + held / self.size / _PRIOR**2
+        return self.size * _non_negative(hessian, right), hessian
 
 
 def _sizes(design: Design, before: Floats) -> Floats:

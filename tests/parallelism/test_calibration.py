@@ -154,11 +154,7 @@ def test_no_more_is_looked_at_than_asked_for_and_what_nobody_measured_is_left_ou
     assert observations(plan, [float("inf")] * len(own), LAYOUT, TRUE, pool=POOL) == []
 
 
-_WEAK = pytest.mark.xfail(strict=True, reason="the makespan stays 17 % off; the cause is not known yet")
-_SEEDS = [
-    *range(4),
-    *(pytest.param(seed, marks=[pytest.mark.parity, *([_WEAK] if seed == 5 else [])]) for seed in range(4, 16)),
-]
+_SEEDS = [*range(4), *(pytest.param(seed, marks=pytest.mark.parity) for seed in range(4, 40))]
 
 
 @pytest.mark.parametrize("seed", _SEEDS)
@@ -179,7 +175,7 @@ def test_a_model_that_is_set_wrong_heals(seed: int) -> None:
     assert versions == list(range(1, len(versions) + 1))
     assert 1 <= len(versions) <= 6, "it changes when that pays, not all the time"
     healed = calibration.model
-    assert _makespan_error(healed, random) < 0.08 < _makespan_error(start, random)
+    assert _makespan_error(healed, random) < min(0.08, _makespan_error(start, random))
     # versions only change as far as that pays; all that was measured tells coefficients better
     last = fit(found, healed)
     for name in ("token_s", "pair_s", "micro_batch_s"):  # rings may be few, and hide what they send
@@ -187,11 +183,15 @@ def test_a_model_that_is_set_wrong_heals(seed: int) -> None:
         assert last.standard_errors[name] < 0.1 * getattr(TRUE, name)
 
 
-def test_a_model_that_is_right_stays() -> None:
-    random = np.random.default_rng(11)
+@pytest.mark.parametrize("seed", [11, *(pytest.param(seed, marks=pytest.mark.parity) for seed in range(20))])
+def test_a_model_that_is_right_stays(seed: int) -> None:
+    """Noise of what was measured, not of each rank of a ring: the slowest of noisy ranks takes longer than the model says."""
+    random = np.random.default_rng(seed)
     calibration = Calibration(TRUE)
     for _ in range(30):
-        calibration.observe(_step(TRUE, random, noise=0.1, outliers=0.05))
+        for found in _step(TRUE, random, noise=0.0, outliers=0.0):
+            hiccup = random.uniform(2.0, 20.0) if random.random() < 0.05 else 1.0
+            calibration.observe([found._replace(seconds=found.seconds * random.lognormal(0.0, 0.1) * hiccup)])
         assert calibration.proposal() is None
     assert calibration.model == TRUE
 
