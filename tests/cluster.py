@@ -1,4 +1,4 @@
-"""Real ranks for tests: forked from a server that has torch loaded, rendezvous through a file, gloo."""
+"""Real ranks for tests: forked from a server that has torch and the trainer loaded, rendezvous through a file, gloo."""
 
 import multiprocessing
 import multiprocessing.connection
@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_PRELOADED = ["torch", "torch.distributed", "numpy"]
+_PRELOADED = ["torch", "torch.distributed", "numpy", "pytest", "evermesh.launcher.agent.training"]
+"""The last one brings the trainer and the compiled loops of the planner, as the warm process of a node does."""
 _CONTEXT.set_forkserver_preload(_PRELOADED)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # inherited by the fork server, which starts later
 

@@ -12,7 +12,7 @@ from evermesh.parallelism.calibration.observing import Observation
 from evermesh.parallelism.calibration.policy import CalibrationPolicy
 from evermesh.parallelism.cost import CostModel
 
-_SURE = 10.0
+_SURE = 6.0
 """Logarithm of the ratio of likelihoods on unseen observations, from which a new model is used."""
 _HICCUPS, _WIDEST = 0.05, 8.0
 """Share of observations that no model explains, and how widely the logarithms of their errors are spread."""

@@ -19,8 +19,8 @@ from tests.cluster import run_ranks
 from tests.runtime.test_trainer import _on, small_config
 
 EAGER = {"every": 2, "leaves_out": 2, "least_observations": 24}
-WRONG = CostModel(token_s=2e-3, pair_s=1e-5, micro_batch_s=1e-5, ring_step_s=1e-6, ring_token_s=1e-9)
-"""Of a machine on which a micro-batch of 200 tokens takes half a second, and which starts one in no time."""
+WRONG = CostModel(token_s=0.2, pair_s=1e-3, micro_batch_s=1e-3, ring_step_s=1e-4, ring_token_s=1e-7)
+"""Of a machine on which a micro-batch of 200 tokens takes a minute, and which starts one in no time."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +57,7 @@ class _Watched(Trainer):
 def _config(corpus: Path, **changes: Any) -> dict[str, Any]:
     cost = WRONG.model_dump(mode="json")
     return small_config(
-        corpus, **({"cost": cost, "calibrate": EAGER, "steps": 24, "layout": {"capacity": 300}} | changes)
+        corpus, **({"cost": cost, "calibrate": EAGER, "steps": 36, "layout": {"capacity": 300}} | changes)
     )
 
 
@@ -73,9 +73,9 @@ def _events(directory: Path) -> list[Event]:
 
 @pytest.fixture(scope="module")
 def healed(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[list[_Step]]]:
-    """A run of 24 steps on two ranks, interrupted after the 17th, by rank."""
+    """A run of 36 steps on two ranks, interrupted after the 29th, by rank."""
     directory = tmp_path_factory.mktemp("healed")
-    return directory, run_ranks(2, _fit, _config(corpus, stop_at=17), directory, False)
+    return directory, run_ranks(2, _fit, _config(corpus, stop_at=29), directory, False)
 
 
 def test_a_model_that_is_set_wrong_heals_in_a_run(healed: tuple[Path, list[list[_Step]]]) -> None:
@@ -123,9 +123,9 @@ def test_a_run_that_is_resumed_goes_on_with_the_model_that_was_announced(
     assert latest(directory / "checkpoints") is not None
     saved = CostModel.model_validate(ranks[0][-1].saved["calibration"]["model"])
     assert saved.version > 0
-    resumed = run_ranks(2, _fit, _config(corpus, stop_at=19), directory, True)
+    resumed = run_ranks(2, _fit, _config(corpus, stop_at=31), directory, True)
     assert [steps[0].cost for steps in resumed] == [saved, saved]
-    again = run_ranks(1, _fit, _config(corpus, stop_at=20, cost=None, layout={"capacity": 600}), directory, True)
+    again = run_ranks(1, _fit, _config(corpus, stop_at=32, cost=None, layout={"capacity": 600}), directory, True)
     assert again[0][0].cost.version == 0, "coefficients that are given anew count"
 
 
