@@ -50,8 +50,8 @@ gpu: $(INSTALLED)  ## the checks that only a GPU can make; skips aloud without o
 parity: $(INSTALLED)  ## gradients on every layout against one process; takes minutes
 	$(BIN)/python -m pytest tests/runtime tests/parallelism -m parity
 
-soak: $(INSTALLED)  ## 200 restarts of a job in a row, a random worker killed each time; takes minutes
-	$(BIN)/python -m pytest tests/launcher/test_soak.py -m soak -s
+soak: $(INSTALLED)  ## long runs of jobs: 200 restarts in a row, two jobs beside each other, a clock that jumps; takes minutes
+	$(BIN)/python -m pytest tests/launcher -m soak -s
 
 soak-planner: $(INSTALLED)  ## a million random plans, each proved, in two processes; takes hours (PLANS=20000: minutes)
 	$(BIN)/python -m pytest tests/parallelism/test_soak_planner.py -m soak -s

@@ -1,6 +1,5 @@
 """How long the layers of a model take here and now; what splits them into pipeline stages."""
 
-import statistics
 import time
 from collections.abc import Callable, Iterable
 
@@ -18,7 +17,7 @@ from evermesh.runtime.model.blocks import Block, ParallelBlock
 from evermesh.runtime.model.rotary import rotation
 from evermesh.runtime.model.stages import LayerCosts, nominal_costs
 
-_ROUNDS = 3
+_ROUNDS = 5
 _MOST_TOKENS = 2048
 
 
@@ -71,7 +70,7 @@ def _measured(config: TrainConfig, vocabulary: int, device: torch.device) -> lis
 
 
 def _seconds(run: Callable[[], Tensor], parameters: Iterable[nn.Parameter], device: torch.device) -> float:
-    """Median time of forward and backward, after one that warms up."""
+    """Least time of forward and backward, after one that warms up: others on the machine only make it longer."""
     held, times = list(parameters), []
     for _ in range(_ROUNDS + 1):
         _wait(device)
@@ -81,7 +80,7 @@ def _seconds(run: Callable[[], Tensor], parameters: Iterable[nn.Parameter], devi
         times.append(time.perf_counter() - began_s)
         for parameter in held:
             parameter.grad = None
-    return statistics.median(times[1:])
+    return min(times[1:])
 
 
 def _wait(device: torch.device) -> None:

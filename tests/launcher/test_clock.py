@@ -31,6 +31,7 @@ def set_clock(path: Path, offset_s: int) -> None:
         file.write(offset_s.to_bytes(8, "little", signed=True))
 
 
+@pytest.mark.soak
 def test_f28_a_clock_that_jumps_an_hour_forth_and_back_changes_nothing(
     job_file: Path, tmp_path: Path, shim: Path
 ) -> None:

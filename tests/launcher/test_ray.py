@@ -138,6 +138,7 @@ def test_a_spare_takes_the_place_of_a_lost_node_and_the_run_goes_on_with_the_two
     assert still_alive(job.processes(), 2) == []
 
 
+@pytest.mark.soak
 def test_controller_and_agents_may_die_and_nothing_is_left_after_sigterm(cluster: RayCluster, job_file: Path) -> None:
     with launched(job_file, ENDLESS, "nodes=2", "train.checkpoint.every=10", cluster.on) as job:
         job.wait_training()

@@ -15,7 +15,7 @@ from evermesh import checkpoint
 from evermesh.runtime.telemetry import read_telemetry
 from tests.launcher.jobs import clean_losses, launched, still_alive
 
-STEPS = 150
+STEPS = 100
 ENDLESS = "train.steps=100000"
 
 

@@ -1,4 +1,7 @@
-"""Jobs are found, watched and stopped by commands given anywhere, whoever started them and whatever became of him."""
+"""Jobs are found, watched and stopped by commands given anywhere, whoever started them and whatever became of him.
+
+Tests with jobs of their own come first: from then on a job trains behind all others.
+"""
 
 import json
 import os
@@ -30,6 +33,107 @@ def _own_registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
         yield
+
+
+def test_a_stopped_job_has_a_checkpoint_of_its_last_step_and_can_be_resumed_at_once(job_file: Path) -> None:
+    with launched(job_file, *ENDLESS, name="graceful") as job:
+        job.wait_training()
+        done = evermesh("stop", "graceful", "--grace", "20")
+        assert done.returncode == 0, done.stderr
+        assert f"; go on with: evermesh resume {job.run.directory}" in done.stdout
+        step = checkpoint.checkpoints(job.run.checkpoints)[-1].step
+        assert f"graceful: stopped after step {step}" in done.stdout
+        assert len(job.losses) == step
+        assert job.end()[0] == 143
+        resumed = evermesh("resume", job.run.directory, "--set", f"train.steps={step + 2}")
+        assert resumed.returncode == 0, resumed.stderr
+
+
+def test_stop_now_ends_workers_that_hear_nothing(job_file: Path) -> None:
+    with launched(job_file, *ENDLESS, name="stuck") as job:
+        for rank in job.wait_training().ranks:
+            psutil.Process(rank.pid).suspend()
+        members = job.processes()
+        done = evermesh("stop", job.run.directory, "--now")
+        assert done.returncode == 0, done.stderr
+        assert still_alive(members, 3) == []
+        code, _, stderr = job.end()
+        assert code == 143
+        assert "at once, without a save" in stderr
+
+
+def test_a_job_whose_terminal_is_lost_goes_on_and_is_stopped_from_elsewhere(job_file: Path, tmp_path: Path) -> None:
+    with launched(job_file, *ENDLESS, name="lonely") as job:
+        job.wait_training()
+        os.killpg(job.process.pid, signal.SIGHUP)  # as sshd does when the connection is gone
+        code, stdout, _ = job.end()
+        assert code == 128 + signal.SIGHUP
+        assert "the job goes on by itself; it is found again with: evermesh status" in stdout
+        steps = len(job.losses)
+        job.wait(lambda: len(job.losses) > steps + 5)
+        told = json.loads(
+            subprocess.run(
+                [*EVERMESH, "status", "lonely", "--json"], cwd=tmp_path, capture_output=True, text=True, check=True
+            ).stdout
+        )
+        assert told["directory"] == str(job.run.directory)
+        assert evermesh("stop", "lonely").returncode == 0
+        assert job.run.status() == "stopped"
+
+
+NOTEBOOK = """
+import sys
+from rich.console import Console
+from evermesh.launcher import load_job
+from evermesh.launcher.operations import launch_job
+launch_job(load_job(sys.argv[1], ["train.steps=100000", "name=cell"]), Console())
+"""
+
+
+@contextmanager
+def notebook(job_file: Path) -> Iterator[Job]:
+    """``launch_job`` called from Python, as a cell of a notebook does."""
+    with subprocess.Popen(
+        [sys.executable, "-c", NOTEBOOK, str(job_file)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        job = Job(process, Run(job_file.parent / "runs" / "cell"))
+        try:
+            job.wait(lambda: (job.run.directory / "token").is_file() or process.poll() is not None)
+            assert process.poll() is None, process.communicate()
+            yield job
+        finally:
+            end_for_certain(job)
+
+
+def test_a_job_started_from_python_is_found_and_stopped(job_file: Path) -> None:
+    with notebook(job_file) as job:
+        job.wait_training()
+        assert json.loads(evermesh("status", "cell", "--json").stdout)["state"] == "training"
+        done = evermesh("stop", "cell")
+        assert done.returncode == 0, done.stderr
+        code, stdout, stderr = job.end()
+        assert code == 0, stderr
+        assert "stopped after step" in stdout
+
+
+@pytest.mark.soak
+def test_two_jobs_on_one_machine_do_not_disturb_each_other(job_file: Path) -> None:
+    steps, saves = f"train.steps={STEPS}", "train.checkpoint.every=10"
+    alone = clean_losses(job_file, STEPS)
+    with (
+        launched(job_file, steps, saves, name="one") as one,
+        launched(job_file, steps, saves, name="other") as other,
+    ):
+        one.wait_training()
+        other.wait_training()
+        one.wait_checkpoint()
+        one.kill_rank(1)
+        for job in (one, other):
+            code, _, stderr = job.end()
+            assert code == 0, stderr
+        assert (one.run.state().attempt, other.run.state().attempt) == (2, 1)
+        assert one.losses == alone
+        assert other.losses == alone
 
 
 @pytest.fixture(scope="module")
@@ -186,106 +290,6 @@ def test_two_living_jobs_are_listed_and_a_name_is_asked_for(job: Job, job_file: 
         assert "go on with: evermesh resume" in shown
     assert job.client.status().generation == 1
     assert all(node.state == "ready" for node in job.client.status().nodes)
-
-
-def test_a_stopped_job_has_a_checkpoint_of_its_last_step_and_can_be_resumed_at_once(job_file: Path) -> None:
-    with launched(job_file, *ENDLESS, name="graceful") as job:
-        job.wait_training()
-        done = evermesh("stop", "graceful", "--grace", "20")
-        assert done.returncode == 0, done.stderr
-        assert f"; go on with: evermesh resume {job.run.directory}" in done.stdout
-        step = checkpoint.checkpoints(job.run.checkpoints)[-1].step
-        assert f"graceful: stopped after step {step}" in done.stdout
-        assert len(job.losses) == step
-        assert job.end()[0] == 143
-        resumed = evermesh("resume", job.run.directory, "--set", f"train.steps={step + 2}")
-        assert resumed.returncode == 0, resumed.stderr
-
-
-def test_stop_now_ends_workers_that_hear_nothing(job_file: Path) -> None:
-    with launched(job_file, *ENDLESS, name="stuck") as job:
-        for rank in job.wait_training().ranks:
-            psutil.Process(rank.pid).suspend()
-        members = job.processes()
-        done = evermesh("stop", job.run.directory, "--now")
-        assert done.returncode == 0, done.stderr
-        assert still_alive(members, 3) == []
-        code, _, stderr = job.end()
-        assert code == 143
-        assert "at once, without a save" in stderr
-
-
-def test_a_job_whose_terminal_is_lost_goes_on_and_is_stopped_from_elsewhere(job_file: Path, tmp_path: Path) -> None:
-    with launched(job_file, *ENDLESS, name="lonely") as job:
-        job.wait_training()
-        os.killpg(job.process.pid, signal.SIGHUP)  # as sshd does when the connection is gone
-        code, stdout, _ = job.end()
-        assert code == 128 + signal.SIGHUP
-        assert "the job goes on by itself; it is found again with: evermesh status" in stdout
-        steps = len(job.losses)
-        job.wait(lambda: len(job.losses) > steps + 5)
-        told = json.loads(
-            subprocess.run(
-                [*EVERMESH, "status", "lonely", "--json"], cwd=tmp_path, capture_output=True, text=True, check=True
-            ).stdout
-        )
-        assert told["directory"] == str(job.run.directory)
-        assert evermesh("stop", "lonely").returncode == 0
-        assert job.run.status() == "stopped"
-
-
-NOTEBOOK = """
-import sys
-from rich.console import Console
-from evermesh.launcher import load_job
-from evermesh.launcher.operations import launch_job
-launch_job(load_job(sys.argv[1], ["train.steps=100000", "name=cell"]), Console())
-"""
-
-
-@contextmanager
-def notebook(job_file: Path) -> Iterator[Job]:
-    """``launch_job`` called from Python, as a cell of a notebook does."""
-    with subprocess.Popen(
-        [sys.executable, "-c", NOTEBOOK, str(job_file)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
-        job = Job(process, Run(job_file.parent / "runs" / "cell"))
-        try:
-            job.wait(lambda: (job.run.directory / "token").is_file() or process.poll() is not None)
-            assert process.poll() is None, process.communicate()
-            yield job
-        finally:
-            end_for_certain(job)
-
-
-def test_a_job_started_from_python_is_found_and_stopped(job_file: Path) -> None:
-    with notebook(job_file) as job:
-        job.wait_training()
-        assert json.loads(evermesh("status", "cell", "--json").stdout)["state"] == "training"
-        done = evermesh("stop", "cell")
-        assert done.returncode == 0, done.stderr
-        code, stdout, stderr = job.end()
-        assert code == 0, stderr
-        assert "stopped after step" in stdout
-
-
-def test_two_jobs_on_one_machine_do_not_disturb_each_other(job_file: Path) -> None:
-    steps, saves = f"train.steps={STEPS}", "train.checkpoint.every=10"
-    alone = clean_losses(job_file, STEPS)
-    with (
-        launched(job_file, steps, saves, name="one") as one,
-        launched(job_file, steps, saves, name="other") as other,
-    ):
-        one.wait_training()
-        other.wait_training()
-        one.wait_checkpoint()
-        one.kill_rank(1)
-        for job in (one, other):
-            code, _, stderr = job.end()
-            assert code == 0, stderr
-        assert (one.run.state().attempt, other.run.state().attempt) == (2, 1)
-        assert one.losses == alone
-        assert other.losses == alone
 
 
 def test_jobs_that_are_not_there_are_told_with_the_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,7 +39,11 @@ def test_costly_layers_leave_their_stage_fewer_of_them() -> None:
 def test_measured_times_show_which_layers_are_costly() -> None:
     data = {"sources": [{"kind": "corpus", "path": "nowhere"}]}
     config = TrainConfig.model_validate(
-        {"model": _model(moe=HEAVY_AT_THE_END), "data": data, "layout": {"pp": 2, "split": "measured", "capacity": 512}}
+        {
+            "model": _model(moe=HEAVY_AT_THE_END | {"ffn": 4096}),
+            "data": data,
+            "layout": {"pp": 2, "split": "measured", "capacity": 512},
+        }
     )
     costs = layer_costs(config, 128, Communicator(), torch.device("cpu"))
     dense, experts = costs.layers[0], costs.layers[-1]

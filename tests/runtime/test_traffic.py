@@ -174,7 +174,8 @@ def test_the_ledger_equals_the_formula_where_tokens_travel_in_chunks(
         assert calls["tensor forward"] > calls["tensor backward"], "nothing was scattered again"
 
 
-@pytest.mark.parametrize("layout", [{"pp": 2, "hdp": 1}, pytest.param({"tp": 2, "hdp": 1}, marks=pytest.mark.parity)])
+@pytest.mark.parity
+@pytest.mark.parametrize("layout", [{"pp": 2, "hdp": 1}, {"tp": 2, "hdp": 1}])
 def test_the_ledger_counts_the_padding_of_compiled_blocks(layout: dict[str, Any], odd_corpus: Path) -> None:
     config = _config(odd_corpus, "float64", {"layers": 2}, compiled={"buckets": [520]}, **layout)
     assert all(report.padding_tokens > 0 for _, report in _checked(config))
@@ -183,8 +184,16 @@ def test_the_ledger_counts_the_padding_of_compiled_blocks(layout: dict[str, Any]
 @pytest.mark.parametrize(
     ("model", "layout", "ranks_per_node", "axes"),
     [
-        ({"tied_embeddings": True}, {"pp": 2, "hdp": 2, "tp": 2}, 4, {"pp", "hdp", "tp"}),
-        (BY_DOCUMENT, {"hdp": 2, "tp": 2, "ep": 4, "activations": "recompute"}, 2, {"hdp", "tp", "ep"}),
+        pytest.param(
+            {"tied_embeddings": True}, {"pp": 2, "hdp": 2, "tp": 2}, 4, {"pp", "hdp", "tp"}, marks=pytest.mark.parity
+        ),
+        pytest.param(
+            BY_DOCUMENT,
+            {"hdp": 2, "tp": 2, "ep": 4, "activations": "recompute"},
+            2,
+            {"hdp", "tp", "ep"},
+            marks=pytest.mark.parity,
+        ),
         (EXPERTS, {"pp": 2, "hdp": 4, "ep": 2, "etp": 2, "hot_experts": 1}, 2, {"pp", "hdp", "ep", "etp"}),
         (
             EXPERTS,
@@ -221,12 +230,19 @@ def test_the_ledger_equals_the_formula_on_pipelines_and_where_ranks_share_expert
     ("model", "layout", "sharding", "ranks_per_node"),
     [
         ({"tied_embeddings": True}, {"hdp": 4}, {"parameters": 2, "gradients": 4, "keep_for": "micro_batch"}, 2),
-        ({}, {"hdp": 4, "activations": "recompute"}, {"parameters": 2, "gradients": 2, "states": 2}, 2),
-        (
+        pytest.param(
+            {},
+            {"hdp": 4, "activations": "recompute"},
+            {"parameters": 2, "gradients": 2, "states": 2},
+            2,
+            marks=pytest.mark.parity,
+        ),
+        pytest.param(
             {"tied_embeddings": True},
             {"pp": 2, "hdp": 2, "tp": 2},
             {"parameters": "all", "gradients": "all", "keep_for": "micro_batch"},
             4,
+            marks=pytest.mark.parity,
         ),
         (
             EXPERTS,
@@ -296,12 +312,13 @@ def test_a_checkpoint_sends_a_few_numbers_whatever_the_size_of_the_state(records
     )
 
 
-@pytest.mark.parametrize(("ranks_per_node", "nodes"), [(None, (0, 0, 0, 0)), ("2", (0, 0, 1, 1)), ("3", (0, 0, 0, 1))])
-def test_nodes_come_from_the_environment(ranks_per_node: str | None, nodes: tuple[int, ...]) -> None:
-    assert run_ranks(4, _nodes, ranks_per_node) == [nodes] * 4
+def test_nodes_come_from_the_environment() -> None:
+    assert run_ranks(4, _nodes) == [[(0, 0, 0, 0), (0, 0, 1, 1), (0, 0, 0, 1)]] * 4
 
 
-def _nodes(rank: int, workers: int, ranks_per_node: str | None) -> tuple[int, ...]:
-    if ranks_per_node is not None:
+def _nodes(rank: int, workers: int) -> list[tuple[int, ...]]:
+    found = [nodes_of_ranks()]
+    for ranks_per_node in ("2", "3"):
         os.environ["LOCAL_WORLD_SIZE"] = ranks_per_node
-    return nodes_of_ranks()
+        found.append(nodes_of_ranks())
+    return found

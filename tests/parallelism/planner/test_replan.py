@@ -71,7 +71,7 @@ def _tokens_of(micro_batches: tuple[MicroBatch, ...]) -> set[tuple[int, int]]:
     }
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(lengths=LENGTHS, hdp=st.integers(2, 40), seed=st.integers(0, 1000), ulysses=st.sampled_from([1, 4]))
 def test_every_new_plan_is_right_and_says_what_it_moves(lengths: list[int], hdp: int, seed: int, ulysses: int) -> None:
     drawn = random.Random(seed)
