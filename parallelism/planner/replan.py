@@ -14,8 +14,9 @@ from evermesh.parallelism.planner.batch import plan_batch
 from evermesh.parallelism.planner.bound import bound_of, check_lengths
 from evermesh.parallelism.planner.compiling import compiled
 from evermesh.parallelism.planner.costs import Coefficients, is_recomputed, shared_s, ticks
-from evermesh.parallelism.planner.filling import fill_further, level, slots_between
+from evermesh.parallelism.planner.filling import level, slots_between
 from evermesh.parallelism.planner.hybrid import pack_sizes
+from evermesh.parallelism.planner.making_room import make_room
 from evermesh.parallelism.planner.mending import Flags, Found, Packed, durations_of, found_in, keep, retime, substitute
 from evermesh.parallelism.planner.moved import moved_between
 from evermesh.parallelism.planner.rings import Floats, Integers
@@ -209,7 +210,6 @@ def _filled(
     filling, room, loose = keep(
         slots, len(rings.first), lengths, found.holder, found.before, alone, slowness, pack, fixed
     )
-    by_length = np.argsort(-lengths, kind="mergesort")
-    fill_further(filling, slots, room, lengths, by_length[loose[by_length]], alone, slowness, pack, fixed)
+    make_room(filling, slots, room, lengths, loose, alone, slowness, pack, fixed)
     level(filling, load, lengths, alone, slowness, pack, fixed, max(goal, load.max()), _LEVELLING)
     return columns_of(costs, lengths, rings, sharings, slots, filling, slowness, pack)

@@ -23,6 +23,7 @@ def run() -> list[Row]:
         SHAPE, flops_per_s=150e12, attention_flops_per_s=120e12, bytes_per_s=150e9, network_bytes_per_s=25e9
     ).model_copy(update={"micro_batch_s": 0.02})
     rows = []
+    _after(byted(0, TOKENS, CONTEXT), 0, cost, 1)  # compiles
     for name, draw in (("like Byted", byted), ("like GitHub", github)):
         batches = [draw(seed, TOKENS, CONTEXT) for seed in range(BATCHES)]
         for number in (1, 2, 4, 8):
@@ -54,9 +55,10 @@ def _rows(name: str, found: list[tuple[Replanned, float, float]]) -> list[Row]:
     anew = sum(replanned.anew is not None for replanned, _, _ in found)
     return [
         exact_row(f"makespan/bound, worst, {name}", max(ratios), "", goal=1.02),
-        exact_row(f"sequences moved, mean, {name}", statistics.mean(shares), "%", goal=5.0),
+        exact_row(f"sequences moved, mean, {name}", statistics.mean(shares), "%"),
         exact_row(f"sequences moved, most, {name}", max(shares), "%"),
         exact_row(f"tokens moved, mean, {name}", statistics.mean(tokens), "%"),
+        exact_row(f"tokens moved, most, {name}", max(tokens), "%", goal=5.0),
         exact_row(
             f"planning time, median, {name}",
             statistics.median(seconds),
@@ -65,5 +67,6 @@ def _rows(name: str, found: list[tuple[Replanned, float, float]]) -> list[Row]:
             peer="new plan",
             peer_value=statistics.median(anew_s),
         ),
+        exact_row(f"planning time, most, {name}", max(seconds), "s"),
         exact_row(f"planned anew, {name}", anew, f"of {len(found)}"),
     ]
