@@ -48,8 +48,8 @@ class BatchFeed:
     which ``control.moment`` stands now. Of the ranks of a node that train on the same tokens (``readers``; None: there are
     none) the first reads them and sends them to the others, so that a node reads every token once. Preparation runs in
     one thread, one batch ahead; leaving the ``with`` block ends it. The thread also lets ``calibration`` exchange what it
-    has measured, behind the plan of a batch; its planner is then the one here. ``steps`` are those of the whole run, whose last
-    batch holds all that waits; None: the run has no end.
+    has measured, behind the plan of a batch; its planner is then the one here. ``steps`` are those of the whole run,
+    whose last batch holds all that waits; None: the run has no end.
     """
 
     def __init__(

@@ -17,9 +17,19 @@ from evermesh.parallelism.planner.costs import Coefficients, is_recomputed, shar
 from evermesh.parallelism.planner.filling import level, slots_between
 from evermesh.parallelism.planner.hybrid import pack_sizes
 from evermesh.parallelism.planner.making_room import make_room
-from evermesh.parallelism.planner.mending import Flags, Found, Packed, durations_of, found_in, keep, retime, substitute
+from evermesh.parallelism.planner.mending import (
+    Flags,
+    Found,
+    Packed,
+    by_start,
+    durations_of,
+    found_in,
+    keep,
+    retime,
+)
 from evermesh.parallelism.planner.moved import moved_between
 from evermesh.parallelism.planner.rings import Floats, Integers
+from evermesh.parallelism.planner.substitutes import substitute
 from evermesh.parallelism.pool import Pool
 from evermesh.parallelism.rank_work import PackedRanks
 
@@ -157,6 +167,7 @@ def _mended(
     leaving = is_lost | (slowness > was * _SLOWER)
     if not substitute(found.rings, heads, leaving, is_lost, slowness, nodes, goal):
         return None
+    found = by_start(found)
     durations = durations_of(costs, lengths, found.rings, heads, gathers, nodes)
     sharings = Sharings(_renumbered(found.rings.member, is_lost), heads, gathers, durations)
     rings = found.rings._replace(member=sharings.order)

@@ -53,7 +53,7 @@ class OutlierDelay(_Frozen):
             raise ValueError(f"thresholds {list(self.thresholds)} do not ascend")
         if self.together > self.most_waiting:
             raise ValueError(
-                f"{self.together} sequences of a level are to be trained together, but no more than {self.most_waiting} wait. "
+                f"{self.together} sequences of a level are to be trained together, but only {self.most_waiting} may wait. "
                 f"Set most_waiting to {self.together} or more."
             )
         return self

@@ -1,8 +1,8 @@
 """Outliers wait for each other: very long sequences are trained some batches late, several of them in one batch.
 
-The idea is WLB-LLM's outlier delay (OSDI 2025, section 4.2): queues by length, each emptied when it holds as many as are to be
-trained together. A batch with one outlier has many ranks wait for it, or cuts it finely; a batch with several has one for every
-part of the ranks. Added here are limits, so that a sequence is late by a number of steps that is known beforehand.
+The idea is WLB-LLM's outlier delay (OSDI 2025): queues by length, each emptied when it holds as many as are to be trained
+together. A batch with one outlier has many ranks wait for it, or cuts it finely; a batch with several has one for every part
+of the ranks. Added here are limits, so that a sequence is late by a number of steps that is known beforehand.
 """
 
 from bisect import bisect_right
@@ -34,7 +34,9 @@ class WaitingState(BaseModel):
         length = self._document_length(corpora)
         if self.start < length and self.start % context == 0 and self.stop == min(self.start + context, length):
             return None
-        return f"[{self.start}:{self.stop}) of document {self.document} of source {self.source} waits, and is no sequence"
+        return (
+            f"[{self.start}:{self.stop}) of document {self.document} of source {self.source} waits, and is no sequence"
+        )
 
     def sequence(self, corpora: Sequence[Corpus]) -> SequenceRef:
         """What waits."""

@@ -108,8 +108,8 @@ class Sampler:
         return state.model_dump(mode="json")
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from ``state``. The tokens per batch and which sequences wait may differ: the order in which sequences are drawn
-        does not depend on them.
+        """Go on from ``state``. The tokens per batch and which sequences wait may differ: the order in which sequences are
+        drawn does not depend on them.
 
         Raises:
             SamplerMismatch: the state belongs to another seed, context, mixture or corpus. The sampler is unchanged.

@@ -56,7 +56,9 @@ def _of_corpus(name: str) -> list[Row]:
     late = sum(batch.mean_steps_late * batch.num_tokens for batch in delayed) / tokens
     rows = [
         exact_row(f"mean delay of a token, {name}", late, "steps"),
-        exact_row(f"longest delay, {name}", max(batch.most_steps_late for batch in delayed), "steps", goal=DELAY.most_steps),
+        exact_row(
+            f"longest delay, {name}", max(batch.most_steps_late for batch in delayed), "steps", goal=DELAY.most_steps
+        ),
     ]
     for layout, values in LAYOUTS.items():
         ours, peer = _seconds(delayed, values), _seconds(at_once, values)

@@ -171,7 +171,8 @@ def test_where_no_other_could_wait_the_level_with_most_tokens_leaves() -> None:
     delay = OutlierDelay(thresholds=(25, 35), together=2, most_steps=100, most_waiting=2)
     sampler = Sampler([corpus_of(LONG_TAIL)], config(delay), 3)
     waiting = [
-        {"source": 0, "document": document, "start": 0, "stop": stop, "steps": 1} for document, stop in ((50, 30), (100, 40))
+        {"source": 0, "document": document, "start": 0, "stop": stop, "steps": 1}
+        for document, stop in ((50, 30), (100, 40))
     ]
     sampler.load_state_dict({**sampler.state_dict(), "waiting": waiting})
     assert [sequence.document for sequence in late_in(sampler.next_batch())] == [100]
@@ -253,6 +254,4 @@ def test_lateness_is_told_per_token() -> None:
 def test_delays_that_cannot_be_are_refused_at_the_door(delay: dict[str, Any], message: str) -> None:
     sources = [{"kind": "corpus", "path": "unused"}]
     with pytest.raises(ValidationError, match=message):
-        DataConfig.model_validate(
-            {"sources": sources, "context": 40, "batch_tokens": 300, "outlier_delay": delay}
-        )
+        DataConfig.model_validate({"sources": sources, "context": 40, "batch_tokens": 300, "outlier_delay": delay})
