@@ -73,10 +73,10 @@ def substitute(
 @compiled
 def _free(rings: Rings, busy: Busy, rank: int, without: int) -> int:
     """When a rank has no more rings, leaving one of them out."""
-    latest, entry = np.int64(0), busy.head[rank]
+    latest, entry = 0, busy.head[rank]
     while entry >= 0:
         if busy.ring[entry] != without:
-            latest = max(latest, rings.stop[busy.ring[entry]])
+            latest = max(latest, int(rings.stop[busy.ring[entry]]))
         entry = busy.next[entry]
     return latest
 
@@ -84,7 +84,7 @@ def _free(rings: Rings, busy: Busy, rank: int, without: int) -> int:
 @compiled
 def _free_behind(rings: Rings, ring: int, place: int, busy: Busy, lost: Flags) -> int:
     """When all members of a ring but that in ``place`` have no other ring any more."""
-    latest = np.int64(0)
+    latest = 0
     for other in range(rings.first[ring], rings.first[ring] + rings.size[ring]):
         if other != place and not lost[rings.member[other]]:
             latest = max(latest, _free(rings, busy, rings.member[other], ring))

@@ -5,6 +5,7 @@ import random
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -15,12 +16,14 @@ from evermesh.parallelism import (
     CostModel,
     Layout,
     MicroBatch,
+    Piece,
     Pool,
     SequenceTooLong,
     plan_batch,
     verify_plan,
 )
 from evermesh.parallelism.errors import LayoutDoesNotFit
+from evermesh.parallelism.pieces import share_of
 from evermesh.parallelism.planner import Replanned, bound_for, replan_batch
 from evermesh.parallelism.simulator import Scenario, simulate_events
 from tests.benchmarks.parallelism.lengths import byted, github
@@ -153,6 +156,31 @@ def test_others_keep_their_shares_when_a_rank_of_a_ring_is_lost() -> None:
     assert [place for place, rank in enumerate(new) if rank != moved_up[place]] == [1]
     assert pool.without({ring[1]}).nodes[new[1]] == pool.nodes[ring[0]]
     _check(plan, found, cost, {ring[1]})
+
+
+def test_a_ring_for_which_nobody_is_free_runs_behind_that_of_its_new_member() -> None:
+    """Three rings of two on six ranks, all at the beginning, three packs of whole sequences behind each."""
+    layout = Layout(hdp=6, capacity=1000)
+    cost = COST.model_copy(update={"pair_s": 0.0, "piece_s": 0.0, "micro_batch_s": 1e-6})
+    lengths = [1900] * 3 + [10] * 1800
+    ranks = []
+    for rank in range(6):
+        ring = (rank // 2 * 2, rank // 2 * 2 + 1)
+        packs = [range(first, first + 100) for first in range(3 + 300 * rank, 3 + 300 * (rank + 1), 100)]
+        whole = [tuple(Piece(sequence, ((0, 10),), (rank,)) for sequence in pack) for pack in packs]
+        shared = (Piece(rank // 2, share_of(1900, 2, rank % 2).ranges(), ring),)
+        ranks.append(tuple(MicroBatch(pieces) for pieces in (shared, *whole)))
+    plan = replace(plan_batch(lengths, layout, cost), ranks=tuple(ranks))
+    verify_plan(plan, lengths, layout)
+    found = replan_batch(plan, layout, cost, lost={1})
+    assert found.anew is None
+    members = next(p.ring for of_rank in found.plan.ranks for m in of_rank for p in m.pieces if p.sequence == 0)
+    rings_of = [[p.sequence for m in found.plan.ranks[rank] for p in m.pieces if len(p.ring) > 1] for rank in members]
+    assert members[0] == 0
+    assert rings_of[0] == [0]
+    assert rings_of[1] in ([1, 0], [2, 0])
+    assert found.plan.certificate.ratio <= 1.02
+    _check(plan, found, cost, {1})
 
 
 def test_nothing_moves_when_nothing_happened() -> None:
