@@ -187,7 +187,8 @@ def test_when_the_option_is_switched_off_all_that_waits_is_trained_at_once() -> 
     without = Sampler(corpora, config(None), 3)
     without.load_state_dict(delayed.state_dict())
     assert [sequence.identity for sequence in late_in(without.next_batch())] == waiting
-    assert waiting_in(without) == late_in(without.next_batch()) == []
+    assert not waiting_in(without)
+    assert not late_in(without.next_batch())
 
 
 def test_what_is_no_outlier_any_more_is_trained_at_once_and_a_smaller_batch_makes_nothing_later() -> None:
