@@ -132,7 +132,8 @@ def _of_job(path: Path, degrees: Degrees, cost: ClusterCost | None, batch: int) 
         sampler.next_batch()
     shape = train.model.shape(corpora[0].vocabulary)
     found, pool = train.cost or nominal_cost(train, shape), pool_of(train.layout, degrees, cost)
-    plan = plan_batch(sampler.next_batch().lengths, train.layout, found, pool=pool)
+    lengths = sampler.next_batch(ends=batch == train.steps).lengths
+    plan = plan_batch(lengths, train.layout, found, pool=pool)
     return Case(plan, train.layout, found, pool, shape)
 
 

@@ -48,7 +48,8 @@ class BatchFeed:
     which ``control.moment`` stands now. Of the ranks of a node that train on the same tokens (``readers``; None: there are
     none) the first reads them and sends them to the others, so that a node reads every token once. Preparation runs in
     one thread, one batch ahead; leaving the ``with`` block ends it. The thread also lets ``calibration`` exchange what it
-    has measured, behind the plan of a batch; its planner is then the one here.
+    has measured, behind the plan of a batch; its planner is then the one here. ``steps`` are those of the whole run,
+    whose last batch holds all that waits; None: the run has no end.
     """
 
     def __init__(
@@ -60,10 +61,11 @@ class BatchFeed:
         control: Communicator,
         readers: Communicator | None = None,
         calibration: OnlineCalibration | None = None,
+        steps: int | None = None,
     ) -> None:
         self.sampler, self.corpora, self.planner, self.layout, self.control = sampler, corpora, planner, layout, control
         self.readers = readers or Communicator()
-        self.calibration = calibration
+        self.calibration, self.steps = calibration, steps
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="batch-feed")
         self._next: Future[PlannedBatch] = self._thread.submit(self._prepare, ())
 
@@ -111,7 +113,7 @@ class BatchFeed:
     def _prepare(self, measured: Sequence[Measured]) -> PlannedBatch:
         step = self.control.moment.step + 1
         self.control.moment.begin_step(step)
-        batch = self.sampler.next_batch()
+        batch = self.sampler.next_batch(ends=step == self.steps)
         plan, local = self._planned(batch, step)
         calibrated = self.calibration.exchange(measured) if self.calibration is not None else None
         return PlannedBatch(batch, plan, local, self.sampler.state_dict(), calibrated)

@@ -128,6 +128,9 @@ class Reporter:
             compiled_graphs=trainer.compiled.graphs,
             plan_wait_s=batch.waited_s,
             held_out_loss=held_out_loss,
+            mean_steps_late=batch.batch.mean_steps_late,
+            most_steps_late=batch.batch.most_steps_late,
+            num_waiting=batch.batch.num_waiting,
         )
         if batch.calibrated is not None and batch.calibrated.proposal is not None:
             text, fields = event_of(batch.calibrated.proposal)

@@ -84,6 +84,12 @@ class StepReport:
     """Of ``step_s``: seconds that rank 0 waited for the batch and its plan, which are prepared during the step before."""
     held_out_loss: float | None = None
     """Mean loss per counted token of the held-out documents after this step, nats; None: it was not evaluated."""
+    mean_steps_late: float = 0.0
+    """Steps that a token of the batch was trained late on average; see ``train.data.outlier_delay``."""
+    most_steps_late: int = 0
+    """Steps that the token which waited longest was trained late."""
+    num_waiting: int = 0
+    """Sequences that are drawn, and left for later batches."""
 
     @property
     def tokens_per_s(self) -> float:

@@ -148,9 +148,15 @@ class Trainer:
             return self._train(feed, last, reason)
 
     def _feed(self) -> BatchFeed:
-        groups, layout = self.groups, self.config.layout
         return BatchFeed(
-            self.sampler, self.corpora, self.planner, layout, groups.control, groups.readers, self.calibration
+            self.sampler,
+            self.corpora,
+            self.planner,
+            self.config.layout,
+            self.groups.control,
+            self.groups.readers,
+            self.calibration,
+            self.config.steps,
         )
 
     def _calibration(self) -> OnlineCalibration | None:

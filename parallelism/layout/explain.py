@@ -28,7 +28,8 @@ def choices_of(layout: Layout) -> str:
     held += " per micro-batch" if tiers.in_lock_step else ""
     policy: str = layout.activations if isinstance(layout.activations, str) else "mixed"
     policy += f" {layout.offload:g}" if layout.offload else ""
-    return f"{schedule}{held}, {policy}, {layout.capacity:,} tokens"
+    parts = f", tokens gathered in {layout.tp_chunks} parts" if layout.tp_chunks > 1 else ""
+    return f"{schedule}{held}, {policy}, {layout.capacity:,} tokens{parts}"
 
 
 def fields_of(layout: Layout) -> dict[str, Any]:

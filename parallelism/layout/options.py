@@ -61,6 +61,8 @@ class SearchOptions(BaseModel):
         ActivationChoice(policy="offload"),
         ActivationChoice(policy="recompute"),
     )
+    tp_chunks: tuple[PositiveInt, ...] = (1, 2, 4)
+    """Parts in which ranks that share a model gather tokens while they compute; blocks that offload gather all at once."""
     capacities: tuple[PositiveInt, ...] = ()
     """Tokens of a micro-batch to choose from; empty: powers of two, and the most that fits."""
     imbalance: PositiveFloat = 1.25

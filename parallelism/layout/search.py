@@ -114,7 +114,8 @@ class _Search:
 
     def _bound(self, degrees: Degrees, space: Space) -> float:
         """Seconds that no layout with these degrees can beat."""
-        judge, layout = self.judge, space.plain(degrees)
+        judge, most = self.judge, max(self.options.tp_chunks)  # the more parts, the more traffic hides
+        layout = space.plain(degrees).model_copy(update={"tp_chunks": most})
         found = rates(judge.shape, layout, judge.hardware(space.network))
         work = found.token * judge.tokens + found.pair * judge.pairs
         return work / (layout.hdp * layout.pp) / max(space.network.speeds)
@@ -140,7 +141,7 @@ class _Search:
         known_rates: dict[object, Rates] = {}
         known_traffic: dict[object, Exchanged] = {}
         for layout in space.layouts(degrees):
-            by_activations = layout.activations, layout.offload
+            by_activations = layout.activations, layout.offload, layout.tp_chunks
             if by_activations not in known_rates:
                 known_rates[by_activations] = rates(shape, layout, hardware)
             by_holding = layout.schedule, layout.virtual_stages, layout.sharding

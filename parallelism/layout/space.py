@@ -64,7 +64,8 @@ class Space:
         for (schedule, virtual), tiers, activations in itertools.product(
             schedules, self._tiers(plain), options.activations
         ):
-            moves_nowhere = activations.policy == "offload" and options.device.host_memory_bytes is None
+            offloads = activations.policy == "offload"
+            moves_nowhere = offloads and options.device.host_memory_bytes is None
             if degrees.pp * virtual > self.shape.layers or moves_nowhere:
                 continue
             fields: dict[str, Any] = {
@@ -79,8 +80,10 @@ class Space:
             if not self.network.is_even and degrees.pp > 1:
                 fields["split"] = self._split(plain, PipelineSchedule(schedule, degrees.pp, virtual))
             layout = Layout(**fields)
-            if options.supports is None or options.supports(layout):
-                yield layout
+            for chunks in options.tp_chunks if degrees.tp > 1 and not offloads else (1,):
+                in_parts = layout if chunks == 1 else layout.model_copy(update={"tp_chunks": chunks})
+                if options.supports is None or options.supports(in_parts):
+                    yield in_parts
 
     def _divides(self, degrees: Degrees) -> bool:
         try:

@@ -16,6 +16,7 @@ from evermesh.parallelism.layout.rates import Hardware, Rates, rates
 from evermesh.parallelism.layout.sample import Batch
 from evermesh.parallelism.layout.sizes import contents
 from evermesh.parallelism.planner import plan_batch
+from evermesh.parallelism.pool import Pool
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +133,8 @@ def _estimate(setup: Setup, batch: Batch) -> StepTime:
 def _planned(setup: Setup, batch: Batch) -> StepTime:
     """The makespan of the plan, told apart into the same parts; what the formula cannot tell is waiting."""
     closed = dict(_estimate(setup, batch).parts)
-    plan = plan_batch(batch.lengths, setup.layout, setup.rates.cost_model())
+    pool = Pool.of(setup.layout.hdp, _ranks_in_node(setup))
+    plan = plan_batch(batch.lengths, setup.layout, setup.rates.cost_model(), pool=pool)
     uneven = setup.unevenness(batch.pairs / batch.tokens)
     left = (plan.certificate.makespan_s - sum(_work(setup, batch).values())) * uneven
     if left < 0:  # rings that the planner shares better than by memory alone

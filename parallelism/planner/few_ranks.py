@@ -143,13 +143,13 @@ def _place_early(problem: Problem, rings: Rings, load: Integers) -> None:
     begin, end = np.empty(count, np.int64), np.empty(count, np.int64)
     for k in range(count):
         length, size = problem.lengths[rings.sequence[k]], rings.size[k]
-        duration = ring_ticks(costs, length, size, problem.node_size, False)
+        duration = scaled(ring_ticks(costs, length, size, problem.node_size, False), problem.slowness[0])
         start = FOREVER
         for other in range(-1, k):
             time = 0 if other < 0 else int(end[other])
             if time < start and _fits(begin, end, rings.size, k, time, duration, ranks):
                 start = time
-        begin[k], end[k] = start, start + scaled(duration, problem.slowness[0])
+        begin[k], end[k] = start, start + duration
     order = np.argsort(begin, kind="mergesort")
     rings.sequence[:], rings.size[:] = rings.sequence[order], rings.size[order]
     rings.start[:], rings.stop[:] = begin[order], end[order]

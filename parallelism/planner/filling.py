@@ -68,23 +68,7 @@ def fill(
     ``alone`` is the time of every sequence without its micro-batch, which takes ``fixed`` and holds ``pack`` tokens.
     """
     filling = Filling(np.full(len(slots.rank), -1, np.int64), np.full(len(lengths), -1, np.int64))
-    fill_further(filling, slots, slots.room.copy(), lengths, whole, alone, slowness, pack, fixed)
-    return filling
-
-
-@compiled
-def fill_further(
-    filling: Filling,
-    slots: Slots,
-    room: Integers,
-    lengths: Integers,
-    whole: Integers,
-    alone: Integers,
-    slowness: Floats,
-    pack: int,
-    fixed: int,
-) -> None:
-    """As ``fill``, into slots that hold something already; ``room`` is what that leaves, and is used up."""
+    room = slots.room.copy()
     count, ranks = len(slots.rank), len(slowness)
     slot_at, open_tokens = np.arange(count), np.zeros(count, np.int64)
     for at in range(count // 2 - 1, -1, -1):
@@ -107,6 +91,7 @@ def fill_further(
         filling.head[slot] = sequence
         room[0] -= cost
         _sift(room, slot_at, count, 0)
+    return filling
 
 
 @compiled
@@ -222,8 +207,8 @@ def level(
             own = load[last] + slot_ticks(lengths, new_mine, alone, slowness[last], pack, fixed)
             other = load[partner] + slot_ticks(lengths, new_theirs, alone, slowness[partner], pack, fixed)
             if max(own, other) < ends[last]:
-                _put(filling, last, new_mine)
-                _put(filling, partner, new_theirs)
+                put(filling, last, new_mine)
+                put(filling, partner, new_theirs)
                 ends[last], ends[partner] = own, other
                 helped = True
                 break
@@ -257,15 +242,16 @@ def _exchanged(mine: Integers, theirs: Integers, give: int, take: int, lengths: 
     given = mine[give]
     new_mine = np.concatenate((mine[:give], mine[give + 1 :]))
     if take < 0:
-        return new_mine, _inserted(theirs, given, lengths)
+        return new_mine, inserted(theirs, given, lengths)
     taken = theirs[take]
-    return _inserted(new_mine, taken, lengths), _inserted(
+    return inserted(new_mine, taken, lengths), inserted(
         np.concatenate((theirs[:take], theirs[take + 1 :])), given, lengths
     )
 
 
 @compiled
-def _inserted(sequences: Integers, sequence: int, lengths: Integers) -> Integers:
+def inserted(sequences: Integers, sequence: int, lengths: Integers) -> Integers:
+    """The sequences of a slot, longest first, with one more."""
     at = 0
     while at < len(sequences) and (
         lengths[sequences[at]] > lengths[sequence]
@@ -278,7 +264,7 @@ def _inserted(sequences: Integers, sequence: int, lengths: Integers) -> Integers
 
 
 @compiled
-def _put(filling: Filling, slot: int, sequences: Integers) -> None:
+def put(filling: Filling, slot: int, sequences: Integers) -> None:
     """Let a slot hold these sequences."""
     filling.head[slot] = -1
     for sequence in sequences:

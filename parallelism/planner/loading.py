@@ -11,6 +11,7 @@ from evermesh.parallelism.cost import CostModel
 from evermesh.parallelism.layout import Layout
 from evermesh.parallelism.planner import compiling
 from evermesh.parallelism.planner.batch import plan_batch
+from evermesh.parallelism.planner.replan import replan_batch
 from evermesh.parallelism.pool import Pool
 
 Kind = Literal["rings", "lock-step", "pipelines"]
@@ -31,10 +32,16 @@ def load_compiled() -> set[Kind]:
 
 
 def compile_all() -> None:
-    """Plan small batches with every planner: compiles all loops that are not in the cache. Takes about a minute, once."""
+    """Plan small batches with every planner, and mend a plan: compiles all loops that are not in the cache.
+
+    Takes about a minute, once.
+    """
     pool_cost = _COST.model_copy(update={"network_token_s": 1e-6})
-    for layout in (*(layout for _, _, layout in _PLANNERS), Layout(hdp=20, capacity=16)):
+    for _, _, layout in _PLANNERS:
         plan_batch(_LENGTHS, layout, pool_cost, pool=Pool.of(layout.hdp, 2))
+    layout, pool = Layout(hdp=20, capacity=16), Pool.of(20, 2)
+    plan = plan_batch(_LENGTHS, layout, pool_cost, pool=pool)
+    replan_batch(plan, layout, pool_cost, pool=pool, lost={1})  # a fault is no time to compile
 
 
 def _loaded() -> Iterator[Kind]:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from evermesh.parallelism.planner.compiling import compiled
 from evermesh.parallelism.planner.costs import Coefficients, is_recomputed, shared_s, ticks
 from evermesh.parallelism.planner.filling import Filling, Slots, members, slot_ticks
-from evermesh.parallelism.planner.rings import FOREVER, Floats, Integers, Rings, ranks_of, scaled
+from evermesh.parallelism.planner.rings import Floats, Integers, Rings, ranks_of, scaled
 
 Flags = NDArray[np.bool_]
 
@@ -174,106 +174,25 @@ def durations_of(
     return durations
 
 
-class Busy(NamedTuple):
-    """The rings of every rank as lists, ``head[rank]``, then ``next[entry]`` until -1, and the ticks that they take."""
-
-    head: Integers
-    next: Integers
-    ring: Integers
-    total: Integers
-
-
 @compiled
-def substitute(
-    rings: Rings, heads: Integers, leaving: Flags, lost: Flags, slowness: Floats, node_of: Integers, goal: int
-) -> bool:
-    """Give the places of the ranks that are ``leaving`` to others; False if a place of a ``lost`` one finds nobody.
-
-    A rank that is only slow keeps a place that nobody takes. Nobody gets rings that take longer than ``goal`` together. Of
-    those whose rings leave the time free: one in the same node as the others, then one that has other places of the same
-    rank, then the one with least in rings.
-    """
-    ranks, places = len(slowness), len(rings.member)
-    entries = places + int(leaving[rings.member].sum())
-    busy = Busy(
-        np.full(ranks, -1, np.int64),
-        np.full(entries, -1, np.int64),
-        np.empty(entries, np.int64),
-        np.zeros(ranks, np.int64),
-    )
-    entry = 0
-    for ring in range(len(rings.first)):
-        for rank in ranks_of(rings, ring):
-            _engage(busy, entry, rank, ring, rings.stop[ring] - rings.start[ring])
-            entry += 1
-    taker = np.full(ranks, -1, np.int64)
-    for ring in range(len(rings.first)):
-        for place in range(rings.first[ring], rings.first[ring] + rings.size[ring]):
-            rank = rings.member[place]
-            if not leaving[rank]:
-                continue
-            found = _taker(rings, ring, place, heads, busy, leaving, slowness, node_of, goal, taker[rank])
-            if found < 0:
-                if lost[rank]:
-                    return False
-                continue
-            taker[rank], rings.member[place] = found, found
-            _engage(busy, entry, found, ring, rings.stop[ring] - rings.start[ring])
-            entry += 1
-    return True
-
-
-@compiled
-def _engage(busy: Busy, entry: int, rank: int, ring: int, duration: int) -> None:
-    busy.ring[entry], busy.next[entry] = ring, busy.head[rank]
-    busy.head[rank] = entry
-    busy.total[rank] += duration
-
-
-@compiled
-def _taker(
-    rings: Rings,
-    ring: int,
-    place: int,
-    heads: Integers,
-    busy: Busy,
-    leaving: Flags,
-    slowness: Floats,
-    node_of: Integers,
-    goal: int,
-    usual: int,
-) -> int:
-    """Who takes a place in a ring; -1: nobody can."""
-    duration = rings.stop[ring] - rings.start[ring]
-    least_node, most_node, slowest = FOREVER, -1, 1.0
-    first, size, together = rings.first[ring], rings.size[ring], heads[rings.sequence[ring]]
-    for other in range(first, first + size):
-        if other != place:
-            least_node = min(least_node, node_of[rings.member[other]])
-            most_node = max(most_node, node_of[rings.member[other]])
-            slowest = max(slowest, slowness[rings.member[other]])
-    mate = first + (place - first) // together * together
-    mate += 1 if mate == place and together > 1 else 0
-    best, best_score, best_busy = -1, 8, FOREVER
-    for rank in range(len(slowness)):
-        if leaving[rank] or slowness[rank] > slowest or busy.total[rank] + duration > goal:
-            continue
-        score = 0 if rank == usual else 1
-        if node_of[rank] < least_node or node_of[rank] > most_node:
-            score += 2 if least_node == most_node else 0
-        if together > 1 and node_of[rank] != node_of[rings.member[mate]]:
-            score += 4
-        if score > best_score or (score == best_score and busy.total[rank] >= best_busy):
-            continue
-        entry = busy.head[rank]
-        while entry >= 0:
-            other = busy.ring[entry]
-            if rings.start[other] < rings.stop[ring] and rings.start[ring] < rings.stop[other]:
-                break
-            entry = busy.next[entry]
-        if entry < 0:
-            best, best_score, best_busy = rank, score, busy.total[rank]
-    return best
+def by_start(found: Found) -> Found:
+    """The rings in the order in which they start; of those that start at once, as they were."""
+    rings, count = found.rings, len(found.rings.first)
+    order = np.argsort(rings.start, kind="mergesort")
+    member, first, at = np.empty_like(rings.member), np.empty(count, np.int64), 0
+    place = np.empty(count + 1, np.int64)
+    place[count] = count
+    for k in range(count):
+        size = rings.size[order[k]]
+        first[k], place[order[k]] = at, k
+        member[at : at + size] = ranks_of(rings, order[k])
+        at += size
+    ordered = Rings(rings.sequence[order], member, first, rings.size[order], rings.start[order], rings.stop[order])
+    before = found.before.copy()
+    for sequence in range(len(before)):
+        if before[sequence] >= 0:
+            before[sequence] = place[before[sequence]]
+    return Found(ordered, found.holder, before, found.end)
 
 
 @compiled

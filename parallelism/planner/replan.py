@@ -14,11 +14,22 @@ from evermesh.parallelism.planner.batch import plan_batch
 from evermesh.parallelism.planner.bound import bound_of, check_lengths
 from evermesh.parallelism.planner.compiling import compiled
 from evermesh.parallelism.planner.costs import Coefficients, is_recomputed, shared_s, ticks
-from evermesh.parallelism.planner.filling import fill_further, level, slots_between
+from evermesh.parallelism.planner.filling import level, slots_between
 from evermesh.parallelism.planner.hybrid import pack_sizes
-from evermesh.parallelism.planner.mending import Flags, Found, Packed, durations_of, found_in, keep, retime, substitute
+from evermesh.parallelism.planner.making_room import make_room
+from evermesh.parallelism.planner.mending import (
+    Flags,
+    Found,
+    Packed,
+    by_start,
+    durations_of,
+    found_in,
+    keep,
+    retime,
+)
 from evermesh.parallelism.planner.moved import moved_between
 from evermesh.parallelism.planner.rings import Floats, Integers
+from evermesh.parallelism.planner.substitutes import substitute
 from evermesh.parallelism.pool import Pool
 from evermesh.parallelism.rank_work import PackedRanks
 
@@ -156,6 +167,7 @@ def _mended(
     leaving = is_lost | (slowness > was * _SLOWER)
     if not substitute(found.rings, heads, leaving, is_lost, slowness, nodes, goal):
         return None
+    found = by_start(found)
     durations = durations_of(costs, lengths, found.rings, heads, gathers, nodes)
     sharings = Sharings(_renumbered(found.rings.member, is_lost), heads, gathers, durations)
     rings = found.rings._replace(member=sharings.order)
@@ -209,7 +221,6 @@ def _filled(
     filling, room, loose = keep(
         slots, len(rings.first), lengths, found.holder, found.before, alone, slowness, pack, fixed
     )
-    by_length = np.argsort(-lengths, kind="mergesort")
-    fill_further(filling, slots, room, lengths, by_length[loose[by_length]], alone, slowness, pack, fixed)
+    make_room(filling, slots, room, lengths, loose, alone, slowness, pack, fixed)
     level(filling, load, lengths, alone, slowness, pack, fixed, max(goal, load.max()), _LEVELLING)
     return columns_of(costs, lengths, rings, sharings, slots, filling, slowness, pack)

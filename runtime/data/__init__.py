@@ -1,6 +1,7 @@
 """Corpora on disk, the sampler and the batches it yields."""
 
-from evermesh.runtime.data.config import CorpusSource, DataConfig, StdlibSource
+from evermesh.runtime.data.batch import Batch, SequenceRef
+from evermesh.runtime.data.config import CorpusSource, DataConfig, OutlierDelay, StdlibSource
 from evermesh.runtime.data.corpus import Corpus, Manifest, Skipped
 from evermesh.runtime.data.documents import InputFile, RecordFields
 from evermesh.runtime.data.errors import (
@@ -20,7 +21,7 @@ from evermesh.runtime.data.errors import (
 )
 from evermesh.runtime.data.held_out import HeldOut, hold_out
 from evermesh.runtime.data.prepare import Progress, prepare
-from evermesh.runtime.data.sampler import Batch, Sampler, SequenceRef, read_pieces
+from evermesh.runtime.data.sampler import Sampler, read_pieces
 from evermesh.runtime.data.sources import open_sources
 from evermesh.runtime.data.stats import CorpusStats, LengthBin, corpus_stats
 from evermesh.runtime.data.stdlib import stdlib_corpus
@@ -46,6 +47,7 @@ __all__ = [
     "LengthBin",
     "Manifest",
     "OutOfRange",
+    "OutlierDelay",
     "Progress",
     "RecordFields",
     "Sampler",

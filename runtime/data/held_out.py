@@ -9,10 +9,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from evermesh.runtime.data.batch import Batch, SequenceRef
 from evermesh.runtime.data.config import DataConfig
 from evermesh.runtime.data.corpus import Corpus
 from evermesh.runtime.data.errors import HeldOutTooLarge
-from evermesh.runtime.data.sampler import Batch, SequenceRef
 
 
 class HeldOut(NamedTuple):

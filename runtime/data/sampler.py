@@ -1,81 +1,26 @@
 """The order in which a run sees its data: the same on any number of ranks, and exact after every resume.
 
 Documents longer than the context are split into consecutive sequences. Every source walks through a permutation of its
-sequences per epoch; a mixture takes the next sequence from the source that is furthest behind its share of tokens.
+sequences per epoch; a mixture takes the next sequence from the source that is furthest behind its share of tokens. Sequences
+are drawn in that order whether or not some of them then wait (``evermesh.runtime.data.delay``).
 """
 
-import functools
 import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
 
-from evermesh.parallelism.batch_plan import batch_digest
+from evermesh.runtime.data.batch import Batch, SequenceRef
 from evermesh.runtime.data.config import DataConfig
 from evermesh.runtime.data.corpus import Corpus
+from evermesh.runtime.data.delay import DelayedSequences, WaitingState
 from evermesh.runtime.data.errors import OutOfRange, SamplerMismatch
 
 _WINDOW = 4096
 _STATE_VERSION = 1
-
-
-@dataclass(frozen=True, slots=True)
-class SequenceRef:
-    """Tokens [start, stop) of a document: what a batch is made of."""
-
-    source: int
-    """Index of the source in the configuration."""
-    document: int
-    start: int
-    stop: int
-    document_length: int
-    """Tokens of the whole document."""
-
-    @property
-    def length(self) -> int:
-        """Tokens of the sequence."""
-        return self.stop - self.start
-
-    @property
-    def identity(self) -> str:
-        """A stable name, such as ``0/17[0:8192)``."""
-        return f"{self.source}/{self.document}[{self.start}:{self.stop})"
-
-    @property
-    def is_split(self) -> bool:
-        """True for a part of a document longer than the context."""
-        return self.length < self.document_length
-
-
-@dataclass(frozen=True)
-class Batch:
-    """The sequences of one optimizer step, in the order they were drawn."""
-
-    sequences: tuple[SequenceRef, ...]
-
-    @functools.cached_property
-    def lengths(self) -> tuple[int, ...]:
-        """Tokens of every sequence."""
-        return tuple(sequence.length for sequence in self.sequences)
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of all sequences."""
-        return sum(self.lengths)
-
-    @property
-    def num_split(self) -> int:
-        """Sequences that are parts of a document longer than the context."""
-        return sum(sequence.is_split for sequence in self.sequences)
-
-    @functools.cached_property
-    def digest(self) -> str:
-        """Digest of identities and lengths, by which ranks make sure that they have the same batch."""
-        return batch_digest((sequence.identity for sequence in self.sequences), self.lengths)
 
 
 class SourceState(BaseModel):
@@ -99,7 +44,7 @@ class SourceState(BaseModel):
 
 
 class SamplerState(BaseModel):
-    """The state of a sampler; its size does not depend on the corpora."""
+    """The state of a sampler; its size does not depend on the corpora, only on how much waits."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -107,10 +52,12 @@ class SamplerState(BaseModel):
     seed: int
     context: int
     sources: tuple[SourceState, ...]
+    waiting: tuple[WaitingState, ...] = ()
+    """Drawn, and not yet trained; in the order drawn."""
 
 
 class Sampler:
-    """Yields batches without end; every sequence of a source once per epoch of that source."""
+    """Yields batches without end; every sequence of a source is drawn once per epoch of that source."""
 
     def __init__(
         self,
@@ -124,36 +71,45 @@ class Sampler:
         held_out = held_out or [np.empty(0, np.int64)] * len(corpora)
         total = sum(source.weight for source in config.sources)
         self.seed, self._context, self._batch_tokens = seed, config.context, config.batch_tokens
+        self._corpora, self._delayed = corpora, DelayedSequences(config.outlier_delay, config.batch_tokens)
         self._streams = [
             _Stream(corpus, number, source.weight / total, config.context, seed, documents)
             for number, (corpus, source, documents) in enumerate(zip(corpora, config.sources, held_out, strict=True))
         ]
         self._drawn = 0
 
-    def next_batch(self) -> Batch:
-        """The next batch: sequences up to ``batch_tokens``, at least one.
+    def next_batch(self, *, ends: bool = False) -> Batch:
+        """The next batch: what has waited long enough, and fresh sequences up to ``batch_tokens``, at least one in all.
 
-        The sequence that does not fit any more is the first of the batch after it.
+        The sequence that does not fit any more is the first of the batch after it. Nothing waits beyond a batch that
+        ``ends`` the run.
         """
-        chosen: list[SequenceRef] = []
-        room = self._batch_tokens
+        chosen = self._delayed.release(everything=ends)
+        room = self._batch_tokens - sum(sequence.length for sequence, _ in chosen)
         while True:
             stream = max(self._streams, key=self._deficit)  # of equals the first
             sequence = stream.peek()
-            if chosen and sequence.length > room:
-                return Batch(tuple(chosen))
+            waits = not ends and self._delayed.takes(sequence)
+            if chosen and not waits and sequence.length > room:
+                sequences, steps_late = zip(*chosen, strict=True)
+                return Batch(sequences, steps_late, len(self._delayed))
             stream.advance(sequence.length)
             self._drawn += sequence.length
-            chosen.append(sequence)
+            if waits:
+                self._delayed.put(sequence)
+                continue
+            chosen.append((sequence, 0))
             room -= sequence.length
 
     def state_dict(self) -> dict[str, Any]:
         """The state as JSON values; a sampler that loads it yields the same batches as this one from here on."""
         sources = tuple(stream.state() for stream in self._streams)
-        return SamplerState(seed=self.seed, context=self._context, sources=sources).model_dump(mode="json")
+        state = SamplerState(seed=self.seed, context=self._context, sources=sources, waiting=self._delayed.state())
+        return state.model_dump(mode="json")
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from ``state``. The tokens per batch may differ: the order of sequences does not depend on them.
+        """Go on from ``state``. The tokens per batch and which sequences wait may differ: the order in which sequences are
+        drawn does not depend on them.
 
         Raises:
             SamplerMismatch: the state belongs to another seed, context, mixture or corpus. The sampler is unchanged.
@@ -172,6 +128,7 @@ class Sampler:
         for stream, source in zip(self._streams, saved.sources, strict=True):
             stream.seek(source.epoch, source.position, source.drawn)
         self._drawn = sum(source.drawn for source in saved.sources)
+        self._delayed.restore(saved.waiting, self._corpora)
 
     def _deficit(self, stream: "_Stream") -> float:
         return stream.share * self._drawn - stream.drawn
@@ -186,7 +143,8 @@ class Sampler:
             found += _compare(place, mine, theirs, ("tokens", "digest", "share", "held_out"))
             if theirs.position >= self._streams[number].num_sequences:
                 found.append(f"{place}position {theirs.position} of {self._streams[number].num_sequences} sequences")
-        return found
+        wrong = (waiting.error_in(self._corpora, self._context) for waiting in saved.waiting)
+        return found + [error for error in wrong if error is not None]
 
 
 class _Stream:

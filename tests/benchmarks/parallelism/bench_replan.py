@@ -23,6 +23,7 @@ def run() -> list[Row]:
         SHAPE, flops_per_s=150e12, attention_flops_per_s=120e12, bytes_per_s=150e9, network_bytes_per_s=25e9
     ).model_copy(update={"micro_batch_s": 0.02})
     rows = []
+    _after(byted(0, TOKENS, CONTEXT), 0, cost, 1)  # compiles
     for name, draw in (("like Byted", byted), ("like GitHub", github)):
         batches = [draw(seed, TOKENS, CONTEXT) for seed in range(BATCHES)]
         for number in (1, 2, 4, 8):
@@ -51,12 +52,14 @@ def _rows(name: str, found: list[tuple[Replanned, float, float]]) -> list[Row]:
     shares = [100 * replanned.share_moved for replanned, _, _ in found]
     tokens = [100 * replanned.moved_tokens / replanned.plan.num_tokens for replanned, _, _ in found]
     seconds, anew_s = [row[1] for row in found], [row[2] for row in found]
-    anew = sum(replanned.anew is not None for replanned, _, _ in found)
+    kept = [share for share, (replanned, _, _) in zip(tokens, found, strict=True) if replanned.anew is None]
     return [
         exact_row(f"makespan/bound, worst, {name}", max(ratios), "", goal=1.02),
-        exact_row(f"sequences moved, mean, {name}", statistics.mean(shares), "%", goal=5.0),
+        exact_row(f"sequences moved, mean, {name}", statistics.mean(shares), "%"),
         exact_row(f"sequences moved, most, {name}", max(shares), "%"),
         exact_row(f"tokens moved, mean, {name}", statistics.mean(tokens), "%"),
+        exact_row(f"tokens moved where mended, mean, {name}", statistics.mean(kept), "%"),
+        exact_row(f"tokens moved where mended, most, {name}", max(kept), "%", goal=5.0),
         exact_row(
             f"planning time, median, {name}",
             statistics.median(seconds),
@@ -65,5 +68,6 @@ def _rows(name: str, found: list[tuple[Replanned, float, float]]) -> list[Row]:
             peer="new plan",
             peer_value=statistics.median(anew_s),
         ),
-        exact_row(f"planned anew, {name}", anew, f"of {len(found)}"),
+        exact_row(f"planning time, most, {name}", max(seconds), "s"),
+        exact_row(f"planned anew, {name}", len(found) - len(kept), f"of {len(found)}"),
     ]

@@ -82,8 +82,10 @@ def _every_layout(shape: ModelShape, topology: Topology, options: SearchOptions)
             if options.supports is not None and not options.supports(layout):
                 continue
             splits = _splits(shape, layout) if pp > 1 and not network.is_even else ("flops",)
-            for split, tiers in itertools.product(splits, [*options.tiers, *_within_nodes(layout, topology)]):
-                yield layout.model_copy(update={"split": split, "sharding": tiers}), network
+            parts = options.tp_chunks if tp > 1 and activations.policy != "offload" else (1,)
+            held = [*options.tiers, *_within_nodes(layout, topology)]
+            for split, tiers, chunks in itertools.product(splits, held, parts):
+                yield layout.model_copy(update={"split": split, "sharding": tiers, "tp_chunks": chunks}), network
 
 
 def _within_nodes(layout: Layout, topology: Topology) -> list[Tiers]:

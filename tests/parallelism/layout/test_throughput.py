@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from evermesh.parallelism import Layout, Topology, plan_batch
+from evermesh.parallelism import Layout, Pool, Topology, plan_batch
 from evermesh.parallelism.cost import FlopConvention, ModelShape
 from evermesh.parallelism.layout.activations import Precision
 from evermesh.parallelism.layout.device import DEVICES, Device
@@ -196,7 +196,7 @@ def test_a_planned_step_is_the_makespan_of_the_plan_and_what_is_exchanged(degree
     layout = Layout.model_validate(degrees | {"capacity": 16_384})
     setup, batch = _setup(layout, 2), Batch(LENGTHS)
     step = planned(setup, [batch])
-    plan = plan_batch(LENGTHS, layout, setup.rates.cost_model())
+    plan = plan_batch(LENGTHS, layout, setup.rates.cost_model(), pool=Pool.of(layout.hdp, 8 // layout.tp))
     uneven = setup.unevenness(batch.pairs / batch.tokens)
     exchanged = sum(setup.traffic.once.values())
     messages = step.parts["messages"]
