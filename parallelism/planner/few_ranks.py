@@ -32,59 +32,64 @@ def search(
 
     With ``one_by_one`` few whole sequences are placed like rings, each in a micro-batch of its own; else they are packed.
     """
-    costs, lengths = problem.costs, problem.lengths
-    ranks, count = len(problem.slowness), len(lengths)
-    smallest = (lengths + costs.capacity - 1) // costs.capacity
-    order, sizes = problem.by_length.copy(), sizes.copy()
-    best_order, best_sizes = order.copy(), sizes.copy()
+    ranks, count = len(problem.slowness), len(problem.lengths)
+    smallest = (problem.lengths + problem.costs.capacity - 1) // problem.costs.capacity
+    order, sizes = np.arange(count), sizes.copy()
+    best_order, best_sizes = order, sizes
     end = attempt(problem, alone, bound, pack, sizes, order, one_by_one)[3]
     best = end
     tries = max(200, effort // (6 * count + 8 * ranks + 60))
-    state, old = 12345, np.int64(0)
+    state = 12345
     for k in range(tries):
         if best * 2000 <= bound * 2001:
             break
-        state = _next(state)
-        kind = (state >> 12) % 3
-        state = _next(state)
-        i = (state >> 12) % count
-        state = _next(state)
-        j = (state >> 12) % count
-        state = _next(state)
-        drawn = state >> 12
-        if kind == 0:
-            order[i], order[j] = order[j], order[i]
-        else:
-            # any size, or one more or less; long sequences are changed more often
-            i = problem.by_length[i * i // count] if kind == 2 else i
-            old = sizes[i]
-            step = 1 if drawn % 4 == 1 else -1
-            if drawn % 2 == 0:
-                sizes[i] = smallest[i] + (drawn >> 2) % (ranks - smallest[i] + 1)
-            else:
-                sizes[i] = min(max(old + step, smallest[i]), ranks)
-            if sizes[i] == old:
-                continue
-        found = attempt(problem, alone, bound, pack, sizes, order, one_by_one)[3]
+        new_order, new_sizes = order.copy(), sizes.copy()
+        state = _change(new_order, new_sizes, smallest, ranks, state)
+        found = attempt(problem, alone, bound, pack, new_sizes, new_order, one_by_one)[3]
         # the margin for worse plans shrinks from some percent to nothing
         left = (tries - k) * 1024 // tries
         margin = (bound * _HEAT // 100) * left // 1024 * left // 1024
         state = _next(state)
-        if found <= end or found - end < margin * ((state >> 12) % 1024) // 1024:
-            end = found
+        if found <= end or found - end < margin * (state % 1024) // 1024:
+            end, order, sizes = found, new_order, new_sizes
             if found < best:
-                best, best_order, best_sizes = found, order.copy(), sizes.copy()
-        elif kind == 0:
-            order[i], order[j] = order[j], order[i]
-        else:
-            sizes[i] = old
+                best, best_order, best_sizes = found, order, sizes
     return attempt(problem, alone, bound, pack, best_sizes, best_order, one_by_one)
 
 
 @compiled
+def _change(order: Integers, sizes: Integers, smallest: Integers, ranks: int, state: int) -> int:
+    """Let two sequences change places in the order, or sizes, or give one another size; returns the new random state.
+
+    Sizes are exchanged because a plan in which one more or one less is shared is mostly much worse than either.
+    """
+    count = len(order)
+    state = _next(state)
+    kind = state % 4
+    state = _next(state)
+    i = state % count
+    state = _next(state)
+    j = state % count
+    state = _next(state)
+    if kind == 0:
+        order[i], order[j] = order[j], order[i]
+    elif kind == 1:
+        sizes[i], sizes[j] = max(sizes[j], smallest[i]), max(sizes[i], smallest[j])
+    else:
+        # long sequences are changed more often
+        i = i * i // count if kind == 2 else i
+        drawn = state >> 4
+        if drawn % 2 == 0:
+            sizes[i] = smallest[i] + (drawn >> 2) % (ranks - smallest[i] + 1)
+        else:
+            sizes[i] = min(max(sizes[i] + (1 if drawn % 4 == 1 else -1), smallest[i]), ranks)
+    return state
+
+
+@compiled
 def _next(state: int) -> int:
-    """The next state of a linear congruential generator, whose low bits are not to be used."""
-    return (state * 1103515245 + 12345) % 2147483648
+    """The next state of a multiplicative congruential generator (Park and Miller, CACM 1988; multiplier of 1993)."""
+    return state * 48271 % 2147483647
 
 
 @compiled

@@ -138,9 +138,13 @@ def members(filling: Filling, lengths: Integers, slot: int) -> Integers:
         count += 1
         sequence = filling.next[sequence]
     found = np.empty(count, np.int64)
-    count, sequence = 0, filling.head[slot]
-    while sequence >= 0:
-        at = count
+    sequence = filling.head[slot]
+    # the last one that was put in comes first in the list, and is nearly always the shortest
+    for place in range(count - 1, -1, -1):
+        found[place] = sequence
+        sequence = filling.next[sequence]
+    for k in range(1, count):
+        sequence, at = found[k], k
         while at > 0 and (
             lengths[found[at - 1]] < lengths[sequence]
             or (lengths[found[at - 1]] == lengths[sequence] and found[at - 1] > sequence)
@@ -148,8 +152,6 @@ def members(filling: Filling, lengths: Integers, slot: int) -> Integers:
             found[at] = found[at - 1]
             at -= 1
         found[at] = sequence
-        count += 1
-        sequence = filling.next[sequence]
     return found
 
 
@@ -193,7 +195,7 @@ def level(
 ) -> int:
     """Exchange sequences between the rank that ends last and ranks that end early until all end by ``goal``.
 
-    Stops too when no exchange helps the last rank, or after ``budget`` comparisons. Returns when the last rank ends.
+    Stops too when no exchange helps the last rank, or after about ``budget`` comparisons. Returns when the last rank ends.
     """
     ranks = len(load)
     ends = load.copy()
@@ -214,8 +216,8 @@ def level(
                     partner, least = rank, ends[rank]
             tried[partner] = True
             theirs = members(filling, lengths, partner)
-            budget -= ranks // 4 + len(mine) * (len(theirs) + 1)
-            give, take = _exchange(mine, theirs, alone, ends[last], ends[partner], slowness[last], slowness[partner])
+            budget -= ranks // 4 + len(mine) + len(theirs)
+            give, take = exchange(mine, theirs, alone, ends[last], ends[partner], slowness[last], slowness[partner])
             if give < 0:
                 continue
             new_mine, new_theirs = _exchanged(mine, theirs, give, take, lengths)
@@ -233,19 +235,26 @@ def level(
 
 
 @compiled
-def _exchange(
+def exchange(
     mine: Integers, theirs: Integers, alone: Integers, end: int, other: int, slow: float, other_slow: float
 ) -> tuple[int, int]:
-    """Positions of what to give and what to take for it (-1: nothing) so that both end early; (-1, -1): nothing helps."""
+    """Positions of what to give and what to take for it (-1: nothing) so that both end early; (-1, -1): nothing helps.
+
+    Both lists are longest first. Taking a shorter sequence lets the giver end earlier and the other later, and the shorter
+    what is given, the shorter is what these two ends meet at: one pass over both lists finds the best pair.
+    """
     best, give, take = end, -1, -1
+    meet = 0
     for i in range(len(mine)):
-        away, there = scaled(alone[mine[i]], slow), scaled(alone[mine[i]], other_slow)
-        if max(end - away, other + there) < best:
-            best, give, take = max(end - away, other + there), i, -1
-        for j in range(len(theirs)):
-            later = max(
-                end - away + scaled(alone[theirs[j]], slow), other + there - scaled(alone[theirs[j]], other_slow)
-            )
+        mine_left, theirs_more = end - scaled(alone[mine[i]], slow), other + scaled(alone[mine[i]], other_slow)
+        if max(mine_left, theirs_more) < best:
+            best, give, take = max(mine_left, theirs_more), i, -1
+        while meet < len(theirs) and mine_left + scaled(alone[theirs[meet]], slow) > theirs_more - scaled(
+            alone[theirs[meet]], other_slow
+        ):
+            meet += 1
+        for j in range(max(meet - 1, 0), min(meet + 1, len(theirs))):
+            later = max(mine_left + scaled(alone[theirs[j]], slow), theirs_more - scaled(alone[theirs[j]], other_slow))
             if later < best:
                 best, give, take = later, i, j
     return give, take

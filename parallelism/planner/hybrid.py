@@ -13,7 +13,7 @@ import numpy as np
 from evermesh.parallelism.batch_plan import Certificate, PackedRanks
 from evermesh.parallelism.cost import CostModel
 from evermesh.parallelism.layout import Layout
-from evermesh.parallelism.planner.assembling import Columns, assemble
+from evermesh.parallelism.planner.assembling import Columns, assemble, renamed
 from evermesh.parallelism.planner.bound import bound_of, least_work_s
 from evermesh.parallelism.planner.compiling import compiled
 from evermesh.parallelism.planner.costs import Coefficients, shared_s, ticks
@@ -21,6 +21,7 @@ from evermesh.parallelism.planner.few_ranks import EFFORT, MOST_RANKS, search
 from evermesh.parallelism.planner.filling import Filling, Slots, fill, level, slots_between
 from evermesh.parallelism.planner.problem import Problem
 from evermesh.parallelism.planner.rings import FOREVER, Floats, Integers, Rings, place_rings
+from evermesh.parallelism.planner.sorting import longest_first
 from evermesh.parallelism.pool import Pool
 
 _TARGETS = (
@@ -51,26 +52,29 @@ _SLOW = 0.995
 """Of the speed of the fastest rank; slower ranks are tried behind all others."""
 _MOST_SEARCHED = 256
 """Sequences up to which plans for few ranks are searched."""
-_LEVELLING = 1_200_000
-"""Comparisons to spend on exchanges between ranks; a few milliseconds."""
+_LEVELLING = 200_000
+"""Comparisons to spend on exchanges between ranks; about a millisecond."""
 
 
 def plan_rings(
     lengths: Integers, layout: Layout, cost: CostModel, pool: Pool, effort: float = 1.0
 ) -> tuple[PackedRanks, Certificate]:
-    """The plan of ``lengths``, which fit, for ranks that hold the whole model and keep step with nobody."""
+    """The plan of ``lengths``, which fit, for ranks that hold the whole model and keep step with nobody.
+
+    Inside, sequences are numbered from long to short: loops then pass over memory in order, and equals are neighbours.
+    """
     if not len(lengths):
         return PackedRanks.of([()] * len(pool), ()), Certificate(0.0, 0.0, "nothing")
-    speeds = np.asarray(pool.speeds)
-    bound = bound_of(Coefficients.of(cost, layout, 1.0), lengths, speeds, pool.largest_node)
+    speeds, by_length = np.asarray(pool.speeds), longest_first(lengths)
+    ordered = lengths[by_length]
+    bound = bound_of(Coefficients.of(cost, layout, 1.0), ordered, speeds, pool.largest_node)
     costs = Coefficients.of(cost, layout, bound.seconds * len(pool))
     makespan, best = FOREVER, None
     for order in _orders(speeds):
         nodes = np.asarray(pool.nodes, np.int64)[order]
         problem = Problem(
             costs=costs,
-            lengths=lengths,
-            by_length=np.argsort(-lengths, kind="stable"),
+            lengths=ordered,
             slowness=1.0 / speeds[order],
             node_of=nodes,
             node_end=_node_ends(nodes),
@@ -81,7 +85,7 @@ def plan_rings(
             if end < makespan:
                 makespan, best = end, _in_order(columns, order)
     assert best is not None, "some order of the ranks gives a plan"
-    ranks = PackedRanks(lengths, *best, offload=layout.offload)
+    ranks = PackedRanks(lengths, *renamed(best, by_length), offload=layout.offload)
     return ranks, Certificate(makespan / costs.ticks_per_s, bound.seconds, bound.binding)
 
 
@@ -150,7 +154,7 @@ def _search(problem: Problem, pack: int, bound_s: float, most_peers: int | None,
             if best is not None and best.end <= _GOOD_ENOUGH * bound:
                 break
     assert best is not None, "rings that follow each other always fit into a thousand times the bound"
-    if len(problem.slowness) <= MOST_RANKS:
+    if len(problem.slowness) <= MOST_RANKS and effort > 0:
         searched = _assembled(problem, _searched(problem, alone, bound, pack, best, effort), pack)
         if most_peers is None or _peers(searched[0]) <= most_peers:
             return searched
@@ -207,6 +211,9 @@ def _times(costs: Coefficients, lengths: Integers, node_size: int, pack: int) ->
     work, alone = np.empty(len(lengths), np.int64), np.empty(len(lengths), np.int64)
     for sequence in range(len(lengths)):
         length = lengths[sequence]
+        if sequence and length == lengths[sequence - 1]:
+            work[sequence], alone[sequence] = work[sequence - 1], alone[sequence - 1]
+            continue
         recomputed = max(length, pack) > costs.keep_capacity
         work[sequence] = ticks(costs, least_work_s(costs, length, node_size))
         alone[sequence] = ticks(costs, shared_s(costs, length, 1, 1, False, False, recomputed))
@@ -221,8 +228,7 @@ def _attempt(
     costs, lengths = problem.costs, problem.lengths
     fixed = ticks(costs, costs.micro_batch_s)
     is_shared = (lengths > costs.capacity) | (alone + fixed > target)
-    shared = problem.by_length[is_shared[problem.by_length]]
-    whole = problem.by_length[~is_shared[problem.by_length]]
+    shared, whole = np.flatnonzero(is_shared), np.flatnonzero(~is_shared)
     rings, load, fits = place_rings(
         costs, lengths, shared, work, problem.slowness, problem.node_end, problem.node_size, target, tight
     )
