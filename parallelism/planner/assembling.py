@@ -41,6 +41,7 @@ class Sharings(NamedTuple):
 def assemble(
     costs: Coefficients,
     lengths: Integers,
+    alone: Integers,
     rings: Rings,
     slots: Slots,
     filling: Filling,
@@ -49,16 +50,20 @@ def assemble(
     node_size: int,
     pack: int,
 ) -> tuple[Columns, int]:
-    """The columns, and when the last rank is done, ticks: rings in the order in which they were placed, packs around them."""
+    """The columns, and when the last rank is done, ticks: rings in the order in which they were placed, packs around them.
+
+    ``alone`` is the time of every sequence whole in a pack of ``pack`` tokens, without the micro-batch.
+    """
     heads, gathers, durations = _sharings(costs, lengths, rings, node_of, node_size)
     sharings = Sharings(_ring_orders(rings, heads), heads, gathers, durations)
-    return columns_of(costs, lengths, rings, sharings, slots, filling, slowness, pack)
+    return columns_of(costs, lengths, alone, rings, sharings, slots, filling, slowness, pack)
 
 
 @compiled
 def columns_of(
     costs: Coefficients,
     lengths: Integers,
+    alone: Integers,
     rings: Rings,
     sharings: Sharings,
     slots: Slots,
@@ -96,7 +101,10 @@ def columns_of(
                     own = sequence_of[starts[p] : starts[p + 1]]
                     recomputed[micro_batch] = again = is_recomputed(costs, lengths[own].sum())
                     for sequence in own:
-                        total += ticks(costs, shared_s(costs, lengths[sequence], 1, 1, False, False, again))
+                        if again == is_recomputed(costs, max(lengths[sequence], pack)):
+                            total += alone[sequence]
+                        else:
+                            total += ticks(costs, shared_s(costs, lengths[sequence], 1, 1, False, False, again))
                     micro_batch += 1
                 piece = starts[packs]
                 slot_ticks[slot] = scaled(total, slowness[rank])

@@ -14,7 +14,7 @@ from evermesh.parallelism.planner.rings import FOREVER, Integers, Rings, ring_ti
 
 MOST_RANKS = 16
 """Pools of more ranks are planned by runs of neighbours alone."""
-_HEAT = 2
+_HEAT = 3
 """Percent of the bound by which a plan may be worse than the one before, at the beginning of the search."""
 EFFORT = 2_000_000
 """Plans tried, times what one takes; some 50 ms."""

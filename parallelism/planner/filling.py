@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from evermesh.parallelism.planner.compiling import compiled
-from evermesh.parallelism.planner.rings import Floats, Integers, Rings, ranks_of, scaled
+from evermesh.parallelism.planner.rings import FOREVER, Floats, Integers, Rings, ranks_of, scaled
 
 _PARTNERS = 6
 """Ranks that end early with which the rank that ends last tries to exchange sequences."""
@@ -68,7 +68,7 @@ def fill(
     ``alone`` is the time of every sequence without its micro-batch, which takes ``fixed`` and holds ``pack`` tokens.
     """
     filling = Filling(np.full(len(slots.rank), -1, np.int64), np.full(len(lengths), -1, np.int64))
-    fill_further(filling, slots, slots.room.copy(), lengths, whole, alone, slowness, pack, fixed)
+    fill_further(filling, slots, slots.room, lengths, whole, alone, slowness, pack, fixed)
     return filling
 
 
@@ -84,50 +84,53 @@ def fill_further(
     pack: int,
     fixed: int,
 ) -> None:
-    """As ``fill``, into slots that hold something already; ``room`` is what that leaves, and is used up."""
-    count, ranks = len(slots.rank), len(slowness)
-    slot_at, open_tokens = np.arange(count), np.zeros(count, np.int64)
-    for at in range(count // 2 - 1, -1, -1):
-        _sift(room, slot_at, count, at)
+    """As ``fill``, into slots that hold something already; ``room`` is what that leaves."""
+    ranks, leaves = len(slowness), 1
+    while leaves < len(room):
+        leaves *= 2
+    left = np.full(leaves, -FOREVER)
+    left[: len(room)] = room
+    open_tokens = np.zeros(leaves, np.int64)
+    slot, losers = _tournament(left)
     for sequence in whole:
         while True:
-            slot = slot_at[0]
             opens = lengths[sequence] > open_tokens[slot]
             cost = scaled(alone[sequence] + (fixed if opens else 0), slowness[slots.rank[slot]])
-            if slot < ranks or cost <= room[0]:
+            if slot < ranks or cost <= left[slot]:
                 break
             # the largest room is a gap too small for this sequence; what is shorter finds room enough elsewhere
-            count -= 1
-            room[0], slot_at[0] = room[count], slot_at[count]
-            _sift(room, slot_at, count, 0)
+            left[slot] = -FOREVER
+            slot = _played(left, losers, slot)
         open_tokens[slot] = (
             max(open_tokens[slot], pack - lengths[sequence]) if opens else open_tokens[slot] - lengths[sequence]
         )
         filling.next[sequence] = filling.head[slot]
         filling.head[slot] = sequence
-        room[0] -= cost
-        _sift(room, slot_at, count, 0)
+        left[slot] -= cost
+        slot = _played(left, losers, slot)
 
 
 @compiled
-def _sift(room: Integers, slot_at: Integers, count: int, at: int) -> None:
-    """Restore the heap of the largest room, of equals the first slot, below position ``at``."""
-    own_room, own_slot = room[at], slot_at[at]
-    while True:
-        child = 2 * at + 1
-        if child >= count:
-            break
-        other = child + 1
-        if other < count and (
-            room[other] > room[child] or (room[other] == room[child] and slot_at[other] < slot_at[child])
-        ):
-            child = other
-        if room[child] < own_room or (room[child] == own_room and slot_at[child] > own_slot):
-            break
-        room[at], slot_at[at] = room[child], slot_at[child]
-        at = child
-    if count:
-        room[at], slot_at[at] = own_room, own_slot
+def _tournament(room: Integers) -> tuple[int, Integers]:
+    """The slot with the largest room, of equals the first, and who lost every other match (Knuth, TAOCP 3, 5.4.1)."""
+    leaves = len(room)
+    winners, losers = np.arange(-leaves, leaves), np.zeros(leaves, np.int64)
+    for match in range(leaves - 1, 0, -1):
+        one, other = winners[2 * match], winners[2 * match + 1]
+        winners[match], losers[match] = (one, other) if room[one] >= room[other] else (other, one)
+    return winners[1], losers
+
+
+@compiled
+def _played(room: Integers, losers: Integers, slot: int) -> int:
+    """The winner after the last one, ``slot``, has lost room: only its own matches are played again."""
+    match = (len(room) + slot) >> 1
+    while match:
+        other = losers[match]
+        if room[other] > room[slot] or (room[other] == room[slot] and other < slot):
+            losers[match], slot = slot, other
+        match >>= 1
+    return slot
 
 
 @compiled

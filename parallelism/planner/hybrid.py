@@ -46,14 +46,14 @@ _TARGETS = (
     1e3,
 )
 """Target times to try, as multiples of the lower bound, until the rings fit."""
-_GOOD_ENOUGH = 1.0015
-"""Of the bound: no further target is tried."""
 _SLOW = 0.995
 """Of the speed of the fastest rank; slower ranks are tried behind all others."""
 _MOST_SEARCHED = 256
 """Sequences up to which plans for few ranks are searched."""
-_LEVELLING = 200_000
-"""Comparisons to spend on exchanges between ranks; about a millisecond."""
+_LEVELLING, _LEVELLING_EACH = 100_000, 3
+"""Comparisons to spend on exchanges between ranks, and as many more for every sequence; a few milliseconds."""
+_LEVELS_ALL = 0.3
+"""Share of whole sequences in all work from which they level whatever rings leave."""
 
 
 def plan_rings(
@@ -145,27 +145,24 @@ def _search(problem: Problem, pack: int, bound_s: float, most_peers: int | None,
     bound = ticks(problem.costs, bound_s)
     best: _Outcome | None = None
     for factor in _TARGETS:
-        if best is not None:
+        found = _Outcome(*_attempt(problem, work, alone, int(bound * factor), pack))
+        if found.fits:
+            best = found
             break
-        for tight in (True, False):
-            found = _Outcome(*_attempt(problem, work, alone, int(bound * factor), tight, pack))
-            if found.fits and (best is None or found.end < best.end):
-                best = found
-            if best is not None and best.end <= _GOOD_ENOUGH * bound:
-                break
     assert best is not None, "rings that follow each other always fit into a thousand times the bound"
     if len(problem.slowness) <= MOST_RANKS and effort > 0:
-        searched = _assembled(problem, _searched(problem, alone, bound, pack, best, effort), pack)
+        searched = _assembled(problem, alone, _searched(problem, alone, bound, pack, best, effort), pack)
         if most_peers is None or _peers(searched[0]) <= most_peers:
             return searched
-    return _assembled(problem, best, pack)
+    return _assembled(problem, alone, best, pack)
 
 
-def _assembled(problem: Problem, found: _Outcome, pack: int) -> tuple[Columns, int]:
+def _assembled(problem: Problem, alone: Integers, found: _Outcome, pack: int) -> tuple[Columns, int]:
     """The columns, and when the last rank is done, ticks."""
     columns, makespan = assemble(
         problem.costs,
         problem.lengths,
+        alone,
         found.rings,
         found.slots,
         found.filling,
@@ -220,11 +217,38 @@ def _times(costs: Coefficients, lengths: Integers, node_size: int, pack: int) ->
     return work, alone
 
 
+class _Stacked(NamedTuple):
+    """Rings, slots and their filling for a target."""
+
+    rings: Rings
+    slots: Slots
+    filling: Filling
+    end: int
+    fits: bool
+    """Whether the rings end by the target at all; if not, the rest means nothing."""
+    share: float
+    """Of whole sequences in all work."""
+
+
 @compiled
 def _attempt(
-    problem: Problem, work: Integers, alone: Integers, target: int, tight: bool, pack: int
+    problem: Problem, work: Integers, alone: Integers, target: int, pack: int
 ) -> tuple[Rings, Slots, Filling, int, bool]:
-    """Rings, slots and their filling for a target, when the last rank ends, and whether rings end by the target at all."""
+    """Rings, slots and their filling for a target, when the last rank ends, and whether rings end by the target at all.
+
+    Rings are stacked evenly, and where little else can level their ends also tightly; the better counts.
+    """
+    found = _stacked(problem, work, alone, target, False, pack)
+    if not found.fits or found.share < _LEVELS_ALL:
+        tight = _stacked(problem, work, alone, target, True, pack)
+        if tight.fits and (not found.fits or tight.end <= found.end):
+            found = tight
+    return found.rings, found.slots, found.filling, found.end, found.fits
+
+
+@compiled
+def _stacked(problem: Problem, work: Integers, alone: Integers, target: int, tight: bool, pack: int) -> _Stacked:
+    """As ``_attempt``, with rings stacked one way or the other."""
     costs, lengths = problem.costs, problem.lengths
     fixed = ticks(costs, costs.micro_batch_s)
     is_shared = (lengths > costs.capacity) | (alone + fixed > target)
@@ -233,10 +257,12 @@ def _attempt(
         costs, lengths, shared, work, problem.slowness, problem.node_end, problem.node_size, target, tight
     )
     if not fits:
-        return rings, Slots(load[:0], load[:0], load[:0]), Filling(load[:0], load[:0]), 0, False
+        none = load[:0]
+        return _Stacked(rings, Slots(none, none, none), Filling(none, none), 0, False, 0.0)
     slots = slots_between(rings, load, target)
     filling = fill(slots, lengths, whole, alone, problem.slowness, pack, fixed)
-    mean = (load.sum() + alone[whole].sum()) // len(load)
-    goal = max(load.max(), mean)
-    end = level(filling, load, lengths, alone, problem.slowness, pack, fixed, goal, _LEVELLING)
-    return rings, slots, filling, end, True
+    in_rings, in_packs = load.sum(), alone[whole].sum()
+    goal = max(load.max(), (in_rings + in_packs) // len(load))
+    budget = _LEVELLING + _LEVELLING_EACH * len(whole)
+    end = level(filling, load, lengths, alone, problem.slowness, pack, fixed, goal, budget)
+    return _Stacked(rings, slots, filling, end, True, in_packs / (in_rings + in_packs))

@@ -214,4 +214,4 @@ def _filled(
     by_length = longest_first(lengths)
     fill_further(filling, slots, room, lengths, by_length[loose[by_length]], alone, slowness, pack, fixed)
     level(filling, load, lengths, alone, slowness, pack, fixed, max(goal, load.max()), _LEVELLING)
-    return columns_of(costs, lengths, rings, sharings, slots, filling, slowness, pack)
+    return columns_of(costs, lengths, alone, rings, sharings, slots, filling, slowness, pack)
