@@ -17,7 +17,7 @@ MOST_RANKS = 16
 _HEAT = 3
 """Percent of the bound by which a plan may be worse than the one before, at the beginning of the search."""
 EFFORT = 2_000_000
-"""Plans tried, times what one takes; some 50 ms."""
+"""Of all searches together: plans tried, times what one takes; some 50 ms."""
 _MOST_PLACED = 32
 """Sequences up to which whole ones may be placed one by one."""
 _LEVELLING = 2_000
@@ -38,23 +38,42 @@ def search(
     best_order, best_sizes = order, sizes
     end = attempt(problem, alone, bound, pack, sizes, order, one_by_one)[3]
     best = end
-    tries = max(200, effort // (6 * count + 8 * ranks + 60))
-    state = 12345
-    for k in range(tries):
-        if best * 2000 <= bound * 2001:
-            break
+    areas, speed = _areas(problem, alone, smallest), (1.0 / problem.slowness).sum()
+    spent, state = 0, 12345
+    while spent < effort and best * 2000 > bound * 2001:
         new_order, new_sizes = order.copy(), sizes.copy()
         state = _change(new_order, new_sizes, smallest, ranks, state)
-        found = attempt(problem, alone, bound, pack, new_sizes, new_order, one_by_one)[3]
         # the margin for worse plans shrinks from some percent to nothing
-        left = (tries - k) * 1024 // tries
-        margin = (bound * _HEAT // 100) * left // 1024 * left // 1024
+        left = (effort - spent) * 1024 // effort
         state = _next(state)
-        if found <= end or found - end < margin * (state % 1024) // 1024:
+        most = end + (bound * _HEAT // 100) * left // 1024 * left // 1024 * (state % 1024) // 1024
+        spent += count + 10
+        area = np.int64(0)
+        for sequence in range(count):
+            area += areas[sequence, new_sizes[sequence]]
+        if area > speed * most:
+            continue  # even without a gap these sizes end later
+        spent += 6 * count + 8 * ranks + 60
+        found = attempt(problem, alone, bound, pack, new_sizes, new_order, one_by_one)[3]
+        if found <= most:
             end, order, sizes = found, new_order, new_sizes
             if found < best:
                 best, best_order, best_sizes = found, order, sizes
     return attempt(problem, alone, bound, pack, best_sizes, best_order, one_by_one)
+
+
+@compiled
+def _areas(problem: Problem, alone: Integers, smallest: Integers) -> Integers:
+    """The time of all ranks together that every sequence takes at least on a ring of each size, [N, R + 1]."""
+    ranks, count = len(problem.slowness), len(alone)
+    areas = np.zeros((count, ranks + 1), np.int64)
+    for sequence in range(count):
+        length = problem.lengths[sequence]
+        for size in range(smallest[sequence], ranks + 1):
+            areas[sequence, size] = size * ring_ticks(problem.costs, length, size, problem.node_size, False)
+        if smallest[sequence] == 1:
+            areas[sequence, 1] = min(areas[sequence, 1], alone[sequence])
+    return areas
 
 
 @compiled

@@ -188,16 +188,19 @@ def _peers(columns: Columns) -> int:
 
 def _searched(problem: Problem, alone: Integers, bound: int, pack: int, first: _Outcome, effort: float) -> _Outcome:
     """The best of ``first`` and of what searches find from three beginnings."""
+    effort *= EFFORT / 4
     if first.end * 2000 <= bound * 2001 or len(problem.lengths) > _MOST_SEARCHED:
         return first
     ranks, count = len(problem.slowness), len(problem.lengths)
-    placed = np.ones(count, np.int64)
-    placed[first.rings.sequence] = first.rings.size
-    # from what was placed, from everything shared by all, and from nothing shared that need not be
     smallest = (problem.lengths + problem.costs.capacity - 1) // problem.costs.capacity
     best = first
-    for sizes, one_by_one in ((placed, False), (np.full(count, ranks), False), (smallest, True)):
-        found = _Outcome(*search(problem, alone, bound, pack, sizes, one_by_one, int(effort * EFFORT / 3)), True)
+    # from what was placed, from everything shared by all, and from the best of both, where order counts
+    for sizes, one_by_one, times in ((None, False, 2), (np.full(count, ranks), False, 1), (None, True, 1)):
+        if sizes is None:
+            sizes = smallest.copy()
+            sizes[best.rings.sequence] = best.rings.size
+        budget = int(times * effort)
+        found = _Outcome(*search(problem, alone, bound, pack, sizes, one_by_one, budget), True)
         best = found if found.end < best.end else best
     return best
 
