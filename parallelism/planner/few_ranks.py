@@ -16,6 +16,8 @@ MOST_RANKS = 16
 """Pools of more ranks are planned by runs of neighbours alone."""
 _HEAT = 3
 """Percent of the bound by which a plan may be worse than the one before, at the beginning of the search."""
+_EARLY_HEAT, _EARLY_ROUNDS = 24, 4
+"""As ``_HEAT`` where all sequences are placed one by one, and how often that search cools down, each time from half of it."""
 EFFORT = 2_000_000
 """Of all searches together: plans tried, times what one takes; some 50 ms."""
 _MOST_PLACED = 32
@@ -38,23 +40,33 @@ def search(
     best_order, best_sizes = order, sizes
     end = attempt(problem, alone, bound, pack, sizes, order, one_by_one)[3]
     best = end
-    areas, speed = _areas(problem, alone, smallest), (1.0 / problem.slowness).sum()
+    durations, speed = _durations(problem, smallest), (1.0 / problem.slowness).sum()
+    areas = durations * np.arange(ranks + 1)
+    areas[:, 1] = np.minimum(areas[:, 1], alone)
+    # where nothing is packed, the end is known without the plan, so that many more can be tried
+    early = one_by_one and _places_all(problem)
+    time, busy = np.empty(count + 2, np.int64), np.empty(count + 2, np.int64)
+    heat, rounds, one_try = (_EARLY_HEAT, _EARLY_ROUNDS, 3 * count) if early else (_HEAT, 1, 6 * count + 8 * ranks + 60)
     spent, state = 0, 12345
     while spent < effort and best * 2000 > bound * 2001:
         new_order, new_sizes = order.copy(), sizes.copy()
         state = _change(new_order, new_sizes, smallest, ranks, state)
-        # the margin for worse plans shrinks from some percent to nothing
-        left = (effort - spent) * 1024 // effort
+        # the margin for worse plans shrinks from some percent to nothing, in every round
+        cooled = spent * rounds * 1024 // effort
+        left = 1024 - cooled % 1024
         state = _next(state)
-        most = end + (bound * _HEAT // 100) * left // 1024 * left // 1024 * (state % 1024) // 1024
+        most = end + (bound * (heat >> cooled // 1024) // 100) * left // 1024 * left // 1024 * (state % 1024) // 1024
         spent += count + 10
         area = np.int64(0)
         for sequence in range(count):
             area += areas[sequence, new_sizes[sequence]]
         if area > speed * most:
             continue  # even without a gap these sizes end later
-        spent += 6 * count + 8 * ranks + 60
-        found = attempt(problem, alone, bound, pack, new_sizes, new_order, one_by_one)[3]
+        spent += one_try
+        if early:
+            found = _early_end(durations, new_order, new_sizes, time, busy)
+        else:
+            found = attempt(problem, alone, bound, pack, new_sizes, new_order, one_by_one)[3]
         if found <= most:
             end, order, sizes = found, new_order, new_sizes
             if found < best:
@@ -63,17 +75,54 @@ def search(
 
 
 @compiled
-def _areas(problem: Problem, alone: Integers, smallest: Integers) -> Integers:
-    """The time of all ranks together that every sequence takes at least on a ring of each size, [N, R + 1]."""
-    ranks, count = len(problem.slowness), len(alone)
-    areas = np.zeros((count, ranks + 1), np.int64)
+def _places_all(problem: Problem) -> bool:
+    """Whether whole sequences may be placed one by one: there are few, and ranks are all alike."""
+    alike = problem.slowness.min() == problem.slowness.max() and problem.node_of[0] == problem.node_of[-1]
+    return alike and len(problem.lengths) <= _MOST_PLACED
+
+
+@compiled
+def _durations(problem: Problem, smallest: Integers) -> Integers:
+    """The time of every sequence on a ring of each size of ranks that are alike, with its micro-batch, [N, R + 1]."""
+    ranks, count = len(problem.slowness), len(problem.lengths)
+    durations = np.zeros((count, ranks + 1), np.int64)
     for sequence in range(count):
         length = problem.lengths[sequence]
         for size in range(smallest[sequence], ranks + 1):
-            areas[sequence, size] = size * ring_ticks(problem.costs, length, size, problem.node_size, False)
-        if smallest[sequence] == 1:
-            areas[sequence, 1] = min(areas[sequence, 1], alone[sequence])
-    return areas
+            duration = ring_ticks(problem.costs, length, size, problem.node_size, False)
+            durations[sequence, size] = scaled(duration, problem.slowness.min())
+    return durations
+
+
+@compiled
+def _early_end(durations: Integers, order: Integers, sizes: Integers, time: Integers, busy: Integers) -> int:
+    """When ``_place_early`` lets the last ring end.
+
+    Keeps so many ranks ``busy`` from each ``time`` to the next; behind the last one all are free. Both are scratch.
+    """
+    ranks, count, last = durations.shape[1] - 1, 1, np.int64(0)
+    time[0], busy[0] = 0, 0
+    for sequence in order:
+        size = sizes[sequence]
+        duration = durations[sequence, size]
+        first, after = 0, 0
+        while True:
+            while busy[first] + size > ranks:
+                first += 1
+            stop, after = time[first] + duration, first + 1
+            while after < count and time[after] < stop and busy[after] + size <= ranks:
+                after += 1
+            if after == count or time[after] >= stop:
+                break
+            first = after
+        if after == count or time[after] > stop:
+            for k in range(count, after, -1):
+                time[k], busy[k] = time[k - 1], busy[k - 1]
+            time[after], busy[after] = stop, busy[after - 1]
+            count += 1
+        busy[first:after] += size
+        last = max(last, stop)
+    return int(last)
 
 
 @compiled
@@ -119,8 +168,9 @@ def attempt(
     costs, lengths = problem.costs, problem.lengths
     ranks = len(problem.slowness)
     alike = problem.slowness.min() == problem.slowness.max() and problem.node_of[0] == problem.node_of[ranks - 1]
+    places_all = one_by_one and _places_all(problem)
     fixed = ticks(costs, costs.micro_batch_s)
-    least = 0 if one_by_one and alike and len(order) <= _MOST_PLACED else 1
+    least = 0 if places_all else 1
     shared, whole = order[sizes[order] > least], order[sizes[order] <= least]
     count = len(shared)
     rings = Rings(

@@ -195,7 +195,7 @@ def _searched(problem: Problem, alone: Integers, bound: int, pack: int, first: _
     smallest = (problem.lengths + problem.costs.capacity - 1) // problem.costs.capacity
     best = first
     # from what was placed, from everything shared by all, and from the best of both, where order counts
-    for sizes, one_by_one, times in ((None, False, 2), (np.full(count, ranks), False, 1), (None, True, 1)):
+    for sizes, one_by_one, times in ((None, False, 2), (np.full(count, ranks), False, 1), (None, True, 4)):
         if sizes is None:
             sizes = smallest.copy()
             sizes[best.rings.sequence] = best.rings.size
