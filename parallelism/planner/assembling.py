@@ -41,6 +41,7 @@ class Sharings(NamedTuple):
 def assemble(
     costs: Coefficients,
     lengths: Integers,
+    alone: Integers,
     rings: Rings,
     slots: Slots,
     filling: Filling,
@@ -49,16 +50,20 @@ def assemble(
     node_size: int,
     pack: int,
 ) -> tuple[Columns, int]:
-    """The columns, and when the last rank is done, ticks: rings in the order in which they were placed, packs around them."""
+    """The columns, and when the last rank is done, ticks: rings in the order in which they were placed, packs around them.
+
+    ``alone`` is the time of every sequence whole in a pack of ``pack`` tokens, without the micro-batch.
+    """
     heads, gathers, durations = _sharings(costs, lengths, rings, node_of, node_size)
     sharings = Sharings(_ring_orders(rings, heads), heads, gathers, durations)
-    return columns_of(costs, lengths, rings, sharings, slots, filling, slowness, pack)
+    return columns_of(costs, lengths, alone, rings, sharings, slots, filling, slowness, pack)
 
 
 @compiled
 def columns_of(
     costs: Coefficients,
     lengths: Integers,
+    alone: Integers,
     rings: Rings,
     sharings: Sharings,
     slots: Slots,
@@ -89,21 +94,19 @@ def columns_of(
                 at += 1
                 sequences = members(filling, lengths, slot)
                 chosen, packs = packs_of(lengths, sequences, pack)
-                total = 0
+                starts = _grouped(sequences, chosen, packs, sequence_of, piece)
+                total = packs * ticks(costs, costs.micro_batch_s)
                 for p in range(packs):
-                    micro_batch_start[micro_batch] = piece
-                    tokens = 0
-                    for m in range(len(sequences)):
-                        if chosen[m] == p:
-                            sequence_of[piece] = sequences[m]
-                            tokens += lengths[sequences[m]]
-                            piece += 1
-                    again = is_recomputed(costs, tokens)
-                    recomputed[micro_batch] = again
-                    total += ticks(costs, costs.micro_batch_s)
-                    for m in range(micro_batch_start[micro_batch], piece):
-                        total += ticks(costs, shared_s(costs, lengths[sequence_of[m]], 1, 1, False, False, again))
+                    micro_batch_start[micro_batch] = starts[p]
+                    own = sequence_of[starts[p] : starts[p + 1]]
+                    recomputed[micro_batch] = again = is_recomputed(costs, lengths[own].sum())
+                    for sequence in own:
+                        if again == is_recomputed(costs, max(lengths[sequence], pack)):
+                            total += alone[sequence]
+                        else:
+                            total += ticks(costs, shared_s(costs, lengths[sequence], 1, 1, False, False, again))
                     micro_batch += 1
+                piece = starts[packs]
                 slot_ticks[slot] = scaled(total, slowness[rank])
             if before < count:
                 sequence = rings.sequence[before]
@@ -127,6 +130,50 @@ def columns_of(
         recomputed[:micro_batch].copy(),
     )
     return columns, makespan
+
+
+@compiled
+def _grouped(sequences: Integers, chosen: Integers, packs: int, sequence_of: Integers, piece: int) -> Integers:
+    """Write ``sequences`` pack by pack from ``piece`` on; returns where every pack begins, and where the last one ends."""
+    starts = np.zeros(packs + 2, np.int64)
+    for pack in chosen:
+        starts[pack + 2] += 1
+    starts[1] = piece
+    for pack in range(packs):
+        starts[pack + 2] += starts[pack + 1]
+    for m in range(len(sequences)):
+        at = starts[chosen[m] + 1]
+        sequence_of[at] = sequences[m]
+        starts[chosen[m] + 1] += 1
+    starts[0] = piece
+    return starts[: packs + 1]
+
+
+@compiled
+def renamed(columns: Columns, names: Integers) -> Columns:
+    """The columns with sequence ``names[s]`` in place of s."""
+    count = len(names)
+    heads, gathers, start = np.empty(count, np.int64), np.empty(count, np.bool_), np.zeros(count + 1, np.int64)
+    for sequence in range(count):
+        name = names[sequence]
+        heads[name], gathers[name] = columns.heads[sequence], columns.gathers[sequence]
+        start[name + 1] = columns.ring_start[sequence + 1] - columns.ring_start[sequence]
+    start = np.cumsum(start)
+    ring = np.empty(len(columns.ring), np.int64)
+    for sequence in range(count):
+        first, at = columns.ring_start[sequence], start[names[sequence]]
+        for member in range(columns.ring_start[sequence + 1] - first):
+            ring[at + member] = columns.ring[first + member]
+    return Columns(
+        columns.rank_start,
+        columns.micro_batch_start,
+        names[columns.sequence],
+        start,
+        ring,
+        heads,
+        gathers,
+        columns.recomputed,
+    )
 
 
 @compiled

@@ -44,7 +44,8 @@ def plan_batch(
         cost_model: seconds per token, pair, micro-batch and ring step.
         pool: nodes and speeds of the HDP ranks, each of them a whole pipeline where ``layout.pp`` > 1.
         speeds_version: version of the speeds; recorded in the plan.
-        effort: how much longer than usual to search for pools of at most 16 ranks that hold the whole model.
+        effort: how much longer than usual to search for pools of at most 16 ranks that hold the whole model; 0: plan them as
+            larger ones.
 
     Raises:
         SequenceTooLong: a sequence exceeds the capacity of all ranks together.
@@ -89,7 +90,7 @@ def bound_for(lengths: Sequence[int], layout: Layout, cost_model: CostModel, poo
 def _checked(lengths: Sequence[int], layout: Layout, pool: Pool) -> np.ndarray:
     if len(pool) != layout.hdp:
         raise LayoutDoesNotFit(f"the pool has {len(pool)} ranks, but layout.hdp is {layout.hdp}. Make them equal.")
-    array = np.asarray(lengths, np.int64)
+    array = np.array(lengths, np.int64) if isinstance(lengths, np.ndarray) else np.fromiter(lengths, np.int64)
     if len(array) and array.min() < 1:
         sequence = int(array.argmin())
         raise LayoutDoesNotFit(f"sequence {sequence} has {array[sequence]} tokens; every sequence has at least 1.")

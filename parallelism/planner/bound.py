@@ -11,6 +11,7 @@ from evermesh.parallelism.layout import Layout
 from evermesh.parallelism.planner.compiling import compiled
 from evermesh.parallelism.planner.costs import Coefficients, best_sharing, is_recomputed, shared_s
 from evermesh.parallelism.planner.rings import Floats, Integers
+from evermesh.parallelism.planner.sorting import longest_first
 from evermesh.parallelism.pool import Pool
 
 Binding = Literal[
@@ -57,17 +58,18 @@ def lower_bound(lengths: Sequence[int], layout: Layout, cost: CostModel, pool: P
     check_lengths(array, layout, len(pool))
     if not len(array):
         return LowerBound(0.0, "nothing")
-    return bound_of(Coefficients.of(cost, layout, 1.0), array, np.asarray(pool.speeds), pool.largest_node)
+    ordered = array[longest_first(array)]
+    return bound_of(Coefficients.of(cost, layout, 1.0), ordered, np.asarray(pool.speeds), pool.largest_node)
 
 
 def bound_of(costs: Coefficients, lengths: Integers, speeds: Floats, node_size: int) -> LowerBound:
-    """``lower_bound`` of lengths that are known to fit; there is at least one."""
+    """``lower_bound`` of lengths that are known to fit, longest first; there is at least one."""
     work_s, alone_s = _all_work(costs, lengths, node_size)
     shared_s = float(work_s.sum())
     fixed = -(-int(lengths.sum()) // costs.capacity) * costs.micro_batch_s
     spread = (shared_s + fixed) / float(speeds.sum())
     fastest = float(speeds.max())
-    longest = (fastest_s(costs, int(lengths.max()), len(speeds), node_size) + costs.micro_batch_s) / fastest
+    longest = (fastest_s(costs, int(lengths[0]), len(speeds), node_size) + costs.micro_batch_s) / fastest
     in_turn = _in_turn(costs, lengths, work_s, speeds, node_size)
     if in_turn > max(spread, longest) * (1 + 1e-12):
         return LowerBound(in_turn, "long sequences in turn")
@@ -138,12 +140,15 @@ def _relaxed_work_s(costs: Coefficients, length: int, smallest: int, node_size: 
 def _all_work(costs: Coefficients, lengths: Integers, node_size: int) -> tuple[Floats, float]:
     """The least work of every sequence, and what all would be on ranks that hold any number of tokens."""
     work_s, alone = np.empty(len(lengths)), 0.0
+    least = 0.0
     for sequence in range(len(lengths)):
         length = lengths[sequence]
-        least = least_work_s(costs, length, node_size)
-        work_s[sequence] = least
-        if length > costs.capacity:
-            least = min(least, best_sharing(costs, length, 1, 1, False, False)[0])
+        if sequence == 0 or length != lengths[sequence - 1]:
+            work_s[sequence] = least = least_work_s(costs, length, node_size)
+            if length > costs.capacity:
+                least = min(least, best_sharing(costs, length, 1, 1, False, False)[0])
+        else:
+            work_s[sequence] = work_s[sequence - 1]
         alone += least
     return work_s, alone
 

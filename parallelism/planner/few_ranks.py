@@ -14,10 +14,12 @@ from evermesh.parallelism.planner.rings import FOREVER, Integers, Rings, ring_ti
 
 MOST_RANKS = 16
 """Pools of more ranks are planned by runs of neighbours alone."""
-_HEAT = 2
+_HEAT = 3
 """Percent of the bound by which a plan may be worse than the one before, at the beginning of the search."""
+_EARLY_HEAT, _EARLY_ROUNDS = 24, 4
+"""As ``_HEAT`` where all sequences are placed one by one, and how often that search cools down, each time from half of it."""
 EFFORT = 2_000_000
-"""Plans tried, times what one takes; some 50 ms."""
+"""Of all searches together: plans tried, times what one takes; some 50 ms."""
 _MOST_PLACED = 32
 """Sequences up to which whole ones may be placed one by one."""
 _LEVELLING = 2_000
@@ -32,59 +34,130 @@ def search(
 
     With ``one_by_one`` few whole sequences are placed like rings, each in a micro-batch of its own; else they are packed.
     """
-    costs, lengths = problem.costs, problem.lengths
-    ranks, count = len(problem.slowness), len(lengths)
-    smallest = (lengths + costs.capacity - 1) // costs.capacity
-    order, sizes = problem.by_length.copy(), sizes.copy()
-    best_order, best_sizes = order.copy(), sizes.copy()
+    ranks, count = len(problem.slowness), len(problem.lengths)
+    smallest = (problem.lengths + problem.costs.capacity - 1) // problem.costs.capacity
+    order, sizes = np.arange(count), sizes.copy()
+    best_order, best_sizes = order, sizes
     end = attempt(problem, alone, bound, pack, sizes, order, one_by_one)[3]
     best = end
-    tries = max(200, effort // (6 * count + 8 * ranks + 60))
-    state, old = 12345, np.int64(0)
-    for k in range(tries):
-        if best * 2000 <= bound * 2001:
-            break
+    durations, speed = _durations(problem, smallest), (1.0 / problem.slowness).sum()
+    areas = durations * np.arange(ranks + 1)
+    areas[:, 1] = np.minimum(areas[:, 1], alone)
+    # where nothing is packed, the end is known without the plan, so that many more can be tried
+    early = one_by_one and _places_all(problem)
+    time, busy = np.empty(count + 2, np.int64), np.empty(count + 2, np.int64)
+    heat, rounds, one_try = (_EARLY_HEAT, _EARLY_ROUNDS, 3 * count) if early else (_HEAT, 1, 6 * count + 8 * ranks + 60)
+    spent, state = 0, 12345
+    while spent < effort and best * 2000 > bound * 2001:
+        new_order, new_sizes = order.copy(), sizes.copy()
+        state = _change(new_order, new_sizes, smallest, ranks, state)
+        # the margin for worse plans shrinks from some percent to nothing, in every round
+        cooled = spent * rounds * 1024 // effort
+        left = 1024 - cooled % 1024
         state = _next(state)
-        kind = (state >> 12) % 3
-        state = _next(state)
-        i = (state >> 12) % count
-        state = _next(state)
-        j = (state >> 12) % count
-        state = _next(state)
-        drawn = state >> 12
-        if kind == 0:
-            order[i], order[j] = order[j], order[i]
+        most = end + (bound * (heat >> cooled // 1024) // 100) * left // 1024 * left // 1024 * (state % 1024) // 1024
+        spent += count + 10
+        area = np.int64(0)
+        for sequence in range(count):
+            area += areas[sequence, new_sizes[sequence]]
+        if area > speed * most:
+            continue  # even without a gap these sizes end later
+        spent += one_try
+        if early:
+            found = _early_end(durations, new_order, new_sizes, time, busy)
         else:
-            # any size, or one more or less; long sequences are changed more often
-            i = problem.by_length[i * i // count] if kind == 2 else i
-            old = sizes[i]
-            step = 1 if drawn % 4 == 1 else -1
-            if drawn % 2 == 0:
-                sizes[i] = smallest[i] + (drawn >> 2) % (ranks - smallest[i] + 1)
-            else:
-                sizes[i] = min(max(old + step, smallest[i]), ranks)
-            if sizes[i] == old:
-                continue
-        found = attempt(problem, alone, bound, pack, sizes, order, one_by_one)[3]
-        # the margin for worse plans shrinks from some percent to nothing
-        left = (tries - k) * 1024 // tries
-        margin = (bound * _HEAT // 100) * left // 1024 * left // 1024
-        state = _next(state)
-        if found <= end or found - end < margin * ((state >> 12) % 1024) // 1024:
-            end = found
+            found = attempt(problem, alone, bound, pack, new_sizes, new_order, one_by_one)[3]
+        if found <= most:
+            end, order, sizes = found, new_order, new_sizes
             if found < best:
-                best, best_order, best_sizes = found, order.copy(), sizes.copy()
-        elif kind == 0:
-            order[i], order[j] = order[j], order[i]
-        else:
-            sizes[i] = old
+                best, best_order, best_sizes = found, order, sizes
     return attempt(problem, alone, bound, pack, best_sizes, best_order, one_by_one)
 
 
 @compiled
+def _places_all(problem: Problem) -> bool:
+    """Whether whole sequences may be placed one by one: there are few, and ranks are all alike."""
+    alike = problem.slowness.min() == problem.slowness.max() and problem.node_of[0] == problem.node_of[-1]
+    return alike and len(problem.lengths) <= _MOST_PLACED
+
+
+@compiled
+def _durations(problem: Problem, smallest: Integers) -> Integers:
+    """The time of every sequence on a ring of each size of ranks that are alike, with its micro-batch, [N, R + 1]."""
+    ranks, count = len(problem.slowness), len(problem.lengths)
+    durations = np.zeros((count, ranks + 1), np.int64)
+    for sequence in range(count):
+        length = problem.lengths[sequence]
+        for size in range(smallest[sequence], ranks + 1):
+            duration = ring_ticks(problem.costs, length, size, problem.node_size, False)
+            durations[sequence, size] = scaled(duration, problem.slowness.min())
+    return durations
+
+
+@compiled
+def _early_end(durations: Integers, order: Integers, sizes: Integers, time: Integers, busy: Integers) -> int:
+    """When ``_place_early`` lets the last ring end.
+
+    Keeps so many ranks ``busy`` from each ``time`` to the next; behind the last one all are free. Both are scratch.
+    """
+    ranks, count, last = durations.shape[1] - 1, 1, np.int64(0)
+    time[0], busy[0] = 0, 0
+    for sequence in order:
+        size = sizes[sequence]
+        duration = durations[sequence, size]
+        first, after = 0, 0
+        while True:
+            while busy[first] + size > ranks:
+                first += 1
+            stop, after = time[first] + duration, first + 1
+            while after < count and time[after] < stop and busy[after] + size <= ranks:
+                after += 1
+            if after == count or time[after] >= stop:
+                break
+            first = after
+        if after == count or time[after] > stop:
+            for k in range(count, after, -1):
+                time[k], busy[k] = time[k - 1], busy[k - 1]
+            time[after], busy[after] = stop, busy[after - 1]
+            count += 1
+        busy[first:after] += size
+        last = max(last, stop)
+    return int(last)
+
+
+@compiled
+def _change(order: Integers, sizes: Integers, smallest: Integers, ranks: int, state: int) -> int:
+    """Let two sequences change places in the order, or sizes, or give one another size; returns the new random state.
+
+    Sizes are exchanged because a plan in which one more or one less is shared is mostly much worse than either.
+    """
+    count = len(order)
+    state = _next(state)
+    kind = state % 4
+    state = _next(state)
+    i = state % count
+    state = _next(state)
+    j = state % count
+    state = _next(state)
+    if kind == 0:
+        order[i], order[j] = order[j], order[i]
+    elif kind == 1:
+        sizes[i], sizes[j] = max(sizes[j], smallest[i]), max(sizes[i], smallest[j])
+    else:
+        # long sequences are changed more often
+        i = i * i // count if kind == 2 else i
+        drawn = state >> 4
+        if drawn % 2 == 0:
+            sizes[i] = smallest[i] + (drawn >> 2) % (ranks - smallest[i] + 1)
+        else:
+            sizes[i] = min(max(sizes[i] + (1 if drawn % 4 == 1 else -1), smallest[i]), ranks)
+    return state
+
+
+@compiled
 def _next(state: int) -> int:
-    """The next state of a linear congruential generator, whose low bits are not to be used."""
-    return (state * 1103515245 + 12345) % 2147483648
+    """The next state of a multiplicative congruential generator (Park and Miller, CACM 1988; multiplier of 1993)."""
+    return state * 48271 % 2147483647
 
 
 @compiled
@@ -95,8 +168,9 @@ def attempt(
     costs, lengths = problem.costs, problem.lengths
     ranks = len(problem.slowness)
     alike = problem.slowness.min() == problem.slowness.max() and problem.node_of[0] == problem.node_of[ranks - 1]
+    places_all = one_by_one and _places_all(problem)
     fixed = ticks(costs, costs.micro_batch_s)
-    least = 0 if one_by_one and alike and len(order) <= _MOST_PLACED else 1
+    least = 0 if places_all else 1
     shared, whole = order[sizes[order] > least], order[sizes[order] <= least]
     count = len(shared)
     rings = Rings(

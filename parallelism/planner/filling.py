@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from evermesh.parallelism.planner.compiling import compiled
-from evermesh.parallelism.planner.rings import Floats, Integers, Rings, ranks_of, scaled
+from evermesh.parallelism.planner.rings import FOREVER, Floats, Integers, Rings, ranks_of, scaled
 
 _PARTNERS = 6
 """Ranks that end early with which the rank that ends last tries to exchange sequences."""
@@ -68,51 +68,53 @@ def fill(
     ``alone`` is the time of every sequence without its micro-batch, which takes ``fixed`` and holds ``pack`` tokens.
     """
     filling = Filling(np.full(len(slots.rank), -1, np.int64), np.full(len(lengths), -1, np.int64))
-    room = slots.room.copy()
-    count, ranks = len(slots.rank), len(slowness)
-    slot_at, open_tokens = np.arange(count), np.zeros(count, np.int64)
-    for at in range(count // 2 - 1, -1, -1):
-        _sift(room, slot_at, count, at)
+    ranks, leaves = len(slowness), 1
+    while leaves < len(slots.room):
+        leaves *= 2
+    left = np.full(leaves, -FOREVER)
+    left[: len(slots.room)] = slots.room
+    open_tokens = np.zeros(leaves, np.int64)
+    slot, losers = _tournament(left)
     for sequence in whole:
         while True:
-            slot = slot_at[0]
             opens = lengths[sequence] > open_tokens[slot]
             cost = scaled(alone[sequence] + (fixed if opens else 0), slowness[slots.rank[slot]])
-            if slot < ranks or cost <= room[0]:
+            if slot < ranks or cost <= left[slot]:
                 break
             # the largest room is a gap too small for this sequence; what is shorter finds room enough elsewhere
-            count -= 1
-            room[0], slot_at[0] = room[count], slot_at[count]
-            _sift(room, slot_at, count, 0)
+            left[slot] = -FOREVER
+            slot = _played(left, losers, slot)
         open_tokens[slot] = (
             max(open_tokens[slot], pack - lengths[sequence]) if opens else open_tokens[slot] - lengths[sequence]
         )
         filling.next[sequence] = filling.head[slot]
         filling.head[slot] = sequence
-        room[0] -= cost
-        _sift(room, slot_at, count, 0)
+        left[slot] -= cost
+        slot = _played(left, losers, slot)
     return filling
 
 
 @compiled
-def _sift(room: Integers, slot_at: Integers, count: int, at: int) -> None:
-    """Restore the heap of the largest room, of equals the first slot, below position ``at``."""
-    own_room, own_slot = room[at], slot_at[at]
-    while True:
-        child = 2 * at + 1
-        if child >= count:
-            break
-        other = child + 1
-        if other < count and (
-            room[other] > room[child] or (room[other] == room[child] and slot_at[other] < slot_at[child])
-        ):
-            child = other
-        if room[child] < own_room or (room[child] == own_room and slot_at[child] > own_slot):
-            break
-        room[at], slot_at[at] = room[child], slot_at[child]
-        at = child
-    if count:
-        room[at], slot_at[at] = own_room, own_slot
+def _tournament(room: Integers) -> tuple[int, Integers]:
+    """The slot with the largest room, of equals the first, and who lost every other match (Knuth, TAOCP 3, 5.4.1)."""
+    leaves = len(room)
+    winners, losers = np.arange(-leaves, leaves), np.zeros(leaves, np.int64)
+    for match in range(leaves - 1, 0, -1):
+        one, other = winners[2 * match], winners[2 * match + 1]
+        winners[match], losers[match] = (one, other) if room[one] >= room[other] else (other, one)
+    return winners[1], losers
+
+
+@compiled
+def _played(room: Integers, losers: Integers, slot: int) -> int:
+    """The winner after the last one, ``slot``, has lost room: only its own matches are played again."""
+    match = (len(room) + slot) >> 1
+    while match:
+        other = losers[match]
+        if room[other] > room[slot] or (room[other] == room[slot] and other < slot):
+            losers[match], slot = slot, other
+        match >>= 1
+    return slot
 
 
 @compiled
@@ -123,9 +125,13 @@ def members(filling: Filling, lengths: Integers, slot: int) -> Integers:
         count += 1
         sequence = filling.next[sequence]
     found = np.empty(count, np.int64)
-    count, sequence = 0, filling.head[slot]
-    while sequence >= 0:
-        at = count
+    sequence = filling.head[slot]
+    # the last one that was put in comes first in the list, and is nearly always the shortest
+    for place in range(count - 1, -1, -1):
+        found[place] = sequence
+        sequence = filling.next[sequence]
+    for k in range(1, count):
+        sequence, at = found[k], k
         while at > 0 and (
             lengths[found[at - 1]] < lengths[sequence]
             or (lengths[found[at - 1]] == lengths[sequence] and found[at - 1] > sequence)
@@ -133,8 +139,6 @@ def members(filling: Filling, lengths: Integers, slot: int) -> Integers:
             found[at] = found[at - 1]
             at -= 1
         found[at] = sequence
-        count += 1
-        sequence = filling.next[sequence]
     return found
 
 
@@ -178,7 +182,7 @@ def level(
 ) -> int:
     """Exchange sequences between the rank that ends last and ranks that end early until all end by ``goal``.
 
-    Stops too when no exchange helps the last rank, or after ``budget`` comparisons. Returns when the last rank ends.
+    Stops too when no exchange helps the last rank, or after about ``budget`` comparisons. Returns when the last rank ends.
     """
     ranks = len(load)
     ends = load.copy()
@@ -199,8 +203,8 @@ def level(
                     partner, least = rank, ends[rank]
             tried[partner] = True
             theirs = members(filling, lengths, partner)
-            budget -= ranks // 4 + len(mine) * (len(theirs) + 1)
-            give, take = _exchange(mine, theirs, alone, ends[last], ends[partner], slowness[last], slowness[partner])
+            budget -= ranks // 4 + len(mine) + len(theirs)
+            give, take = exchange(mine, theirs, alone, ends[last], ends[partner], slowness[last], slowness[partner])
             if give < 0:
                 continue
             new_mine, new_theirs = _exchanged(mine, theirs, give, take, lengths)
@@ -218,19 +222,26 @@ def level(
 
 
 @compiled
-def _exchange(
+def exchange(
     mine: Integers, theirs: Integers, alone: Integers, end: int, other: int, slow: float, other_slow: float
 ) -> tuple[int, int]:
-    """Positions of what to give and what to take for it (-1: nothing) so that both end early; (-1, -1): nothing helps."""
+    """Positions of what to give and what to take for it (-1: nothing) so that both end early; (-1, -1): nothing helps.
+
+    Both lists are longest first. Taking a shorter sequence lets the giver end earlier and the other later, and the shorter
+    what is given, the shorter is what these two ends meet at: one pass over both lists finds the best pair.
+    """
     best, give, take = end, -1, -1
+    meet = 0
     for i in range(len(mine)):
-        away, there = scaled(alone[mine[i]], slow), scaled(alone[mine[i]], other_slow)
-        if max(end - away, other + there) < best:
-            best, give, take = max(end - away, other + there), i, -1
-        for j in range(len(theirs)):
-            later = max(
-                end - away + scaled(alone[theirs[j]], slow), other + there - scaled(alone[theirs[j]], other_slow)
-            )
+        mine_left, theirs_more = end - scaled(alone[mine[i]], slow), other + scaled(alone[mine[i]], other_slow)
+        if max(mine_left, theirs_more) < best:
+            best, give, take = max(mine_left, theirs_more), i, -1
+        while meet < len(theirs) and mine_left + scaled(alone[theirs[meet]], slow) > theirs_more - scaled(
+            alone[theirs[meet]], other_slow
+        ):
+            meet += 1
+        for j in range(max(meet - 1, 0), min(meet + 1, len(theirs))):
+            later = max(mine_left + scaled(alone[theirs[j]], slow), theirs_more - scaled(alone[theirs[j]], other_slow))
             if later < best:
                 best, give, take = later, i, j
     return give, take

@@ -13,7 +13,7 @@ import numpy as np
 from evermesh.parallelism.batch_plan import Certificate, PackedRanks
 from evermesh.parallelism.cost import CostModel
 from evermesh.parallelism.layout import Layout
-from evermesh.parallelism.planner.assembling import Columns, assemble
+from evermesh.parallelism.planner.assembling import Columns, assemble, renamed
 from evermesh.parallelism.planner.bound import bound_of, least_work_s
 from evermesh.parallelism.planner.compiling import compiled
 from evermesh.parallelism.planner.costs import Coefficients, shared_s, ticks
@@ -21,6 +21,7 @@ from evermesh.parallelism.planner.few_ranks import EFFORT, MOST_RANKS, search
 from evermesh.parallelism.planner.filling import Filling, Slots, fill, level, slots_between
 from evermesh.parallelism.planner.problem import Problem
 from evermesh.parallelism.planner.rings import FOREVER, Floats, Integers, Rings, place_rings
+from evermesh.parallelism.planner.sorting import longest_first
 from evermesh.parallelism.pool import Pool
 
 _TARGETS = (
@@ -45,32 +46,35 @@ _TARGETS = (
     1e3,
 )
 """Target times to try, as multiples of the lower bound, until the rings fit."""
-_GOOD_ENOUGH = 1.0015
-"""Of the bound: no further target is tried."""
 _SLOW = 0.995
 """Of the speed of the fastest rank; slower ranks are tried behind all others."""
 _MOST_SEARCHED = 256
 """Sequences up to which plans for few ranks are searched."""
-_LEVELLING = 1_200_000
-"""Comparisons to spend on exchanges between ranks; a few milliseconds."""
+_LEVELLING, _LEVELLING_EACH = 100_000, 3
+"""Comparisons to spend on exchanges between ranks, and as many more for every sequence; a few milliseconds."""
+_LEVELS_ALL = 0.3
+"""Share of whole sequences in all work from which they level whatever rings leave."""
 
 
 def plan_rings(
     lengths: Integers, layout: Layout, cost: CostModel, pool: Pool, effort: float = 1.0
 ) -> tuple[PackedRanks, Certificate]:
-    """The plan of ``lengths``, which fit, for ranks that hold the whole model and keep step with nobody."""
+    """The plan of ``lengths``, which fit, for ranks that hold the whole model and keep step with nobody.
+
+    Inside, sequences are numbered from long to short: loops then pass over memory in order, and equals are neighbours.
+    """
     if not len(lengths):
         return PackedRanks.of([()] * len(pool), ()), Certificate(0.0, 0.0, "nothing")
-    speeds = np.asarray(pool.speeds)
-    bound = bound_of(Coefficients.of(cost, layout, 1.0), lengths, speeds, pool.largest_node)
+    speeds, by_length = np.asarray(pool.speeds), longest_first(lengths)
+    ordered = lengths[by_length]
+    bound = bound_of(Coefficients.of(cost, layout, 1.0), ordered, speeds, pool.largest_node)
     costs = Coefficients.of(cost, layout, bound.seconds * len(pool))
     makespan, best = FOREVER, None
     for order in _orders(speeds):
         nodes = np.asarray(pool.nodes, np.int64)[order]
         problem = Problem(
             costs=costs,
-            lengths=lengths,
-            by_length=np.argsort(-lengths, kind="stable"),
+            lengths=ordered,
             slowness=1.0 / speeds[order],
             node_of=nodes,
             node_end=_node_ends(nodes),
@@ -81,7 +85,7 @@ def plan_rings(
             if end < makespan:
                 makespan, best = end, _in_order(columns, order)
     assert best is not None, "some order of the ranks gives a plan"
-    ranks = PackedRanks(lengths, *best, offload=layout.offload)
+    ranks = PackedRanks(lengths, *renamed(best, by_length), offload=layout.offload)
     return ranks, Certificate(makespan / costs.ticks_per_s, bound.seconds, bound.binding)
 
 
@@ -141,27 +145,24 @@ def _search(problem: Problem, pack: int, bound_s: float, most_peers: int | None,
     bound = ticks(problem.costs, bound_s)
     best: _Outcome | None = None
     for factor in _TARGETS:
-        if best is not None:
+        found = _Outcome(*_attempt(problem, work, alone, int(bound * factor), pack))
+        if found.fits:
+            best = found
             break
-        for tight in (True, False):
-            found = _Outcome(*_attempt(problem, work, alone, int(bound * factor), tight, pack))
-            if found.fits and (best is None or found.end < best.end):
-                best = found
-            if best is not None and best.end <= _GOOD_ENOUGH * bound:
-                break
     assert best is not None, "rings that follow each other always fit into a thousand times the bound"
-    if len(problem.slowness) <= MOST_RANKS:
-        searched = _assembled(problem, _searched(problem, alone, bound, pack, best, effort), pack)
+    if len(problem.slowness) <= MOST_RANKS and effort > 0:
+        searched = _assembled(problem, alone, _searched(problem, alone, bound, pack, best, effort), pack)
         if most_peers is None or _peers(searched[0]) <= most_peers:
             return searched
-    return _assembled(problem, best, pack)
+    return _assembled(problem, alone, best, pack)
 
 
-def _assembled(problem: Problem, found: _Outcome, pack: int) -> tuple[Columns, int]:
+def _assembled(problem: Problem, alone: Integers, found: _Outcome, pack: int) -> tuple[Columns, int]:
     """The columns, and when the last rank is done, ticks."""
     columns, makespan = assemble(
         problem.costs,
         problem.lengths,
+        alone,
         found.rings,
         found.slots,
         found.filling,
@@ -187,16 +188,19 @@ def _peers(columns: Columns) -> int:
 
 def _searched(problem: Problem, alone: Integers, bound: int, pack: int, first: _Outcome, effort: float) -> _Outcome:
     """The best of ``first`` and of what searches find from three beginnings."""
+    effort *= EFFORT / 4
     if first.end * 2000 <= bound * 2001 or len(problem.lengths) > _MOST_SEARCHED:
         return first
     ranks, count = len(problem.slowness), len(problem.lengths)
-    placed = np.ones(count, np.int64)
-    placed[first.rings.sequence] = first.rings.size
-    # from what was placed, from everything shared by all, and from nothing shared that need not be
     smallest = (problem.lengths + problem.costs.capacity - 1) // problem.costs.capacity
     best = first
-    for sizes, one_by_one in ((placed, False), (np.full(count, ranks), False), (smallest, True)):
-        found = _Outcome(*search(problem, alone, bound, pack, sizes, one_by_one, int(effort * EFFORT / 3)), True)
+    # from what was placed, from everything shared by all, and from the best of both, where order counts
+    for sizes, one_by_one, times in ((None, False, 2), (np.full(count, ranks), False, 1), (None, True, 4)):
+        if sizes is None:
+            sizes = smallest.copy()
+            sizes[best.rings.sequence] = best.rings.size
+        budget = int(times * effort)
+        found = _Outcome(*search(problem, alone, bound, pack, sizes, one_by_one, budget), True)
         best = found if found.end < best.end else best
     return best
 
@@ -207,30 +211,61 @@ def _times(costs: Coefficients, lengths: Integers, node_size: int, pack: int) ->
     work, alone = np.empty(len(lengths), np.int64), np.empty(len(lengths), np.int64)
     for sequence in range(len(lengths)):
         length = lengths[sequence]
+        if sequence and length == lengths[sequence - 1]:
+            work[sequence], alone[sequence] = work[sequence - 1], alone[sequence - 1]
+            continue
         recomputed = max(length, pack) > costs.keep_capacity
         work[sequence] = ticks(costs, least_work_s(costs, length, node_size))
         alone[sequence] = ticks(costs, shared_s(costs, length, 1, 1, False, False, recomputed))
     return work, alone
 
 
+class _Stacked(NamedTuple):
+    """Rings, slots and their filling for a target."""
+
+    rings: Rings
+    slots: Slots
+    filling: Filling
+    end: int
+    fits: bool
+    """Whether the rings end by the target at all; if not, the rest means nothing."""
+    share: float
+    """Of whole sequences in all work."""
+
+
 @compiled
 def _attempt(
-    problem: Problem, work: Integers, alone: Integers, target: int, tight: bool, pack: int
+    problem: Problem, work: Integers, alone: Integers, target: int, pack: int
 ) -> tuple[Rings, Slots, Filling, int, bool]:
-    """Rings, slots and their filling for a target, when the last rank ends, and whether rings end by the target at all."""
+    """Rings, slots and their filling for a target, when the last rank ends, and whether rings end by the target at all.
+
+    Rings are stacked evenly, and where little else can level their ends also tightly; the better counts.
+    """
+    found = _stacked(problem, work, alone, target, False, pack)
+    if not found.fits or found.share < _LEVELS_ALL:
+        tight = _stacked(problem, work, alone, target, True, pack)
+        if tight.fits and (not found.fits or tight.end <= found.end):
+            found = tight
+    return found.rings, found.slots, found.filling, found.end, found.fits
+
+
+@compiled
+def _stacked(problem: Problem, work: Integers, alone: Integers, target: int, tight: bool, pack: int) -> _Stacked:
+    """As ``_attempt``, with rings stacked one way or the other."""
     costs, lengths = problem.costs, problem.lengths
     fixed = ticks(costs, costs.micro_batch_s)
     is_shared = (lengths > costs.capacity) | (alone + fixed > target)
-    shared = problem.by_length[is_shared[problem.by_length]]
-    whole = problem.by_length[~is_shared[problem.by_length]]
+    shared, whole = np.flatnonzero(is_shared), np.flatnonzero(~is_shared)
     rings, load, fits = place_rings(
         costs, lengths, shared, work, problem.slowness, problem.node_end, problem.node_size, target, tight
     )
     if not fits:
-        return rings, Slots(load[:0], load[:0], load[:0]), Filling(load[:0], load[:0]), 0, False
+        none = load[:0]
+        return _Stacked(rings, Slots(none, none, none), Filling(none, none), 0, False, 0.0)
     slots = slots_between(rings, load, target)
     filling = fill(slots, lengths, whole, alone, problem.slowness, pack, fixed)
-    mean = (load.sum() + alone[whole].sum()) // len(load)
-    goal = max(load.max(), mean)
-    end = level(filling, load, lengths, alone, problem.slowness, pack, fixed, goal, _LEVELLING)
-    return rings, slots, filling, end, True
+    in_rings, in_packs = load.sum(), alone[whole].sum()
+    goal = max(load.max(), (in_rings + in_packs) // len(load))
+    budget = _LEVELLING + _LEVELLING_EACH * len(whole)
+    end = level(filling, load, lengths, alone, problem.slowness, pack, fixed, goal, budget)
+    return _Stacked(rings, slots, filling, end, True, in_packs / (in_rings + in_packs))

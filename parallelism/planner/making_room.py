@@ -11,6 +11,7 @@ from evermesh.parallelism.planner.compiling import compiled
 from evermesh.parallelism.planner.filling import Filling, Slots, inserted, members, put, slot_ticks
 from evermesh.parallelism.planner.mending import Flags
 from evermesh.parallelism.planner.rings import FOREVER, Floats, Integers, scaled
+from evermesh.parallelism.planner.sorting import longest_first
 
 
 @compiled
@@ -30,7 +31,7 @@ def make_room(
     ``room`` is what the sequences in every slot leave of it, and is used up. A slot ends later than it should only where no
     slot holds enough that others have time for. Then none of ``loose`` is left.
     """
-    for sequence in np.argsort(-lengths, kind="mergesort"):
+    for sequence in longest_first(lengths):
         if not loose[sequence]:
             continue
         slot = int(np.argmax(room))

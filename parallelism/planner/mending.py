@@ -14,6 +14,7 @@ from evermesh.parallelism.planner.compiling import compiled
 from evermesh.parallelism.planner.costs import Coefficients, is_recomputed, shared_s, ticks
 from evermesh.parallelism.planner.filling import Filling, Slots, members, slot_ticks
 from evermesh.parallelism.planner.rings import Floats, Integers, Rings, ranks_of, scaled
+from evermesh.parallelism.planner.sorting import longest_first
 
 Flags = NDArray[np.bool_]
 
@@ -245,7 +246,7 @@ def keep(
     room = slots.room.copy()
     for slot in range(count):
         room[slot] -= _relieve(filling, loose, slot, slots, lengths, alone, slowness, pack, fixed)
-    for sequence in np.argsort(-lengths, kind="mergesort"):
+    for sequence in longest_first(lengths):
         if not loose[sequence] or holder[sequence] < 0:
             continue
         rank = holder[sequence]

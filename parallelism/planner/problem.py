@@ -11,8 +11,7 @@ class Problem(NamedTuple):
 
     costs: Coefficients
     lengths: Integers
-    by_length: Integers
-    """Sequences, longest first, of equals the first."""
+    """Of every sequence, longest first."""
     slowness: Floats
     """What the time of every rank is multiplied by."""
     node_of: Integers

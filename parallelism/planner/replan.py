@@ -29,6 +29,7 @@ from evermesh.parallelism.planner.mending import (
 )
 from evermesh.parallelism.planner.moved import moved_between
 from evermesh.parallelism.planner.rings import Floats, Integers
+from evermesh.parallelism.planner.sorting import longest_first
 from evermesh.parallelism.planner.substitutes import substitute
 from evermesh.parallelism.pool import Pool
 from evermesh.parallelism.rank_work import PackedRanks
@@ -41,8 +42,8 @@ _WORTH_MOVING = 1.01
 """A new plan, which moves most sequences, must be faster than the mended one by that factor."""
 _SLOWER = 1.005
 """A rank that became slower than it was by that factor gives its places in rings away."""
-_LEVELLING = 1_200_000
-"""Comparisons to spend on exchanges between ranks; a few milliseconds."""
+_LEVELLING = 200_000
+"""Comparisons to spend on exchanges between ranks; about a millisecond."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +155,8 @@ def _mended(
     lengths = ranks.lengths
     if not len(lengths):
         return replace(plan, ranks=PackedRanks.of([()] * len(left), ()))
-    bound = bound_of(Coefficients.of(cost, layout, 1.0), lengths, np.asarray(left.speeds), left.largest_node)
+    ordered = lengths[longest_first(lengths)]
+    bound = bound_of(Coefficients.of(cost, layout, 1.0), ordered, np.asarray(left.speeds), left.largest_node)
     costs = Coefficients.of(cost, layout, bound.seconds * len(left))
     packed = Packed(*(getattr(ranks, column) for column in Packed._fields))
     nodes, was, slowness = np.asarray(pool.nodes, np.int64), 1.0 / np.asarray(pool.speeds), 1.0 / np.asarray(now)
@@ -223,4 +225,4 @@ def _filled(
     )
     make_room(filling, slots, room, lengths, loose, alone, slowness, pack, fixed)
     level(filling, load, lengths, alone, slowness, pack, fixed, max(goal, load.max()), _LEVELLING)
-    return columns_of(costs, lengths, rings, sharings, slots, filling, slowness, pack)
+    return columns_of(costs, lengths, alone, rings, sharings, slots, filling, slowness, pack)

@@ -1,10 +1,9 @@
-"""Plans of batches against what no plan can beat, restated and released peers, and proven optima; all times are simulated.
+"""Plans of batches against what no plan can beat, and restated and released peers; all times are simulated.
 
 Coefficients come from planner_cost.json: LLaMA-7B (GQA 8) with 8 H100 for each HDP rank, 400 and 300 TFLOP/s, 50 GB/s
 between nodes, 5 ms for each micro-batch. Batches are drawn from the published tables of ByteScale's corpora and, where
 EVERMESH_LENGTHS names a folder with them, from real samples. One core; planning times are of the planning thread, machine
-code compiled. EVERMESH_SEEDS (20) batches of each kind, EVERMESH_EXACT (24) small instances with EVERMESH_EXACT_S (10)
-seconds of solver each; peers plan one batch of each kind.
+code compiled. EVERMESH_SEEDS (20) batches of each kind; peers plan one batch of each kind.
 """
 
 import json
@@ -29,10 +28,6 @@ from tests.benchmarks.parallelism.lengths import available_corpora, large_batch
 COST = CostModel.model_validate(json.loads(Path(__file__).with_name("planner_cost.json").read_text()))
 CAPACITY = 8192
 SEEDS = int(os.environ.get("EVERMESH_SEEDS", "20"))
-EXACT = int(os.environ.get("EVERMESH_EXACT", "24"))
-EXACT_S = float(os.environ.get("EVERMESH_EXACT_S", "10"))
-_EFFORT = 40.0
-"""Times the usual search for small instances; a second or two for each."""
 _MOST_RANKS_OF_PEERS = 256
 """Peers in Python are not asked for more."""
 
@@ -72,7 +67,7 @@ class Planned(NamedTuple):
 
 
 def run() -> list[Row]:
-    """Quality and time of large batches, peers, and small instances against proven optima."""
+    """Quality and time of large batches, and of peers."""
     rows: list[Row] = []
     for kinds, goal, label in ((KINDS, 1.03, "longest <= a quarter of the ranks"), (HARD, 1.10, "longest > a quarter")):
         ratios = []
@@ -83,10 +78,10 @@ def run() -> list[Row]:
                 rows += _of_kind(f"{corpus}, {kind.name}", kind, found)
                 if corpus == "byted":
                     rows += _peers(f"{corpus}, {kind.name}", kind, corpus, found[0])
-        rows.append(exact_row(f"all: makespan/bound, geometric mean, {label}", _geomean(ratios), "", goal=1.01))
+        rows.append(exact_row(f"all: makespan/bound, geometric mean, {label}", geomean(ratios), "", goal=1.01))
         rows.append(exact_row(f"all: makespan/bound, worst, {label}", max(ratios), "", goal=goal))
     rows.append(exact_row("peak memory of a process that plans github, 1536 ranks", _peak_mib(), "MiB", goal=300))
-    return rows + _small()
+    return rows
 
 
 def _peak_mib() -> float:
@@ -116,7 +111,7 @@ def _of_kind(name: str, kind: Kind, found: Sequence[Planned]) -> list[Row]:
     most = times[min(len(times) - 1, math.ceil(0.99 * len(times)) - 1)]
     wire = max(len(one.plan.to_json()) for one in found[:3]) / 2**20
     return [
-        exact_row(f"{name}: makespan/bound, geometric mean", _geomean(ratios), "", goal=1.01),
+        exact_row(f"{name}: makespan/bound, geometric mean", geomean(ratios), "", goal=1.01),
         exact_row(f"{name}: makespan/bound, worst", max(ratios), ""),
         exact_row(f"{name}: planning time, median", 1e3 * statistics.median(times), "ms"),
         exact_row(f"{name}: planning time, p99", 1e3 * most, "ms", goal=goal_s),
@@ -156,34 +151,5 @@ def _peer(name: str, peer: str, ours: Planned, ratio: float, seconds: float) -> 
     ]
 
 
-def _small() -> list[Row]:
-    """Small instances: plans within half a percent of the optimum, as far as a solver can prove it."""
-    from tests.parallelism.planner.exact import optimum, random_instance  # a solver that the other rows do without
-
-    over: list[float] = []
-    usual: list[float] = []
-    proven = 0
-    for seed in range(EXACT):
-        lengths, layout, cost = random_instance(seed)
-        usual.append(plan_batch(lengths, layout, cost).certificate.makespan_s)
-        certificate = plan_batch(lengths, layout, cost, effort=_EFFORT).certificate
-        usual[-1] /= certificate.makespan_s
-        if certificate.ratio <= 1.005:
-            over.append(certificate.ratio)
-            proven += 1
-            continue
-        best = optimum(lengths, layout, cost, certificate.makespan_s, EXACT_S)
-        proven += best.found_s <= 1.005 * best.proven_s
-        over.append(certificate.makespan_s / min(best.found_s, certificate.makespan_s))
-    within = sum(ratio <= 1.005 for ratio in over)
-    return [
-        exact_row(f"{EXACT} small instances: solved to half a percent by bound or solver", proven, ""),
-        exact_row("small instances: plans within half a percent of the best known", within, "", goal=EXACT),
-        exact_row("small instances: usual effort over 40 times as much, geometric mean", _geomean(usual), ""),
-        exact_row("small instances: makespan over the best known, mean", statistics.mean(over), ""),
-        exact_row("small instances: makespan over the best known, worst", max(over), "", goal=1.005),
-    ]
-
-
-def _geomean(values: Sequence[float]) -> float:
+def geomean(values: Sequence[float]) -> float:
     return math.exp(statistics.fmean(map(math.log, values)))

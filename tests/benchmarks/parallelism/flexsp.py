@@ -2,21 +2,24 @@
 
 None of this is its code. 64 GPUs; a micro-batch is cut into groups of a power of two of them, 2 or more, which share
 sequences by heads; all wait for each other at its end. Times are milliseconds, those that the paper profiled for a model of
-7B parameters on A100-40G. The program is solved by HiGHS in place of SCIP, and groups of one size are used in order, which
-only takes equal solutions out.
+7B parameters on A100-40G. The program is solved as published, by SCIP (that of ortools) from the best plan with one size of
+groups, or in its favour by HiGHS, where groups of one size are used in order, which only takes equal solutions out.
 """
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from ortools.linear_solver import pywraplp  # type: ignore[import-untyped]
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import coo_array
 
 GPUS = 64
 SIZES = (2, 4, 8, 16, 32, 64)
+GROUPS = tuple(size for size in SIZES for _ in range(GPUS // size))
+"""All groups that there may be."""
 PAIR_MS, TOKEN_MS, FIXED_MS = 5.128e-6, 0.1839576, 629.3563
 BANDWIDTH_GBS = {2: 119.54, 4: 104.07, 8: 96.5, 16: 10.33, 32: 5.94, 64: 4.87}
 EXCHANGED_MB = 4 * 2 * 32 * 4096 * 2 / 2**20
@@ -159,54 +162,117 @@ def buckets(lengths: Sequence[int], most: int = BUCKETS) -> list[list[int]]:
     return found[::-1]
 
 
-class _Program(NamedTuple):
-    """Rows of an integer program: sums of coefficients times variables, and what they lie between."""
+class Program(NamedTuple):
+    """The integer program of one micro-batch.
+
+    Variables: how many sequences of each of Q buckets every one of P possible groups gets, [Q, P], which groups there are,
+    [P], and when the last one ends, milliseconds, which is least.
+    """
 
     rows: list[tuple[dict[int, float], float, float]]
+    """Coefficients of variables, and what their sum lies between."""
+    alike: list[tuple[dict[int, float], float, float]]
+    """More of them, which take equal solutions out: groups of one size are used in order."""
+    upper: list[float]
+    """Of every variable; all begin at 0."""
+    start: list[float] | None
+    """The variables of the best plan with one size of groups, if buckets let there be one."""
 
-    def constraint(self, variables: int) -> LinearConstraint:
-        entries = [(r, v, value) for r, (row, _, _) in enumerate(self.rows) for v, value in row.items()]
-        r, v, values = zip(*entries, strict=True)
-        matrix = coo_array((values, (r, v)), shape=(len(self.rows), variables))
-        return LinearConstraint(matrix.tocsr(), [row[1] for row in self.rows], [row[2] for row in self.rows])
+
+Solver = Callable[[Program, float], list[float] | None]
+"""Variables of the best solution found within so many seconds; None: it found none."""
 
 
-def program_plan(lengths: Sequence[int], limit_s: float) -> MicroBatch | None:
-    """The integer program of one micro-batch; None where no solution was found in time.
-
-    Variables: how many sequences of each bucket every possible group gets, which groups there are, and the end.
-    """
-    found = buckets(lengths)
-    bounds = [bucket[-1] for bucket in found]
-    sizes = [size for size in SIZES for _ in range(GPUS // size)]
-    share = len(found) * len(sizes)
-    end = share + len(sizes)
-    program = _Program([])
-    for q, bucket in enumerate(found):
-        program.rows.append((dict.fromkeys(range(q * len(sizes), (q + 1) * len(sizes)), 1.0), len(bucket), len(bucket)))
-    for p, size in enumerate(sizes):
-        of_group = {q * len(sizes) + p: 1.0 for q in range(len(found))}
-        times = {q * len(sizes) + p: sequence_ms(bounds[q], size) for q in range(len(found))}
-        tokens = {q * len(sizes) + p: float(bounds[q]) for q in range(len(found))}
-        program.rows.append(({**times, end: -1.0}, -np.inf, 0.0))
-        program.rows.append((tokens, -np.inf, float(size * CAPACITY)))
-        program.rows.append(({**of_group, share + p: -float(len(lengths))}, -np.inf, 0.0))
-        program.rows.append(({**of_group, share + p: -1.0}, 0.0, np.inf))
-        if p and sizes[p - 1] == size:
-            program.rows.append(({share + p - 1: 1.0, share + p: -1.0}, 0.0, np.inf))
-    program.rows.append(({share + p: float(size) for p, size in enumerate(sizes)}, GPUS, GPUS))
-    upper = [len(found[q]) if fits(bounds[q], size) else 0 for q in range(len(found)) for size in sizes]
+def by_highs(program: Program, limit_s: float) -> list[float] | None:
+    """By the solver of SciPy, with the rows that take equal solutions out, from nothing."""
+    rows, variables = program.rows + program.alike, len(program.upper)
+    entries = [(r, v, value) for r, (row, _, _) in enumerate(rows) for v, value in row.items()]
+    r, v, values = zip(*entries, strict=True)
+    matrix = coo_array((values, (r, v)), shape=(len(rows), variables))
     answer = milp(
-        np.eye(1, end + 1, end).ravel(),
-        integrality=np.append(np.ones(end), 0),
-        bounds=Bounds(np.zeros(end + 1), np.array([*upper, *[1] * len(sizes), np.inf])),
-        constraints=program.constraint(end + 1),
+        np.eye(1, variables, variables - 1).ravel(),
+        integrality=np.append(np.ones(variables - 1), 0),
+        bounds=Bounds(np.zeros(variables), np.array(program.upper)),
+        constraints=LinearConstraint(matrix.tocsr(), [row[1] for row in rows], [row[2] for row in rows]),
         options={"time_limit": limit_s},
     )
-    if answer.x is None:
+    return None if answer.x is None else [float(value) for value in answer.x]
+
+
+def by_scip(program: Program, limit_s: float) -> list[float] | None:
+    """By the solver of the paper, from the best plan with one size of groups; the limit is of processor time."""
+    solver = pywraplp.Solver.CreateSolver("SCIP")
+    solver.SetSolverSpecificParametersAsString("timing/clocktype = 1\n")
+    solver.SetTimeLimit(int(1e3 * limit_s))
+    end = len(program.upper) - 1
+    variables = [solver.IntVar(0, most, "") for most in program.upper[:end]]
+    variables.append(solver.NumVar(0, program.upper[end], ""))
+    for row, low, high in program.rows:
+        constraint = solver.Constraint(low, high)
+        for v, value in row.items():
+            constraint.SetCoefficient(variables[v], value)
+    solver.Minimize(variables[end])
+    if program.start is not None:
+        solver.SetHint(variables, program.start)
+    if solver.Solve() not in (pywraplp.Solver.OPTIMAL, pywraplp.Solver.FEASIBLE):
         return None
-    counts = np.rint(answer.x[:share]).astype(int).reshape(len(found), len(sizes))
-    groups: MicroBatch = [(size, []) for size in sizes]
+    return [variable.solution_value() for variable in variables]
+
+
+def program_of(found: Sequence[Sequence[int]]) -> Program:
+    """The program of a micro-batch with these buckets, ascending inside; a sequence counts as the longest of its bucket."""
+    bounds, number = [bucket[-1] for bucket in found], sum(map(len, found))
+    share = len(found) * len(GROUPS)
+    end = share + len(GROUPS)
+    rows: list[tuple[dict[int, float], float, float]] = []
+    for q, bucket in enumerate(found):
+        every = range(q * len(GROUPS), (q + 1) * len(GROUPS))
+        rows.append((dict.fromkeys(every, 1.0), len(bucket), len(bucket)))
+    for p, size in enumerate(GROUPS):
+        own = {q * len(GROUPS) + p: bound for q, bound in enumerate(bounds)}
+        of_group = dict.fromkeys(own, 1.0)
+        rows.append(({**{v: sequence_ms(bound, size) for v, bound in own.items()}, end: -1.0}, -math.inf, 0.0))
+        rows.append(({v: float(bound) for v, bound in own.items()}, -math.inf, float(size * CAPACITY)))
+        rows.append(({**of_group, share + p: -float(number)}, -math.inf, 0.0))
+        rows.append(({**of_group, share + p: -1.0}, 0.0, math.inf))
+    rows.append(({share + p: float(size) for p, size in enumerate(GROUPS)}, GPUS, GPUS))
+    alike = [
+        ({share + p - 1: 1.0, share + p: -1.0}, 0.0, math.inf)
+        for p, (before, size) in enumerate(itertools.pairwise(GROUPS), 1)
+        if before == size
+    ]
+    upper = [float(len(bucket)) if fits(bucket[-1], size) else 0.0 for bucket in found for size in GROUPS]
+    return Program(rows, alike, [*upper, *[1.0] * len(GROUPS), math.inf], _start(found))
+
+
+def _start(found: Sequence[Sequence[int]]) -> list[float] | None:
+    """The variables of the best plan with one size of groups."""
+    bounds = [bucket[-1] for bucket in found]
+    best, best_ms = None, math.inf
+    for size in SIZES:
+        groups = _emptiest_fit([bound for bucket in found for bound in [bucket[-1]] * len(bucket)], size)
+        if groups is None or not all(of_group for _, of_group in groups) or (ms := micro_batch_ms(groups)) >= best_ms:
+            continue
+        first = GROUPS.index(size)
+        counts = np.zeros((len(found), len(GROUPS)))
+        for p, (_, of_group) in enumerate(groups, first):
+            for bound in of_group:
+                counts[bounds.index(bound), p] += 1
+        if [int(row.sum()) for row in counts] != [len(bucket) for bucket in found]:
+            continue  # two buckets have the same longest sequence
+        there = [float(first <= p < first + len(groups)) for p in range(len(GROUPS))]
+        best, best_ms = [*counts.ravel().tolist(), *there, ms - FIXED_MS], ms
+    return best
+
+
+def program_plan(lengths: Sequence[int], limit_s: float, solver: Solver = by_highs) -> MicroBatch | None:
+    """What the integer program makes of one micro-batch; None where no solution was found in time."""
+    found = buckets(lengths)
+    solution = solver(program_of(found), limit_s)
+    if solution is None:
+        return None
+    counts = np.rint(solution[: len(found) * len(GROUPS)]).astype(int).reshape(len(found), len(GROUPS))
+    groups: MicroBatch = [(size, []) for size in GROUPS]
     for bucket, row in zip(found, counts, strict=True):
         rest = iter(bucket)
         for p, count in enumerate(row):
@@ -214,7 +280,9 @@ def program_plan(lengths: Sequence[int], limit_s: float) -> MicroBatch | None:
     return [group for group in groups if group[1]]
 
 
-def flexsp_plan(lengths: Sequence[int], limit_s: float) -> tuple[list[MicroBatch] | None, int]:
+def flexsp_plan(
+    lengths: Sequence[int], limit_s: float, solver: Solver = by_highs
+) -> tuple[list[MicroBatch] | None, int]:
     """The best plan over numbers of micro-batches, and how many programs were solved.
 
     A number of micro-batches whose fixed times and evenly spread work alone exceed the best plan is left out.
@@ -226,7 +294,7 @@ def flexsp_plan(lengths: Sequence[int], limit_s: float) -> tuple[list[MicroBatch
             break
         plan: list[MicroBatch] = []
         for chunk in chunks(lengths, number):
-            groups = program_plan(chunk, limit_s)
+            groups = program_plan(chunk, limit_s, solver)
             solved += 1
             if groups is None:
                 break

@@ -40,10 +40,11 @@ def test_chunks_are_neighbours_by_length_with_as_few_tokens_as_can_be() -> None:
     assert max(map(sum, found)) == least
 
 
+@pytest.mark.parametrize("solver", [flexsp.by_highs, flexsp.by_scip])
 @pytest.mark.parametrize(
     "lengths", [[400_000], [200_000, 150_000], [200_000, 60_000, 30_000], [90_000, 50_000, 40_000, 9]]
 )
-def test_the_program_finds_the_best_groups(lengths: list[int]) -> None:
+def test_the_program_finds_the_best_groups(lengths: list[int], solver: flexsp.Solver) -> None:
     """Of all ways to give every sequence one of up to four groups that use all GPUs."""
     best = min(
         flexsp.micro_batch_ms(groups)
@@ -57,7 +58,7 @@ def test_the_program_finds_the_best_groups(lengths: list[int]) -> None:
         ]
         if all(flexsp.fits(sum(of_group), size) for size, of_group in groups)
     )
-    found = flexsp.program_plan(lengths, 10.0)
+    found = flexsp.program_plan(lengths, 10.0, solver)
     assert found is not None
     flexsp.check([found], lengths)
     assert flexsp.micro_batch_ms(found) == pytest.approx(best)
