@@ -53,7 +53,8 @@ def gathered_backward(
     dq_THD = torch.zeros_like(q_THD, dtype=accumulate)
     gradient_S2KD = torch.zeros_like(seen_S2KD, dtype=accumulate)
     for queries, keys, mask in _visible(ring.share(ring.index), ring.window):
-        part = Forward(q_THD[queries], *seen_S2KD[keys].unbind(1), out_THD[queries], lse_HT[:, queries])
+        k, v = seen_S2KD[keys].unbind(1)
+        part = Forward(q_THD[queries], k, v, out_THD[queries], lse_HT[:, queries])
         dq, dk, dv = block_backward(kernel, grad_THD[queries], part, mask)
         dq_THD[queries] += dq
         gradient_S2KD[keys, 0] += dk

@@ -57,10 +57,11 @@ class SharedSequence:
         Where heads are divided the latter has the tokens of all neighbours, and the heads of this rank.
         """
         q, k, v = inputs if self.group is None else self.group.to_heads(inputs, communicator, FORWARD)
-        done = Forward(q, k, v, *self._attend(q, k, v, kernel, communicator))
+        out, lse = self._attend(q, k, v, kernel, communicator)
+        done = Forward(q, k, v, out, lse)
         if self.group is None:
-            return done.out_THD, done
-        (out_THD,) = self.group.to_tokens([done.out_THD], [inputs[0].shape[1]], communicator, FORWARD)
+            return out, done
+        (out_THD,) = self.group.to_tokens([out], [inputs[0].shape[1]], communicator, FORWARD)
         return out_THD, done
 
     def exchanged(self, grad_THD: Tensor, done: Forward, communicator: Communicator) -> tuple[Tensor, Forward]:
@@ -70,8 +71,8 @@ class SharedSequence:
         """
         if self.group is None:
             return grad_THD, done
-        grad, *others = self.group.to_heads([grad_THD, *done[:4]], communicator, BACKWARD)
-        return grad, Forward(*others, done.lse_HT)
+        grad, q, k, v, out = self.group.to_heads([grad_THD, *done[:4]], communicator, BACKWARD)
+        return grad, Forward(q, k, v, out, done.lse_HT)
 
     def exchanged_gradient(self, grad_THD: Tensor, communicator: Communicator) -> Tensor:
         """``grad`` as ``backward`` takes it. Collective where heads are divided."""

@@ -92,6 +92,6 @@ def test_a_run_has_the_losses_of_one_worker_and_the_ledger_of_the_formula(
 
 def test_a_model_whose_heads_cannot_be_divided_is_refused() -> None:
     check_model(Layout(hdp=4, ulysses=8, gathers_keys=True), MANY_HEADS)
-    with pytest.raises(LayoutDoesNotFit, match="Set layout.ulysses to 1 or 2 or 4") as error:
+    with pytest.raises(LayoutDoesNotFit, match=r"Set layout\.ulysses to 1 or 2 or 4") as error:
         check_model(Layout(hdp=4, tp=2, ulysses=8), MANY_HEADS)
     assert error.value.axis == "ulysses"
