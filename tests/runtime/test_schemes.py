@@ -46,7 +46,7 @@ def _losses(corpus: Path, model: str) -> list[float]:
         ("window", "heads", {"hdp": 4, "ulysses": 8}, (4, 4, False)),
         ("window", "gathering", {"hdp": 4, "gathers_keys": True, "activations": "recompute"}, (4, 1, True)),
         (
-            "tied",
+            "window",
             "heads",
             {"hdp": 4, "ulysses": 2, "activations": ["offload", "keep", "recompute", "offload"], "offload": 0.5},
             (4, 2, False),
