@@ -13,7 +13,16 @@ from evermesh.launcher.run_directory import Run
 from evermesh.runtime.telemetry import StepReport, read_telemetry
 
 _TAIL_BYTES = 1 << 16
-_PURPOSES = {"ring forward": "rings", "ring backward": "rings", "ring gradients": "rings"}
+_PURPOSES = {
+    "ring forward": "rings",
+    "ring backward": "rings",
+    "ring gradients": "rings",
+    "gather forward": "gathered keys",
+    "gather backward": "gathered keys",
+    "gather gradients": "gathered keys",
+    "heads forward": "heads",
+    "heads backward": "heads",
+}
 """Names of call sites in the summary, where they differ."""
 
 

@@ -47,6 +47,15 @@ def share_of(length: int, ring_size: int, index: int) -> Share:
     return Share(_chunk(length, ring_size, index), _chunk(length, ring_size, 2 * ring_size - 1 - index))
 
 
+def joint_share(length: int, ring_size: int, first: int, number: int) -> Share:
+    """What ``number`` consecutive members hold together, from member ``first`` on: again one head and one tail.
+
+    In the order of the sequence the heads lie in the order of the members, the tails in the opposite one.
+    """
+    outer, inner = share_of(length, ring_size, first), share_of(length, ring_size, first + number - 1)
+    return Share((outer.head[0], inner.head[1]), (inner.tail[0], outer.tail[1]))
+
+
 def _chunk(length: int, ring_size: int, chunk: int) -> tuple[int, int]:
     return _chunk_start(length, ring_size, chunk), _chunk_start(length, ring_size, chunk + 1)
 

@@ -1,22 +1,20 @@
 """What a batch plan sends, by formula: the ledger of a run must show exactly this.
 
-Nothing here looks at the code that communicates. Shape of a block: keys and values of some tokens in one layer, so
-2 x tokens x KV heads of a rank x head size elements.
+Nothing here looks at the code that communicates. What attention sends is in ``attention.traffic``.
 """
 
-import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from evermesh.parallelism.attention.traffic import AttentionSizes, sequence_traffic
 from evermesh.parallelism.batch_plan import BatchPlan, MicroBatch
 from evermesh.parallelism.experts.placement import Placement
 from evermesh.parallelism.experts.traffic import ExpertGroup, copy_traffic, document_traffic, expert_traffic
 from evermesh.parallelism.layout import Layout
 from evermesh.parallelism.ledger import Traffic, collective_traffic
-from evermesh.parallelism.links import Operation, Tier, tiers_from
+from evermesh.parallelism.links import Operation, tiers_from
 from evermesh.parallelism.mesh import Mesh
-from evermesh.parallelism.pieces import share_of
 from evermesh.parallelism.pipeline.schedule import PipelineSchedule
 from evermesh.parallelism.tensor.sharding import chunk_lengths, padded_length
 from evermesh.parallelism.tiers_traffic import Rounds, SetSizes, alike, owners_traffic
@@ -50,6 +48,8 @@ class StageSizes:
     expert_layers: tuple[int, ...] = ()
     repeated_attention: int = 0
     """Layers whose attention is computed again in the backward pass."""
+    offloaded_attention: int = 0
+    """Layers whose attention output waits on the host, so that it is not computed again."""
     repeated_experts: tuple[int, ...] = ()
     """Layers whose experts are computed again."""
     chunked: TensorCalls = _NO_CALLS
@@ -83,6 +83,9 @@ class TrainedModel:
     """Of each of the three matrices of one expert, on one rank."""
     tied_elements: tuple[int, ...] = ()
     """Of the embedding, by tensor-parallel rank, where another rank has a copy of it."""
+    query_elements: int = 0
+    """Of queries of one token in one layer, all heads; needed where ranks divide heads, like ``head_size``."""
+    head_size: int = 0
     buckets: tuple[int, ...] = ()
     """Numbers of tokens that micro-batches are padded to; none: as few as the ranks that share them need."""
 
@@ -135,7 +138,7 @@ def plan_traffic(
     mesh, parts = model.mesh, list[Traffic]()
     for group in mesh.groups("hdp"):
         stage = model.stages[mesh.coordinates(group[0]).pp]
-        parts += _rings(plan, model, stage, [nodes[rank] for rank in group])
+        parts += _shared_sequences(plan, model, stage, [nodes[rank] for rank in group])
         parts += _owners(plan, AXIS, group, model, nodes, choices, committed=committed)
     for group in mesh.groups("tp"):
         place = mesh.coordinates(group[0])
@@ -310,52 +313,29 @@ def pipeline_traffic(
                     yield Traffic(call_site, "send", PIPELINE_AXIS, tier, num_bytes, num_bytes, 1)
 
 
-def _rings(plan: BatchPlan, model: TrainedModel, stage: StageSizes, nodes: Sequence[int]) -> Iterator[Traffic]:
-    rings = {
-        (piece.sequence, piece.ring, micro_batch.recompute == "block")
+def _shared_sequences(
+    plan: BatchPlan, model: TrainedModel, stage: StageSizes, nodes: Sequence[int]
+) -> Iterator[Traffic]:
+    """What the attention of one stage sends, between the HDP ranks with these nodes."""
+    tp = model.layout.tp
+    sizes = AttentionSizes(
+        layers=stage.layers,
+        repeated=stage.repeated_attention,
+        offloaded=stage.offloaded_attention,
+        query_elements=model.query_elements // tp,
+        key_value_elements=model.key_value_elements // tp,
+        head_elements=2 * model.head_size,
+        bytes_per_element=model.bytes_per_element,
+    )
+    shared = {
+        piece.sequence: (piece, micro_batch.recompute == "block")
         for micro_batches in plan.ranks
         for micro_batch in micro_batches
         for piece in micro_batch.pieces
         if len(piece.ring) > 1
     }
-    elements = model.key_value_elements // model.layout.tp
-    for sequence, ring, recomputed in rings:
-        for part in _ring(plan.lengths[sequence], ring, nodes):
-            if part.num_tokens:  # empty messages are not sent
-                each = (
-                    model.bytes_per_element if part.call_site != "ring gradients" else max(4, model.bytes_per_element)
-                )
-                is_repeated = recomputed and part.call_site == "ring forward"
-                calls = stage.layers + (stage.repeated_attention if is_repeated else 0)
-                num_bytes = part.num_tokens * elements * each
-                yield Traffic(part.call_site, "send", AXIS, part.tier, calls * num_bytes, calls * num_bytes, calls)
-
-
-class _RingMessage(NamedTuple):
-    call_site: str
-    tier: Tier
-    num_tokens: int
-
-
-def _ring(length: int, ring: Sequence[int], nodes: Sequence[int]) -> Iterator[_RingMessage]:
-    """Messages of one layer for one sequence.
-
-    The block of an owner visits every other member. Members before the owner need all of it, those behind it only its
-    head. Its gradient starts at the member before the owner and is handed on until it is home; that of the first owner
-    is only ever the head's, because nobody else sees its tail.
-    """
-    size = len(ring)
-    for owner, receiver in itertools.product(range(size), repeat=2):
-        share = share_of(length, size, owner)
-        sender = ring[(receiver + 1) % size]
-        tier = tiers_from(sender, nodes)[ring[receiver]]
-        if receiver != owner:
-            visible = share.num_tokens if receiver < owner else share.head_tokens
-            yield _RingMessage("ring forward", tier, visible)
-            yield _RingMessage("ring backward", tier, visible)
-        if receiver != (owner - 1) % size:
-            carried = share.num_tokens if owner else share.head_tokens
-            yield _RingMessage("ring gradients", tier, carried)
+    for sequence, (piece, recomputed) in shared.items():
+        yield from sequence_traffic(plan.lengths[sequence], piece, sizes, nodes, recomputed=recomputed)
 
 
 def _documents(plan: BatchPlan, pp: int, model: TrainedModel, nodes: Sequence[int]) -> Iterator[Traffic]:

@@ -151,9 +151,10 @@ def _check_sharing(sequence: int, pieces: dict[int, Piece], layout: Layout, pool
     ring, (heads, gathers) = next(iter(pieces.values())).ring, schemes.pop()
     if heads < 1 or len(ring) % heads:
         raise PlanInvalid(f"{heads} neighbours divide heads in the ring of {len(ring)} of sequence {sequence}.")
-    if heads > layout.ulysses:
+    if layout.ulysses % heads:
         raise PlanInvalid(
-            f"{heads} neighbours divide heads in the ring of sequence {sequence}; layout.ulysses is {layout.ulysses}."
+            f"{heads} neighbours divide heads in the ring of sequence {sequence}; layout.ulysses is {layout.ulysses}, and "
+            "only its divisors are allowed."
         )
     if gathers and not layout.gathers_keys:
         raise PlanInvalid(f"sequence {sequence} gathers its keys and values, which layout.gathers_keys does not allow.")

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from evermesh.parallelism.errors import LayoutDoesNotFit
 from evermesh.parallelism.experts.sharding import check_degrees
+from evermesh.parallelism.heads import check_heads
 from evermesh.parallelism.layout import Layout
 from evermesh.parallelism.mesh import Mesh
 from evermesh.runtime.deepspeed_engine.checks import check_config, check_installed
@@ -44,15 +45,10 @@ def check_model(layout: Layout, model: "ModelConfig") -> None:
             "many, or give one word for all.",
             axis="activations",
         )
-    if layout.ulysses > 1 or layout.gathers_keys:
-        raise LayoutDoesNotFit(
-            f"layout.ulysses is {layout.ulysses} and layout.gathers_keys {layout.gathers_keys}: they can be planned and "
-            "simulated, but the trainer's rings only pass keys and values around. Leave them out.",
-            axis="ulysses",
-        )
     check_deepspeed_degrees(layout)
     _check_chunks(layout)
     DECODER_SHARDING.check_degree(layout.tp, model.model_dump())
+    check_heads(layout, model.heads, model.kv_heads)
     stage_parts(model, layout, nominal_costs(model, model.vocabulary or 1))
     if layout.hot_experts and layout.ep == 1:
         raise LayoutDoesNotFit(

@@ -35,6 +35,11 @@ OPERATIONS: tuple[tuple[str, Operation, str], ...] = (
     ("ring forward", "send", "hdp"),
     ("ring backward", "send", "hdp"),
     ("ring gradients", "send", "hdp"),
+    ("gather forward", "send", "hdp"),
+    ("gather backward", "send", "hdp"),
+    ("gather gradients", "send", "hdp"),
+    ("heads forward", "send", "hdp"),
+    ("heads backward", "send", "hdp"),
     ("tensor forward", "all_gather", "tp"),
     ("tensor forward", "reduce_scatter", "tp"),
     ("tensor backward", "all_gather", "tp"),
@@ -145,6 +150,8 @@ def trained_model(
         layout=layout,
         hidden=model.hidden,
         key_value_elements=2 * model.kv_heads * model.head_size,
+        query_elements=model.heads * model.head_size,
+        head_size=model.head_size,
         bytes_per_element=getattr(torch, config.dtype).itemsize,
         stages=stages,
         buckets=config.buckets,
@@ -186,6 +193,7 @@ def _stage_sizes(
         sets=tuple(_set_sizes(model, parts, held.layout, with_norms=with_norms) for held in sets),
         expert_layers=expert_layers,
         repeated_attention=sum(layout.activations_of(layer) == "recompute" for layer in layers),
+        offloaded_attention=sum(layout.activations_of(layer) == "offload" for layer in layers),
         repeated_experts=tuple(layer for layer in expert_layers if layout.activations_of(layer) != "keep"),
     )
 

@@ -16,15 +16,23 @@ Source: Liu et al., Ring Attention with Blockwise Transformers (arXiv 2310.01889
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from evermesh.parallelism.attention.blocks import (
+    Mask,
+    Softmax,
+    accumulation_dtype,
+    block_backward,
+    block_forward,
+    wait,
+)
 from evermesh.parallelism.attention.kernels import AttentionKernel, Forward, Gradients, kernel_for
-from evermesh.parallelism.attention.window import Band, band_blocks
+from evermesh.parallelism.attention.window import band_blocks
 from evermesh.parallelism.collectives import Communicator
-from evermesh.parallelism.pieces import Share, share_of
+from evermesh.parallelism.pieces import Share, joint_share
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -42,10 +50,12 @@ class Ring:
     """Position of this rank in ``members``."""
     window: int | None = None
     """Tokens that a token attends to, itself included; None: all before it."""
+    together: int = 1
+    """So many consecutive ranks, of whom one is a member here, hold together what a member holds."""
 
     def share(self, index: int) -> Share:
         """What member ``index`` holds."""
-        return share_of(self.length, len(self.members), index)
+        return joint_share(self.length, len(self.members) * self.together, index * self.together, self.together)
 
     @property
     def previous(self) -> int:
@@ -112,13 +122,13 @@ def ring_forward(
     """Output [T, H, D] and log-sum-exp [H, T] of this member's queries over the whole sequence. Collective."""
     own = ring.share(ring.index)
     assert own.num_tokens == q_THD.shape[0], f"{q_THD.shape[0]} tokens given, the share of this member is {own}"
-    softmax = _Softmax(q_THD)
+    softmax = Softmax(q_THD)
     block = torch.stack([k_TKD, v_TKD])
     for step in range(len(ring.members)):
         arriving, works = _pass_on(block, ring, step, communicator, "ring forward")
         for queries, keys, mask in _visible(ring, step):
-            softmax.join(queries, *_forward(kernel, q_THD[queries], block[0, keys], block[1, keys], mask))
-        _wait(works)
+            softmax.join(queries, *block_forward(kernel, q_THD[queries], block[0, keys], block[1, keys], mask))
+        wait(works)
         block = arriving
     return softmax.out_THD.to(q_THD.dtype), softmax.lse_HT
 
@@ -128,7 +138,7 @@ def ring_backward(
 ) -> Gradients:
     """Gradients of this member's q, k and v. Collective, like ``ring_forward``."""
     q_THD, k_TKD, v_TKD, out_THD, lse_HT = done
-    accumulate = _accumulation_dtype(q_THD.dtype)
+    accumulate = accumulation_dtype(q_THD.dtype)
     dq_THD = torch.zeros_like(q_THD, dtype=accumulate)
     block = torch.stack([k_TKD, v_TKD])
     own_gradient = torch.zeros_like(block, dtype=accumulate)
@@ -138,7 +148,7 @@ def ring_backward(
         gradient = torch.zeros_like(block, dtype=accumulate)
         for queries, keys, mask in _visible(ring, step):
             part = Forward(q_THD[queries], block[0, keys], block[1, keys], out_THD[queries], lse_HT[:, queries])
-            dq, dk, dv = _backward(kernel, grad_THD[queries], part, mask)
+            dq, dk, dv = block_backward(kernel, grad_THD[queries], part, mask)
             dq_THD[queries] += dq
             gradient[0, keys] += dk
             gradient[1, keys] += dv
@@ -146,29 +156,11 @@ def ring_backward(
             own_gradient += gradient
         else:
             carried.add(step, gradient)
-        _wait(works)
+        wait(works)
         block = arriving
     own_gradient += carried.come_home()
     dk_TKD, dv_TKD = own_gradient.to(k_TKD.dtype)
     return dq_THD.to(q_THD.dtype), dk_TKD, dv_TKD
-
-
-class _Softmax:
-    """Joins blocks of one softmax by their log-sum-exp (Milakov and Gimelshein, arXiv 1805.02867)."""
-
-    def __init__(self, q_THD: Tensor) -> None:
-        tokens, heads, _ = q_THD.shape
-        dtype = _accumulation_dtype(q_THD.dtype)
-        self.out_THD = torch.zeros_like(q_THD, dtype=dtype)
-        self.lse_HT = torch.full((heads, tokens), float("-inf"), dtype=dtype, device=q_THD.device)
-
-    def join(self, queries: slice, out_THD: Tensor, lse_HT: Tensor) -> None:
-        """Add a block that covers the given queries."""
-        old = self.lse_HT[:, queries]
-        new = torch.logaddexp(old, lse_HT.to(old.dtype))
-        weight_old, weight_block = (torch.exp(x - new).T.unsqueeze(-1) for x in (old, lse_HT))
-        self.out_THD[queries] = self.out_THD[queries] * weight_old + out_THD * weight_block
-        self.lse_HT[:, queries] = new
 
 
 class _CarriedGradients:
@@ -182,7 +174,7 @@ class _CarriedGradients:
 
     def add(self, step: int, gradient: Tensor) -> None:
         """Add this member's gradient of the block it holds at ``step`` and send the sum on."""
-        _wait(self.works)
+        wait(self.works)
         total = self.received
         if total is None:
             total = self.like.new_zeros(2, self._tokens(self.ring.owner(step)), *self.like.shape[2:])
@@ -198,7 +190,7 @@ class _CarriedGradients:
 
     def come_home(self) -> Tensor:
         """The sum of all other members' gradients of this member's own block, padded with zeros to its size."""
-        _wait(self.works)
+        wait(self.works)
         home = torch.zeros_like(self.like)
         if self.received is not None:
             home[:, : self.received.shape[1]] = self.received
@@ -227,10 +219,7 @@ def _pass_on(
     return arriving, works
 
 
-_Mask = Band | Literal["causal", "all"]
-
-
-def _visible(ring: Ring, step: int) -> Iterator[tuple[slice, slice, _Mask]]:
+def _visible(ring: Ring, step: int) -> Iterator[tuple[slice, slice, Mask]]:
     """Which local queries see which keys of the block of this step, and how; nothing where they see none."""
     own, owner = ring.share(ring.index), ring.share(ring.owner(step))
     is_behind = ring.owner(step) > ring.index
@@ -243,26 +232,3 @@ def _visible(ring: Ring, step: int) -> Iterator[tuple[slice, slice, _Mask]]:
     if queries.start < queries.stop and keys.stop:
         # local tokens ascend, so the causal mask of the local block is the plain one
         yield queries, keys, "causal" if step == 0 else "all"
-
-
-def _forward(
-    kernel: AttentionKernel, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, mask: _Mask
-) -> tuple[Tensor, Tensor]:
-    if isinstance(mask, Band):
-        return kernel.forward_band(q_THD, k_TKD, v_TKD, mask)
-    return kernel.forward(q_THD, k_TKD, v_TKD, causal=mask == "causal")
-
-
-def _backward(kernel: AttentionKernel, grad_THD: Tensor, done: Forward, mask: _Mask) -> Gradients:
-    if isinstance(mask, Band):
-        return kernel.backward_band(grad_THD, done, mask)
-    return kernel.backward(grad_THD, done, causal=mask == "causal")
-
-
-def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
-
-
-def _wait(works: "Sequence[dist.Work]") -> None:
-    for work in works:
-        work.wait()

@@ -9,6 +9,8 @@ Korthikanti et al. (arXiv 2205.05198, equation 1, attention scores apart) has th
 
 A mixture keeps its rows instead: what is sent to the experts and comes back, C each for every choice of a token, and the
 inner activations of the chosen experts.
+
+Where ranks divide heads, the attention output is kept twice: inside attention with some heads, outside with some tokens.
 """
 
 import functools
@@ -47,7 +49,8 @@ def block_tokens(
     shape: ModelShape, layout: Layout, layer: int, precision: Precision, imbalance: float = 1.0
 ) -> BlockTokens:
     """Of the block of ``layer``; ``imbalance`` is the most rows that experts of a rank get over the mean."""
-    share = _Share(layout.tp, layout.etp, layout.activations_of(layer), layout.offload, imbalance)
+    policy, outputs = layout.activations_of(layer), 2 if layout.ulysses > 1 else 1
+    share = _Share(layout.tp, layout.etp, policy, layout.offload, imbalance, outputs)
     return _block_tokens(shape, shape.has_experts(layer), share, precision)
 
 
@@ -59,13 +62,14 @@ class _Share(NamedTuple):
     policy: ActivationPolicy
     offload: float
     imbalance: float
+    attention_outputs: int
 
 
 @functools.lru_cache(maxsize=4096)
 def _block_tokens(shape: ModelShape, has_experts: bool, share: _Share, precision: Precision) -> BlockTokens:
     size, tp = precision.element_bytes, share.tp
     experts = shape.experts if has_experts else None
-    keep = _kept_by_attention(shape, tp, precision)
+    keep = _kept_by_attention(shape, share, precision)
     keep += _kept_by_mixture(shape, experts, share, precision) if experts else _kept_by_ffn(shape, tp, precision)
     block_input = shape.hidden * size / tp
     inner = experts.active_ffn if experts else shape.ffn
@@ -77,12 +81,12 @@ def _block_tokens(shape: ModelShape, has_experts: bool, share: _Share, precision
     return BlockTokens(0.0, whole + 2 * block_input, _offloaded(shape, has_experts, share, precision))
 
 
-def _kept_by_attention(shape: ModelShape, tp: int, precision: Precision) -> float:
+def _kept_by_attention(shape: ModelShape, share: _Share, precision: Precision) -> float:
     """With the inputs of both norms."""
-    size, wide = precision.element_bytes, precision.wide_bytes
+    size, wide, tp = precision.element_bytes, precision.wide_bytes, share.tp
     norm_input = shape.hidden / tp * (size if precision.fused_norms else 2 * wide)
     gathered = shape.hidden * size  # each rank of a model has all tokens of what is multiplied with its matrices
-    heads = (2 * shape.heads + 2 * shape.kv_heads) * shape.head_dim / tp * size
+    heads = ((1 + share.attention_outputs) * shape.heads + 2 * shape.kv_heads) * shape.head_dim / tp * size
     return 2 * norm_input + gathered + heads + shape.heads / tp * wide
 
 
@@ -122,11 +126,20 @@ def logits_bytes(shape: ModelShape, tp: int, precision: Precision) -> float:
 
 
 def exchanged_bytes(shape: ModelShape, layout: Layout, precision: Precision) -> float:
-    """Per token, of what rings hold besides: two blocks of keys and values, and two of their gradients."""
+    """Per token, of what rings hold besides: two blocks of keys and values, and two of their gradients.
+
+    Ranks that divide heads hold gradients of queries, keys and values, what they send of them and what they receive; or send
+    and receive everything, where the attention output waited on the host.
+    """
     if layout.hdp == 1:
         return 0.0
-    keys_and_values = 2 * shape.kv_heads * shape.head_dim / layout.tp
-    by_heads = 2 * (shape.heads + shape.kv_heads) * shape.head_dim / layout.tp if layout.ulysses > 1 else 0.0
+    of_head = shape.head_dim / layout.tp
+    keys_and_values = 2 * shape.kv_heads * of_head
+    by_heads = 0.0
+    if layout.ulysses > 1:
+        by_heads = 3 * (shape.heads + 2 * shape.kv_heads) * of_head
+    if layout.ulysses > 1 and "offload" in layout.activation_policies:
+        by_heads = max(by_heads, 2 * (3 * shape.heads + 2 * shape.kv_heads) * of_head)
     return keys_and_values * 2 * (precision.element_bytes + precision.wide_bytes) + by_heads * precision.element_bytes
 
 

@@ -48,10 +48,11 @@ class Layout(BaseModel):
     """Where blocks are computed again or offloaded: micro-batches with at most so many tokens keep all their activations
     instead. None: no micro-batch does."""
     ulysses: PositiveInt = 1
-    """Most neighbours in a ring that may divide the heads of attention among them, inside a node. 1: rings only pass keys
-    and values around; more: every sequence gets what costs it least."""
+    """Most neighbours in a ring that may divide the heads of attention among them, inside a node; any divisor of it may. 1:
+    rings only pass keys and values around; more: every sequence gets what costs it least."""
     gathers_keys: bool = False
-    """Whether a sequence may gather all its keys and values at once instead of passing them around."""
+    """Whether a sequence may gather all its keys and values at once instead of passing them around. It then exchanges
+    messages with all ranks of its ring, so ``most_peers`` cannot be bounded."""
     most_peers: PositiveInt | None = Field(default=None, ge=4)
     """With how many ranks at most a rank passes keys and values around in one batch: connections, each with its buffers.
     4 is enough for the planner's rings of neighbours that divide no heads. None: any number."""
@@ -95,6 +96,12 @@ class Layout(BaseModel):
             raise LayoutDoesNotFit(
                 f"layout.most_peers is {self.most_peers}, but rings of pipelines, and of ranks that share experts or gather "
                 "parameters, may join any ranks. Leave layout.most_peers out.",
+                "most_peers",
+            )
+        if self.gathers_keys:
+            raise LayoutDoesNotFit(
+                f"layout.most_peers is {self.most_peers}, but a sequence that gathers its keys and values exchanges messages "
+                "with all ranks of its ring. Leave layout.most_peers or layout.gathers_keys out.",
                 "most_peers",
             )
         if self.most_peers < 4 * self.ulysses:

@@ -164,7 +164,8 @@ def _rank_memory(
     working = max(block.whole for of_stage in blocks for block in of_stage)
     if layout.pipeline.num_stages - 1 in held:
         working = max(working, logits_bytes(shape, layout.tp, precision))
-    keys_and_values = 2 * shape.kv_heads * shape.head_dim / layout.tp * precision.element_bytes
+    # at the peak, gradients of all keys and values on their way out and in
+    gathered = 2 * 2 * shape.kv_heads * shape.head_dim / layout.tp * precision.wide_bytes
     return RankMemory(
         pp_rank=pp_rank,
         states=_states(shape, layout.model_copy(update=_OF_NO_STATES), pp_rank, precision.element_bytes),
@@ -175,7 +176,7 @@ def _rank_memory(
             host=in_flight * max(sum(block.host for block in of_stage) for of_stage in blocks),
         ),
         capacity=layout.capacity,
-        gathered_keys=use.longest * keys_and_values if layout.gathers_keys else 0.0,
+        gathered_keys=use.longest * gathered if layout.gathers_keys else 0.0,
         reserve=use.reserve_bytes,
     )
 

@@ -100,14 +100,15 @@ def best_sharing(
 ) -> tuple[float, int, bool]:
     """The seconds, heads and gathering of the cheapest way to share a sequence over a ring.
 
-    ``node_size`` ranks are neighbours in one node. Of equals, the fewest heads, and passing before gathering.
+    ``node_size`` ranks are neighbours in one node; those that divide heads are a divisor of ``most_heads``, so that the model
+    decides by one number whether its heads can be divided. Of equals, the fewest heads, and passing before gathering.
     """
     best, best_heads, best_gathers = shared_s(costs, length, ring, 1, False, crosses_nodes, recomputed), 1, False
     if ring == 1:
         return best, best_heads, best_gathers
     most = min(costs.most_heads, node_size, ring)
     for heads in range(1, most + 1):
-        if ring % heads or (crosses_nodes and node_size % heads):
+        if ring % heads or costs.most_heads % heads or (crosses_nodes and node_size % heads):
             continue
         for gathering in range(2):
             if gathering == 1 and (not costs.gathers or heads == ring):

@@ -96,7 +96,7 @@ def tokens_of_pieces(columns: Columns) -> Integers:
 
 def _sharing_is_right(columns: Columns, layout: Layout, pool: Pool | None) -> bool:
     heads = columns.heads
-    if not ((heads >= 1) & (heads <= layout.ulysses)).all() or (columns.ring_size % heads).any():
+    if not (heads >= 1).all() or (layout.ulysses % heads).any() or (columns.ring_size % heads).any():
         return False
     if columns.gathers.any() and not layout.gathers_keys:
         return False

@@ -12,6 +12,7 @@ from evermesh.parallelism.attention.micro_batch import MicroBatchAttention
 from evermesh.parallelism.batch_plan import BatchPlan
 from evermesh.parallelism.collectives import Communicator
 from evermesh.parallelism.cost import CostModel
+from evermesh.parallelism.heads import check_heads
 from evermesh.parallelism.layout import Layout
 from evermesh.parallelism.planner import HybridPlanner, Planner
 from evermesh.parallelism.tensor.loss import cross_entropy
@@ -74,6 +75,7 @@ def parallelize(
             "a checkpoint can be loaded into it later."
         )
     slot, shape = examine(model, config, layout), model_shape(model, config)
+    check_heads(layout, shape.heads, shape.kv_heads)
     _send_weights(model, mesh)
     axes = device_mesh(mesh, device.type)
     # tensor parallelism first: what is sharded is this rank's part of a matrix

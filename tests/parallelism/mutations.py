@@ -119,8 +119,8 @@ MUTATIONS |= {
     "a member twice": _of_one_ring(lambda piece, *_: {"ring": (*piece.ring, piece.ring[0])}),
     "heads that do not divide the ring": _of_one_ring(lambda piece, *_: {"heads": len(piece.ring) + 1}),
     "no heads": _of_one_ring(lambda *_: {"heads": 0}),
-    "more heads than the layout has": _of_one_ring(
-        lambda piece, layout, _: {"heads": len(piece.ring)} if len(piece.ring) > layout.ulysses else None
+    "more heads than the layout has, or other ways": _of_one_ring(
+        lambda piece, layout, _: {"heads": len(piece.ring)} if layout.ulysses % len(piece.ring) else None
     ),
     "gathering that the layout does not have": _of_one_ring(
         lambda _, layout, __: None if layout.gathers_keys else {"gathers": True}, smallest=1

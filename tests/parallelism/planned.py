@@ -61,6 +61,8 @@ def draw(seed: int, kind: Kind | None = None, most_ranks: int = 64) -> Case:
         hdp = dice.choice([ranks for ranks in (4, 8, 16, 32) if ranks <= max(4, most_ranks)])
     capacity = dice.choice((300, 500, 1000))
     document = {"hdp": hdp, "capacity": capacity, **form, **dice.choice(_MEMORY), **dice.choice(_SHARING)}
+    if document.get("gathers_keys"):
+        document.pop("most_peers", None)  # who gathers exchanges messages with all of its ring
     return Case(
         _lengths(dice, hdp * capacity, dice.randint(0, 3 * hdp + 12)),
         Layout.model_validate(document),

@@ -201,6 +201,8 @@ def test_peers_are_bounded_only_where_the_planner_bounds_them() -> None:
         Layout(hdp=4, ep=2, most_peers=4)
     with pytest.raises(ValidationError, match="4 x ulysses = 8"):
         Layout(hdp=4, ulysses=2, most_peers=4)
+    with pytest.raises(ValidationError, match="gathers its keys and values exchanges messages with all ranks"):
+        Layout(hdp=4, gathers_keys=True, most_peers=8)
     assert Layout(hdp=4, ulysses=2, most_peers=8).most_peers == 8
 
 

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import math
+import random
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -310,6 +311,29 @@ def plan_by_hand(lengths: tuple[int, ...], units: list[Unit], ranks: int) -> Bat
                 micro_batches[rank].append(MicroBatch(pieces))
     certificate = Certificate(1.0, 1.0, "nothing")
     return BatchPlan(lengths, 10_000, tuple(map(tuple, micro_batches)), certificate, "by hand", 0, 0)
+
+
+def with_schemes(plan: BatchPlan, layout: Layout, seed: int) -> BatchPlan:
+    """The same plan with a drawn scheme of attention for every ring, of those that the layout allows."""
+    dice = random.Random(seed)
+
+    def scheme(piece: Piece) -> tuple[int, bool]:
+        fitting = [
+            ways for ways in range(1, len(piece.ring) + 1) if math.gcd(layout.ulysses, len(piece.ring)) % ways == 0
+        ]
+        return dice.choice(fitting), layout.gathers_keys and dice.random() < 0.4
+
+    pieces = [piece for of_rank in plan.ranks for micro_batch in of_rank for piece in micro_batch.pieces]
+    schemes = {piece.sequence: scheme(piece) for piece in pieces if len(piece.ring) > 1}
+
+    def chosen(piece: Piece) -> Piece:
+        heads, gathers = schemes.get(piece.sequence, (1, False))
+        return dataclasses.replace(piece, heads=heads, gathers=gathers)
+
+    ranks = tuple(
+        tuple(dataclasses.replace(mb, pieces=tuple(map(chosen, mb.pieces))) for mb in of_rank) for of_rank in plan.ranks
+    )
+    return dataclasses.replace(plan, ranks=ranks)
 
 
 def recomputed(plan: BatchPlan) -> BatchPlan:

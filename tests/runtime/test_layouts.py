@@ -1,4 +1,7 @@
-"""A layout never changes the mathematics: loss, gradients, their norm and a clipped update equal one process."""
+"""A layout never changes the mathematics: loss, gradients, their norm and a clipped update equal one process.
+
+Every ring of every plan has a drawn scheme of attention.
+"""
 
 import itertools
 import random
@@ -10,7 +13,7 @@ import pytest
 from evermesh.parallelism import Layout, plan_batch
 from evermesh.parallelism.layout import ActivationPolicy
 from evermesh.runtime.model.config import ModelConfig
-from tests.runtime.parity import COST, Case, worst_errors
+from tests.runtime.parity import COST, Case, with_schemes, worst_errors
 
 RANKS = 8
 LENGTHS = (1, 97, 40, 13, 2, 61, 29, 7, 22, 5)
@@ -133,12 +136,19 @@ def _pairs(choice: Choice) -> set[Any]:
 
 def _check(choices: list[Choice]) -> None:
     cases = []
-    for model, layout in choices:
-        cases.append(Case(plan_batch(LENGTHS, layout, COST), "float64", CONFIGS[model], layout))
-    rings = {size for case in cases for size in case.plan.ring_sizes()}
-    assert max(rings) > 1
+    for number, (model, planned) in enumerate(choices):
+        layout = planned.model_copy(update={"ulysses": SIZES["heads"] // planned.tp, "gathers_keys": True})
+        plan = with_schemes(plan_batch(LENGTHS, planned, COST), layout, seed=number)
+        cases.append(Case(plan, "float64", CONFIGS[model], layout))
+    assert {len(schemes) for schemes in map(_schemes, cases)} - {0, 1}, "no plan with several schemes"
     for choice, error in zip(choices, worst_errors(cases), strict=True):
         assert error <= 1e-9, choice
+
+
+def _schemes(case: Case) -> set[tuple[int, int, bool]]:
+    """Ring size, heads and gathering of the rings of a plan."""
+    pieces = [piece for of_rank in case.plan.ranks for micro_batch in of_rank for piece in micro_batch.pieces]
+    return {(len(piece.ring), piece.heads, piece.gathers) for piece in pieces if len(piece.ring) > 1}
 
 
 def _drawn() -> list[Choice]:

@@ -45,6 +45,7 @@ CASES = (
     Case("mistral with a window", LENGTHS, TWO_BY_TWO),
     Case("mixtral", LENGTHS, FOUR),
     Case("gpt2", LENGTHS, FOUR),
+    Case("llama", (180, 3, 3), FOUR.model_copy(update={"ulysses": 4})),
 )
 
 
@@ -68,6 +69,7 @@ def test_the_plans_of_these_cases_have_all_that_is_hard() -> None:
     assert [len(micro_batches) for micro_batches in ring.ranks] == [1, 1, 1, 3]
     assert [len(micro_batches) for micro_batches in uneven.ranks] == [3, 2]
     assert [len(micro_batches) for micro_batches in idle.ranks] == [1, 0, 0, 0], "three ranks have no token"
+    assert _plan(CASES[-1]).ranks[0][0].pieces[0].heads == 4
 
 
 WIDE = tuple(
