@@ -12,6 +12,7 @@ from evermesh.checkpoint.errors import CheckpointCorrupt, ShardMapInvalid
 from evermesh.checkpoint.files import CHUNK_BYTES
 from evermesh.checkpoint.format import MANIFEST, Manifest
 from evermesh.checkpoint.reading import ChunkReader
+from evermesh.checkpoint.sources import Source, source_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,9 +55,9 @@ def verify(path: Path | str) -> VerifyReport:
     except CheckpointCorrupt as error:
         return VerifyReport(path, (Problem("manifest", MANIFEST, error.fact),), 0, 0)
     problems = _extra_files(path, manifest) + _coverage(manifest)
-    bytes_read = 0
+    source, bytes_read = source_of(path, manifest), 0
     for name in sorted(manifest.files):
-        found, num_bytes = _check_file(path, manifest, name)
+        found, num_bytes = _check_file(source, name)
         problems += found
         bytes_read += num_bytes
     return VerifyReport(path, tuple(problems), len(manifest.files), bytes_read)
@@ -107,15 +108,15 @@ def _coverage(manifest: Manifest) -> list[Problem]:
     return problems
 
 
-def _check_file(path: Path, manifest: Manifest, name: str) -> tuple[list[Problem], int]:
+def _check_file(source: Source, name: str) -> tuple[list[Problem], int]:
     """The problems of one file, and the bytes read to find them."""
     try:
-        reader = ChunkReader(path, manifest, name)
+        reader = ChunkReader(source, name)
     except CheckpointCorrupt as error:
-        return [Problem("size" if (path / name).exists() else "missing file", name, error.fact)], 0
+        return [Problem("size" if (source.path / name).exists() else "missing file", name, error.fact)], 0
     problems, buffer = [], np.empty(CHUNK_BYTES, np.uint8)
     with reader:
-        for chunk in range(manifest.files[name].num_chunks):
+        for chunk in range(reader.num_chunks):
             try:
                 reader.read(chunk, buffer[: reader.size(chunk)])
             except CheckpointCorrupt as error:
