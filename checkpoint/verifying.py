@@ -11,6 +11,7 @@ from evermesh.checkpoint.directory import read_manifest
 from evermesh.checkpoint.errors import CheckpointCorrupt, ShardMapInvalid
 from evermesh.checkpoint.files import CHUNK_BYTES
 from evermesh.checkpoint.format import MANIFEST, Manifest
+from evermesh.checkpoint.opening import open_checkpoint
 from evermesh.checkpoint.reading import ChunkReader
 from evermesh.checkpoint.sources import Source, source_of
 
@@ -64,13 +65,13 @@ def verify(path: Path | str) -> VerifyReport:
 
 
 def describe(path: Path | str) -> dict[str, JsonValue]:
-    """What is in a checkpoint, as JSON: step, time, sizes, description, objects by name, every tensor.
+    """What is in a checkpoint of any format, as JSON: sizes, description, objects by name, every tensor and its files.
 
     Raises:
         CheckpointNotFound: there is none at ``path``.
-        CheckpointCorrupt: its manifest is not what was saved.
+        CheckpointCorrupt, ForeignUnusable: there is one that cannot be read.
     """
-    manifest = read_manifest(Path(path))
+    source = open_checkpoint(path)
     tensors: list[JsonValue] = [
         {
             "name": name,
@@ -78,17 +79,20 @@ def describe(path: Path | str) -> dict[str, JsonValue]:
             "shape": list(tensor.shape),
             "num_bytes": sum(tensor.num_bytes(extent) for extent in tensor.extents),
             "num_extents": len(tensor.extents),
+            "files": list(dict.fromkeys(extent.file for extent in tensor.extents)),
         }
-        for name, tensor in manifest.tensors.items()
+        for name, tensor in source.tensors.items()
     ]
     return {
-        "step": manifest.step,
-        "time_s": manifest.time_s,
-        "world_size": manifest.world_size,
-        "num_bytes": manifest.num_bytes,
-        "description": manifest.description,
-        "objects": list(manifest.objects),
-        "files": {name: file.num_bytes for name, file in manifest.files.items()},
+        "format": source.kind,
+        "step": source.step,
+        "time_s": read_manifest(source.path).time_s if source.kind == "evermesh" else None,
+        "world_size": source.world_size,
+        "num_bytes": sum(file.num_bytes for file in source.files.values()),
+        "description": dict(source.description),
+        "objects": list(source.objects),
+        "left_out": list(source.left_out),
+        "files": {name: file.num_bytes for name, file in source.files.items()},
         "tensors": tensors,
     }
 

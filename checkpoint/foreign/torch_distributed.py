@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from pydantic import JsonValue
+
 from evermesh.checkpoint.errors import ForeignUnusable, ShardMapInvalid
 from evermesh.checkpoint.foreign.fragments import whole
 from evermesh.checkpoint.foreign.pickles import MOST_PICKLE_BYTES, Class, Constant, Maker, PickleRefused, read_pickle

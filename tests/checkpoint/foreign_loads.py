@@ -1,13 +1,27 @@
 """Loading a foreign checkpoint whole, and into layouts of ours, with exact counts of bytes."""
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from evermesh.checkpoint import Box, Interval, Padding, Permutation, Region, Shard, ShardMap, TensorShards, load
+from evermesh.checkpoint import (
+    Box,
+    Interval,
+    Padding,
+    Permutation,
+    Region,
+    Shard,
+    ShardMap,
+    StoredForm,
+    TensorShards,
+    load,
+)
 from evermesh.checkpoint.dtypes import DTYPES
+from evermesh.checkpoint.errors import CheckpointCorrupt, ForeignUnusable
 from evermesh.checkpoint.loading import wanted_regions
+from evermesh.checkpoint.opening import open_checkpoint
 from evermesh.checkpoint.regions import logical_runs
 from evermesh.checkpoint.sources import Source
 from tests.checkpoint.states import local_storage
@@ -21,29 +35,47 @@ def load_whole(source: Source) -> dict[str, Tensor]:
     return found
 
 
+def refusal(path: Path) -> str | None:
+    """Why the checkpoint at ``path`` is refused; None: it was read whole. Any other error is one of ours."""
+    try:
+        load_whole(open_checkpoint(path))
+    except (ForeignUnusable, CheckpointCorrupt) as error:
+        return str(error)
+    return None
+
+
 def assert_loads_into_any_layout(source: Source, whole: Mapping[str, Tensor], ranks: int) -> None:
     """Every rank of a layout of ours gets its regions bit for bit and reads exactly their bytes."""
     layout = _layout(whole, ranks)
     layout.check()
     for rank in range(ranks):
-        held = {n: [torch.full((r.num_elements,), 7, dtype=whole[n].dtype) for r in regions] for n, regions in layout.of_rank(rank).items()}
+        of_rank = layout.of_rank(rank)
+        held = {name: [_untouched(region, whole[name]) for region in of_rank[name]] for name in of_rank}
         result = load(source, wanted_regions(layout, rank, held), shard_map=layout)
         needed = 0
-        for name, regions in layout.of_rank(rank).items():
-            form = layout.tensors[name].form
+        for name, regions in of_rank.items():
             for region, tensor in zip(regions, held[name], strict=True):
-                runs = logical_runs(region, form)
-                needed += runs.num_elements * DTYPES[source.tensors[name].dtype].num_bytes
-                expected = local_storage(region, form, whole[name]).flatten()
-                for start, length in zip(runs.destination.tolist(), runs.length.tolist(), strict=True):
-                    part = slice(start, start + length)
-                    assert torch.equal(_raw(tensor[part]), _raw(expected[part])), (name, region)
-                assert tensor.numel() - runs.num_elements == int((tensor == 7).sum()) or tensor.dtype == torch.uint8
+                expected, num_read = _expected(region, layout.tensors[name].form, whole[name])
+                assert torch.equal(_raw(tensor), _raw(expected)), (name, region)
+                needed += num_read * DTYPES[source.tensors[name].dtype].num_bytes
         assert result.bytes_read == needed
 
 
+def _untouched(region: Region, like: Tensor) -> Tensor:
+    return torch.full((region.num_elements,), 7).to(like.dtype)
+
+
+def _expected(region: Region, form: StoredForm, logical: Tensor) -> tuple[Tensor, int]:
+    """The storage of a region whose padding was left as it was, and its elements that are no padding."""
+    storage, expected = local_storage(region, form, logical).flatten(), _untouched(region, logical)
+    runs = logical_runs(region, form)
+    for start, length in zip(runs.destination.tolist(), runs.length.tolist(), strict=True):
+        expected[start : start + length] = storage[start : start + length]
+    return expected, runs.num_elements
+
+
 def _raw(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().view(torch.uint8)
+    return tensor.flatten().view(torch.uint8)
 
 
 def _layout(whole: Mapping[str, Tensor], ranks: int) -> ShardMap:

@@ -13,7 +13,9 @@ STEPS = 2
 
 
 class Tiny(nn.Module):
-    """Odd sizes, tied and frozen weights, buffers, a 0-d parameter."""
+    """Odd sizes, tied and frozen weights, buffers."""
+
+    scale: Tensor
 
     def __init__(self) -> None:
         super().__init__()

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from evermesh.checkpoint.foreign.pickles import Class, Constant, PickleRefused, Record, Unknown, read_pickle
+from evermesh.checkpoint.foreign.pickles import Class, Constant, Maker, PickleRefused, Record, Unknown, read_pickle
 
-ORDERED = {"collections.OrderedDict": lambda *_: {}}
+ORDERED: dict[str, Maker | Constant] = {"collections.OrderedDict": lambda *_: {}}
 VALUES: list[Any] = [
     None,
     [True, False, 0, 1, -1, 255, 256, 65535, -(2**31), 2**31, 2**63, -(2**70), 10**80],
@@ -25,7 +25,7 @@ VALUES: list[Any] = [
     (1, 2, 3, 4),
     OrderedDict(a=1, b=OrderedDict()),
 ]
-BUILT = {
+BUILT: dict[str, Maker | Constant] = {
     "builtins.set": set,
     "__builtin__.set": set,
     "builtins.frozenset": frozenset,
