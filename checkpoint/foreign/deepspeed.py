@@ -26,7 +26,7 @@ from evermesh.checkpoint.foreign.deepspeed_model import (
     settings_of,
 )
 from evermesh.checkpoint.foreign.fragments import Fragment, Slice, assemble, whole
-from evermesh.checkpoint.foreign.pickles import Record
+from evermesh.checkpoint.foreign.pickle_machine import Record
 from evermesh.checkpoint.foreign.torch_files import TorchTensor
 from evermesh.checkpoint.foreign.values import Values, number
 from evermesh.checkpoint.sources import Source, plain_files

@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import JsonValue
 
 from evermesh.checkpoint.foreign.fragments import Fragment, Slice, Whole, assemble, whole
-from evermesh.checkpoint.foreign.pickles import Class, Constant, Maker
+from evermesh.checkpoint.foreign.pickle_machine import Class, Constant, Maker
 from evermesh.checkpoint.foreign.torch_files import Part, TorchTensor, read_torch_file
 from evermesh.checkpoint.foreign.values import Values
 from evermesh.checkpoint.format import StoredTensor

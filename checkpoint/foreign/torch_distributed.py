@@ -12,8 +12,9 @@ from pydantic import JsonValue
 
 from evermesh.checkpoint.errors import ForeignUnusable, ShardMapInvalid
 from evermesh.checkpoint.foreign.fragments import whole
-from evermesh.checkpoint.foreign.pickles import MOST_PICKLE_BYTES, Class, Constant, Maker, PickleRefused, read_pickle
-from evermesh.checkpoint.foreign.pickles import Record as Made
+from evermesh.checkpoint.foreign.pickle_machine import MOST_PICKLE_BYTES, Class, Constant, Maker, PickleRefused
+from evermesh.checkpoint.foreign.pickle_machine import Record as Made
+from evermesh.checkpoint.foreign.pickles import read_pickle
 from evermesh.checkpoint.foreign.torch_files import TORCH, Part, TorchTensor, read_torch_file
 from evermesh.checkpoint.foreign.values import Values
 from evermesh.checkpoint.format import Extent, StoredTensor

@@ -16,14 +16,8 @@ from typing import Any
 
 from evermesh.checkpoint.dtypes import DTYPES
 from evermesh.checkpoint.errors import ForeignUnusable
-from evermesh.checkpoint.foreign.pickles import (
-    MOST_PICKLE_BYTES,
-    Class,
-    Constant,
-    Maker,
-    PickleRefused,
-    read_pickle,
-)
+from evermesh.checkpoint.foreign.pickle_machine import MOST_PICKLE_BYTES, Class, Constant, Maker, PickleRefused
+from evermesh.checkpoint.foreign.pickles import read_pickle
 
 _STORAGES = {
     "BoolStorage": "bool",

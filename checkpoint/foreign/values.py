@@ -11,7 +11,7 @@ from pydantic import JsonValue
 
 from evermesh.checkpoint.dtypes import DTYPES
 from evermesh.checkpoint.errors import ForeignUnusable
-from evermesh.checkpoint.foreign.pickles import Record
+from evermesh.checkpoint.foreign.pickle_machine import Record
 from evermesh.checkpoint.foreign.torch_files import TorchTensor
 
 _MOST_VALUES = 1_000_000
@@ -34,6 +34,10 @@ _CODES = {
 }
 
 
+class _TooMuch(Exception):
+    """A value has too many parts, or contains itself."""
+
+
 class Values:
     """Turns values of pickles into JSON values, and remembers where it could not.
 
@@ -50,20 +54,25 @@ class Values:
 
     def json(self, value: Any, place: str) -> JsonValue:
         """``value`` without what is no JSON value; what had to be left out is named after ``place``."""
-        found = self._json(value, place, 0)
-        return None if found is _NOT_JSON else found
+        return self.objects({place: value}, "").get(place)
 
     def objects(self, values: Mapping[str, Any], place: str) -> dict[str, JsonValue]:
         """Those of ``values`` that are JSON values."""
-        found = {name: self._json(value, f"{place}{name}", 0) for name, value in values.items()}
+        found = {name: self._bounded(value, f"{place}{name}") for name, value in values.items()}
         return {name: value for name, value in found.items() if value is not _NOT_JSON}
+
+    def _bounded(self, value: Any, place: str) -> Any:
+        self._count = 0
+        try:
+            return self._json(value, place, 0)
+        except _TooMuch:
+            self.left_out.append(f"{place}: more than {_MOST_VALUES:,} values, or deeper than {_MOST_DEPTH}")
+            return _NOT_JSON
 
     def _json(self, value: Any, place: str, depth: int) -> Any:
         self._count += 1
         if self._count > _MOST_VALUES or depth > _MOST_DEPTH:
-            raise ForeignUnusable(
-                self.path, f"{place[:100]} holds more values than {_MOST_VALUES:,}, or too deep", _USE
-            )
+            raise _TooMuch
         if isinstance(value, Record) and isinstance(value.state, dict):
             value = value.state
         match value:

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from evermesh.checkpoint.foreign.pickles import Class, Constant, Maker, PickleRefused, Record, Unknown, read_pickle
+from evermesh.checkpoint.foreign.pickle_machine import Class, Constant, Maker, PickleRefused, Record, Unknown
+from evermesh.checkpoint.foreign.pickles import read_pickle
 
 ORDERED: dict[str, Maker | Constant] = {"collections.OrderedDict": lambda *_: {}}
 VALUES: list[Any] = [
