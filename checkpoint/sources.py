@@ -43,7 +43,7 @@ class Source:
     """What it holds besides tensors."""
     description: Mapping[str, JsonValue] = field(default_factory=dict)
     step: int | None = None
-    """Updates made, if it says so."""
+    """At which it was saved, if it says so."""
     world_size: int | None = None
     """Ranks that saved it, if it says so."""
     left_out: tuple[str, ...] = ()
@@ -52,10 +52,6 @@ class Source:
     """Floating values are converted to the type they are wanted in."""
     locate: Callable[[Extent], int] = attrgetter("offset")
     """Position of the first element of an extent in its file; some formats tell only in the file itself."""
-
-    def check_cover(self, name: str) -> None:
-        """Prove that the extents of a tensor cover it exactly once. Raises ``ShardMapInvalid``."""
-        self.tensors[name].check_cover(name)
 
     def tensors_in(self, file: str, start: int, stop: int) -> list[str]:
         """Names of the tensors that have elements in bytes [start, stop) of a file."""
@@ -66,11 +62,6 @@ class Source:
                 e.file == file and e.offset < stop and start < e.offset + tensor.num_bytes(e) for e in tensor.extents
             )
         ]
-
-    def select(self, prefix: str) -> "Source":
-        """The tensors whose names begin with ``prefix``, without it."""
-        chosen = {name.removeprefix(prefix): t for name, t in self.tensors.items() if name.startswith(prefix)}
-        return replace(self, tensors=chosen)
 
 
 @dataclass(frozen=True, slots=True)

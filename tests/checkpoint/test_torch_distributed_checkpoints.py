@@ -1,5 +1,6 @@
 """Checkpoints of torch.distributed.checkpoint, against what was saved and against its own reader."""
 
+import json
 import pickle
 import random
 import shutil
@@ -16,7 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from evermesh.checkpoint import Interval, load
+from evermesh.checkpoint import Interval, describe, load
 from evermesh.checkpoint.errors import CheckpointCorrupt, ForeignUnusable
 from evermesh.checkpoint.naming import bind
 from evermesh.checkpoint.opening import open_checkpoint
@@ -95,6 +96,17 @@ def test_what_is_no_tensor_is_an_object(saved: Saved) -> None:
     assert source.left_out == ()
 
 
+def test_it_describes_itself_in_json(saved: Saved) -> None:
+    path, expected = saved
+    told: Any = describe(path)
+    assert json.loads(json.dumps(told)) == told
+    assert (told["format"], told["step"], told["left_out"]) == ("torch-distributed", None, [])
+    assert {(t["name"], tuple(t["shape"]), t["num_bytes"]) for t in told["tensors"]} == {
+        (name, tuple(tensor.shape), tensor.nbytes) for name, tensor in expected.items()
+    }
+    assert told["files"] == {file.name: file.stat().st_size for file in path.glob("*.distcp")}
+
+
 def test_its_own_reader_gives_the_same(saved: Saved, tmp_path: Path) -> None:
     path, _ = saved
     dcp_to_torch_save(path, tmp_path / "whole.pt")
@@ -165,6 +177,7 @@ def test_damaged_files_give_a_clear_error_or_an_index(saved: Saved, tmp_path: Pa
     assert refused > 20
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_a_chunk_with_strides_is_refused_by_name(tmp_path: Path) -> None:
     save({"transposed": torch.arange(12.0).view(3, 4).t()}, checkpoint_id=tmp_path / "strided", no_dist=True)
     source = open_checkpoint(tmp_path / "strided")
