@@ -48,7 +48,7 @@ gpu: $(INSTALLED)  ## the checks that only a GPU can make; skips aloud without o
 	$(BIN)/python -m pytest tests/gpu -m gpu -rs
 
 parity: $(INSTALLED)  ## gradients on every layout against one process; takes minutes
-	$(BIN)/python -m pytest tests/runtime tests/parallelism -m parity
+	$(BIN)/python -m pytest tests/runtime tests/parallelism tests/checkpoint -m parity
 
 soak: $(INSTALLED)  ## long runs of jobs: 200 restarts in a row, two jobs beside each other, a clock that jumps; takes minutes
 	$(BIN)/python -m pytest tests/launcher -m soak -s

@@ -8,9 +8,11 @@ from evermesh.checkpoint.errors import (
     CheckpointMismatch,
     CheckpointNotFound,
     CheckpointNotSaved,
+    ForeignUnusable,
     RegistryMismatch,
     ShardMapInvalid,
 )
+from evermesh.checkpoint.opening import open_checkpoint
 from evermesh.checkpoint.registry import PerRank, Replicated, Sharded, StateDescription, StateRegistry
 from evermesh.checkpoint.shard_map import (
     Box,
@@ -24,6 +26,7 @@ from evermesh.checkpoint.shard_map import (
     TensorShards,
     intersect,
 )
+from evermesh.checkpoint.sources import Source
 from evermesh.checkpoint.verifying import Problem, VerifyReport, describe, verify
 
 if TYPE_CHECKING:
@@ -44,6 +47,7 @@ __all__ = [
     "CheckpointMismatch",
     "CheckpointNotFound",
     "CheckpointNotSaved",
+    "ForeignUnusable",
     "Interval",
     "LoadResult",
     "Padding",
@@ -57,6 +61,7 @@ __all__ = [
     "ShardMap",
     "ShardMapInvalid",
     "Sharded",
+    "Source",
     "StateDescription",
     "StateRegistry",
     "StoredForm",
@@ -67,6 +72,7 @@ __all__ = [
     "intersect",
     "latest",
     "load",
+    "open_checkpoint",
     "save",
     "verify",
     "wanted_regions",

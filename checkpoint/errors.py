@@ -5,7 +5,8 @@ EvermeshError
 ├── CheckpointNotSaved     (OSError)            a save failed on some rank; all ranks raise it
 ├── CheckpointNotFound     (FileNotFoundError)  there is no complete checkpoint at a path
 ├── CheckpointCorrupt      (ValueError)         bytes are not those that were saved
-├── WeightsUnusable        (ValueError)         weights of another project cannot be read, or not be written
+├── ForeignUnusable        (ValueError)         a checkpoint of another project cannot be read
+│   └── WeightsUnusable                         its weights cannot, or ours not be written for it
 ├── CheckpointMismatch     (ValueError)         the checkpoint and the caller disagree about tensors
 └── RegistryMismatch       (ValueError)         the checkpoint and the state registry disagree about entries
 """
@@ -71,12 +72,16 @@ class CheckpointCorrupt(EvermeshError, ValueError):
         )
 
 
-class WeightsUnusable(EvermeshError, ValueError):
-    """Weights of another project cannot be read into this model, or not be written for it."""
+class ForeignUnusable(EvermeshError, ValueError):
+    """A checkpoint of another project cannot be read. Nothing of it was executed."""
 
     def __init__(self, path: Path, fact: str, way_out: str) -> None:
         super().__init__(f"{path}: {fact}. {way_out}")
         self.path, self.fact, self.way_out = path, fact, way_out
+
+
+class WeightsUnusable(ForeignUnusable):
+    """Weights of another project cannot be read into this model, or not be written for it."""
 
 
 class CheckpointMismatch(EvermeshError, ValueError):

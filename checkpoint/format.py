@@ -64,6 +64,13 @@ class StoredTensor:
         """Bytes of one of the extents."""
         return (extent.stop - extent.start) * DTYPES[self.dtype].num_bytes
 
+    def check_cover(self, name: str) -> None:
+        """Prove that the extents cover the tensor exactly once. Raises ``ShardMapInvalid``, which tells its ``name``."""
+        try:
+            check_cover(self.form, tuple((extent.region, extent.start, extent.stop) for extent in self.extents))
+        except ShardMapInvalid as error:
+            raise ShardMapInvalid(f"tensor {name} of shape {self.shape}: {error}") from error
+
 
 @dataclass(frozen=True, slots=True)
 class StoredFile:
@@ -131,21 +138,7 @@ class Manifest:
 
     def check_cover(self, name: str) -> None:
         """Prove that the extents of a tensor cover it exactly once. Raises ``ShardMapInvalid``."""
-        tensor = self.tensors[name]
-        try:
-            check_cover(tensor.form, tuple((extent.region, extent.start, extent.stop) for extent in tensor.extents))
-        except ShardMapInvalid as error:
-            raise ShardMapInvalid(f"tensor {name} of shape {tensor.shape}: {error}") from error
-
-    def tensors_in(self, file: str, start: int, stop: int) -> list[str]:
-        """Names of the tensors that have elements in bytes [start, stop) of a file."""
-        return [
-            name
-            for name, tensor in self.tensors.items()
-            if any(
-                e.file == file and e.offset < stop and start < e.offset + tensor.num_bytes(e) for e in tensor.extents
-            )
-        ]
+        self.tensors[name].check_cover(name)
 
     def to_json(self) -> bytes:
         """The manifest as JSON. Its first field is the xxh3-64 of the object without that field."""

@@ -5,21 +5,20 @@ of such directories are pickles, which may execute anything.
 """
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-
-from evermesh.checkpoint.dtypes import DTYPES
 from evermesh.checkpoint.errors import WeightsUnusable
-from evermesh.checkpoint.files import ByteArray
-from evermesh.checkpoint.loading import Target
+from evermesh.checkpoint.format import Extent, StoredTensor
 from evermesh.checkpoint.naming import Naming
-from evermesh.checkpoint.regions import IntArray, StoredForm, intersect
+from evermesh.checkpoint.regions import Box
 from evermesh.checkpoint.safetensors_files import FileTensor, read_header
-from evermesh.checkpoint.tensors import byte_view
+from evermesh.checkpoint.sources import Source, find, plain_files
+
+if TYPE_CHECKING:
+    from evermesh.checkpoint.filling import Target
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -37,27 +36,34 @@ class WeightsRead:
     """In which the weights are stored; they were converted to those of the tensors they were read into."""
 
 
-def read_weights(directory: Path | str, naming: Naming, wanted: Mapping[str, Sequence[Target]]) -> WeightsRead:
+def read_weights(directory: Path | str, naming: Naming, wanted: Mapping[str, "Sequence[Target]"]) -> WeightsRead:
     """Fill the wanted regions of our tensors from a Hugging Face directory, reading the bytes of these regions only.
 
     Not collective. Regions are in the logical form of their tensor. Where the stored type differs from that of a
     tensor the values are converted: to a wider floating type exactly, to a narrower one rounded to the nearest. Extra
-    memory is one region.
+    memory is about 256 MiB, or one region.
 
     Raises:
         WeightsUnusable: there are no safetensors files, or tensors are missing, unknown, or of another shape or a type
             that is not floating; nothing was read then. Or a file is truncated.
     """
-    directory = Path(directory)
-    stored = tensors_in(directory)
-    _check(directory, stored, naming)
-    bytes_read, dtypes = 0, set[str]()
-    with _Files() as files:
-        for name, targets in wanted.items():
-            dtypes |= {stored[part.name].dtype for part in naming.parts[name]}
-            for target in targets:
-                bytes_read += _fill(name, target, naming, stored, files)
-    return WeightsRead(bytes_read, tuple(sorted(dtypes)))
+    from evermesh.checkpoint.filling import fill
+
+    source = open_safetensors(Path(directory))
+    _check(source.path, source.tensors, naming)
+    found, _ = find(source, naming)
+    dtypes = {found[name].dtype for name in wanted}
+    return WeightsRead(fill(source, found, wanted, {}), tuple(sorted(dtypes)))
+
+
+def open_safetensors(directory: Path) -> Source:
+    """Index the safetensors files of a directory; see ``tensors_in`` for what it raises."""
+    tensors = {}
+    for name, place in tensors_in(directory).items():
+        whole = Box((0,) * len(place.shape), place.shape)
+        extent = Extent(place.file.name, place.offset, whole, 0, whole.num_elements)
+        tensors[name] = StoredTensor(place.dtype, place.shape, (extent,))
+    return Source(directory, "safetensors", tensors, plain_files(directory, tensors))
 
 
 def tensors_in(directory: Path) -> dict[str, FileTensor]:
@@ -100,7 +106,7 @@ def _no_safetensors(directory: Path) -> WeightsUnusable:
     return WeightsUnusable(directory, f"it has neither {SINGLE} nor {INDEX}", "Name a Hugging Face model directory.")
 
 
-def _check(directory: Path, stored: Mapping[str, FileTensor], naming: Naming) -> None:
+def _check(directory: Path, stored: Mapping[str, StoredTensor], naming: Naming) -> None:
     missing = naming.foreign_shapes.keys() - stored.keys()
     extra = [name for name in stored.keys() - naming.foreign_shapes.keys() if not naming.is_unread(name)]
     problems = [f"{name} {list(naming.foreign_shapes[name])} is missing" for name in sorted(missing)]
@@ -121,51 +127,3 @@ def _check(directory: Path, stored: Mapping[str, FileTensor], naming: Naming) ->
             f"its tensors are not those of the model: {'; '.join(problems[:_MOST_NAMED])}{more}",
             "Use the config.json that belongs to them.",
         )
-
-
-def _fill(name: str, target: Target, naming: Naming, stored: Mapping[str, FileTensor], files: "_Files") -> int:
-    """Fill one region; returns the bytes read."""
-    region, tensor = target
-    form, parts = StoredForm(naming.shapes[name]), naming.parts[name]
-    dtype = stored[parts[0].name].dtype
-    item = DTYPES[dtype].num_bytes
-    host = torch.empty(region.num_elements, dtype=getattr(torch, dtype))
-    num_read = 0
-    for part in parts:
-        shared = intersect(part.box, form, region, form)
-        place = stored[part.name]
-        positions = place.offset + (part.start + shared.source) * item
-        files.read(place.file, positions, shared.destination * item, shared.length * item, byte_view(host))
-        num_read += shared.num_elements
-    assert num_read == region.num_elements, f"the parts of {name} do not add up although they cover it"
-    with torch.no_grad():
-        tensor.copy_(host.view(tensor.shape))
-    return num_read * item
-
-
-class _Files:
-    """Open files of a directory. A context manager."""
-
-    def __init__(self) -> None:
-        self._descriptors: dict[Path, int] = {}
-
-    def __enter__(self) -> "_Files":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for descriptor in self._descriptors.values():
-            os.close(descriptor)
-
-    def read(self, file: Path, positions: IntArray, offsets: IntArray, lengths: IntArray, buffer: ByteArray) -> None:
-        """Read stretches, each given as position in the file, position in ``buffer`` and length, in bytes."""
-        if file not in self._descriptors:
-            self._descriptors[file] = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
-        view = buffer.data
-        for position, offset, length in zip(positions.tolist(), offsets.tolist(), lengths.tolist(), strict=True):
-            filled = 0
-            while filled < length:
-                rest = view[offset + filled : offset + length]
-                num_bytes = os.preadv(self._descriptors[file], [rest], position + filled)
-                if not num_bytes:
-                    raise WeightsUnusable(file, f"it ends at byte {position + filled:,}", "Fetch the file again.")
-                filled += num_bytes

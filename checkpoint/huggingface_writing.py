@@ -13,9 +13,10 @@ from evermesh.checkpoint.directory import read_manifest
 from evermesh.checkpoint.dtypes import DTYPES
 from evermesh.checkpoint.errors import WeightsUnusable
 from evermesh.checkpoint.files import sync_directory, write_checksummed, write_durably
+from evermesh.checkpoint.filling import Target
 from evermesh.checkpoint.format import FilePart, safetensors_header
 from evermesh.checkpoint.huggingface import INDEX, SINGLE
-from evermesh.checkpoint.loading import Target, load
+from evermesh.checkpoint.loading import load
 from evermesh.checkpoint.naming import ForeignPart, Naming
 from evermesh.checkpoint.regions import Box, StoredForm
 from evermesh.checkpoint.tensors import dtype_name, host_slices

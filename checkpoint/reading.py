@@ -1,20 +1,23 @@
-"""Reading parts of a checksummed file: every chunk that is touched is read once and verified."""
+"""Reading parts of the files of a checkpoint: coalesced, and verified where there are checksums."""
 
 import itertools
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Self
 
 import numpy as np
 import xxhash
 
 from evermesh.checkpoint.errors import CheckpointCorrupt
 from evermesh.checkpoint.files import CHUNK_BYTES, ByteArray
-from evermesh.checkpoint.format import Manifest
+from evermesh.checkpoint.format import StoredFile
 from evermesh.checkpoint.regions import IntArray
+from evermesh.checkpoint.sources import Source
 
 _SHORT_RUN_BYTES = 256
+_MOST_BUFFERS = 1024
+"""Of one call (IOV_MAX of Linux)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,30 +34,63 @@ class FileRuns:
     """Bytes of one element: positions, offsets and lengths are multiples of it."""
 
 
-class ChunkReader:
-    """Reads chunks of one file of a checkpoint and verifies them. A context manager.
+class FileReader:
+    """Reads bytes of one file of a checkpoint. A context manager.
 
     Raises:
-        CheckpointCorrupt: at the start when the file is missing or of another size, later when a chunk is wrong.
+        CheckpointCorrupt: at the start when the file is missing or of another size than the index says.
     """
 
-    def __init__(self, path: Path, manifest: Manifest, name: str) -> None:
-        self.path, self.bytes_read = path / name, 0
-        self._manifest, self._name, self._file = manifest, name, manifest.files[name]
+    def __init__(self, source: Source, name: str) -> None:
+        self.path, self.bytes_read = source.path / name, 0
+        self._num_bytes = source.files[name].num_bytes
         try:
             self._descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError as error:
             raise CheckpointCorrupt(self.path, "the file is missing") from error
         num_bytes = os.fstat(self._descriptor).st_size
-        if num_bytes != self._file.num_bytes:
+        if num_bytes != self._num_bytes:
             os.close(self._descriptor)
-            raise CheckpointCorrupt(self.path, f"it has {num_bytes:,} bytes, {self._file.num_bytes:,} were saved")
+            raise CheckpointCorrupt(self.path, f"it has {num_bytes:,} bytes, {self._num_bytes:,} were saved")
 
-    def __enter__(self) -> "ChunkReader":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         os.close(self._descriptor)
+
+    def read_at(self, position: int, buffers: Sequence[memoryview]) -> None:
+        """Fill ``buffers``, at most ``_MOST_BUFFERS``, one after the other with the bytes from ``position`` on."""
+        rest = list(buffers)
+        while rest:
+            num_bytes = os.preadv(self._descriptor, rest, position)
+            if not num_bytes and any(view.nbytes for view in rest):
+                raise CheckpointCorrupt(self.path, f"it ends at byte {position:,}")
+            position += num_bytes
+            self.bytes_read += num_bytes
+            while rest and num_bytes >= rest[0].nbytes:
+                num_bytes -= rest.pop(0).nbytes
+            if rest:
+                rest[0] = rest[0][num_bytes:]
+
+
+class ChunkReader(FileReader):
+    """Reads whole chunks of a file and verifies them.
+
+    Raises:
+        CheckpointCorrupt: when a chunk is wrong, besides what ``FileReader`` raises.
+    """
+
+    def __init__(self, source: Source, name: str) -> None:
+        super().__init__(source, name)
+        file = source.files[name]
+        assert isinstance(file, StoredFile), "a file with checksums"
+        self._source, self._name, self._file = source, name, file
+
+    @property
+    def num_chunks(self) -> int:
+        """Chunks of the file; the last one may be short."""
+        return self._file.num_chunks
 
     def size(self, chunk: int) -> int:
         """Bytes of a chunk."""
@@ -62,22 +98,49 @@ class ChunkReader:
 
     def read(self, chunk: int, buffer: ByteArray) -> None:
         """Fill ``buffer``, which has the size of the chunk, and verify it."""
-        view, begin, filled = buffer.data, chunk * CHUNK_BYTES, 0
-        while filled < view.nbytes:
-            num_bytes = os.preadv(self._descriptor, [view[filled:]], begin + filled)
-            if not num_bytes:
-                raise CheckpointCorrupt(self.path, f"it ends at byte {begin + filled:,}")
-            filled += num_bytes
-        self.bytes_read += filled
-        if xxhash.xxh3_64_hexdigest(view) != self._file.checksum(chunk):
-            tensors = self._manifest.tensors_in(self._name, begin, begin + filled)
+        begin = chunk * CHUNK_BYTES
+        self.read_at(begin, [buffer.data])
+        if xxhash.xxh3_64_hexdigest(buffer.data) != self._file.checksum(chunk):
+            end = begin + buffer.nbytes
+            tensors = self._source.tensors_in(self._name, begin, end)
             raise CheckpointCorrupt(
-                self.path, "the checksum is wrong", chunk=chunk, start=begin, stop=begin + filled, tensors=tensors
+                self.path, "the checksum is wrong", chunk=chunk, start=begin, stop=end, tensors=tensors
             )
 
 
-def read_runs(reader: ChunkReader, runs: Sequence[FileRuns]) -> None:
-    """Fill all destinations. A chunk that one run covers is read in place, others go through a buffer of one chunk."""
+def read_runs(source: Source, name: str, runs: Sequence[FileRuns]) -> int:
+    """Fill all destinations from a file of ``source``; returns the bytes read from it.
+
+    Where the format has checksums, every chunk that is touched is read once and verified: in place if one run covers it,
+    else through a buffer of one chunk. Where it has none, exactly the runs are read, straight into the destinations;
+    runs that follow each other in the file are one call.
+    """
+    if isinstance(source.files[name], StoredFile):
+        with ChunkReader(source, name) as chunks:
+            _read_chunks(chunks, runs)
+        return chunks.bytes_read
+    with FileReader(source, name) as reader:
+        _read_exactly(reader, runs)
+    return reader.bytes_read
+
+
+def _read_exactly(reader: FileReader, runs: Sequence[FileRuns]) -> None:
+    position = np.concatenate([r.source for r in runs])
+    length = np.concatenate([r.length for r in runs])
+    offsets = np.concatenate([r.offsets for r in runs])
+    owner = np.repeat(np.arange(len(runs)), [len(r.source) for r in runs])
+    order = np.argsort(position, kind="stable")
+    position, length, offsets, owner = position[order], length[order], offsets[order], owner[order]
+    views = [r.destination.data for r in runs]
+    heads = np.flatnonzero(np.concatenate([[True], position[1:] != position[:-1] + length[:-1]]))
+    for low, high in itertools.pairwise([*heads.tolist(), len(position)]):
+        for begin in range(low, high, _MOST_BUFFERS):
+            part = slice(begin, min(begin + _MOST_BUFFERS, high))
+            places = zip(owner[part].tolist(), offsets[part].tolist(), length[part].tolist(), strict=True)
+            reader.read_at(int(position[begin]), [views[of][start : start + size] for of, start, size in places])
+
+
+def _read_chunks(reader: ChunkReader, runs: Sequence[FileRuns]) -> None:
     by_chunk = sorted(itertools.chain.from_iterable(_by_chunk(r) for r in runs), key=lambda piece: piece[0])
     buffer = np.empty(CHUNK_BYTES, np.uint8)
     for chunk, group in itertools.groupby(by_chunk, key=lambda piece: piece[0]):

@@ -168,6 +168,10 @@ class Runs:
         kept = length > 0
         return Runs((self.source + head - start)[kept], (self.destination + head)[kept], length[kept])
 
+    def shifted(self, by: int) -> "Runs":
+        """The same runs of a source that begins ``by`` elements later."""
+        return Runs(self.source + by, self.destination, self.length)
+
 
 _EMPTY = Runs(*(np.empty(0, np.int64),) * 3)
 
@@ -180,7 +184,16 @@ def intersect(source: Region, source_form: StoredForm, destination: Region, dest
     assert source_form.shape == destination_form.shape, "two forms of the same logical tensor"
     if source_form == destination_form and _are_apart(source, destination):
         return _EMPTY
-    return _coalesce(_join(logical_runs(source, source_form), logical_runs(destination, destination_form)))
+    return join(logical_runs(source, source_form), logical_runs(destination, destination_form))
+
+
+def join(a: Runs, b: Runs) -> Runs:
+    """Where the sources of ``a`` and ``b`` coincide: from the destinations of ``a`` to those of ``b``, fewest runs.
+
+    In both the sources ascend and do not overlap. So two steps become one: where elements of a stored tensor lie, and
+    where they are to go.
+    """
+    return _coalesce(_join(a, b))
 
 
 def logical_runs(region: Region, form: StoredForm) -> Runs:

@@ -11,7 +11,9 @@ from evermesh.checkpoint.directory import read_manifest
 from evermesh.checkpoint.errors import CheckpointCorrupt, ShardMapInvalid
 from evermesh.checkpoint.files import CHUNK_BYTES
 from evermesh.checkpoint.format import MANIFEST, Manifest
+from evermesh.checkpoint.opening import open_checkpoint
 from evermesh.checkpoint.reading import ChunkReader
+from evermesh.checkpoint.sources import Source, source_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,22 +56,22 @@ def verify(path: Path | str) -> VerifyReport:
     except CheckpointCorrupt as error:
         return VerifyReport(path, (Problem("manifest", MANIFEST, error.fact),), 0, 0)
     problems = _extra_files(path, manifest) + _coverage(manifest)
-    bytes_read = 0
+    source, bytes_read = source_of(path, manifest), 0
     for name in sorted(manifest.files):
-        found, num_bytes = _check_file(path, manifest, name)
+        found, num_bytes = _check_file(source, name)
         problems += found
         bytes_read += num_bytes
     return VerifyReport(path, tuple(problems), len(manifest.files), bytes_read)
 
 
 def describe(path: Path | str) -> dict[str, JsonValue]:
-    """What is in a checkpoint, as JSON: step, time, sizes, description, objects by name, every tensor.
+    """What is in a checkpoint of any format, as JSON: sizes, description, objects by name, every tensor and its files.
 
     Raises:
         CheckpointNotFound: there is none at ``path``.
-        CheckpointCorrupt: its manifest is not what was saved.
+        CheckpointCorrupt, ForeignUnusable: there is one that cannot be read.
     """
-    manifest = read_manifest(Path(path))
+    source = open_checkpoint(path)
     tensors: list[JsonValue] = [
         {
             "name": name,
@@ -77,17 +79,20 @@ def describe(path: Path | str) -> dict[str, JsonValue]:
             "shape": list(tensor.shape),
             "num_bytes": sum(tensor.num_bytes(extent) for extent in tensor.extents),
             "num_extents": len(tensor.extents),
+            "files": list(dict.fromkeys(extent.file for extent in tensor.extents)),
         }
-        for name, tensor in manifest.tensors.items()
+        for name, tensor in source.tensors.items()
     ]
     return {
-        "step": manifest.step,
-        "time_s": manifest.time_s,
-        "world_size": manifest.world_size,
-        "num_bytes": manifest.num_bytes,
-        "description": manifest.description,
-        "objects": list(manifest.objects),
-        "files": {name: file.num_bytes for name, file in manifest.files.items()},
+        "format": source.kind,
+        "step": source.step,
+        "time_s": read_manifest(source.path).time_s if source.kind == "evermesh" else None,
+        "world_size": source.world_size,
+        "num_bytes": sum(file.num_bytes for file in source.files.values()),
+        "description": dict(source.description),
+        "objects": list(source.objects),
+        "left_out": list(source.left_out),
+        "files": {name: file.num_bytes for name, file in source.files.items()},
         "tensors": tensors,
     }
 
@@ -107,15 +112,15 @@ def _coverage(manifest: Manifest) -> list[Problem]:
     return problems
 
 
-def _check_file(path: Path, manifest: Manifest, name: str) -> tuple[list[Problem], int]:
+def _check_file(source: Source, name: str) -> tuple[list[Problem], int]:
     """The problems of one file, and the bytes read to find them."""
     try:
-        reader = ChunkReader(path, manifest, name)
+        reader = ChunkReader(source, name)
     except CheckpointCorrupt as error:
-        return [Problem("size" if (path / name).exists() else "missing file", name, error.fact)], 0
+        return [Problem("size" if (source.path / name).exists() else "missing file", name, error.fact)], 0
     problems, buffer = [], np.empty(CHUNK_BYTES, np.uint8)
     with reader:
-        for chunk in range(manifest.files[name].num_chunks):
+        for chunk in range(reader.num_chunks):
             try:
                 reader.read(chunk, buffer[: reader.size(chunk)])
             except CheckpointCorrupt as error:

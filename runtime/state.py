@@ -7,7 +7,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from evermesh import checkpoint
+from evermesh.checkpoint import ForeignUnusable
 from evermesh.checkpoint.directory import read_manifest
+from evermesh.checkpoint.naming import Naming
 from evermesh.checkpoint.registry import Replicated, StateRegistry
 from evermesh.checkpoint.shard_map import ShardMap
 from evermesh.parallelism.collectives import Communicator
@@ -97,6 +99,29 @@ class TrainingState:
         self.optimizer.publish()
         return loaded
 
+    def adopt(
+        self, source: checkpoint.Source, names: Naming | None = None, updates: int | None = None
+    ) -> checkpoint.LoadResult:
+        """Take over weights and moments that another library saved, and go on after its updates. Collective.
+
+        Its tensors have the names of ours (``parameter.NAME``, ``exp_avg.NAME``, ``exp_avg_sq.NAME``), or ``names`` says
+        which they are (``evermesh.checkpoint.sources.with_prefixes``). Every rank reads the bytes of its own parts. The
+        data begins anew: where it stood is known to the other library only. ``updates`` is the number of them; None: as
+        the checkpoint says.
+
+        Raises:
+            ForeignUnusable: the checkpoint does not say how many updates were made.
+            CheckpointMismatch, CheckpointCorrupt: see ``evermesh.checkpoint.load``.
+        """
+        made = updates if updates is not None else _updates_of(source)
+        shard_map = self.registry.shard_map
+        wanted = checkpoint.wanted_regions(shard_map, self.communicator.rank, self.registry.tensors)
+        loaded = checkpoint.load(source, wanted, shard_map=shard_map, strict=False, names=names)
+        self.progress.updates = made
+        self.optimizer.restore(made)
+        self.optimizer.publish()
+        return loaded
+
     def _check_identity(self, path: Path) -> None:
         saved = dict(read_manifest(path).description)
         if "model" in saved:
@@ -111,6 +136,18 @@ class TrainingState:
                 f"{path} is a checkpoint of another run: {'; '.join(differences)}. "
                 "Resume with the configuration it was made with, or launch a new run."
             )
+
+
+def _updates_of(source: checkpoint.Source) -> int:
+    """Updates that the moments have seen: the steps of an optimizer, or else those of the run."""
+    groups: Any = source.objects.get("groups", [])
+    steps = {group["numbers"]["step"] for group in groups if "step" in group["numbers"]}
+    made = steps.pop() if len(steps) == 1 else source.step
+    if made is None:
+        raise ForeignUnusable(
+            source.path, "it does not say how many updates were made", "Give their number: updates=N."
+        )
+    return int(made)
 
 
 def _with_defaults(model: Any) -> Any:

@@ -67,7 +67,7 @@ def ls(place: Place = None, runs: Runs = Path("runs"), as_json: AsJson = False) 
 
 @app.command(epilog="[bold]Example[/]\n\n  evermesh checkpoint show runs/quickstart/checkpoints/step-00000030")
 def show(place: Place = None, runs: Runs = Path("runs"), as_json: AsJson = False) -> None:
-    """Show what is in a checkpoint; of a run the newest one."""
+    """Show what is in a checkpoint, ours or one of DeepSpeed, torch.distributed or safetensors; of a run the newest one."""
     from evermesh import checkpoint
     from evermesh.launcher.terminal import print_table
 
@@ -78,7 +78,7 @@ def show(place: Place = None, runs: Runs = Path("runs"), as_json: AsJson = False
         return
     console = Console()
     console.print(f"[bold]{path}[/]", highlight=False, soft_wrap=True)
-    for key in ("step", "world_size", "num_bytes", "description", "objects", "files"):
+    for key in ("format", "step", "world_size", "num_bytes", "description", "objects", "left_out", "files"):
         console.print(f"  {key}: {found[key]}", highlight=False, markup=False, soft_wrap=True)
     table = Table("tensor", "dtype", "shape", "bytes", "extents", box=None, header_style="bold", pad_edge=False)
     tensors = found["tensors"]

@@ -106,6 +106,7 @@ def load_state(
     loaded = checkpoint.load(path, wanted, shard_map=held.shard_map, strict=optimizer is not None)
     if optimizer is not None:
         _restore_optimizer(optimizer, parameters, states, loaded.objects)
+    assert loaded.step is not None, "ours says it"
     return loaded.step
 
 
@@ -120,7 +121,9 @@ def read_weights(directory: Path | str, model: nn.Module) -> int:
     named = {f"parameter.{name}": parameter.detach() for name, parameter in model.named_parameters()}
     named |= {f"buffer.{name}": buffer for name, buffer in _persistent_buffers(model)}
     wanted = {name: (Box((0,) * value.dim(), tuple(value.shape)), value) for name, value in named.items()}
-    return checkpoint.load(_newest(Path(directory)), wanted, strict=False).step
+    step = checkpoint.load(_newest(Path(directory)), wanted, strict=False).step
+    assert step is not None, "ours says it"
+    return step
 
 
 def _newest(directory: Path) -> Path:

@@ -32,6 +32,9 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, r
 MODEL = {"hidden": 32, "layers": 2, "heads": 4, "kv_heads": 2, "ffn": 48, "initial_std": 0.1}
 MIXTURE = {"experts": 4, "ffn": 16, "shared_ffn": 16, "balancing": {"kind": "bias", "rate": 0.01}}
 STEPS, BAD_STEP = 4, 2
+NATIVE = "native"
+"""Below the directory of a run: a checkpoint that the library wrote itself at its end."""
+SAVED_BY_LIBRARY = ("stage 1", "stage 2, states on the host", "stage 3", "stage 3, all on the host")
 SHARDINGS: dict[str, dict[str, Any]] = {
     "stage 1": {"stage": 1},
     "stage 2": {"stage": 2},
@@ -89,6 +92,8 @@ def _on_rank(
             trainer.planner = Uneven(trainer.planner)
         _watch(trainer, plans, bad_step if rank == 0 else None)
         trainer.fit()
+        if name in SAVED_BY_LIBRARY:
+            trainer.optimizer.engine.save_checkpoint(str(directory / NATIVE))  # type: ignore[attr-defined]
         runs[name] = Run(reports, plans, directory)
     return runs
 
@@ -221,6 +226,41 @@ def test_a_run_is_that_of_one_worker_and_a_bad_step_changes_nothing(
     for tensor_name, tensor in saved.items():
         assert tensor.dtype == torch.float32
         assert relative_error(tensor.double(), expected[tensor_name]) <= 1e-5, tensor_name
+
+
+@pytest.mark.parametrize("name", SAVED_BY_LIBRARY)
+def test_what_the_library_saves_itself_is_the_same_state(name: str, runs: dict[str, Run]) -> None:
+    source = checkpoint.open_checkpoint(runs[name].directory / NATIVE)
+    saved = _saved(runs[name].directory / "checkpoints")
+    assert source.tensors.keys() == saved.keys()
+    for tensor_name, tensor in saved.items():
+        got = torch.empty_like(tensor)
+        checkpoint.load(source, {tensor_name: (checkpoint.Interval(0, got.numel()), got)}, strict=False)
+        assert torch.equal(got, tensor), tensor_name
+
+
+def _adopt_on_rank(rank: int, workers: int, config: TrainConfig, native: Path, folder: Path) -> int:
+    """A new run under our own sharding that takes over a checkpoint of the library, and saves it as ours."""
+    trainer = Trainer(config, directory=folder)
+    loaded = trainer.state.adopt(checkpoint.open_checkpoint(native))
+    trainer.save()
+    return loaded.bytes_read
+
+
+def test_a_run_of_ours_goes_on_from_a_checkpoint_of_the_library(
+    runs: dict[str, Run], corpus: Path, tmp_path: Path
+) -> None:
+    run = runs["stage 3"]
+    config = _config(corpus, 3, None)
+    bytes_read = run_ranks(3, _adopt_on_rank, config, run.directory / NATIVE, tmp_path, timeout_s=120.0)
+    expected, adopted = _saved(run.directory / "checkpoints"), _saved(tmp_path / "checkpoints")
+    assert adopted.keys() == expected.keys()
+    assert all(torch.equal(adopted[name], tensor) for name, tensor in expected.items())
+    assert sum(bytes_read) == sum(tensor.nbytes for tensor in expected.values())  # each byte by one rank
+    path = checkpoint.latest(tmp_path / "checkpoints")
+    assert path is not None
+    updates: Any = read_manifest(path).objects["updates"]
+    assert updates["value"] == STEPS - 1
 
 
 @pytest.mark.parametrize("name", ["stage 1", "stage 2", "stage 3"])

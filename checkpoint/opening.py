@@ -1,0 +1,63 @@
+"""Opening a checkpoint of any format that this version knows. Imports no torch."""
+
+from pathlib import Path
+
+from evermesh.checkpoint.directory import read_manifest
+from evermesh.checkpoint.errors import CheckpointNotFound, ForeignUnusable
+from evermesh.checkpoint.format import MANIFEST
+from evermesh.checkpoint.huggingface import INDEX, SINGLE, open_safetensors
+from evermesh.checkpoint.sources import Source, source_of
+
+_POINTERS = ("latest", "latest_universal")
+"""Files in which DeepSpeed names a folder beside them."""
+
+
+def open_checkpoint(path: Path | str) -> Source:
+    """Index the checkpoint at ``path``; no tensor is read and nothing is executed. Not collective.
+
+    A folder of DeepSpeed with a file ``latest`` stands for the tag that this names.
+
+    Raises:
+        CheckpointNotFound: there is none of a known format.
+        CheckpointCorrupt, ForeignUnusable: there is one that cannot be read.
+    """
+    path = Path(path)
+    if (path / MANIFEST).is_file():
+        return source_of(path, read_manifest(path))
+    if (path / INDEX).is_file() or (path / SINGLE).is_file():
+        return open_safetensors(path)
+    if (path / ".metadata").is_file():
+        from evermesh.checkpoint.foreign.torch_distributed import open_torch_distributed
+
+        return open_torch_distributed(path)
+    if (path / "zero").is_dir():
+        from evermesh.checkpoint.foreign.deepspeed_universal import open_universal
+
+        return open_universal(path)
+    if path.is_dir() and any(path.glob("*_states.pt")):
+        from evermesh.checkpoint.foreign.deepspeed import open_deepspeed
+
+        return open_deepspeed(path)
+    named = _named(path)
+    if named is not None:
+        return open_checkpoint(named)
+    raise CheckpointNotFound(
+        path, f"it has no {MANIFEST}, and is no checkpoint of DeepSpeed, of torch.distributed, or of safetensors files"
+    )
+
+
+def _named(path: Path) -> Path | None:
+    """The folder that a pointer in ``path`` names."""
+    for pointer in _POINTERS:
+        file = path / pointer
+        if not file.is_file():
+            continue
+        try:
+            name = file.read_text("utf-8").strip()
+        except UnicodeDecodeError as error:
+            raise ForeignUnusable(file, "it is no text", "Name the folder of a tag.") from error
+        if not name or Path(name).name != name:
+            raise ForeignUnusable(file, f"it names {name[:100]!r}, no folder beside it", "Name the folder of a tag.")
+        if (path / name).is_dir():
+            return path / name
+    return None
