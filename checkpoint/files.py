@@ -3,12 +3,15 @@
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
 
-import numpy as np
-import numpy.typing as npt
 import xxhash
 
-ByteArray = npt.NDArray[np.uint8]
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+ByteArray: TypeAlias = "npt.NDArray[np.uint8]"
 
 CHUNK_BYTES = 1 << 20
 """Bytes that share one checksum."""

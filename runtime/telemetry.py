@@ -84,6 +84,10 @@ class StepReport:
     """Of ``step_s``: seconds that rank 0 waited for the batch and its plan, which are prepared during the step before."""
     held_out_loss: float | None = None
     """Mean loss per counted token of the held-out documents after this step, nats; None: it was not evaluated."""
+    checkpoint_stop_s: float = 0.0
+    """Of ``step_s``: seconds that rank 0 stood still for the checkpoint of the step before."""
+    checkpoint_write_s: float = 0.0
+    """Seconds from the copy of the state to the commit, of the checkpoint that became visible during this step; 0: none."""
 
     @property
     def tokens_per_s(self) -> float:
