@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import torch
 from pydantic import JsonValue, TypeAdapter, ValidationError
@@ -19,15 +19,14 @@ from evermesh.checkpoint import committing
 from evermesh.checkpoint.agreement import RankFailure, together
 from evermesh.checkpoint.background.arena import Arena
 from evermesh.checkpoint.background.copying import ArenaCopy
-from evermesh.checkpoint.background.orders import Answer, ArenaPart, SaveOrder, WriterPlan
+from evermesh.checkpoint.background.orders import Answer, SaveOrder
+from evermesh.checkpoint.background.planning import writer_plan
 from evermesh.checkpoint.background.process import WriterProcess
 from evermesh.checkpoint.errors import HostMemoryShort, ShardMapInvalid
-from evermesh.checkpoint.file_plan import PlannedPart, planned_parts
-from evermesh.checkpoint.format import safetensors_header
-from evermesh.checkpoint.regions import Region
+from evermesh.checkpoint.file_plan import planned_parts
 from evermesh.checkpoint.retention import Retention, as_retention
 from evermesh.checkpoint.saving import rolled_back
-from evermesh.checkpoint.shard_map import ShardMap, TensorShards
+from evermesh.checkpoint.shard_map import ShardMap
 from evermesh.checkpoint.tensors import Held, local_tensors
 from evermesh.parallelism.collectives import Communicator
 
@@ -35,8 +34,6 @@ _LOOK_S = 5.0
 """Ranks that wait for their writers tell each other so often that one has failed."""
 _CALL_SITE = "checkpoint"
 _JSON_OBJECTS = TypeAdapter(dict[str, JsonValue])
-_REGION: TypeAdapter[Region] = TypeAdapter(Region)
-_SHARDS = TypeAdapter(TensorShards)
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,22 +204,7 @@ class BackgroundSaver:
         self._shard_map.check()
         local_tensors(self._shard_map, rank, tensors)
         planned = planned_parts(self._shard_map, rank)
-        safetensors_header([one.entry for one in planned])  # refuses a name that two parts would have
-        writers = tuple(self._shard_map.writers())
-        if max(writers, default=0) >= size:
-            raise ShardMapInvalid(f"the shard map names rank {max(writers)}, but {size} ranks save.")
-        self._plan = WriterPlan(
-            rank=rank,
-            directory=str(self.directory.absolute()),
-            digest=self._shard_map.digest(),
-            writers=writers,
-            parts=tuple(_arena_part(one) for one in planned),
-            retention=retention,
-            incremental=incremental,
-            world_size=size,
-            tensors=_without_extents(self._shard_map) if rank == 0 else None,
-            num_elements=_num_elements(self._shard_map) if rank == 0 else None,
-        )
+        self._plan = writer_plan(self._shard_map, planned, rank, size, self.directory, retention, incremental)
         self._arena = Arena(self._plan.offsets[-1])
         self._copy = ArenaCopy(planned, tensors, self._arena)
         self._copy.run()  # whatever a first copy loads or allocates is there before the first save
@@ -322,21 +304,3 @@ def _refusal(failure: RankFailure) -> Exception:
     if failure.cause.startswith(HostMemoryShort.__name__):
         return HostMemoryShort.of_rank(failure.rank, failure.cause)
     return ShardMapInvalid(f"rank {failure.rank} cannot save: {failure.cause}")
-
-
-def _arena_part(one: PlannedPart) -> ArenaPart:
-    entry = one.entry.entry
-    region: dict[str, Any] = _REGION.dump_python(one.entry.region, mode="json")
-    return ArenaPart(
-        one.part.name, entry.key, entry.code, entry.shape, entry.num_bytes, region, one.part.start, one.part.stop
-    )
-
-
-def _without_extents(shard_map: ShardMap) -> dict[str, dict[str, Any]]:
-    fields = ("dtype", "shape", "permutation", "padding")
-    values = {name: _SHARDS.dump_python(tensor, mode="json") for name, tensor in shard_map.tensors.items()}
-    return {name: {field: entry[field] for field in fields} for name, entry in values.items()}
-
-
-def _num_elements(shard_map: ShardMap) -> dict[str, int]:
-    return {name: tensor.form.num_elements for name, tensor in shard_map.tensors.items()}
