@@ -72,4 +72,4 @@ def _allocate(descriptor: int, num_bytes: int) -> None:
                 raise
             status = os.fstatvfs(descriptor)
             free = begin + status.f_bavail * status.f_frsize
-            raise HostMemoryShort(num_bytes, free, f"{_FOLDER} is full") from error
+            raise HostMemoryShort(num_bytes, free, f"{_FOLDER}: {error.strerror}") from error

@@ -39,6 +39,11 @@ class WriterProcess:
         self._send(plan.to_json())
 
     @property
+    def pid(self) -> int:
+        """Of the process."""
+        return self._process.pid
+
+    @property
     def is_alive(self) -> bool:
         """Whether it still takes orders."""
         return self._process.poll() is None
