@@ -15,7 +15,15 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from evermesh.checkpoint import BackgroundSaver, CheckpointNotSaved, HostMemoryShort, ShardMapInvalid, latest, save, verify
+from evermesh.checkpoint import (
+    BackgroundSaver,
+    CheckpointNotSaved,
+    HostMemoryShort,
+    ShardMapInvalid,
+    latest,
+    save,
+    verify,
+)
 from evermesh.checkpoint.background import arena
 from evermesh.parallelism.collectives import Communicator
 from tests.checkpoint.states import held_by, load_and_compare, logical_state, save_step, shard_map
@@ -25,7 +33,9 @@ from tests.cluster import run_ranks
 OBJECTS: dict[str, Any] = {"cursor": {"samples": 8}, "best": float("inf")}
 
 
-def _saver(directory: Path, rank: int, size: int, **options: Any) -> tuple[BackgroundSaver, dict[str, list[torch.Tensor]]]:
+def _saver(
+    directory: Path, rank: int, size: int, **options: Any
+) -> tuple[BackgroundSaver, dict[str, list[torch.Tensor]]]:
     held = held_by(rank, size, logical_state(1))
     communicator = Communicator(dist.group.WORLD) if size > 1 else None
     return BackgroundSaver(directory, shard_map(size), held, communicator=communicator, **options), held
@@ -108,7 +118,10 @@ def _lose_a_writer(rank: int, size: int, directory: str) -> list[str]:
 def test_a_writer_that_was_killed_is_told_by_all_ranks_and_the_next_save_works(tmp_path: Path) -> None:
     for told in run_ranks(3, _lose_a_writer, str(tmp_path)):
         assert "step 2 was not saved" in told[0]
-        assert "rank 1: ChildProcessError: the process that writes the checkpoint has ended (killed by signal 9)" in told[0]
+        assert (
+            "rank 1: ChildProcessError: the process that writes the checkpoint has ended (killed by signal 9)"
+            in told[0]
+        )
         assert told[1:] == ["latest", "step-00000001"]
     path = latest(tmp_path)
     assert path is not None
@@ -158,7 +171,7 @@ def test_without_room_in_shared_memory_a_saver_is_refused_with_the_numbers(tmp_p
 
 def _run_short_of_memory(rank: int, size: int, directory: str) -> str:
     if rank == 1:
-        arena.available_bytes = lambda: (1 << 20, 1 << 30)  # type: ignore[assignment]
+        arena.available_bytes = lambda: (1 << 20, 1 << 30)
     with pytest.raises(HostMemoryShort) as caught:
         _saver(Path(directory), rank, size)
     return str(caught.value)

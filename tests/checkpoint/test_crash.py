@@ -7,9 +7,18 @@ import torch.distributed as dist
 
 from evermesh.checkpoint import CheckpointCorrupt, checkpoints, latest
 from evermesh.parallelism.collectives import Communicator
-from tests.checkpoint.killing import NEW_STATE, OLD_STATE, Calls, Kill, die_at_every_call, next_save_works, state_of_latest
+from tests.checkpoint.killing import (
+    NEW_STATE,
+    OLD_STATE,
+    Calls,
+    Kill,
+    die_at_every_call,
+    next_save_works,
+    state_of_latest,
+)
 from tests.checkpoint.states import load_and_compare, save_step
 from tests.cluster import RankFailed, run_ranks
+
 
 @pytest.mark.parametrize("step", [2, 1], ids=["a new step", "the same step anew"])
 def test_a_save_killed_at_any_system_call_leaves_the_old_or_the_new_checkpoint(step: int, tmp_path: Path) -> None:

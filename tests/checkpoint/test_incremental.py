@@ -33,8 +33,8 @@ class _Killed(BaseException):
 class _Run:
     """A trainer of five tensors and its writer, in one process; ``values`` is what training has made of them."""
 
-    def __init__(self, directory: Path, retention: Retention = Retention(None)) -> None:
-        self.directory, self.retention = directory, retention
+    def __init__(self, directory: Path, retention: Retention | None = None) -> None:
+        self.directory, self.retention = directory, retention or Retention(last=None)
         self.values = dict.fromkeys(NAMES, 0)
         self.expected: dict[int, dict[str, int]] = {}
         """What the checkpoints hold."""

@@ -39,13 +39,13 @@ def plan_and_arena(
     rank: int,
     size: int,
     directory: Path,
-    retention: Retention = Retention(1),
+    retention: Retention | None = None,
     *,
     incremental: bool = False,
 ) -> tuple[WriterPlan, bytearray]:
     """What a trainer that holds ``held`` tells its writer, and what it copies."""
     planned = planned_parts(whole, rank)
-    plan = writer_plan(whole, planned, rank, size, directory, retention, incremental)
+    plan = writer_plan(whole, planned, rank, size, directory, retention or Retention(1), incremental)
     arena = bytearray()
     for one in planned:
         flat = held_tensor(held, one.part.name, one.held).reshape(-1)[one.part.start : one.part.stop]
@@ -110,7 +110,7 @@ def _write(
         save(writer, order)
         os.close(sender)
 
-    Writer.save = save_and_end  # type: ignore[method-assign]  # in this process only
+    Writer.save = save_and_end  # type: ignore[method-assign,assignment]  # in this process only
     (_Orphaned(kill, sender) if isinstance(kill, Orphan) else Calls(kill)).install()
     serve(receiver, answers, memoryview(arena))
 

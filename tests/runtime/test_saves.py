@@ -41,7 +41,9 @@ def test_a_run_that_goes_on_while_it_saves_is_the_same_run(corpus: Path, tmp_pat
         reports = read_telemetry(directory / "telemetry.jsonl")
         assert [report.checkpoint_stop_s > 0 for report in reports] == [False, False, True, False, True]
         assert sum(report.checkpoint_write_s for report in reports) > 0
-    resumed = train_on(1, _config(corpus, asynchronous=True) | {"layout": {"capacity": 600}}, tmp_path / "behind", resume=True)
+    resumed = train_on(
+        1, _config(corpus, asynchronous=True) | {"layout": {"capacity": 600}}, tmp_path / "behind", resume=True
+    )
     assert largest_difference(resumed, behind) == 0.0
 
 
@@ -75,7 +77,9 @@ def test_a_writer_that_dies_ends_the_run_in_the_next_step_on_all_ranks(corpus: P
 
 
 def _diverge(rank: int, workers: int, values: dict[str, Any], directory: Path) -> None:
-    config = TrainConfig.model_validate(values | {"layout": values["layout"] | {"hdp": workers}, "max_skipped_steps": 1})
+    config = TrainConfig.model_validate(
+        values | {"layout": values["layout"] | {"hdp": workers}, "max_skipped_steps": 1}
+    )
     trainer = Trainer(config, directory=directory)
     step = trainer.train_step
 
@@ -97,11 +101,13 @@ def test_a_run_that_ends_with_an_error_first_commits_what_it_was_saving(corpus: 
 
 
 def _without_room(rank: int, workers: int, values: dict[str, Any], directory: Path) -> None:
-    arena.available_bytes = lambda: (1 << 10, 1 << 30)  # type: ignore[assignment]
+    arena.available_bytes = lambda: (1 << 10, 1 << 30)
     Trainer(TrainConfig.model_validate(values), directory=directory).fit()
 
 
-def test_without_room_for_the_copy_training_stands_still_unless_that_was_ruled_out(corpus: Path, tmp_path: Path) -> None:
+def test_without_room_for_the_copy_training_stands_still_unless_that_was_ruled_out(
+    corpus: Path, tmp_path: Path
+) -> None:
     values = _config(corpus) | {"layout": {"capacity": 600}}
     run_ranks(1, _without_room, values, tmp_path)
     told = [event.text for event in read_events(tmp_path / "events.jsonl") if event.kind == "memory"]
