@@ -14,6 +14,7 @@ from tests.checkpoint.killing import NEW_STATE, OLD_STATE, Kill, next_save_works
 from tests.checkpoint.states import save_step
 from tests.checkpoint.writers import Orphan, write_state
 
+_EVERY_CALL = [(step, kind) for step in (1, 2) for kind in (Kill, Orphan)]
 _POINTS = int(os.environ.get("POINTS", "2000"))
 
 
@@ -44,7 +45,15 @@ def _die_at_every_call(base: Path, step: int, kind: type[Kill], every: int) -> l
     raise AssertionError("the writer has endlessly many calls")
 
 
-@pytest.mark.parametrize(("step", "kind", "every"), [(2, Kill, 1), (1, Kill, 3), (2, Orphan, 3)])
+@pytest.mark.parametrize(
+    ("step", "kind", "every"),
+    [
+        (2, Kill, 2),
+        (1, Kill, 3),
+        (2, Orphan, 3),
+        *(pytest.param(s, k, 1, marks=pytest.mark.soak) for s, k in _EVERY_CALL),
+    ],
+)
 def test_a_writer_that_dies_or_loses_its_trainer_at_any_call_leaves_the_old_or_the_new_checkpoint(
     step: int, kind: type[Kill], every: int, tmp_path: Path
 ) -> None:
