@@ -38,7 +38,7 @@ def _die_at_every_call(base: Path, step: int, kind: type[Kill], every: int) -> l
     found = []
     for call in itertools.count(0, every):
         directory = Path(shutil.copytree(base, base.parent / f"{kind.__name__}-{call}"))
-        told = write_state(directory, step, NEW_STATE, 1, {0: kind(call, half=True)})
+        told = write_state(directory, step, NEW_STATE, 1, {0: kind(call, half=kind is Kill)})
         found.append((told, directory))
         if told and len(found) > 60 // every:
             return found
@@ -78,7 +78,10 @@ def _die_somewhere(base: Path, points: int, seed: int) -> list[tuple[int, bool, 
         size = choice.choice([1, 2, 3])
         dying = choice.sample(range(size), choice.choice([1, min(2, size)]))
         kinds = (Kill, Orphan)
-        kills = {rank: choice.choice(kinds)(choice.randrange(36 if rank == 0 else 12), half=True) for rank in dying}
+        kills: dict[int, Kill] = {}
+        for rank in dying:
+            kind = choice.choice(kinds)  # a writer that only lost its trainer never writes half of anything
+            kills[rank] = kind(choice.randrange(36 if rank == 0 else 12), half=kind is Kill)
         told = write_state(directory, choice.choice([1, 2]), NEW_STATE, size, kills)
         found.append((point, told, directory))
     return found
