@@ -8,7 +8,7 @@ BROWSER := $(shell command -v chromium || command -v chromium-browser || command
 export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help install demo test check format gpu parity soak soak-planner bench $(addprefix bench-,$(ROOMS)) $(addprefix test-,$(ROOMS)) clean
+.PHONY: help install demo test check format gpu parity soak soak-planner soak-saving bench $(addprefix bench-,$(ROOMS)) $(addprefix test-,$(ROOMS)) clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z%-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 24
@@ -55,6 +55,9 @@ soak: $(INSTALLED)  ## long runs of jobs: 200 restarts in a row, two jobs beside
 
 soak-planner: $(INSTALLED)  ## a million random plans, each proved, in two processes; takes hours (PLANS=20000: minutes)
 	$(BIN)/python -m pytest tests/parallelism/test_soak_planner.py -m soak -s
+
+soak-saving: $(INSTALLED)  ## 2000 writers killed at random calls, 1500 random sequences of saves; takes minutes (POINTS=20000: an hour)
+	$(BIN)/python -m pytest tests/checkpoint -m soak
 
 bench: $(INSTALLED)  ## all benchmarks; writes build/bench/NAME.json
 	$(BIN)/python -m tests.benchmarks

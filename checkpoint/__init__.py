@@ -2,45 +2,79 @@
 
 from typing import TYPE_CHECKING, Any
 
-from evermesh.checkpoint.directory import CheckpointInfo, checkpoints, latest
-from evermesh.checkpoint.errors import (
-    CheckpointCorrupt,
-    CheckpointMismatch,
-    CheckpointNotFound,
-    CheckpointNotSaved,
-    ForeignUnusable,
-    RegistryMismatch,
-    ShardMapInvalid,
-)
-from evermesh.checkpoint.opening import open_checkpoint
-from evermesh.checkpoint.registry import PerRank, Replicated, Sharded, StateDescription, StateRegistry
-from evermesh.checkpoint.shard_map import (
-    Box,
-    Interval,
-    Padding,
-    Permutation,
-    Region,
-    Shard,
-    ShardMap,
-    StoredForm,
-    TensorShards,
-    intersect,
-)
-from evermesh.checkpoint.sources import Source
-from evermesh.checkpoint.verifying import Problem, VerifyReport, describe, verify
-
 if TYPE_CHECKING:
+    from evermesh.checkpoint.background.saver import BackgroundSaver
+    from evermesh.checkpoint.directory import CheckpointInfo, checkpoints, latest
+    from evermesh.checkpoint.errors import (
+        CheckpointCorrupt,
+        CheckpointMismatch,
+        CheckpointNotFound,
+        CheckpointNotSaved,
+        ForeignUnusable,
+        HostMemoryShort,
+        RegistryMismatch,
+        ShardMapInvalid,
+    )
     from evermesh.checkpoint.loading import LoadResult, load, wanted_regions
+    from evermesh.checkpoint.opening import open_checkpoint
+    from evermesh.checkpoint.pruning import Pruning, prune
+    from evermesh.checkpoint.registry import PerRank, Replicated, Sharded, StateDescription, StateRegistry
+    from evermesh.checkpoint.retention import Retention
     from evermesh.checkpoint.saving import save
+    from evermesh.checkpoint.shard_map import (
+        Box,
+        Interval,
+        Padding,
+        Permutation,
+        Region,
+        Shard,
+        ShardMap,
+        StoredForm,
+        TensorShards,
+        intersect,
+    )
+    from evermesh.checkpoint.sources import Source
+    from evermesh.checkpoint.verifying import Problem, VerifyReport, describe, verify
 
-_NEED_TORCH = {
-    "LoadResult": "loading",
-    "load": "loading",
-    "save": "saving",
-    "wanted_regions": "loading",
+_MODULES = {
+    "background.saver": ("BackgroundSaver",),
+    "directory": ("CheckpointInfo", "checkpoints", "latest"),
+    "errors": (
+        "CheckpointCorrupt",
+        "CheckpointMismatch",
+        "CheckpointNotFound",
+        "CheckpointNotSaved",
+        "ForeignUnusable",
+        "HostMemoryShort",
+        "RegistryMismatch",
+        "ShardMapInvalid",
+    ),
+    "loading": ("LoadResult", "load", "wanted_regions"),
+    "opening": ("open_checkpoint",),
+    "pruning": ("Pruning", "prune"),
+    "registry": ("PerRank", "Replicated", "Sharded", "StateDescription", "StateRegistry"),
+    "retention": ("Retention",),
+    "saving": ("save",),
+    "shard_map": (
+        "Box",
+        "Interval",
+        "Padding",
+        "Permutation",
+        "Region",
+        "Shard",
+        "ShardMap",
+        "StoredForm",
+        "TensorShards",
+        "intersect",
+    ),
+    "sources": ("Source",),
+    "verifying": ("Problem", "VerifyReport", "describe", "verify"),
 }
+"""Imported when a name is first used: torch for some, and nothing but xxhash for the process that writes."""
+_HOMES = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
+    "BackgroundSaver",
     "Box",
     "CheckpointCorrupt",
     "CheckpointInfo",
@@ -48,15 +82,18 @@ __all__ = [
     "CheckpointNotFound",
     "CheckpointNotSaved",
     "ForeignUnusable",
+    "HostMemoryShort",
     "Interval",
     "LoadResult",
     "Padding",
     "PerRank",
     "Permutation",
     "Problem",
+    "Pruning",
     "Region",
     "RegistryMismatch",
     "Replicated",
+    "Retention",
     "Shard",
     "ShardMap",
     "ShardMapInvalid",
@@ -73,6 +110,7 @@ __all__ = [
     "latest",
     "load",
     "open_checkpoint",
+    "prune",
     "save",
     "verify",
     "wanted_regions",
@@ -80,10 +118,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _NEED_TORCH:
+    if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib
 
-    value = getattr(importlib.import_module(f"{__name__}.{_NEED_TORCH[name]}"), name)
+    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
     globals()[name] = value
     return value

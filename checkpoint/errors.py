@@ -3,6 +3,7 @@
 EvermeshError
 ├── ShardMapInvalid        (ValueError)         regions leave a gap, overlap or reach outside their tensor
 ├── CheckpointNotSaved     (OSError)            a save failed on some rank; all ranks raise it
+├── HostMemoryShort        (OSError)            the copy of the state that is written in the background has no room
 ├── CheckpointNotFound     (FileNotFoundError)  there is no complete checkpoint at a path
 ├── CheckpointCorrupt      (ValueError)         bytes are not those that were saved
 ├── ForeignUnusable        (ValueError)         a checkpoint of another project cannot be read
@@ -35,6 +36,25 @@ class CheckpointNotSaved(EvermeshError, OSError):
         self.directory, self.step, self.rank, self.cause = directory, step, rank, cause
         self.errno = error
         self.bytes_needed, self.bytes_free = bytes_needed, bytes_free
+
+
+class HostMemoryShort(EvermeshError, OSError):
+    """There is no room for the copy of a rank's state that another process writes. Nothing was written or allocated."""
+
+    def __init__(self, bytes_needed: int, bytes_free: int, fact: str) -> None:
+        super().__init__(
+            f"saving in the background needs {bytes_needed:,} bytes of shared memory on this rank, {bytes_free:,} are "
+            f"free: {fact}. Give the job more (docker run --shm-size, a volume of medium Memory on /dev/shm in "
+            f"Kubernetes), use more ranks, or set train.checkpoint.asynchronous to off."
+        )
+        self.bytes_needed, self.bytes_free, self.fact = bytes_needed, bytes_free, fact
+
+    @classmethod
+    def of_rank(cls, rank: int, cause: str) -> "HostMemoryShort":
+        """What the other ranks raise: the cause is the error of ``rank`` as text."""
+        error = cls(0, 0, cause)
+        error.args = (f"rank {rank}: {cause.removeprefix(cls.__name__ + ': ')}",)
+        return error
 
 
 class CheckpointNotFound(EvermeshError, FileNotFoundError):

@@ -3,15 +3,20 @@
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
 
-import numpy as np
-import numpy.typing as npt
 import xxhash
 
-ByteArray = npt.NDArray[np.uint8]
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+ByteArray: TypeAlias = "npt.NDArray[np.uint8]"
 
 CHUNK_BYTES = 1 << 20
 """Bytes that share one checksum."""
+_AHEAD_BYTES = 8 << 20
+"""The disk begins to write when so many more bytes are there, instead of at the end."""
 DIGITS = 16
 """Hexadecimal digits of one checksum (xxh3-64)."""
 
@@ -20,7 +25,7 @@ class ChecksummedFile:
     """A new file whose chunk checksums are known when it is closed. A context manager; not collective."""
 
     def __init__(self, path: Path) -> None:
-        self.num_bytes = 0
+        self.num_bytes, self._handed_over = 0, 0
         self._digest, self._checksums = xxhash.xxh3_64(), list[str]()
         self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
 
@@ -36,6 +41,7 @@ class ChecksummedFile:
         while rest.nbytes:
             written = os.write(self._descriptor, rest)
             self._add(rest[:written])
+            self._hand_over()
             rest = rest[written:]
 
     def finish(self) -> str:
@@ -44,6 +50,13 @@ class ChecksummedFile:
         if self.num_bytes % CHUNK_BYTES:
             self._checksums.append(self._digest.hexdigest())
         return "".join(self._checksums)
+
+    def _hand_over(self) -> None:
+        """Let the disk work while the next bytes are hashed and copied: what is dirty in the range is written at once."""
+        waiting = self.num_bytes - self._handed_over
+        if waiting >= _AHEAD_BYTES:
+            os.posix_fadvise(self._descriptor, self._handed_over, waiting, os.POSIX_FADV_DONTNEED)
+            self._handed_over = self.num_bytes
 
     def _add(self, written: memoryview) -> None:
         while written.nbytes:

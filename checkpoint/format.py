@@ -5,7 +5,6 @@ is one *extent*: some elements of the row-major storage of one region of a logic
 """
 
 import functools
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,14 +15,11 @@ from pydantic import JsonValue, TypeAdapter, ValidationError
 
 from evermesh.checkpoint.coverage import check_cover
 from evermesh.checkpoint.dtypes import DTYPES
+from evermesh.checkpoint.encoding import FORMAT_VERSION, SEAL, HeaderEntry, safetensors_head, sealed
+from evermesh.checkpoint.encoding import MANIFEST as MANIFEST
 from evermesh.checkpoint.errors import CheckpointCorrupt, ShardMapInvalid
 from evermesh.checkpoint.files import CHUNK_BYTES, DIGITS
 from evermesh.checkpoint.regions import STRICT, Interval, Padding, Permutation, Region, StoredForm
-
-FORMAT_VERSION = 1
-MANIFEST = "manifest.json"
-_SEAL = b'{"xxh3_64":"'
-_ALIGNMENT_BYTES = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,8 +139,7 @@ class Manifest:
     def to_json(self) -> bytes:
         """The manifest as JSON. Its first field is the xxh3-64 of the object without that field."""
         # not dump_json: it would write null for the infinities and NaN that objects may hold
-        body = json.dumps(_manifest_adapter().dump_python(self, mode="json"), separators=(",", ":")).encode()
-        return _SEAL + xxhash.xxh3_64_hexdigest(body).encode() + b'",' + body[1:]
+        return sealed(_manifest_adapter().dump_python(self, mode="json"))
 
     @classmethod
     def from_json(cls, payload: bytes, file: Path = Path(MANIFEST)) -> Self:
@@ -153,8 +148,8 @@ class Manifest:
         Raises:
             CheckpointCorrupt: it is truncated, altered, or of another format version.
         """
-        digits, body = payload[len(_SEAL) :][:DIGITS], b"{" + payload[len(_SEAL) + DIGITS + 2 :]
-        if payload[: len(_SEAL)] != _SEAL or digits != xxhash.xxh3_64_hexdigest(body).encode():
+        digits, body = payload[len(SEAL) :][:DIGITS], b"{" + payload[len(SEAL) + DIGITS + 2 :]
+        if payload[: len(SEAL)] != SEAL or digits != xxhash.xxh3_64_hexdigest(body).encode():
             raise CheckpointCorrupt(file, "the manifest is not what was saved")
         try:
             manifest = _manifest_adapter().validate_json(body)
@@ -195,24 +190,20 @@ class FilePart:
         is_whole = self.stop - self.start == self.region.num_elements
         return f"{self.name}{self.region}" + ("" if is_whole else f"[{self.start}:{self.stop}]")
 
+    @property
+    def entry(self) -> HeaderEntry:
+        """What the head of the file says about it."""
+        return HeaderEntry(self.key, DTYPES[self.dtype].code, self.shape, self.num_bytes)
+
 
 def safetensors_header(parts: Sequence[FilePart], metadata: Mapping[str, str] | None = None) -> bytes:
     """The head of a safetensors file that holds ``parts`` in this order, padded so that the data is aligned."""
-    entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    offset = 0
+    known: set[str] = set()
     for part in parts:
-        entry = {
-            "dtype": DTYPES[part.dtype].code,
-            "shape": part.shape,
-            "data_offsets": (offset, offset + part.num_bytes),
-        }
-        if part.key in entries:
+        if part.key in known:
             raise ShardMapInvalid(f"two extents would be stored under the name {part.key!r}. Rename the tensor.")
-        entries[part.key] = entry
-        offset += part.num_bytes
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-(len(text) + 8) % _ALIGNMENT_BYTES)
-    return len(text).to_bytes(8, "little") + text
+        known.add(part.key)
+    return safetensors_head([part.entry for part in parts], metadata)
 
 
 @functools.cache

@@ -3,17 +3,17 @@
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from pydantic import JsonValue, TypeAdapter
 
-from evermesh.checkpoint import directory as folder
+from evermesh.checkpoint import committing as folder
 from evermesh.checkpoint.agreement import RankFailure, on_first, together
-from evermesh.checkpoint.dtypes import DTYPES
+from evermesh.checkpoint.committing import data_name, record_name
 from evermesh.checkpoint.errors import CheckpointNotSaved, ShardMapInvalid
+from evermesh.checkpoint.file_plan import PlannedPart, planned_parts
 from evermesh.checkpoint.files import write_checksummed, write_durably
 from evermesh.checkpoint.format import (
     MANIFEST,
@@ -25,8 +25,9 @@ from evermesh.checkpoint.format import (
     StoredTensor,
     safetensors_header,
 )
-from evermesh.checkpoint.shard_map import Region, ShardMap, WritePart
-from evermesh.checkpoint.tensors import Held, host_slices, local_tensors
+from evermesh.checkpoint.retention import Retention, as_retention
+from evermesh.checkpoint.shard_map import ShardMap
+from evermesh.checkpoint.tensors import Held, held_tensor, host_slices, local_tensors
 from evermesh.parallelism.collectives import Communicator
 
 _log = logging.getLogger(__name__)
@@ -41,7 +42,7 @@ def save(
     objects: Mapping[str, JsonValue],
     *,
     communicator: Communicator | None = None,
-    keep: int | None = 2,
+    keep: int | Retention | None = 2,
     description: Mapping[str, JsonValue] | None = None,
 ) -> Path:
     """Write a checkpoint of ``step`` to ``directory`` and return its path when it is durable and ``latest`` names it.
@@ -49,7 +50,8 @@ def save(
     Collective: every rank of ``communicator`` calls it with the same arguments except ``tensors``, which are the
     rank's own regions (``shard_map.of_rank(rank)``), row-major, several of one tensor as a sequence. Ranks of the map
     are ranks of the communicator; ``directory`` is one place that all of them see; the communicator takes tensors on
-    the host. ``keep`` newest checkpoints stay, None keeps all. A checkpoint of the same step is replaced atomically.
+    the host. ``keep`` newest checkpoints stay, or those that a policy keeps; None keeps all. A checkpoint of the same
+    step is replaced atomically.
     A crash at any moment leaves the previous checkpoint or the new one.
 
     Raises:
@@ -61,12 +63,9 @@ def save(
     try:
         path = _save(state)
     except RankFailure as failure:
-        bytes_free = on_first(state.communicator, lambda: _roll_back(state))
-        raise CheckpointNotSaved(
-            state.directory, step, failure.rank, failure.cause, failure.errno, shard_map.num_bytes, bytes_free
-        ) from failure
+        raise rolled_back(state.communicator, state.directory, step, failure, shard_map.num_bytes) from failure
     if state.is_first:
-        folder.retain(state.directory, step, keep)
+        folder.retain(state.directory, step, as_retention(keep))
     return path
 
 
@@ -115,39 +114,21 @@ def _prepare(state: _State) -> None:
 def _write_own_parts(state: _State) -> None:
     """Write this rank's data file and the record of it; ranks that nothing was assigned to write neither."""
     rank = state.communicator.rank
-    assigned = state.shard_map.writers().get(rank, ())
-    if not assigned:
+    planned = planned_parts(state.shard_map, rank)
+    if not planned:
         return
-    # larger elements first: every entry is then aligned to its own element size
-    ordered = sorted(assigned, key=lambda part: -DTYPES[state.shard_map.tensors[part.name].dtype].num_bytes)
-    parts = [_file_part(state.shard_map, part) for part in ordered]
+    parts = [one.entry for one in planned]
     header = safetensors_header(parts)
-    storages = [_storage(state, part) for part in ordered]
-    file = _data_name(rank)
-    num_bytes, checksums = write_checksummed(state.temporary / file, _payloads(header, parts, storages))
+    file = data_name(rank)
+    num_bytes, checksums = write_checksummed(state.temporary / file, _payloads(header, planned, state.tensors))
     record = RankRecord(state.shard_map.digest(), StoredFile(num_bytes, checksums), _extents(file, len(header), parts))
-    write_durably(state.temporary / _record_name(rank), [record.to_json()])
+    write_durably(state.temporary / record_name(rank), [record.to_json()])
 
 
-def _payloads(header: bytes, parts: list[FilePart], storages: list[torch.Tensor]) -> Iterator[memoryview | bytes]:
+def _payloads(header: bytes, planned: Sequence[PlannedPart], tensors: Held) -> Iterator[memoryview | bytes]:
     yield header
-    for part, storage in zip(parts, storages, strict=True):
-        yield from host_slices(storage, part.start, part.stop)
-
-
-def _file_part(shard_map: ShardMap, part: WritePart) -> FilePart:
-    tensor = shard_map.tensors[part.name]
-    region: Region = tensor.shards[part.shard].region
-    return FilePart(part.name, tensor.dtype, region, part.start, part.stop, tensor.form)
-
-
-def _storage(state: _State, part: WritePart) -> torch.Tensor:
-    """The tensor of this rank that stores the region of ``part``."""
-    held = state.tensors[part.name]
-    if isinstance(held, torch.Tensor):
-        return held
-    shards = state.shard_map.tensors[part.name].shards
-    return held[sum(state.communicator.rank in shard.ranks for shard in shards[: part.shard])]
+    for one in planned:
+        yield from host_slices(held_tensor(tensors, one.part.name, one.held), one.part.start, one.part.stop)
 
 
 def _extents(file: str, offset: int, parts: list[FilePart]) -> dict[str, tuple[Extent, ...]]:
@@ -160,7 +141,7 @@ def _extents(file: str, offset: int, parts: list[FilePart]) -> dict[str, tuple[E
 
 def _write_manifest(state: _State) -> None:
     """Merge the records of all ranks into the manifest. On rank 0, when every record is on the disk."""
-    records = {rank: state.temporary / _record_name(rank) for rank in state.shard_map.writers()}
+    records = {rank: state.temporary / record_name(rank) for rank in state.shard_map.writers()}
     found = {rank: RankRecord.from_json(path.read_bytes()) for rank, path in records.items()}
     digest = state.shard_map.digest()
     others = [rank for rank, record in found.items() if record.digest != digest]
@@ -186,24 +167,25 @@ def _manifest(state: _State, records: Mapping[int, RankRecord]) -> Manifest:
         description=dict(state.description),
         objects=dict(state.objects),
         tensors=tensors,
-        files={_data_name(rank): record.file for rank, record in records.items()},
+        files={data_name(rank): record.file for rank, record in records.items()},
     )
 
 
-def _roll_back(state: _State) -> int:
-    """Remove the traces of this save; return the bytes that are then free."""
+def rolled_back(
+    communicator: Communicator, directory: Path, step: int, failure: RankFailure, bytes_needed: int
+) -> CheckpointNotSaved:
+    """Remove the traces of a save that failed on all ranks; what they raise. Collective."""
+    bytes_free = on_first(communicator, lambda: _roll_back(directory, step))
+    return CheckpointNotSaved(directory, step, failure.rank, failure.cause, failure.errno, bytes_needed, bytes_free)
+
+
+def _roll_back(directory: Path, step: int) -> int:
+    """Return the bytes that are then free."""
     try:
-        folder.roll_back(state.directory, state.step)
+        folder.roll_back(directory, step)
     except OSError as error:
-        _log.warning("%s is left for the next save to remove: %s", state.temporary, error)
-    nearest = next(path for path in (state.directory, *state.directory.absolute().parents) if path.exists())
+        left = folder.temporary_path(directory, step)
+        _log.warning("%s is left for the next save to remove: %s", left, error)
+    nearest = next(path for path in (directory, *directory.absolute().parents) if path.exists())
     status = os.statvfs(nearest)
     return status.f_bavail * status.f_frsize
-
-
-def _data_name(rank: int) -> str:
-    return f"rank-{rank:05d}.safetensors"
-
-
-def _record_name(rank: int) -> str:
-    return f"rank-{rank:05d}.json"

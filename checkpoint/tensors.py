@@ -35,6 +35,12 @@ def byte_view(tensor: torch.Tensor) -> ByteArray:
     return tensor.detach().view(-1).view(torch.uint8).numpy()
 
 
+def held_tensor(held: Held, name: str, index: int) -> torch.Tensor:
+    """The storage of one of the regions that are held of a tensor."""
+    regions = held[name]
+    return regions if isinstance(regions, torch.Tensor) else regions[index]
+
+
 def local_tensors(shard_map: ShardMap, rank: int, tensors: Held) -> dict[str, list[tuple[Region, torch.Tensor]]]:
     """Pair the regions that ``rank`` holds with the tensors that store them.
 

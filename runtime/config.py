@@ -16,6 +16,7 @@ from pydantic import (
     model_validator,
 )
 
+from evermesh.checkpoint.retention import Retention
 from evermesh.parallelism.calibration.policy import CalibrationPolicy
 from evermesh.parallelism.cost import CostModel
 from evermesh.parallelism.layout import Layout
@@ -41,6 +42,23 @@ class CheckpointConfig(_Frozen):
     """Optimizer steps between two checkpoints; null: only at the end and when stopped."""
     keep: PositiveInt = 2
     """Newest committed checkpoints that stay on disk."""
+    keep_every: PositiveInt | None = None
+    """Checkpoints of steps that are a multiple of it stay too; null: no such rule."""
+    keep_younger_h: PositiveFloat | None = None
+    """Checkpoints that were written less than so many hours ago stay too; null: no such rule."""
+    asynchronous: bool | None = None
+    """Whether training goes on while a checkpoint is written: it stops for one copy of a rank's part of the state to shared
+    memory, and another process does the rest. null: where host memory has room for that copy, and the event log tells where
+    it has not; on: without that room the run is refused."""
+    incremental: bool = True
+    """Of checkpoints that are written while training goes on: files whose bytes an older checkpoint of the run holds are
+    hard links to it instead of written again, where the file system has such links."""
+
+    @property
+    def retention(self) -> Retention:
+        """Which checkpoints stay."""
+        age_s = None if self.keep_younger_h is None else self.keep_younger_h * 3600
+        return Retention(self.keep, self.keep_every, age_s)
 
 
 class EvaluationConfig(_Frozen):

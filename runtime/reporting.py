@@ -93,10 +93,10 @@ class Reporter:
         if self._watch is not None:
             self._log_advice(self._watch.close())
 
-    def log(self, kind: str, text: str, **fields: Any) -> None:
-        """Write an event, on rank 0."""
+    def log(self, kind: str, text: str, *, step: int | None = None, **fields: Any) -> None:
+        """Write an event of ``step``, by default the one under way, on rank 0."""
         if self._events is not None:
-            self._events.write(kind, text, step=self._trainer.progress.step, **fields)
+            self._events.write(kind, text, step=self._trainer.progress.step if step is None else step, **fields)
 
     def report_step(self, batch: PlannedBatch, outcome: StepOutcome, last: int, held_out_loss: float | None) -> None:
         """Behind every step; ``last`` is that of this attempt. Collective."""
@@ -111,6 +111,7 @@ class Reporter:
             return
         padding_tokens = padding_of(batch.plan, trainer.config.layout.tp, trainer.config.buckets)
         self._log_compiled(padding_tokens / max(1, batch.plan.num_tokens))
+        stop_s, write_s = trainer.saves.take_times()
         report = StepReport(
             step=trainer.progress.step,
             steps=trainer.config.steps,
@@ -136,6 +137,8 @@ class Reporter:
             mean_steps_late=batch.batch.mean_steps_late,
             most_steps_late=batch.batch.most_steps_late,
             num_waiting=batch.batch.num_waiting,
+            checkpoint_stop_s=stop_s,
+            checkpoint_write_s=write_s,
         )
         if batch.calibrated is not None and batch.calibrated.proposal is not None:
             text, fields = event_of(batch.calibrated.proposal)
@@ -152,8 +155,9 @@ class Reporter:
 
     def _log_advice(self, found: Iterable[Advice]) -> None:
         for advice in found:
-            fields = {"layout": fields_of(advice.layout), "saves_s": advice.saves_s}
-            self.log("layout advice", f"another layout would pay: {advice.reason}", **fields)
+            layout = fields_of(advice.layout)
+            text = f"another layout would pay: {advice.reason}"
+            self.log("layout advice", text, layout=layout, saves_s=advice.saves_s)
 
     def _log_compiled(self, padding: float) -> None:
         """Tell what rank 0 compiled in this step, if anything."""

@@ -1,5 +1,6 @@
 """Everything of a run that must survive a restart, and how it goes into a checkpoint and comes back."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -8,9 +9,11 @@ from pydantic import ValidationError
 
 from evermesh import checkpoint
 from evermesh.checkpoint import ForeignUnusable
+from evermesh.checkpoint.background.saver import BackgroundSaver, SaveReport
 from evermesh.checkpoint.directory import read_manifest
 from evermesh.checkpoint.naming import Naming
 from evermesh.checkpoint.registry import Replicated, StateRegistry
+from evermesh.checkpoint.retention import Retention
 from evermesh.checkpoint.shard_map import ShardMap
 from evermesh.parallelism.collectives import Communicator
 from evermesh.runtime.errors import OtherRun
@@ -64,7 +67,32 @@ class TrainingState:
         for name in ("step", "updates", "skipped_in_a_row", "router_biases", "expert_loads", "sampler", "calibration"):
             self.registry.register(name, Replicated(), *_attribute(progress, name))
 
-    def save(self, directory: Path, keep: int) -> Path:
+    def saver(self, directory: Path, retention: Retention, *, incremental: bool) -> BackgroundSaver:
+        """What saves this state below ``directory`` while training goes on. Collective.
+
+        Raises:
+            HostMemoryShort: on every rank, if any of them has no room for its copy.
+        """
+        return BackgroundSaver(
+            directory,
+            self.registry.shard_map,
+            self.registry.tensors,
+            communicator=self.communicator,
+            keep=retention,
+            incremental=incremental,
+        )
+
+    def begin_save(self, saver: BackgroundSaver, tell: Callable[[SaveReport | None], None]) -> Path:
+        """Copy the current step for ``saver`` to write; returns where it will be. ``tell`` takes the report of the save
+        before, if that was still under way. Collective.
+
+        Raises:
+            CheckpointNotSaved: on every rank, if the save before has failed.
+        """
+        tell(saver.begin(self.progress.step, self.registry.objects(self.communicator), self.identity))
+        return saver.path_of(self.progress.step)
+
+    def save(self, directory: Path, keep: int | Retention) -> Path:
         """Write a checkpoint of the current step below ``directory``; returns its path. Collective.
 
         Raises:

@@ -90,6 +90,10 @@ class StepReport:
     """Steps that the token which waited longest was trained late."""
     num_waiting: int = 0
     """Sequences that are drawn, and left for later batches."""
+    checkpoint_stop_s: float = 0.0
+    """Of ``step_s``: seconds that rank 0 stood still for the checkpoint of the step before."""
+    checkpoint_write_s: float = 0.0
+    """Seconds from the copy of the state to the commit, of the checkpoint that became visible during this step; 0: none."""
 
     @property
     def tokens_per_s(self) -> float:

@@ -29,6 +29,7 @@ from evermesh.runtime.guard import StepGuard
 from evermesh.runtime.layout import check_layout
 from evermesh.runtime.model.families import unused_settings
 from evermesh.runtime.reporting import Asked, Reporter, StepOutcome
+from evermesh.runtime.saves import Saves
 from evermesh.runtime.schedule import learning_rate
 from evermesh.runtime.state import Progress, TrainingState
 from evermesh.runtime.stopwatch import Stopwatch
@@ -115,6 +116,7 @@ class Trainer:
 
         self.progress = Progress(sampler=self.sampler.state_dict())
         self.reporter = Reporter(self, report, beat)
+        self.saves = Saves(self)
         self.experts = ExpertBalance(self.built, model, self.groups.ep, config.layout.hot_experts, self.progress)
         self.shards = self.engine.shards
         self.state = TrainingState(self.optimizer, self.shards, self.progress, self._identity(), self.groups.host)
@@ -144,6 +146,7 @@ class Trainer:
         with (
             self.groups.listen(self.reporter.ledger),
             self._feed() as feed,
+            self.saves.running(last),
         ):
             return self._train(feed, last, reason)
 
@@ -181,7 +184,8 @@ class Trainer:
             held_out_loss = self._evaluate(feed, last)
             self.reporter.report_step(batch, outcome, last, held_out_loss)
             step, ends = self.progress.step, outcome.asked == "stop" or self.progress.step == last
-            saved = self.save() if ends or outcome.asked or (every and step % every == 0) else None
+            is_due = outcome.asked or (every and step % every == 0)
+            saved = self.saves.save(wait=ends) if ends or is_due else None
             if ends:
                 return self._end("asked" if step < last else reason, saved)
 
@@ -228,22 +232,23 @@ class Trainer:
         return result.loss
 
     def save(self) -> Path | None:
-        """Write a checkpoint of this step; returns its directory, None when the trainer writes nothing. Collective."""
-        if self.directory is None:
-            return None
-        started = time.monotonic()
-        self.groups.moment.phase = "checkpoint"
-        path = self.state.save(self.directory / "checkpoints", self.config.checkpoint.keep)
-        self._log("checkpoint", f"{path.name} in {time.monotonic() - started:.2f} s", path=str(path))
-        return path
+        """Write a checkpoint of this step and return when it is durable: its directory, None when the trainer writes
+        nothing. Collective."""
+        return self.saves.save(wait=True)
 
     def _synchronize(self, local_loss: Tensor) -> tuple[float, float, Asked | None]:
-        """Sum gradients, loss and requests over all ranks: (loss, gradient norm, what was asked). Collective."""
+        """Sum gradients, loss and requests over all ranks: (loss, gradient norm, what was asked). Collective.
+
+        A rank whose checkpoint could not be written adds more than any request, so all of them raise what it was.
+        """
         square = self.engine.sum_gradients()
         asked = _ASKED.index(self.asked()) if self.rank == 0 and self.asked is not None else 0
+        asked += len(_ASKED) if self.saves.has_failed() else 0
         scalars = torch.stack([local_loss, square, local_loss.new_tensor(float(asked))])
         self.groups.world.all_reduce(scalars, "scalars")
         loss, square_of_norm, request = scalars.tolist()
+        if request >= len(_ASKED):
+            self.saves.finish()
         return loss, square_of_norm**0.5, _ASKED[int(request)]
 
     def learning_rate(self) -> float:

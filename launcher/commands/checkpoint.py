@@ -1,4 +1,4 @@
-"""``evermesh checkpoint ls``, ``show`` and ``verify``."""
+"""``evermesh checkpoint ls``, ``show``, ``verify`` and ``prune``."""
 
 import json
 from datetime import datetime
@@ -23,7 +23,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="JSON instead of text.")]
 
 app = typer.Typer(
     name="checkpoint",
-    help="List, show and verify checkpoints, without loading them.",
+    help="List, show, verify and prune checkpoints, without loading them.",
     no_args_is_help=True,
     rich_markup_mode="rich",
     epilog="[bold]Examples[/]\n\n  evermesh checkpoint ls\n\n  evermesh checkpoint verify runs/quickstart",
@@ -105,6 +105,37 @@ def verify(place: Place = None, runs: Runs = Path("runs"), as_json: AsJson = Fal
         verdict = "whole" if report.ok else f"damaged, {count} problem{'' if count == 1 else 's'}"
         print(f"{report.path}: {verdict}; {report.num_files} files, {report.bytes_read:,} bytes read")
     raise typer.Exit(0 if report.ok else 1)
+
+
+@app.command(epilog="[bold]Example[/]\n\n  evermesh checkpoint prune quickstart --keep-last 3 --keep-every 1000 --yes")
+def prune(
+    place: Place = None,
+    runs: Runs = Path("runs"),
+    keep_last: Annotated[int, typer.Option(min=1, help="The newest so many stay.")] = 2,
+    keep_every: Annotated[int | None, typer.Option(min=1, help="So do those of every so many steps.")] = None,
+    keep_younger_h: Annotated[float | None, typer.Option(min=0, help="So do those of the last hours.")] = None,
+    yes: Annotated[
+        bool, typer.Option("--yes", help="Remove them; without it only tell what would be removed.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Remove old checkpoints of a run; the one to resume from always stays."""
+    from evermesh import checkpoint
+
+    age_s = None if keep_younger_h is None else keep_younger_h * 3600
+    retention = checkpoint.Retention(keep_last, keep_every, age_s)
+    found = checkpoint.prune(_directory(place, runs), retention, dry_run=not yes)
+    if as_json:
+        steps = {"kept": found.kept, "removed": found.removed, "bytes_freed": found.bytes_freed}
+        print(json.dumps({"path": str(found.directory), "dry_run": not yes} | steps))
+        return
+    count = len(found.removed)
+    what = f"{count} checkpoint{'' if count == 1 else 's'}, {found.bytes_freed / 1e6:,.1f} MB"
+    print(f"{found.directory}: {'removed' if yes else 'would remove'} {what}; {len(found.kept)} stay")
+    for step in found.removed:
+        print(f"  step {step}")
+    if count and not yes:
+        print("nothing was removed; add --yes to do it")
 
 
 def _print_incomplete(directory: Path) -> None:

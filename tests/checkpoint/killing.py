@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.checkpoint.states import save_step
+from evermesh.checkpoint import latest, verify
+from tests.checkpoint.states import load_and_compare, save_step
 
-CHANGES_DISK = ("mkdir", "open", "write", "fsync", "rename", "unlink", "rmdir")
+CHANGES_DISK = ("mkdir", "open", "write", "fsync", "rename", "link", "unlink", "rmdir")
+OLD_STATE, NEW_STATE = 1, 2
 
 
 @dataclass(frozen=True)
@@ -33,12 +35,16 @@ class Calls:
         for name in CHANGES_DISK:
             setattr(os, name, self._wrap(name, getattr(os, name)))
 
+    def die(self) -> None:
+        """What happens at the chosen call."""
+        os.kill(os.getpid(), signal.SIGKILL)
+
     def _wrap(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def counted(*arguments: Any, **keywords: Any) -> Any:
             if self.kill is not None and len(self.names) == self.kill.call:
                 if self.kill.half and name == "write":
                     call(arguments[0], bytes(arguments[1])[: len(arguments[1]) // 2])
-                os.kill(os.getpid(), signal.SIGKILL)
+                self.die()
             self.names.append(name)
             return call(*arguments, **keywords)
 
@@ -83,3 +89,24 @@ def _die(base: Path, call: int, name: str, step: int, state: int) -> Path:
 
 def _copy(base: Path, name: str) -> Path:
     return Path(shutil.copytree(base, base.parent / name))
+
+
+def state_of_latest(directory: Path) -> int:
+    """Which of the two states the latest checkpoint holds, all of it."""
+    path = latest(directory)
+    assert path is not None
+    assert verify(path).ok
+    try:
+        load_and_compare(path, OLD_STATE, 1)
+    except AssertionError:
+        load_and_compare(path, NEW_STATE, 1)
+        return NEW_STATE
+    return OLD_STATE
+
+
+def next_save_works(directory: Path) -> None:
+    """Another save puts everything in order."""
+    path = save_step(directory, 3, keep=1)
+    assert sorted(entry.name for entry in directory.iterdir()) == ["latest", path.name]
+    assert latest(directory) == path
+    load_and_compare(path, 3, 1)

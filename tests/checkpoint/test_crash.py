@@ -5,13 +5,19 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from evermesh.checkpoint import CheckpointCorrupt, checkpoints, latest, verify
+from evermesh.checkpoint import CheckpointCorrupt, checkpoints, latest
 from evermesh.parallelism.collectives import Communicator
-from tests.checkpoint.killing import Calls, Kill, die_at_every_call
+from tests.checkpoint.killing import (
+    NEW_STATE,
+    OLD_STATE,
+    Calls,
+    Kill,
+    die_at_every_call,
+    next_save_works,
+    state_of_latest,
+)
 from tests.checkpoint.states import load_and_compare, save_step
 from tests.cluster import RankFailed, run_ranks
-
-OLD_STATE, NEW_STATE = 1, 2
 
 
 @pytest.mark.parametrize("step", [2, 1], ids=["a new step", "the same step anew"])
@@ -20,32 +26,12 @@ def test_a_save_killed_at_any_system_call_leaves_the_old_or_the_new_checkpoint(s
     save_step(base, 1, state=OLD_STATE)
     found = []
     for _, directory in die_at_every_call(base, step, NEW_STATE):
-        found.append(_state_of_latest(directory))
-        _next_save_works(directory)
+        found.append(state_of_latest(directory))
+        next_save_works(directory)
     assert len(found) > 30
     # the old one up to some call, the new one from there on; retention comes after
     assert found == sorted(found)
     assert set(found) == {OLD_STATE, NEW_STATE}
-
-
-def _state_of_latest(directory: Path) -> int:
-    """Which of the two states the latest checkpoint holds, all of it."""
-    path = latest(directory)
-    assert path is not None
-    assert verify(path).ok
-    try:
-        load_and_compare(path, OLD_STATE, 1)
-    except AssertionError:
-        load_and_compare(path, NEW_STATE, 1)
-        return NEW_STATE
-    return OLD_STATE
-
-
-def _next_save_works(directory: Path) -> None:
-    path = save_step(directory, 3, keep=1)
-    assert sorted(entry.name for entry in directory.iterdir()) == ["latest", path.name]
-    assert latest(directory) == path
-    load_and_compare(path, 3, 1)
 
 
 def _save_with_a_rank_that_dies(rank: int, world_size: int, directory: str, who: int, kill: Kill) -> None:
@@ -73,7 +59,7 @@ def test_a_rank_killed_in_a_save_of_4_ranks_leaves_the_previous_checkpoint(
     assert latest(tmp_path) == path
     assert [found.step for found in checkpoints(tmp_path)] == [1]
     load_and_compare(path, 1, 3)
-    _next_save_works(tmp_path)
+    next_save_works(tmp_path)
 
 
 def test_a_directory_that_is_no_checkpoint_is_no_latest(tmp_path: Path) -> None:

@@ -21,7 +21,8 @@ from tests.cluster import run_ranks
 LEFT = ["latest", "step-00000001"]
 
 
-def _can_mount(mountpoint: Path) -> bool:
+def can_mount(mountpoint: Path) -> bool:
+    """Whether this machine lets tests mount file systems."""
     command = ["unshare", "-Urm", "mount", "-t", "tmpfs", "none", str(mountpoint)]
     try:
         return subprocess.run(command, capture_output=True, check=False).returncode == 0
@@ -30,7 +31,7 @@ def _can_mount(mountpoint: Path) -> bool:
 
 
 def test_a_full_disk_is_told_by_all_ranks_and_leaves_the_previous_checkpoint(tmp_path: Path) -> None:
-    if not _can_mount(tmp_path):
+    if not can_mount(tmp_path):
         pytest.skip("mounting a tmpfs in a user namespace is not permitted here (unshare -Urm)")
     command = ["unshare", "-Urm", sys.executable, "-m", "tests.checkpoint.filling", str(tmp_path)]
     told = json.loads(subprocess.run(command, capture_output=True, check=True, text=True).stdout.splitlines()[-1])

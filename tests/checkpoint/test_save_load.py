@@ -27,9 +27,9 @@ from evermesh.checkpoint import (
     verify,
     wanted_regions,
 )
-from evermesh.checkpoint.directory import retained
 from evermesh.checkpoint.dtypes import DTYPES
 from evermesh.checkpoint.format import Manifest, RankRecord, StoredFile
+from evermesh.checkpoint.retention import Retention
 from evermesh.parallelism.collectives import Communicator
 from tests.checkpoint.states import SHAPES, held_by, load_and_compare, logical_state, save_step, shard_map
 from tests.cluster import run_ranks
@@ -256,9 +256,12 @@ def test_retention_keeps_the_newest_and_never_removes_the_latest(tmp_path: Path)
 
 
 def test_retention_counts_steps_above_the_saved_one_as_the_oldest() -> None:
-    assert retained([10, 20, 30], 20, 2) == {10, 20}
-    assert retained([20, 30, 40], 20, 2) == {20, 40}
-    assert retained([20, 30], 20, 0) == {20}
+    def kept(steps: list[int], last: int) -> set[int]:
+        return Retention(last).kept(dict.fromkeys(steps, 0.0), 20, now_s=1.0)
+
+    assert kept([10, 20, 30], 2) == {10, 20}
+    assert kept([20, 30, 40], 2) == {20, 40}
+    assert kept([20, 30], 0) == {20}
 
 
 def test_a_step_saved_again_replaces_the_first(tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ def _config(
             "model": {"hidden": 32, "layers": 2, "heads": 4, "kv_heads": 2, "ffn": 48} | (model or {}),
             "data": {"sources": [{"kind": "corpus", "path": str(corpus)}], "context": 512, "batch_tokens": 1500},
             "layout": {"capacity": 520 // layout["hdp"]} | layout,
-            "checkpoint": {"every": 2},
+            "checkpoint": {"every": 2, "asynchronous": False},
             "optimizer": {"kind": optimizer},
             "compile": compiled,
             "evaluation": {"every": 2, "tokens": 700},

@@ -1,0 +1,158 @@
+"""The process that writes the checkpoints of one rank: ``python -m evermesh.checkpoint.background.writer DESCRIPTOR``.
+
+It reads orders from standard input and answers on standard output (``orders``). All ranks meet in the temporary directory
+of the step: rank 0 makes it and marks it as ready, every rank writes its files and then its record, and when all records
+are there rank 0 writes the manifest and commits. No collective is involved, so training goes on.
+
+It ends when standard input does, that is with its trainer, however that ends; only a commit that has begun is finished.
+It loads no torch and no numpy, so that it is there within a tenth of a second.
+"""
+
+import json
+import mmap
+import os
+import queue
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from evermesh.checkpoint import committing
+from evermesh.checkpoint.background.data_files import DataFiles
+from evermesh.checkpoint.background.merging import merged_manifest
+from evermesh.checkpoint.background.orders import Answer, SaveOrder, WriterPlan, marker_name, temporary_names
+from evermesh.checkpoint.committing import record_name
+from evermesh.checkpoint.encoding import MANIFEST, sealed
+from evermesh.checkpoint.files import write_durably
+
+_FIRST_LOOK_S, _LAST_LOOK_S = 0.001, 0.05
+
+
+class Writer:
+    """Carries out the orders of one trainer.
+
+    Args:
+        arena: what the trainer copied; it does not change between an order and its last answer.
+        tell: takes an answer as one line.
+    """
+
+    def __init__(self, plan: WriterPlan, arena: memoryview, tell: Callable[[bytes], None]) -> None:
+        self.plan, self._tell = plan, tell
+        self.files = DataFiles(plan, arena)
+        self.directory = Path(plan.directory)
+        self.committing = threading.Lock()
+        """Held while a checkpoint becomes visible."""
+
+    def save(self, order: SaveOrder) -> None:
+        """Write the files of this rank and, on rank 0, commit. What fails is told."""
+        began_s = time.monotonic()
+
+        def answer(kind: Any, **fields: Any) -> None:
+            self._tell(Answer(kind, order.identity, time.monotonic() - began_s, **fields).to_json())
+
+        try:
+            self._begin(order)
+            bytes_written = self._write(order) if self.plan.rank in self.plan.writers else 0
+            answer("written", bytes_written=bytes_written)
+            if self.plan.rank == 0:
+                records = self._records(order)
+                self._commit(order, records)
+                answer("committed", bytes_written=sum(record["bytes_written"] for record in records.values()))
+                committing.retain(self.directory, order.step, self.plan.retention)
+        except Exception as error:  # noqa: BLE001  supervision boundary: the trainer raises it on all ranks
+            number = error.errno if isinstance(error, OSError) else None
+            answer("failed", cause=f"{type(error).__name__}: {error}", errno=number)
+
+    def _begin(self, order: SaveOrder) -> None:
+        """Return when the temporary directory is there, made for this save by rank 0."""
+        temporary, marker = committing.temporary_path(self.directory, order.step), marker_name(order.identity)
+        if self.plan.rank == 0:
+            committing.prepare(self.directory, order.step)
+            write_durably(temporary / marker, [])
+        else:
+            _await(lambda: marker in temporary_names(temporary))
+
+    def _write(self, order: SaveOrder) -> int:
+        """The data files of this rank, then the record of them; returns the bytes that were written."""
+        temporary = committing.temporary_path(self.directory, order.step)
+        files = self.files.write(temporary, self.directory / committing.step_name(order.step))
+        bytes_written = sum(file.num_bytes for file in files if not file.linked)
+        record = {
+            "digest": self.plan.digest,
+            "bytes_written": bytes_written,
+            "files": {file.name: {"num_bytes": file.num_bytes, "checksums": file.checksums} for file in files},
+            "extents": self.files.extents(files),
+        }
+        path = temporary / record_name(self.plan.rank)
+        write_durably(path.with_suffix(".part"), [json.dumps(record, separators=(",", ":")).encode()])
+        os.rename(path.with_suffix(".part"), path)  # other writers see it as soon as it is there, and see all of it
+        return bytes_written
+
+    def _records(self, order: SaveOrder) -> dict[int, dict[str, Any]]:
+        """What every rank has written, as soon as all have. On rank 0."""
+        temporary = committing.temporary_path(self.directory, order.step)
+        wanted = {record_name(rank) for rank in self.plan.writers}
+        _await(lambda: wanted <= set(temporary_names(temporary)))
+        return {rank: json.loads((temporary / record_name(rank)).read_bytes()) for rank in self.plan.writers}
+
+    def _commit(self, order: SaveOrder, records: dict[int, dict[str, Any]]) -> None:
+        temporary = committing.temporary_path(self.directory, order.step)
+        with self.committing:
+            manifest = merged_manifest(self.plan, order, records, time.time())
+            write_durably(temporary / MANIFEST, [sealed(manifest)])
+            for name in (marker_name(order.identity), *map(record_name, self.plan.writers)):
+                os.unlink(temporary / name)
+            committing.commit(self.directory, order.step)
+
+
+def serve(orders: int, answers: int, arena: memoryview) -> None:
+    """Carry out the orders that come through descriptor ``orders`` until it ends; the process ends then."""
+    lines: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+    writer: Writer | None = None
+
+    def read() -> None:
+        with open(orders, "rb") as stream:
+            for line in stream:
+                lines.put(json.loads(line))
+        if writer is not None:
+            writer.committing.acquire()
+        os._exit(0)  # whatever is under way: what it has written is removed by the next save
+
+    threading.Thread(target=read, daemon=True).start()
+    while True:
+        values = lines.get()
+        if values["kind"] == "plan":
+            writer = Writer(WriterPlan.from_values(values), arena, lambda line: _send(answers, line))
+        else:
+            assert writer is not None, "the first order is the plan"
+            writer.save(SaveOrder.from_values(values))
+
+
+def main(descriptor: int) -> None:
+    """Write what the arena behind ``descriptor`` holds, whenever asked."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # meant for the trainer, which then waits for the last commit
+        signal.signal(number, signal.SIG_IGN)
+    memory = mmap.mmap(descriptor, 0, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
+    serve(0, 1, memoryview(memory))
+
+
+def _send(descriptor: int, line: bytes) -> None:
+    with suppress(BrokenPipeError):  # the trainer has ended, and so will this process
+        while line:
+            line = line[os.write(descriptor, line) :]
+
+
+def _await(condition: Callable[[], bool]) -> None:
+    """Return when it holds. Without a limit of its own: if another rank fails, this one's trainer ends this process."""
+    look_s = _FIRST_LOOK_S
+    while not condition():
+        time.sleep(look_s)
+        look_s = min(2 * look_s, _LAST_LOOK_S)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))
