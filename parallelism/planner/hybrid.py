@@ -46,6 +46,8 @@ _TARGETS = (
     1e3,
 )
 """Target times to try, as multiples of the lower bound, until the rings fit."""
+_GOOD_ENOUGH = 1.0015
+"""Of the target."""
 _SLOW = 0.995
 """Of the speed of the fastest rank; slower ranks are tried behind all others."""
 _MOST_SEARCHED = 256
@@ -239,12 +241,13 @@ def _attempt(
 ) -> tuple[Rings, Slots, Filling, int, bool]:
     """Rings, slots and their filling for a target, when the last rank ends, and whether rings end by the target at all.
 
-    Rings are stacked evenly, and where little else can level their ends also tightly; the better counts.
+    Rings are stacked evenly, and where little else can level their ends also tightly; the better counts. Tightly is
+    preferred if it is good enough: it leaves ranks without rings, who can take the place of one that is lost.
     """
     found = _stacked(problem, work, alone, target, False, pack)
     if not found.fits or found.share < _LEVELS_ALL:
         tight = _stacked(problem, work, alone, target, True, pack)
-        if tight.fits and (not found.fits or tight.end <= found.end):
+        if tight.fits and (not found.fits or tight.end <= max(found.end, int(target * _GOOD_ENOUGH))):
             found = tight
     return found.rings, found.slots, found.filling, found.end, found.fits
 
