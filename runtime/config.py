@@ -115,6 +115,17 @@ def _or_default(policy: type[BaseModel]) -> BeforeValidator:
     return BeforeValidator(read)
 
 
+class AdoptConfig(_Frozen):
+    """A checkpoint of another library that a new run goes on from, with its weights and the states of its optimizer."""
+
+    path: Path
+    """Of DeepSpeed, ZeRO 1, 2, 3 or universal: the folder of a tag, or the one with ``latest``."""
+    names: Literal["own", "hugging_face"] = "own"
+    """What its parameters are called: as ours are, or as in a Hugging Face model of this kind."""
+    updates: PositiveInt | None = None
+    """Updates of the optimizer that it has made; null: what the checkpoint says."""
+
+
 class TrainConfig(_Frozen):
     """Everything that decides what a training run computes."""
 
@@ -122,6 +133,9 @@ class TrainConfig(_Frozen):
     init_from: Path | None = None
     """Hugging Face directory whose weights a new run starts from; ``model`` is then the one of its config.json, and need
     not be given. null: random weights."""
+    adopt: AdoptConfig | None = None
+    """Checkpoint of DeepSpeed that a new run goes on from, on any layout: weights and moments, while the data and the
+    schedule begin anew. null: none."""
     data: DataConfig
     layout: Layout = Layout()
     cost: CostModel | None = None
@@ -162,6 +176,11 @@ class TrainConfig(_Frozen):
         check_model(self.layout, self.model)
         check_config(self)
         self._check_calibration()
+        if self.init_from is not None and self.adopt is not None:
+            raise ValueError(
+                f"init_from gives the weights of {self.init_from} to the run, and adopt those of {self.adopt.path}. "
+                "Leave one out."
+            )
         if self.compile is not None:
             check_compile(self.layout, self.buckets)
         return self

@@ -15,9 +15,10 @@ from evermesh.checkpoint.errors import CheckpointNotFound
 from evermesh.parallelism.batch_plan import BatchPlan
 from evermesh.parallelism.planner import HybridPlanner, Planner
 from evermesh.runtime import process_group
+from evermesh.runtime.adopting import adopt_checkpoint
 from evermesh.runtime.calibration import OnlineCalibration
 from evermesh.runtime.compiling import Compiled
-from evermesh.runtime.config import TrainConfig
+from evermesh.runtime.config import AdoptConfig, TrainConfig
 from evermesh.runtime.cost import nominal_cost, pool_of
 from evermesh.runtime.data import HeldOut, Sampler, hold_out, open_sources
 from evermesh.runtime.determinism import parameters_digest, use_deterministic_algorithms
@@ -71,6 +72,7 @@ class Trainer:
         CheckpointNotFound: there is nothing to resume from.
         VocabularyTooSmall: the tokenizer has more entries than the model has rows.
         UnsupportedModel, WeightsUnusable: ``config.init_from`` holds another model, or none that can be read.
+        ForeignUnusable, CheckpointMismatch, CheckpointCorrupt: so does ``config.adopt``.
     """
 
     def __init__(
@@ -124,6 +126,8 @@ class Trainer:
             self._resume()
         elif config.init_from is not None:
             self._start_from(config.init_from)
+        elif config.adopt is not None:
+            self._adopt(config.adopt)
         self.guard = StepGuard(config.max_skipped_steps, self.progress)
         self.plan: BatchPlan | None = None
         """Of the batch that is being trained."""
@@ -294,6 +298,12 @@ class Trainer:
         self._log("weights", text, load_s=time.monotonic() - started_s)
         for name, value in unused_settings(directory).items():
             self._log("weights", f"{name} {value} of {directory} is not used; what balances experts is train.model.moe")
+
+    def _adopt(self, config: AdoptConfig) -> None:
+        started_s = time.monotonic()
+        read = adopt_checkpoint(config, self.config.model, self.state)
+        text = f"from {config.path}, after {self.progress.updates:,} updates, {read.bytes_read:,} bytes by rank 0"
+        self._log("weights", text, load_s=time.monotonic() - started_s, bytes_read=read.bytes_read)
 
     def _newest_checkpoint(self) -> Path | None:
         return checkpoint.latest(self.directory / "checkpoints") if self.directory else None
