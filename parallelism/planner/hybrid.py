@@ -189,15 +189,16 @@ def _peers(columns: Columns) -> int:
 
 
 def _searched(problem: Problem, alone: Integers, bound: int, pack: int, first: _Outcome, effort: float) -> _Outcome:
-    """The best of ``first`` and of what searches find from three beginnings."""
+    """The best of ``first`` and of what searches find from four beginnings."""
     effort *= EFFORT / 4
     if first.end * 2000 <= bound * 2001 or len(problem.lengths) > _MOST_SEARCHED:
         return first
     ranks, count = len(problem.slowness), len(problem.lengths)
     smallest = (problem.lengths + problem.costs.capacity - 1) // problem.costs.capacity
     best = first
-    # from what was placed, from everything shared by all, and from the best of both, where order counts
-    for sizes, one_by_one, times in ((None, False, 2), (np.full(count, ranks), False, 1), (None, True, 4)):
+    # from what was placed, everything shared by all, nothing shared that need not be, and the best of these where order counts
+    starts = ((None, False, 2), (np.full(count, ranks), False, 1), (smallest, True, 2), (None, True, 4))
+    for sizes, one_by_one, times in starts:
         if sizes is None:
             sizes = smallest.copy()
             sizes[best.rings.sequence] = best.rings.size
