@@ -196,7 +196,7 @@ def _searched(problem: Problem, alone: Integers, bound: int, pack: int, first: _
     ranks, count = len(problem.slowness), len(problem.lengths)
     smallest = (problem.lengths + problem.costs.capacity - 1) // problem.costs.capacity
     best = first
-    # from what was placed, everything shared by all, nothing shared that need not be, and the best of these where order counts
+    # what was placed, all shared by everybody, nothing shared that need not be, and the best of these where order counts
     starts = ((None, False, 2), (np.full(count, ranks), False, 1), (smallest, True, 2), (None, True, 4))
     for sizes, one_by_one, times in starts:
         if sizes is None:
