@@ -8,8 +8,7 @@ from evermesh.runtime.config import AdoptConfig
 from evermesh.runtime.model.config import ModelConfig
 from evermesh.runtime.model.families import written_form
 from evermesh.runtime.state import TrainingState
-
-_PARAMETER = "parameter."
+from evermesh.runtime.weights import PARAMETER
 
 
 def adopt_checkpoint(config: AdoptConfig, model: ModelConfig, state: TrainingState) -> checkpoint.LoadResult:
@@ -26,9 +25,7 @@ def adopt_checkpoint(config: AdoptConfig, model: ModelConfig, state: TrainingSta
 
 def _hugging_face_names(model: ModelConfig, shards: ShardMap) -> Naming:
     """How the weights of ``model`` are called there, and the moments of each, which have the same names."""
-    whole = {
-        name.removeprefix(_PARAMETER): t.shape for name, t in shards.tensors.items() if name.startswith(_PARAMETER)
-    }
+    whole = {name.removeprefix(PARAMETER): t.shape for name, t in shards.tensors.items() if name.startswith(PARAMETER)}
     kinds = tuple(sorted({name[: name.index(".") + 1] for name in shards.tensors}))
     return with_prefixes(written_form(model, whole)[1], kinds, kinds)
 

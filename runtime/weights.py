@@ -26,7 +26,7 @@ from evermesh.runtime.model.families import CONFIG, Family, differences, naming_
 from evermesh.runtime.model.families.family import ROUTER_BIAS_NAME
 from evermesh.runtime.optimizer import ShardedOptimizer
 
-_PREFIX = "parameter."
+PARAMETER = "parameter."
 """Of the weights among the tensors of a training state."""
 _ROUTER_BIASES = "router_biases"
 """Among the objects of a training state."""
@@ -60,11 +60,11 @@ def load_initial_weights(
             f"{directory} holds another model: {'; '.join(differing)}. Leave these keys of train.model out: they are then "
             "those of the directory."
         )
-    whole = {name: t for name, t in shards.tensors.items() if name.startswith(_PREFIX)}
-    held = {name: tensors for name, tensors in optimizer.owned_state().items() if name.startswith(_PREFIX)}
+    whole = {name: t for name, t in shards.tensors.items() if name.startswith(PARAMETER)}
+    held = {name: tensors for name, tensors in optimizer.owned_state().items() if name.startswith(PARAMETER)}
     wanted = wanted_regions(ShardMap(whole), communicator.rank, held)
-    naming = naming_of(directory, {name.removeprefix(_PREFIX): tensor.shape for name, tensor in whole.items()})
-    targets = {name.removeprefix(_PREFIX): regions for name, regions in wanted.items()}
+    naming = naming_of(directory, {name.removeprefix(PARAMETER): tensor.shape for name, tensor in whole.items()})
+    targets = {name.removeprefix(PARAMETER): regions for name, regions in wanted.items()}
     biases = {name: torch.empty(shape, dtype=torch.float64) for name, shape in _router_biases(model, naming).items()}
     for name, bias_E in biases.items():
         targets[name] = [(Box((0,), tuple(bias_E.shape)), bias_E)]  # every rank: they are the same everywhere
@@ -118,14 +118,14 @@ def export_checkpoint(path: Path, directory: Path, options: ExportOptions) -> Ex
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise WeightsUnusable(directory, "it is there already and not empty", "Name a new directory.")
     manifest = read_manifest(path)
-    shapes = {n.removeprefix(_PREFIX): t.shape for n, t in manifest.tensors.items() if n.startswith(_PREFIX)}
+    shapes = {n.removeprefix(PARAMETER): t.shape for n, t in manifest.tensors.items() if n.startswith(PARAMETER)}
     if "model" not in manifest.description or "embedding.weight" not in shapes:
         raise WeightsUnusable(path, "it does not describe a decoder", "Name a checkpoint of `evermesh checkpoint ls`.")
     model = ModelConfig.model_validate(manifest.description["model"])
     dtype = options.dtype or str(manifest.description["dtype"])
     family, naming = written_form(model, shapes)
     config = _config_json(family, model, shapes["embedding.weight"][0], dtype, options)
-    source = WeightSource(path, _PREFIX, dtype, _saved_router_biases(manifest, model, naming))
+    source = WeightSource(path, PARAMETER, dtype, _saved_router_biases(manifest, model, naming))
     temporary = directory.with_name(_WRITING + directory.name)
     shutil.rmtree(temporary, ignore_errors=True)  # of an export that was killed
     temporary.mkdir(parents=True)

@@ -8,7 +8,6 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from evermesh import checkpoint
 from evermesh.checkpoint import CheckpointMismatch
 from evermesh.checkpoint.sources import with_prefixes
 from evermesh.fault.events import read_events
@@ -16,18 +15,8 @@ from evermesh.runtime import TrainConfig
 from evermesh.runtime.model.families import written_form
 from evermesh.runtime.trainer import Trainer
 from tests.cluster import run_ranks
+from tests.runtime.saved import newest_tensors
 from tests.runtime.test_trainer import _on, small_config
-
-
-def _newest(directory: Path) -> dict[str, Tensor]:
-    """All tensors of the newest checkpoint of a run."""
-    path = checkpoint.latest(directory / "checkpoints")
-    assert path is not None
-    source = checkpoint.open_checkpoint(path)
-    found = {name: torch.empty(t.shape, dtype=getattr(torch, t.dtype)) for name, t in source.tensors.items()}
-    wanted: Any = {name: (checkpoint.Interval(0, tensor.numel()), tensor) for name, tensor in found.items()}
-    checkpoint.load(source, wanted, strict=False)
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +26,7 @@ def trained(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     Trainer(
         TrainConfig.model_validate(small_config(corpus, stop_at=2, layout={"capacity": 600})), directory=directory
     ).fit()
-    return _newest(directory)
+    return newest_tensors(directory / "checkpoints")
 
 
 def _save_as_torch_does(state: dict[str, Tensor], names: str, config: TrainConfig, directory: Path) -> None:
@@ -66,7 +55,7 @@ def test_a_run_on_two_workers_goes_on_with_weights_and_moments(
     _save_as_torch_does(trained, names, config, tmp_path / "foreign")
     adopt = {"path": str(tmp_path / "foreign"), "names": names, "updates": 2}
     assert run_ranks(2, _adopt, small_config(corpus, adopt=adopt), tmp_path) == [2, 2]
-    adopted = _newest(tmp_path)
+    adopted = newest_tensors(tmp_path / "checkpoints")
     assert adopted.keys() == trained.keys()
     assert all(torch.equal(adopted[name], tensor) for name, tensor in trained.items())
     event = next(event for event in read_events(tmp_path / "events.jsonl") if event.kind == "weights")

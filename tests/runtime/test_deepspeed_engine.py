@@ -27,6 +27,7 @@ from evermesh.runtime.layout import check_layout
 from evermesh.runtime.trainer import Trainer
 from tests.cluster import run_ranks
 from tests.oracle import relative_error
+from tests.runtime.saved import newest_tensors
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="the extra deepspeed is missing")
 MODEL = {"hidden": 32, "layers": 2, "heads": 4, "kv_heads": 2, "ffn": 48, "initial_std": 0.1}
@@ -116,16 +117,6 @@ def _train(configs: dict[str, TrainConfig], folder: Path, bad_step: int | None =
     workers = {config.layout.world_size for config in configs.values()}
     assert len(workers) == 1
     return run_ranks(workers.pop(), _on_rank, configs, folder, bad_step, timeout_s=170.0)[0]
-
-
-def _saved(directory: Path) -> dict[str, Tensor]:
-    """All whole tensors of the newest checkpoint."""
-    path = checkpoint.latest(directory)
-    assert path is not None
-    manifest = read_manifest(path)
-    tensors = {name: torch.empty(t.shape, dtype=getattr(torch, t.dtype)) for name, t in manifest.tensors.items()}
-    checkpoint.load(path, {name: (checkpoint.Interval(0, t.numel()), t) for name, t in tensors.items()})
-    return tensors
 
 
 def _assert_same(run: Run, oracle: Run, rel: float = 1e-6) -> None:
@@ -221,7 +212,7 @@ def test_a_run_is_that_of_one_worker_and_a_bad_step_changes_nothing(
     assert [report.committed for report in run.reports] == [step != BAD_STEP for step in range(1, STEPS + 1)]
     assert any(report.grad_norm > 0.5 for report in run.reports), "clipping was not at work"
     assert any(max(report.plan.ring_sizes) == 2 for report in run.reports), "no ring"
-    expected, saved = _saved(oracle.directory / "checkpoints"), _saved(run.directory / "checkpoints")
+    expected, saved = newest_tensors(oracle.directory / "checkpoints"), newest_tensors(run.directory / "checkpoints")
     assert saved.keys() == expected.keys()
     for tensor_name, tensor in saved.items():
         assert tensor.dtype == torch.float32
@@ -231,7 +222,7 @@ def test_a_run_is_that_of_one_worker_and_a_bad_step_changes_nothing(
 @pytest.mark.parametrize("name", SAVED_BY_LIBRARY)
 def test_what_the_library_saves_itself_is_the_same_state(name: str, runs: dict[str, Run]) -> None:
     source = checkpoint.open_checkpoint(runs[name].directory / NATIVE)
-    saved = _saved(runs[name].directory / "checkpoints")
+    saved = newest_tensors(runs[name].directory / "checkpoints")
     assert source.tensors.keys() == saved.keys()
     for tensor_name, tensor in saved.items():
         got = torch.empty_like(tensor)
@@ -253,7 +244,7 @@ def test_a_run_of_ours_goes_on_from_a_checkpoint_of_the_library(
     run = runs["stage 3"]
     config = _config(corpus, 3, None)
     bytes_read = run_ranks(3, _adopt_on_rank, config, run.directory / NATIVE, tmp_path, timeout_s=120.0)
-    expected, adopted = _saved(run.directory / "checkpoints"), _saved(tmp_path / "checkpoints")
+    expected, adopted = newest_tensors(run.directory / "checkpoints"), newest_tensors(tmp_path / "checkpoints")
     assert adopted.keys() == expected.keys()
     assert all(torch.equal(adopted[name], tensor) for name, tensor in expected.items())
     assert sum(bytes_read) == sum(tensor.nbytes for tensor in expected.values())  # each byte by one rank
@@ -266,7 +257,7 @@ def test_a_run_of_ours_goes_on_from_a_checkpoint_of_the_library(
 @pytest.mark.parametrize("name", ["stage 1", "stage 2", "stage 3"])
 def test_the_ledger_counts_what_the_library_sends(name: str, runs: dict[str, Run], oracle: Run) -> None:
     """What a stage sends by formula; for stage 3 without parameters, which its prefetching gathers as it sees fit."""
-    saved = _saved(oracle.directory / "checkpoints")
+    saved = newest_tensors(oracle.directory / "checkpoints")
     shapes = {n.removeprefix("parameter."): tuple(t.shape) for n, t in saved.items() if n.startswith("parameter.")}
     nodes, stage, run = (0, 0), int(name[-1]), runs[name]
     for report, plan in zip(run.reports, run.plans, strict=True):
@@ -349,7 +340,7 @@ def test_bfloat16_keeps_its_masters_in_float32(variants: dict[str, Run]) -> None
     for run in (variants["stage 1 bfloat16"], variants["stage 3 bfloat16"]):
         assert run.reports[0].loss == pytest.approx(own.reports[0].loss, rel=1e-4), "the same parameters at first"
         _assert_same(run, own, rel=2e-2)
-        saved = _saved(run.directory / "checkpoints")
+        saved = newest_tensors(run.directory / "checkpoints")
         assert all(tensor.dtype == torch.float32 for tensor in saved.values())
         assert any(not torch.equal(tensor, tensor.bfloat16().float()) for tensor in saved.values())
 
@@ -371,7 +362,7 @@ def test_the_compiled_adam_steps_as_torch_does(corpus: Path, tmp_path: Path, ora
     (tmp_path / "stopped").mkdir()
     for config in (first, whole):
         run_ranks(2, _moved, config, tmp_path / "stopped", None)
-    expected, saved = (_saved(of / "checkpoints") for of in (uninterrupted.directory, tmp_path / "stopped"))
+    expected, saved = (newest_tensors(of / "checkpoints") for of in (uninterrupted.directory, tmp_path / "stopped"))
     assert all(torch.equal(tensor, expected[name]) for name, tensor in saved.items())
 
 
@@ -463,7 +454,7 @@ def test_a_checkpoint_moves_between_engines_and_numbers_of_ranks_bit_for_bit(
         source.mkdir(exist_ok=True)
         save_to = None if is_trained else places[number] / "checkpoints"
         of_ranks = run_ranks(workers, _moved, config, source, save_to)
-        states.append(_saved((source if is_trained else places[number]) / "checkpoints"))
+        states.append(newest_tensors((source if is_trained else places[number]) / "checkpoints"))
         for name, parameter in itertools.chain.from_iterable(parameters.items() for parameters in of_ranks):
             assert torch.equal(parameter, states[-1][f"parameter.{name}"]), f"the model computes with another {name}"
     for before, after in itertools.pairwise(states[:-1]):
@@ -471,7 +462,7 @@ def test_a_checkpoint_moves_between_engines_and_numbers_of_ranks_bit_for_bit(
         assert all(torch.equal(before[name], after[name]) for name in before)
     assert any(tensor.abs().max() > 0 for name, tensor in states[0].items() if name.startswith("exp_avg_sq."))
     whole = _train({"whole": _config(corpus, 1, None, dtype="float64")}, tmp_path)["whole"]
-    expected = _saved(whole.directory / "checkpoints")
+    expected = newest_tensors(whole.directory / "checkpoints")
     for name, tensor in states[-1].items():
         assert relative_error(tensor.double(), expected[name]) <= 1e-5, name
 
