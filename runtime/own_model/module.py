@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from evermesh.checkpoint.retention import Retention
 from evermesh.parallelism.attention.kernels import kernel_for
 from evermesh.parallelism.attention.micro_batch import MicroBatchAttention
 from evermesh.parallelism.batch_plan import BatchPlan
@@ -25,8 +26,9 @@ from evermesh.runtime.own_model.cost import model_shape
 from evermesh.runtime.own_model.documents import Documents
 from evermesh.runtime.own_model.examining import check_layout, decoder_layers, examine, text_config
 from evermesh.runtime.own_model.gradients import Gradients
+from evermesh.runtime.own_model.saving import ModelSaves, Place
 from evermesh.runtime.own_model.sharding import ShardedModel, device_mesh
-from evermesh.runtime.own_model.state import load_state, save_state
+from evermesh.runtime.own_model.state import load_state, state_to_save
 from evermesh.runtime.own_model.tensor import TensorParallelModel
 from evermesh.runtime.process_group import Groups
 
@@ -102,6 +104,7 @@ class ParallelModule:
         self._parameters = dict(spread.model.named_parameters())
         self._gradients = Gradients(self._parameters, spread.tensor, mesh)
         self._kernel = kernel_for(self.device, dtype)
+        self._saves = ModelSaves(mesh)
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """This rank's shards, as DTensors: what an optimizer takes."""
@@ -158,13 +161,37 @@ class ParallelModule:
         """Scale the gradients to a norm of at most ``max_norm``; returns the norm before, the same on every rank."""
         return self._gradients.clip_(max_norm)
 
-    def save(self, directory: Path | str, step: int, optimizer: torch.optim.Optimizer | None = None) -> Path:
+    def save(
+        self,
+        directory: Path | str,
+        step: int,
+        optimizer: torch.optim.Optimizer | None = None,
+        *,
+        keep: int | Retention | None = 2,
+        wait: bool = True,
+    ) -> Path:
         """Write a checkpoint of ``step`` below ``directory`` and return its path; every rank writes its own part.
+
+        ``keep`` newest checkpoints stay, or those that a policy keeps; None keeps all. Without ``wait`` it returns when
+        the state is copied to host memory, and a process beside every rank writes it while training goes on; the next
+        call, or ``finish_saving``, waits for its end. Call that behind the last one.
+
+        Raises:
+            CheckpointNotSaved: on every rank, if any of them failed with this checkpoint or with the one before; earlier
+                ones are untouched.
+            HostMemoryShort: on every rank, if without ``wait`` any has no room for its copy.
+        """
+        state = state_to_save(self._parameters, self._tensor, self.model, optimizer, self.mesh)
+        place = Place(Path(directory), keep)
+        return self._saves.save(place, step, state) if wait else self._saves.begin(place, step, state)
+
+    def finish_saving(self) -> None:
+        """Return when the last checkpoint is durable.
 
         Raises:
             CheckpointNotSaved: on every rank, if any of them failed; earlier checkpoints are untouched.
         """
-        return save_state(Path(directory), step, self._parameters, self._tensor, self.model, optimizer, self.mesh)
+        self._saves.finish()
 
     def load(self, directory: Path | str, optimizer: torch.optim.Optimizer | None = None) -> int:
         """Take over the newest checkpoint below ``directory``, of any number of ranks and any tp; returns its step.

@@ -50,11 +50,12 @@ def _rows(cut: Cut, tp: int, hdp: int, ranks: int) -> Box:
     return Box((offsets[0] + start, *offsets[1:]), (stop - start, *sizes[1:]))
 
 
-class _Held(NamedTuple):
-    """Tensors as a checkpoint sees them: who holds what, and this rank's part."""
+class SavedState(NamedTuple):
+    """What a checkpoint is made of: who holds what of every tensor, this rank's parts, and values beside them."""
 
     shard_map: ShardMap
     tensors: dict[str, Tensor]
+    objects: dict[str, Any]
 
     def add(self, name: str, local: Tensor, shape: tuple[int, ...], shards: tuple[Shard, ...]) -> None:
         dtype = str(local.dtype).removeprefix("torch.")
@@ -63,26 +64,20 @@ class _Held(NamedTuple):
             self.tensors[name] = local
 
 
-def save_state(
-    directory: Path,
-    step: int,
+def state_to_save(
     parameters: Mapping[str, nn.Parameter],
     tensor: TensorParallelModel,
     model: nn.Module,
     optimizer: torch.optim.Optimizer | None,
     groups: Groups,
-) -> Path:
-    """Write a checkpoint; see ``ParallelModule.save``. Collective."""
+) -> SavedState:
+    """What a checkpoint holds of a model and its optimizer as they are now; the tensors are the live ones. Not collective."""
     held = _held(parameters, tensor, model, groups)
-    objects: dict[str, Any] = {}
     if optimizer is not None:
         names = {id(parameter): name for name, parameter in parameters.items()}
-        objects[_SCALARS] = _add_optimizer(held, names, optimizer, tensor, groups)
-        objects[_GROUPS] = [_as_json(group) for group in optimizer.param_groups]
-    phase, groups.moment.phase = groups.moment.phase, "checkpoint"
-    path = checkpoint.save(directory, step, held.shard_map, held.tensors, objects, communicator=groups.host)
-    groups.moment.phase = phase
-    return path
+        held.objects[_SCALARS] = _add_optimizer(held, names, optimizer, tensor, groups)
+        held.objects[_GROUPS] = [_as_json(group) for group in optimizer.param_groups]
+    return held
 
 
 def load_state(
@@ -135,8 +130,8 @@ def _newest(directory: Path) -> Path:
 
 def _held(
     parameters: Mapping[str, nn.Parameter], tensor: TensorParallelModel, model: nn.Module, groups: Groups
-) -> _Held:
-    held = _Held(ShardMap({}), {})
+) -> SavedState:
+    held = SavedState(ShardMap({}), {}, {})
     for name, parameter in parameters.items():
         _add(held, f"parameter.{name}", parameter, tensor.cut(name), groups)
     everybody = tuple(range(groups.host.size))
@@ -146,7 +141,7 @@ def _held(
     return held
 
 
-def _add(held: _Held, name: str, value: Any, cut: Cut, groups: Groups) -> None:
+def _add(held: SavedState, name: str, value: Any, cut: Cut, groups: Groups) -> None:
     local: Tensor = value.detach().to_local()
     shards = Holders(groups.hdp.size, groups.tp.size).shards(cut)
     own = sum(shard.region.num_elements for shard in shards if groups.host.rank in shard.ranks)
@@ -155,7 +150,7 @@ def _add(held: _Held, name: str, value: Any, cut: Cut, groups: Groups) -> None:
 
 
 def _add_optimizer(
-    held: _Held,
+    held: SavedState,
     names: Mapping[int, str],
     optimizer: torch.optim.Optimizer,
     tensor: TensorParallelModel,

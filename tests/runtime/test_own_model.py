@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from evermesh.checkpoint import checkpoints
 from evermesh.parallelism import ByteLedger, Layout, LayoutDoesNotFit, SequenceTooLong
 from evermesh.parallelism.batch_plan import BatchPlan
 from evermesh.parallelism.ledger import Traffic, add_up, collective_traffic
@@ -156,6 +157,28 @@ def _save_and_load(rank: int, world_size: int, folder: str) -> tuple[float, dict
     right = expected("qwen3", LENGTHS, steps=2)
     updated = {name: relative_error(whole(p), right.updated[name]) for name, p in second.named_parameters()}
     return abs(loss - right.loss), updated
+
+
+def _train_on_while_saving(rank: int, world_size: int, folder: str) -> tuple[list[int], float]:
+    """Three saves that nobody waits for, each with a step behind it; returns what came back of the second, and how far the
+    state was then from the one that was saved."""
+    model = parallel_model("qwen3", TWO_BY_TWO)
+    optimizer, saved = optimizer_of(model.parameters()), {}
+    for step in range(3):
+        path = model.save(folder, step, optimizer, keep=None, wait=False)  # the first one before there are moments
+        assert path.name.endswith(str(step))
+        saved[step] = {name: whole(parameter).clone() for name, parameter in model.named_parameters()}
+        model.train_batch(documents(LENGTHS), labels(LENGTHS))
+        optimizer.step()
+        optimizer.zero_grad()
+    model.finish_saving()
+    found = [info.step for info in checkpoints(folder)]
+    model.load(folder, optimizer)
+    return found, max(float((whole(p) - saved[2][name]).abs().max()) for name, p in model.named_parameters())
+
+
+def test_saves_that_nobody_waits_for_hold_the_state_of_their_step(tmp_path: Path) -> None:
+    assert run_ranks(4, _train_on_while_saving, str(tmp_path)) == [([0, 1, 2], 0.0)] * 4
 
 
 def test_a_checkpoint_goes_on_with_another_tp_and_into_one_process(tmp_path: Path) -> None:
