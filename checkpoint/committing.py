@@ -38,9 +38,9 @@ def data_name(rank: int, number: int = 0) -> str:
     return f"rank-{rank:05d}{f'-{number:02d}' if number else ''}.safetensors"
 
 
-def record_name(rank: int) -> str:
-    """Name of the record in which a rank tells what it has written; gone before the commit."""
-    return f"rank-{rank:05d}.json"
+def index_name(rank: int) -> str:
+    """Name of the index in which a rank tells what it has written."""
+    return f"rank-{rank:05d}.index"
 
 
 def temporary_path(directory: Path, step: int) -> Path:

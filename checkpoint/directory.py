@@ -83,8 +83,8 @@ def _step_paths(directory: Path) -> list[Path]:
 
 def _is_complete(path: Path) -> bool:
     try:
-        files = read_manifest(path).files
-        return all((path / name).stat().st_size == file.num_bytes for name, file in files.items())
+        sizes = read_manifest(path).sizes
+        return all((path / name).stat().st_size == num_bytes for name, num_bytes in sizes.items())
     except (CheckpointCorrupt, OSError):
         return False
 

@@ -1,19 +1,21 @@
-"""The bytes of a manifest and of the head of a safetensors file, from plain values.
+"""The bytes of a manifest, of the index of a rank and of the head of a safetensors file, from plain values.
 
 Needs nothing but the standard library and xxhash, so that the process that writes in the background starts at once.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import xxhash
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 SEAL = b'{"xxh3_64":"'
 """A manifest begins with it; the checksum of the object without this field follows."""
 _ALIGNMENT_BYTES = 64
+_MOST_HEAD_BYTES = 1 << 16
 
 
 class HeaderEntry(NamedTuple):
@@ -43,3 +45,69 @@ def safetensors_head(entries: Sequence[HeaderEntry], metadata: Mapping[str, str]
     text = json.dumps(fields, separators=(",", ":")).encode()
     text += b" " * (-(len(text) + 8) % _ALIGNMENT_BYTES)
     return len(text).to_bytes(8, "little") + text
+
+
+class PlacedPart(NamedTuple):
+    """Some elements of a tensor that follow others in a file."""
+
+    name: str
+    """Of the tensor."""
+    region: dict[str, Any]
+    start: int
+    """First element of the region's row-major storage."""
+    stop: int
+    num_bytes: int
+
+
+def extents_in_order(file: str, offset: int, parts: Iterable[PlacedPart]) -> dict[str, list[dict[str, Any]]]:
+    """By tensor: where its elements are, if ``parts`` follow each other in a file from byte ``offset`` on."""
+    extents: dict[str, list[dict[str, Any]]] = {}
+    for part in parts:
+        place = {"file": file, "offset": offset, "region": part.region, "start": part.start, "stop": part.stop}
+        extents.setdefault(part.name, []).append(place)
+        offset += part.num_bytes
+    return extents
+
+
+class IndexHead(NamedTuple):
+    """The first line of an index: all that the commit asks of a rank. It holds the checksum of the rest, so its own is the
+    root of everything that the rank wrote."""
+
+    xxh3_64: str
+    """Of the line."""
+    num_bytes: int
+    """Of the index."""
+    files: dict[str, int]
+    """Bytes of the data files, by name."""
+    told: dict[str, Any]
+    """What the rank tells besides: the digest of its shard map, the bytes of its tensors, those that it wrote."""
+
+
+def index_payload(
+    files: Mapping[str, tuple[int, str]], extents: Mapping[str, Sequence[Mapping[str, Any]]], told: Mapping[str, Any]
+) -> bytes:
+    """The index of what a rank wrote: one line with sizes, one with the checksums of chunks and the extents of tensors.
+
+    Args:
+        files: size in bytes and checksums of every data file.
+        extents: by tensor.
+        told: numbers and texts that go into the first line.
+    """
+    body = {"checksums": {name: checksums for name, (_, checksums) in files.items()}, "extents": extents}
+    rest = json.dumps(body, separators=(",", ":")).encode()
+    sizes = {name: num_bytes for name, (num_bytes, _) in files.items()}
+    head = {"rest": xxhash.xxh3_64_hexdigest(rest), "rest_bytes": len(rest), "files": sizes, **told}
+    return json.dumps(head, separators=(",", ":")).encode() + b"\n" + rest
+
+
+def read_index_head(path: Path) -> IndexHead:
+    """The first line of an index that a rank of this save has just written."""
+    with path.open("rb") as file:
+        return index_head(file.readline(_MOST_HEAD_BYTES))
+
+
+def index_head(line: bytes) -> IndexHead:
+    """The head that a line of an index is, its end included."""
+    told = json.loads(line)
+    num_bytes = len(line) + told.pop("rest_bytes")
+    return IndexHead(xxhash.xxh3_64_hexdigest(line), num_bytes, told.pop("files"), told)

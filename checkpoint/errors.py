@@ -66,7 +66,8 @@ class CheckpointNotFound(EvermeshError, FileNotFoundError):
 
 
 class CheckpointCorrupt(EvermeshError, ValueError):
-    """Bytes of a file are not those that were saved. ``chunk`` is None when not one chunk but the file is wrong."""
+    """Bytes of a file are not those that were saved. ``chunk`` is None when not one chunk but the file is wrong;
+    ``elements`` says as text which elements of which tensors the chunk holds."""
 
     def __init__(
         self,
@@ -77,19 +78,14 @@ class CheckpointCorrupt(EvermeshError, ValueError):
         start: int = 0,
         stop: int = 0,
         tensors: Sequence[str] = (),
+        elements: Sequence[str] = (),
     ) -> None:
-        more = f" and {len(tensors) - 3} more" if len(tensors) > 3 else ""
-        held = f" They hold {', '.join(tensors[:3])}{more}." if tensors else ""
+        more = f" and {len(elements) - 3} more" if len(elements) > 3 else ""
+        held = f" They hold {'; '.join(elements[:3])}{more}." if elements else ""
         place = f"chunk {chunk}, bytes {start:,} to {stop:,}: " if chunk is not None else ""
         super().__init__(f"{file}: {place}{fact}.{held} Load an earlier checkpoint, or restore the file from a copy.")
-        self.file, self.fact, self.chunk, self.start, self.stop, self.tensors = (
-            file,
-            fact,
-            chunk,
-            start,
-            stop,
-            tuple(tensors),
-        )
+        self.file, self.fact, self.chunk, self.start, self.stop = file, fact, chunk, start, stop
+        self.tensors, self.elements = tuple(tensors), tuple(elements)
 
 
 class ForeignUnusable(EvermeshError, ValueError):

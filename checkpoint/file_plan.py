@@ -1,10 +1,20 @@
 """What one rank writes, in the order of its file; computed by the rank alone."""
 
 from dataclasses import dataclass
+from typing import Any
+
+from pydantic import TypeAdapter
 
 from evermesh.checkpoint.dtypes import DTYPES
+from evermesh.checkpoint.encoding import PlacedPart
 from evermesh.checkpoint.format import FilePart
-from evermesh.checkpoint.shard_map import ShardMap, WritePart
+from evermesh.checkpoint.merging import SavedMap
+from evermesh.checkpoint.regions import Region
+from evermesh.checkpoint.shard_map import ShardMap, TensorShards
+from evermesh.checkpoint.write_plan import WritePart, WritePlan
+
+_REGION: TypeAdapter[Region] = TypeAdapter(Region)
+_TENSORS = TypeAdapter(dict[str, TensorShards])
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,18 +23,27 @@ class PlannedPart:
 
     part: WritePart
     entry: FilePart
-    held: int
-    """Which of the regions that the rank holds of the tensor."""
 
 
 def planned_parts(shard_map: ShardMap, rank: int) -> list[PlannedPart]:
     """The parts that ``rank`` writes, larger elements first: every entry is then aligned to its own element size."""
-    assigned = shard_map.writers().get(rank, ())
+    assigned = WritePlan(shard_map).of_rank(rank)
     ordered = sorted(assigned, key=lambda part: -DTYPES[shard_map.tensors[part.name].dtype].num_bytes)
-    return [_planned(shard_map, part, rank) for part in ordered]
+    return [_planned(shard_map, part) for part in ordered]
 
 
-def _planned(shard_map: ShardMap, part: WritePart, rank: int) -> PlannedPart:
+def _planned(shard_map: ShardMap, part: WritePart) -> PlannedPart:
     tensor = shard_map.tensors[part.name]
-    entry = FilePart(part.name, tensor.dtype, tensor.shards[part.shard].region, part.start, part.stop, tensor.form)
-    return PlannedPart(part, entry, sum(rank in shard.ranks for shard in tensor.shards[: part.shard]))
+    return PlannedPart(part, FilePart(part.name, tensor.dtype, part.region, part.start, part.stop, tensor.form))
+
+
+def placed_part(one: PlannedPart) -> PlacedPart:
+    """A part as an index tells of it."""
+    region: dict[str, Any] = _REGION.dump_python(one.part.region, mode="json")
+    return PlacedPart(one.part.name, region, one.part.start, one.part.stop, one.entry.num_bytes)
+
+
+def saved_map(shard_map: ShardMap) -> SavedMap:
+    """What rank 0 must know of a map to write the manifest."""
+    tensors = _TENSORS.dump_python(shard_map.tensors, mode="json")
+    return SavedMap(shard_map.digest(), shard_map.num_bytes, tensors)

@@ -10,7 +10,7 @@ from evermesh.checkpoint.dtypes import DTYPES
 from evermesh.checkpoint.errors import CheckpointCorrupt, ShardMapInvalid
 from evermesh.checkpoint.format import Extent, StoredTensor
 from evermesh.checkpoint.reading import FileRuns, read_runs
-from evermesh.checkpoint.regions import Region, Runs, StoredForm, intersect, join, logical_runs
+from evermesh.checkpoint.regions import Interval, Region, Runs, StoredForm, intersect, join, logical_runs
 from evermesh.checkpoint.sources import Found, Source
 from evermesh.checkpoint.tensors import byte_view, dtype_name
 
@@ -116,7 +116,7 @@ def _pieces(
     for part in found.parts:
         stored = source.tensors[part.name]
         if len(found.parts) == 1 and stored.shape == found.shape:
-            for extent in stored.extents:
+            for extent in stored.extents_near(region, form):
                 runs = intersect(extent.region, stored.form, region, form).clip(extent.start, extent.stop)
                 if len(runs.length):
                     yield stored, extent, runs
@@ -124,7 +124,8 @@ def _pieces(
         in_part = intersect(part.box, StoredForm(found.shape), region, form).shifted(part.start)
         if not len(in_part.length):
             continue
-        for extent in stored.extents:
+        span = Interval(int(in_part.source[0]), int(in_part.source[-1] + in_part.length[-1]))
+        for extent in stored.extents_near(span, StoredForm(stored.shape)):
             runs = join(logical_runs(extent.region, stored.form), in_part).clip(extent.start, extent.stop)
             if len(runs.length):
                 yield stored, extent, runs

@@ -1,10 +1,13 @@
-"""The on-disk format: the manifest, the records that ranks merge into it, and the header of a safetensors file.
+"""The on-disk format: the manifest, the index of a rank, and the header of a safetensors file.
 
-A checkpoint is a directory: ``manifest.json`` and one safetensors file per rank that wrote. Every tensor in such a file
-is one *extent*: some elements of the row-major storage of one region of a logical tensor. Nothing is ever unpickled.
+A checkpoint is a directory: ``manifest.json``, and of every rank an index and the safetensors files that it lists. Every
+tensor in such a file is one *extent*: some elements of the row-major storage of one region of a logical tensor. The manifest
+says by rules who wrote what, so that a reader opens the indexes that it needs and no others. Nothing is ever unpickled.
 """
 
 import functools
+import json
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +16,7 @@ from typing import Any, Self
 import xxhash
 from pydantic import JsonValue, TypeAdapter, ValidationError
 
+from evermesh.checkpoint.committing import index_name
 from evermesh.checkpoint.coverage import check_cover
 from evermesh.checkpoint.dtypes import DTYPES
 from evermesh.checkpoint.encoding import FORMAT_VERSION, SEAL, HeaderEntry, safetensors_head, sealed
@@ -20,6 +24,7 @@ from evermesh.checkpoint.encoding import MANIFEST as MANIFEST
 from evermesh.checkpoint.errors import CheckpointCorrupt, ShardMapInvalid
 from evermesh.checkpoint.files import CHUNK_BYTES, DIGITS
 from evermesh.checkpoint.regions import STRICT, Interval, Padding, Permutation, Region, StoredForm
+from evermesh.checkpoint.shard_map import TensorShards
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,16 +42,22 @@ class Extent:
     stop: int
 
 
+class LocatedExtents(Sequence[Extent]):
+    """Extents that can be asked for by place, so that not all of them are looked at."""
+
+    @abstractmethod
+    def near(self, region: Region, form: StoredForm) -> tuple[Extent, ...]:
+        """Those that may hold elements of ``region``, which is given in ``form``."""
+
+
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
     """One logical tensor of a checkpoint."""
 
-    __pydantic_config__ = STRICT
-
     dtype: str
     shape: tuple[int, ...]
     """Shape of the logical tensor."""
-    extents: tuple[Extent, ...]
+    extents: "tuple[Extent, ...] | LocatedExtents"
     """Cover the stored form, padding included, exactly once."""
     permutation: Permutation | None = None
     padding: Padding | None = None
@@ -59,6 +70,10 @@ class StoredTensor:
     def num_bytes(self, extent: Extent) -> int:
         """Bytes of one of the extents."""
         return (extent.stop - extent.start) * DTYPES[self.dtype].num_bytes
+
+    def extents_near(self, region: Region, form: StoredForm) -> Sequence[Extent]:
+        """Those that may hold elements of ``region``, which is given in ``form``."""
+        return self.extents if isinstance(self.extents, tuple) else self.extents.near(region, form)
 
     def check_cover(self, name: str) -> None:
         """Prove that the extents cover the tensor exactly once. Raises ``ShardMapInvalid``, which tells its ``name``."""
@@ -89,29 +104,38 @@ class StoredFile:
 
 
 @dataclass(frozen=True, slots=True)
-class RankRecord:
-    """What one rank wrote; rank 0 merges the records into the manifest."""
+class RankIndex:
+    """What one rank wrote: the second line of its index."""
 
     __pydantic_config__ = STRICT
 
-    digest: str
-    """Of the shard map the rank used."""
-    file: StoredFile
+    checksums: dict[str, str]
+    """By data file: xxh3-64 of every MiB, 16 hexadecimal digits each, one after the other."""
     extents: dict[str, tuple[Extent, ...]]
-
-    def to_json(self) -> bytes:
-        """The record as JSON."""
-        return _record_adapter().dump_json(self)
 
     @classmethod
     def from_json(cls, payload: bytes) -> Self:
-        """The record that ``to_json`` wrote."""
-        return _record_adapter().validate_json(payload)
+        """The second line of the index that ``encoding.index_payload`` made. Raises ``ValidationError``."""
+        return _index_adapter().validate_json(payload)
+
+
+@dataclass(frozen=True, slots=True)
+class RankFiles:
+    """The files of one rank, as the manifest knows them."""
+
+    __pydantic_config__ = STRICT
+
+    xxh3_64: str
+    """Of the first line of the index, which holds that of the rest."""
+    num_bytes: int
+    """Of the index."""
+    files: dict[str, int]
+    """Bytes of the data files."""
 
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """Everything about a checkpoint but the bytes of its tensors."""
+    """Everything about a checkpoint but what each rank alone knows, and the bytes of its tensors."""
 
     __pydantic_config__ = STRICT
 
@@ -123,18 +147,27 @@ class Manifest:
     description: dict[str, JsonValue]
     """Model, tokenizer, topology: whatever tells a person or a program what this is."""
     objects: dict[str, JsonValue]
-    tensors: dict[str, StoredTensor]
-    files: dict[str, StoredFile]
+    tensors: dict[str, TensorShards]
+    """Who held what, and so who wrote it (``WritePlan``)."""
+    ranks: tuple[RankFiles, ...]
+    """By rank."""
     format_version: int = FORMAT_VERSION
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Bytes of all files that the manifest knows, by name."""
+        indexes = {index_name(rank): of_rank.num_bytes for rank, of_rank in enumerate(self.ranks)}
+        return indexes | self.data_sizes
+
+    @property
+    def data_sizes(self) -> dict[str, int]:
+        """Bytes of all data files, by name."""
+        return {name: num_bytes for of_rank in self.ranks for name, num_bytes in of_rank.files.items()}
 
     @property
     def num_bytes(self) -> int:
         """Bytes of all data files."""
-        return sum(file.num_bytes for file in self.files.values())
-
-    def check_cover(self, name: str) -> None:
-        """Prove that the extents of a tensor cover it exactly once. Raises ``ShardMapInvalid``."""
-        self.tensors[name].check_cover(name)
+        return sum(self.data_sizes.values())
 
     def to_json(self) -> bytes:
         """The manifest as JSON. Its first field is the xxh3-64 of the object without that field."""
@@ -154,6 +187,9 @@ class Manifest:
         try:
             manifest = _manifest_adapter().validate_json(body)
         except ValidationError as error:
+            version = _version(body)
+            if version not in (None, FORMAT_VERSION):
+                raise CheckpointCorrupt(file, f"format {version}; this version reads {FORMAT_VERSION}") from error
             raise CheckpointCorrupt(file, f"not a manifest of format {FORMAT_VERSION}: {error.errors()[0]}") from error
         if manifest.format_version != FORMAT_VERSION:
             raise CheckpointCorrupt(file, f"format {manifest.format_version}; this version reads {FORMAT_VERSION}")
@@ -212,5 +248,11 @@ def _manifest_adapter() -> TypeAdapter[Any]:
 
 
 @functools.cache
-def _record_adapter() -> TypeAdapter[Any]:
-    return TypeAdapter(RankRecord)
+def _index_adapter() -> TypeAdapter[Any]:
+    return TypeAdapter(RankIndex)
+
+
+def _version(manifest: bytes) -> object:
+    """What an object that is no manifest of this version says about its own."""
+    values = json.loads(manifest)
+    return values.get("format_version") if isinstance(values, dict) else None

@@ -6,7 +6,8 @@ from evermesh.checkpoint.directory import read_manifest
 from evermesh.checkpoint.errors import CheckpointNotFound, ForeignUnusable
 from evermesh.checkpoint.format import MANIFEST
 from evermesh.checkpoint.huggingface import INDEX, SINGLE, open_safetensors
-from evermesh.checkpoint.sources import Source, source_of
+from evermesh.checkpoint.indexed import Indexes, source_of
+from evermesh.checkpoint.sources import Source
 
 _POINTERS = ("latest", "latest_universal")
 """Files in which DeepSpeed names a folder beside them."""
@@ -23,7 +24,7 @@ def open_checkpoint(path: Path | str) -> Source:
     """
     path = Path(path)
     if (path / MANIFEST).is_file():
-        return source_of(path, read_manifest(path))
+        return source_of(Indexes(path, read_manifest(path)))
     if (path / INDEX).is_file() or (path / SINGLE).is_file():
         return open_safetensors(path)
     if (path / ".metadata").is_file():

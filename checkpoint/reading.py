@@ -102,9 +102,14 @@ class ChunkReader(FileReader):
         self.read_at(begin, [buffer.data])
         if xxhash.xxh3_64_hexdigest(buffer.data) != self._file.checksum(chunk):
             end = begin + buffer.nbytes
-            tensors = self._source.tensors_in(self._name, begin, end)
             raise CheckpointCorrupt(
-                self.path, "the checksum is wrong", chunk=chunk, start=begin, stop=end, tensors=tensors
+                self.path,
+                "the checksum is wrong",
+                chunk=chunk,
+                start=begin,
+                stop=end,
+                tensors=self._source.tensors_in(self._name, begin, end),
+                elements=self._source.elements_in(self._name, begin, end),
             )
 
 

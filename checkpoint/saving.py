@@ -11,20 +11,13 @@ from pydantic import JsonValue, TypeAdapter
 
 from evermesh.checkpoint import committing as folder
 from evermesh.checkpoint.agreement import RankFailure, on_first, together
-from evermesh.checkpoint.committing import data_name, record_name
-from evermesh.checkpoint.errors import CheckpointNotSaved, ShardMapInvalid
-from evermesh.checkpoint.file_plan import PlannedPart, planned_parts
+from evermesh.checkpoint.committing import data_name, index_name
+from evermesh.checkpoint.encoding import MANIFEST, extents_in_order, index_payload, read_index_head, sealed
+from evermesh.checkpoint.errors import CheckpointNotSaved
+from evermesh.checkpoint.file_plan import PlannedPart, placed_part, planned_parts, saved_map
 from evermesh.checkpoint.files import write_checksummed, write_durably
-from evermesh.checkpoint.format import (
-    MANIFEST,
-    Extent,
-    FilePart,
-    Manifest,
-    RankRecord,
-    StoredFile,
-    StoredTensor,
-    safetensors_header,
-)
+from evermesh.checkpoint.format import safetensors_header
+from evermesh.checkpoint.merging import merged_manifest, told_of
 from evermesh.checkpoint.retention import Retention, as_retention
 from evermesh.checkpoint.shard_map import ShardMap
 from evermesh.checkpoint.tensors import Held, held_tensor, host_slices, local_tensors
@@ -101,9 +94,7 @@ def _save(state: _State) -> Path:
 def _prepare(state: _State) -> None:
     """Refuse what cannot be saved before anything is written; rank 0 makes the temporary directory."""
     state.shard_map.check()
-    highest = max((rank for t in state.shard_map.tensors.values() for s in t.shards for rank in s.ranks), default=0)
-    if highest >= state.communicator.size:
-        raise ShardMapInvalid(f"the shard map names rank {highest}, but {state.communicator.size} ranks save.")
+    state.shard_map.check_ranks(state.communicator.size)
     local_tensors(state.shard_map, state.communicator.rank, state.tensors)
     if state.is_first:
         for values in (state.objects, state.description):
@@ -112,63 +103,41 @@ def _prepare(state: _State) -> None:
 
 
 def _write_own_parts(state: _State) -> None:
-    """Write this rank's data file and the record of it; ranks that nothing was assigned to write neither."""
+    """Write this rank's data file, then the index of it; a rank that nothing was assigned to writes an empty index."""
     rank = state.communicator.rank
     planned = planned_parts(state.shard_map, rank)
-    if not planned:
-        return
-    parts = [one.entry for one in planned]
-    header = safetensors_header(parts)
-    file = data_name(rank)
-    num_bytes, checksums = write_checksummed(state.temporary / file, _payloads(header, planned, state.tensors))
-    record = RankRecord(state.shard_map.digest(), StoredFile(num_bytes, checksums), _extents(file, len(header), parts))
-    write_durably(state.temporary / record_name(rank), [record.to_json()])
+    files: dict[str, tuple[int, str]] = {}
+    header = safetensors_header([one.entry for one in planned])
+    if planned:
+        payloads = _payloads(header, planned, state.tensors)
+        files[data_name(rank)] = write_checksummed(state.temporary / data_name(rank), payloads)
+    extents = extents_in_order(data_name(rank), len(header), map(placed_part, planned))
+    told = told_of(
+        state.shard_map.digest(),
+        sum(one.entry.num_bytes for one in planned),
+        sum(num_bytes for num_bytes, _ in files.values()),
+    )
+    write_durably(state.temporary / index_name(rank), [index_payload(files, extents, told)])
 
 
 def _payloads(header: bytes, planned: Sequence[PlannedPart], tensors: Held) -> Iterator[memoryview | bytes]:
     yield header
     for one in planned:
-        yield from host_slices(held_tensor(tensors, one.part.name, one.held), one.part.start, one.part.stop)
-
-
-def _extents(file: str, offset: int, parts: list[FilePart]) -> dict[str, tuple[Extent, ...]]:
-    extents: dict[str, list[Extent]] = {}
-    for part in parts:
-        extents.setdefault(part.name, []).append(Extent(file, offset, part.region, part.start, part.stop))
-        offset += part.num_bytes
-    return {name: tuple(of_tensor) for name, of_tensor in extents.items()}
+        yield from host_slices(held_tensor(tensors, one.part.name, one.part.held), one.part.start, one.part.stop)
 
 
 def _write_manifest(state: _State) -> None:
-    """Merge the records of all ranks into the manifest. On rank 0, when every record is on the disk."""
-    records = {rank: state.temporary / record_name(rank) for rank in state.shard_map.writers()}
-    found = {rank: RankRecord.from_json(path.read_bytes()) for rank, path in records.items()}
-    digest = state.shard_map.digest()
-    others = [rank for rank, record in found.items() if record.digest != digest]
-    if others:
-        raise ShardMapInvalid(f"ranks {others} saved another shard map than rank 0. Build it from the same inputs.")
-    manifest = _manifest(state, found)
-    for name in manifest.tensors:
-        manifest.check_cover(name)
-    write_durably(state.temporary / MANIFEST, [manifest.to_json()])
-    for path in records.values():
-        path.unlink()
-
-
-def _manifest(state: _State, records: Mapping[int, RankRecord]) -> Manifest:
-    tensors = {}
-    for name, tensor in state.shard_map.tensors.items():
-        extents = tuple(extent for record in records.values() for extent in record.extents.get(name, ()))
-        tensors[name] = StoredTensor(tensor.dtype, tensor.shape, extents, tensor.permutation, tensor.padding)
-    return Manifest(
-        step=state.step,
-        time_s=time.time(),
-        world_size=state.communicator.size,
-        description=dict(state.description),
-        objects=dict(state.objects),
-        tensors=tensors,
-        files={data_name(rank): record.file for rank, record in records.items()},
-    )
+    """On rank 0, when every index is on the disk."""
+    heads = [read_index_head(state.temporary / index_name(rank)) for rank in range(state.communicator.size)]
+    values = {
+        "step": state.step,
+        "time_s": time.time(),
+        "world_size": state.communicator.size,
+        "description": dict(state.description),
+        "objects": dict(state.objects),
+    }
+    manifest = merged_manifest(saved_map(state.shard_map), heads, values)
+    write_durably(state.temporary / MANIFEST, [sealed(manifest)])
 
 
 def rolled_back(

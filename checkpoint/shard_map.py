@@ -1,4 +1,4 @@
-"""The shard map: for each logical tensor, which rank holds which region.
+"""The shard map: for each logical tensor, which rank holds which region, listed or by a rule.
 
 Saving, loading, snapshots and re-layout are all the same question: from the regions that exist to the regions that are
 wanted. Serialised as JSON (``to_json``/``from_json``): field names as below, tuples as arrays; readers refuse unknown
@@ -6,22 +6,19 @@ fields and unknown format versions.
 """
 
 import functools
-import itertools
 from dataclasses import dataclass
 from typing import Any, Self
 
 import xxhash
 from pydantic import TypeAdapter, ValidationError
 
-from evermesh.checkpoint.balance import quotas
 from evermesh.checkpoint.coverage import check_cover, whole
 from evermesh.checkpoint.dtypes import DTYPES
 from evermesh.checkpoint.errors import ShardMapInvalid
 from evermesh.checkpoint.regions import STRICT, Box, Interval, Padding, Permutation, Region, Runs, StoredForm, intersect
+from evermesh.checkpoint.rules import ShardingRule
 
-FORMAT_VERSION = 1
-LEAST_PART_BYTES = 1 << 16
-"""A replicated group is divided among so many holders that each writes at least this much."""
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +43,9 @@ class TensorShards:
     """Name of the torch dtype, such as ``bfloat16``."""
     shape: tuple[int, ...]
     """Shape of the logical tensor."""
-    shards: tuple[Shard, ...]
+    placement: tuple[Shard, ...] | ShardingRule
+    """Who holds what: listed, or by a rule, which says it for any number of ranks. In JSON told apart as an array and an
+    object."""
     permutation: Permutation | None = None
     padding: Padding | None = None
 
@@ -60,18 +59,44 @@ class TensorShards:
         """Bytes of the stored form, padding included, replicas not."""
         return self.form.num_elements * DTYPES[self.dtype].num_bytes
 
+    @property
+    def shards(self) -> tuple[Shard, ...]:
+        """Every region with its holders. Of a rule as many as there are ranks: not where there are thousands."""
+        if not isinstance(self.placement, ShardingRule):
+            return self.placement
+        return tuple(Shard(region, ranks) for region, ranks in self.placement.holdings(self.form))
 
-@dataclass(frozen=True, slots=True)
-class WritePart:
-    """What one rank writes of one shard."""
+    @property
+    def last_rank(self) -> int:
+        """The highest rank that it names; -1: none."""
+        if isinstance(self.placement, ShardingRule):
+            return self.placement.grid.last
+        return max((rank for shard in self.placement for rank in shard.ranks), default=-1)
 
-    name: str
-    """Name of the tensor."""
-    shard: int
-    """Index of the shard in its tensor."""
-    start: int
-    """First element of the region's row-major storage."""
-    stop: int
+    def of_rank(self, rank: int) -> tuple[Region, ...]:
+        """The regions that ``rank`` holds, in the order of the map."""
+        if not isinstance(self.placement, ShardingRule):
+            return tuple(shard.region for shard in self.placement if rank in shard.ranks)
+        coordinates = self.placement.grid.coordinates(rank)
+        return () if coordinates is None else self.placement.regions(self.form, coordinates)
+
+    def check(self) -> None:
+        """Prove that the regions cover the stored form exactly once, without looking at the ranks of a rule.
+
+        Raises:
+            ShardMapInvalid: names the gap, the overlap, the unknown dtype, the shard without ranks, or the wrong cut.
+        """
+        if self.dtype not in DTYPES:
+            raise ShardMapInvalid(f"dtype {self.dtype} cannot be stored. Use one of {', '.join(DTYPES)}.")
+        if isinstance(self.placement, ShardingRule):
+            self.placement.check(self.form)
+            return
+        for shard in self.placement:
+            if not shard.ranks or len(set(shard.ranks)) != len(shard.ranks):
+                raise ShardMapInvalid(
+                    f"{shard.region} is held by ranks {shard.ranks}. Name at least one, and each once."
+                )
+        check_cover(self.form, tuple(whole(shard.region) for shard in self.placement))
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,45 +121,20 @@ class ShardMap:
         """
         for name, tensor in self.tensors.items():
             try:
-                _check_entry(tensor)
-                check_cover(tensor.form, tuple(whole(shard.region) for shard in tensor.shards))
+                tensor.check()
             except ShardMapInvalid as error:
                 raise ShardMapInvalid(f"tensor {name} of shape {tensor.shape}: {error}") from error
 
     def of_rank(self, rank: int) -> dict[str, tuple[Region, ...]]:
         """The regions that ``rank`` holds, in the order of the map; tensors of which it holds none are left out."""
-        held = {
-            name: tuple(shard.region for shard in tensor.shards if rank in shard.ranks)
-            for name, tensor in self.tensors.items()
-        }
+        held = {name: tensor.of_rank(rank) for name, tensor in self.tensors.items()}
         return {name: regions for name, regions in held.items() if regions}
 
-    def writers(self, least_part_bytes: int = LEAST_PART_BYTES) -> dict[int, tuple[WritePart, ...]]:
-        """Who writes what: every element once, and the bytes of the busiest rank as few as its replicas allow.
-
-        Regions that the same ranks hold are laid end to end and cut once per rank, so that a rank writes few parts.
-        Groups with fewer holders are divided first. Every rank computes the same division from the map alone.
-        """
-        loads: dict[int, int] = {rank: 0 for t in self.tensors.values() for s in t.shards for rank in s.ranks}
-        parts: dict[int, list[WritePart]] = {rank: [] for rank in sorted(loads)}
-        for ranks, shards in sorted(self._groups().items(), key=lambda group: (len(group[0]), group[0])):
-            num_bytes = sum(num_elements * item for _, _, num_elements, item in shards)
-            shares = quotas([loads[rank] for rank in ranks], num_bytes, least_part_bytes)
-            for rank, share in zip(ranks, shares, strict=True):
-                loads[rank] += share
-            for at, part in _cut(shards, shares):
-                parts[ranks[at]].append(part)
-        return {rank: tuple(of_rank) for rank, of_rank in parts.items() if of_rank}
-
-    def _groups(self) -> dict[tuple[int, ...], list[tuple[str, int, int, int]]]:
-        """By holders: (tensor, shard, elements, bytes of one) of every shard that is not empty, ordered by name."""
-        groups: dict[tuple[int, ...], list[tuple[str, int, int, int]]] = {}
-        for name, tensor in sorted(self.tensors.items()):
-            for index, shard in enumerate(tensor.shards):
-                if shard.region.num_elements:
-                    entry = (name, index, shard.region.num_elements, DTYPES[tensor.dtype].num_bytes)
-                    groups.setdefault(tuple(sorted(shard.ranks)), []).append(entry)
-        return groups
+    def check_ranks(self, size: int) -> None:
+        """Raise ``ShardMapInvalid`` if the map names a rank that ``size`` ranks do not have."""
+        last = max((tensor.last_rank for tensor in self.tensors.values()), default=-1)
+        if last >= size:
+            raise ShardMapInvalid(f"the shard map names rank {last}, but {size} ranks save.")
 
     def digest(self) -> str:
         """Digest of the map, by which ranks make sure that they save the same one; the order of names is no part."""
@@ -165,33 +165,6 @@ class ShardMap:
         return shard_map
 
 
-def _check_entry(tensor: TensorShards) -> None:
-    if tensor.dtype not in DTYPES:
-        raise ShardMapInvalid(f"dtype {tensor.dtype} cannot be stored. Use one of {', '.join(DTYPES)}.")
-    for shard in tensor.shards:
-        if not shard.ranks or len(set(shard.ranks)) != len(shard.ranks):
-            raise ShardMapInvalid(f"{shard.region} is held by ranks {shard.ranks}. Name at least one, and each once.")
-
-
-def _cut(shards: list[tuple[str, int, int, int]], shares: list[int]) -> list[tuple[int, WritePart]]:
-    """Cut shards laid end to end at the sums of ``shares`` (bytes), rounded down to whole elements."""
-    ends = list(itertools.accumulate(shares))
-    last = max(at for at, share in enumerate(shares) if share)
-    cuts: list[tuple[int, WritePart]] = []
-    begin, at = 0, 0
-    for name, index, num_elements, item in shards:
-        start = 0
-        while start < num_elements:
-            stop = num_elements if at == last else min(num_elements, (ends[at] - begin) // item)
-            if stop > start:
-                cuts.append((at, WritePart(name, index, start, stop)))
-                start = stop
-            if start < num_elements:
-                at += 1
-        begin += num_elements * item
-    return cuts
-
-
 @functools.cache
 def _adapter() -> TypeAdapter[Any]:
     return TypeAdapter(ShardMap)
@@ -207,8 +180,8 @@ __all__ = [
     "Runs",
     "Shard",
     "ShardMap",
+    "ShardingRule",
     "StoredForm",
     "TensorShards",
-    "WritePart",
     "intersect",
 ]

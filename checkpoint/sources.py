@@ -6,7 +6,7 @@ intersecting and reading are the same for all of them. Imports no torch.
 """
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from pathlib import Path
@@ -14,8 +14,9 @@ from typing import Literal
 
 from pydantic import JsonValue
 
+from evermesh.checkpoint.dtypes import DTYPES
 from evermesh.checkpoint.errors import ForeignUnusable
-from evermesh.checkpoint.format import Extent, Manifest, StoredFile, StoredTensor
+from evermesh.checkpoint.format import Extent, StoredFile, StoredTensor
 from evermesh.checkpoint.naming import ForeignPart, Naming
 from evermesh.checkpoint.regions import Box
 
@@ -53,15 +54,34 @@ class Source:
     locate: Callable[[Extent], int] = attrgetter("offset")
     """Position of the first element of an extent in its file; some formats tell only in the file itself."""
 
+    extents_in: Callable[[str], Iterable[tuple[str, Extent]]] | None = None
+    """The extents of a file, with the names of their tensors; None: whoever asks looks at all."""
+
     def tensors_in(self, file: str, start: int, stop: int) -> list[str]:
         """Names of the tensors that have elements in bytes [start, stop) of a file."""
+        return list(dict.fromkeys(name for name, _, _, _ in self._elements_in(file, start, stop)))
+
+    def elements_in(self, file: str, start: int, stop: int) -> list[str]:
+        """What bytes [start, stop) of a file hold, as text: tensors with their regions, and which elements of these."""
         return [
-            name
-            for name, tensor in self.tensors.items()
-            if any(
-                e.file == file and e.offset < stop and start < e.offset + tensor.num_bytes(e) for e in tensor.extents
-            )
+            f"{name}{extent.region} elements {first:,} to {last:,}"
+            for name, extent, first, last in self._elements_in(file, start, stop)
         ]
+
+    def _elements_in(self, file: str, start: int, stop: int) -> Iterator[tuple[str, Extent, int, int]]:
+        """Extents, and [first, last) of the row-major storage of their regions."""
+        for name, extent in self._of_file(file):
+            item = DTYPES[self.tensors[name].dtype].num_bytes
+            end = extent.offset + (extent.stop - extent.start) * item
+            if extent.offset < stop and start < end:
+                first = extent.start + (max(start, extent.offset) - extent.offset) // item
+                yield name, extent, first, extent.start - (extent.offset - min(stop, end)) // item
+
+    def _of_file(self, file: str) -> Iterable[tuple[str, Extent]]:
+        if self.extents_in is not None:
+            return self.extents_in(file)
+        tensors = self.tensors.items()
+        return ((name, extent) for name, tensor in tensors for extent in tensor.extents if extent.file == file)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,21 +115,6 @@ def find(source: Source, naming: Naming | None) -> tuple[dict[str, Found], list[
             misfits.append(f"what makes up {name} is of types {' and '.join(dtypes)}")
         found[name] = Found(dtypes[0], naming.shapes[name], parts)
     return found, misfits
-
-
-def source_of(path: Path, manifest: Manifest) -> Source:
-    """Our own format as a source."""
-    return Source(
-        path,
-        "evermesh",
-        manifest.tensors,
-        manifest.files,
-        manifest.objects,
-        manifest.description,
-        manifest.step,
-        manifest.world_size,
-        is_foreign=False,
-    )
 
 
 def with_prefixes(naming: Naming, ours: tuple[str, ...], theirs: tuple[str, ...]) -> Naming:

@@ -4,13 +4,14 @@
 of the same model.
 """
 
+import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import chain
 from typing import NamedTuple
 
 from evermesh.checkpoint.cutting import regions_of_interval
 from evermesh.checkpoint.regions import Box, Region
-from evermesh.checkpoint.shard_map import Shard
+from evermesh.checkpoint.rules import DimCut, FlatCut, RankGrid, ShardingRule
 from evermesh.parallelism.experts import GridCut
 from evermesh.parallelism.tensor import Cut
 from evermesh.parallelism.tiers import Division
@@ -104,17 +105,37 @@ class HeldSet(NamedTuple):
     holders: Sequence[Sequence[int]]
     """The ranks: for every owner, its sharers."""
 
-    def shards(self) -> Iterator[tuple[FlatEntry, Shard]]:
+    def rules(self) -> Iterator[tuple[FlatEntry, ShardingRule]]:
         """Who holds what of every parameter: every sharer its own part, or all of them the same."""
-        division = self.layout.division
-        for interval in range(division.states):
-            owners = division.holders(interval)
-            replicas = [self.holders[owner] for owner in owners]
-            for part in self.layout.owned_parts(owners[0]):
-                row = [tuple(chain(*replicas))] if part.entry.cut.dim is None else list(zip(*replicas, strict=True))
-                for sharer, ranks in enumerate(row):
-                    for region in part.entry.regions(sharer, part.start, part.stop):
-                        yield part.entry, Shard(region, ranks)
+        grid = self._grid
+        for entry in self.layout.entries:
+            flat = FlatCut(_INTERVALS, entry.start, self.layout.shard_size)
+            yield entry, ShardingRule(grid, _dim_cuts(entry.cut), flat)
+
+    @property
+    def _grid(self) -> RankGrid:
+        """Its axes: three that number the intervals of the owners (``Division.interval``), their copies, the sharers; of
+        experts one for each cut."""
+        division, first = self.layout.division, self.holders[0][0]
+        owner = self.holders[1][0] - first if len(self.holders) > 1 else len(self.holders[0])
+        degrees = (1, division.parameters, division.gradients, division.states, division.ranks)
+        owners = tuple((high // low, low * owner) for low, high in itertools.pairwise(degrees))
+        cut = self.layout.entries[0].cut
+        sizes = [number for _, number in cut.parts] if isinstance(cut, GridCut) else [len(self.holders[0])]
+        strides = [math.prod(sizes[at + 1 :]) for at in range(len(sizes))]
+        grid = RankGrid(first, (*owners, *zip(sizes, strides, strict=True)))
+        assert grid.last == self.holders[-1][-1], "a mesh numbers its ranks axis by axis"
+        return grid
+
+
+_INTERVALS, _SHARERS = (0, 1, 2), 4
+"""Axes of the grid of a set."""
+
+
+def _dim_cuts(cut: AnyCut) -> tuple[DimCut, ...]:
+    if isinstance(cut, GridCut):
+        return tuple(DimCut(dim, (_SHARERS + at,)) for at, (dim, _) in enumerate(cut.parts))
+    return () if cut.dim is None else (DimCut(cut.dim, (_SHARERS,)),)
 
 
 def _entries(cuts: Mapping[str, AnyCut]) -> list[FlatEntry]:

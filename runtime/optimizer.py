@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from evermesh.checkpoint.shard_map import Shard, ShardMap, TensorShards
+from evermesh.checkpoint.shard_map import ShardMap, TensorShards
 from evermesh.runtime.flat import HeldSet
 from evermesh.runtime.model.tied import TiedHead
 from evermesh.runtime.optimizer_config import AdamWConfig, OptimizerConfig
@@ -143,15 +143,11 @@ def shard_map(sets: Sequence[HeldSet], dtype: torch.dtype) -> ShardMap:
     ``dtype`` is that of the parameters. Makes no tensors.
     """
     name = str(state_dtype(dtype)).removeprefix("torch.")
-    shapes = {entry.name: entry.cut.shape for held in sets for entry in held.layout.entries}
-    shards: dict[str, list[Shard]] = {parameter: [] for parameter in shapes}
-    for held in sets:
-        for entry, shard in held.shards():
-            shards[entry.name].append(shard)
+    rules = {entry.name: (entry.cut.shape, rule) for held in sets for entry, rule in held.rules()}
     return ShardMap(
         tensors={
-            f"{kind}.{parameter}": TensorShards(name, shape, tuple(shards[parameter]))
+            f"{kind}.{parameter}": TensorShards(name, shape, rule)
             for kind in KINDS
-            for parameter, shape in shapes.items()
+            for parameter, (shape, rule) in rules.items()
         }
     )

@@ -21,7 +21,7 @@ class ArenaCopy:
         self._pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
         offset = 0
         for one in planned:
-            held = held_tensor(tensors, one.part.name, one.held)
+            held = held_tensor(tensors, one.part.name, one.part.held)
             stop = offset + one.entry.num_bytes
             there = bytes_of_arena[offset:stop].view(held.dtype)
             self._pairs.append((there, _elements(held, one.part.start, one.part.stop)))

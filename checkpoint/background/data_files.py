@@ -15,7 +15,7 @@ import xxhash
 
 from evermesh.checkpoint.background.orders import WriterPlan
 from evermesh.checkpoint.committing import data_name
-from evermesh.checkpoint.encoding import safetensors_head
+from evermesh.checkpoint.encoding import extents_in_order, safetensors_head
 from evermesh.checkpoint.files import write_checksummed
 
 _SLICE_BYTES = 16 << 20
@@ -66,12 +66,9 @@ class DataFiles:
         """Where the elements of every tensor are, as the manifest tells it."""
         extents: dict[str, list[dict[str, Any]]] = {}
         for file in files:
-            offset = len(self._head(file.parts))
-            for index in file.parts:
-                part = self.plan.parts[index]
-                place = {"file": file.name, "offset": offset, "region": part.region}
-                extents.setdefault(part.name, []).append(place | {"start": part.start, "stop": part.stop})
-                offset += part.num_bytes
+            parts = (self.plan.parts[index].placed for index in file.parts)
+            for name, found in extents_in_order(file.name, len(self._head(file.parts)), parts).items():
+                extents.setdefault(name, []).extend(found)
         return extents
 
     def _grouped(self, digests: Sequence[bytes]) -> Iterator[tuple[tuple[int, ...], WrittenFile | None]]:

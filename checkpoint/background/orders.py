@@ -11,7 +11,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from evermesh.checkpoint.encoding import HeaderEntry
+from evermesh.checkpoint.encoding import HeaderEntry, PlacedPart
+from evermesh.checkpoint.merging import SavedMap
 from evermesh.checkpoint.retention import Retention
 
 
@@ -37,6 +38,11 @@ class ArenaPart:
         """What the head of a file says about it."""
         return HeaderEntry(self.key, self.code, self.shape, self.num_bytes)
 
+    @property
+    def placed(self) -> PlacedPart:
+        """What an index says about it, besides its place."""
+        return PlacedPart(self.name, self.region, self.start, self.stop, self.num_bytes)
+
 
 @dataclass(frozen=True)
 class WriterPlan:
@@ -46,18 +52,14 @@ class WriterPlan:
     directory: str
     digest: str
     """Of the shard map."""
-    writers: tuple[int, ...]
-    """The ranks that have something to write."""
     parts: tuple[ArenaPart, ...]
     """Of this rank, one after the other in the arena, larger elements first."""
     retention: Retention
     incremental: bool
     """Whether files that an older checkpoint holds are linked instead of written."""
-    world_size: int = 0
-    tensors: dict[str, dict[str, Any]] | None = None
-    """On rank 0: what the manifest says about tensors, without their extents."""
-    num_elements: dict[str, int] | None = None
-    """On rank 0: of the stored form of every tensor, padding included."""
+    world_size: int
+    saved: SavedMap | None = None
+    """On rank 0."""
 
     @cached_property
     def offsets(self) -> list[int]:
@@ -74,7 +76,8 @@ class WriterPlan:
         fields = {name: value for name, value in values.items() if name != "kind"}
         parts = tuple(ArenaPart(**part | {"shape": tuple(part["shape"])}) for part in fields.pop("parts"))
         retention = Retention(**fields.pop("retention"))
-        return cls(parts=parts, retention=retention, writers=tuple(fields.pop("writers")), **fields)
+        saved = fields.pop("saved")
+        return cls(parts=parts, retention=retention, saved=SavedMap(**saved) if saved else None, **fields)
 
 
 @dataclass(frozen=True, slots=True)

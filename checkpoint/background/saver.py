@@ -1,7 +1,7 @@
 """Saving the state of a run again and again, while it goes on.
 
 training   copy ── step ── step ── step ──┐ finish
-writer     └─ write, checksum, fsync, record ─ (rank 0: all records? manifest, rename, latest) ─┘
+writer     └─ write, checksum, fsync, index ─ (rank 0: all indexes? manifest, rename, latest) ─┘
 """
 
 import math
@@ -211,8 +211,8 @@ class BackgroundSaver:
         self._start_writer()
 
     def _start_writer(self) -> None:
-        """A rank that has nothing to write needs none."""
-        if self._writer is None and (self._plan.parts or self._plan.rank == 0):
+        """Unless it runs. A rank that nothing was assigned to has one too: it tells so."""
+        if self._writer is None:
             assert self._arena is not None
             self._writer = WriterProcess(self._plan, self._arena)
 

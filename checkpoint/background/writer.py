@@ -1,7 +1,7 @@
 """The process that writes the checkpoints of one rank: ``python -m evermesh.checkpoint.background.writer DESCRIPTOR``.
 
 It reads orders from standard input and answers on standard output (``orders``). All ranks meet in the temporary directory
-of the step: rank 0 makes it and marks it as ready, every rank writes its files and then its record, and when all records
+of the step: rank 0 makes it and marks it as ready, every rank writes its files and then its index, and when all indexes
 are there rank 0 writes the manifest and commits. No collective is involved, so training goes on.
 
 It ends when standard input does, that is with its trainer, however that ends; only a commit that has begun is finished.
@@ -23,11 +23,11 @@ from typing import Any
 
 from evermesh.checkpoint import committing
 from evermesh.checkpoint.background.data_files import DataFiles
-from evermesh.checkpoint.background.merging import merged_manifest
 from evermesh.checkpoint.background.orders import Answer, SaveOrder, WriterPlan, marker_name, temporary_names
-from evermesh.checkpoint.committing import record_name
-from evermesh.checkpoint.encoding import MANIFEST, sealed
+from evermesh.checkpoint.committing import index_name
+from evermesh.checkpoint.encoding import MANIFEST, IndexHead, index_payload, read_index_head, sealed
 from evermesh.checkpoint.files import write_durably
+from evermesh.checkpoint.merging import merged_manifest, told_of
 
 _FIRST_LOOK_S, _LAST_LOOK_S = 0.001, 0.05
 
@@ -56,12 +56,11 @@ class Writer:
 
         try:
             self._begin(order)
-            bytes_written = self._write(order) if self.plan.rank in self.plan.writers else 0
-            answer("written", bytes_written=bytes_written)
+            answer("written", bytes_written=self._write(order))
             if self.plan.rank == 0:
-                records = self._records(order)
-                self._commit(order, records)
-                answer("committed", bytes_written=sum(record["bytes_written"] for record in records.values()))
+                heads = self._heads(order)
+                self._commit(order, heads)
+                answer("committed", bytes_written=sum(head.told["bytes_written"] for head in heads))
                 committing.retain(self.directory, order.step, self.plan.retention)
         except Exception as error:  # noqa: BLE001  supervision boundary: the trainer raises it on all ranks
             number = error.errno if isinstance(error, OSError) else None
@@ -77,35 +76,49 @@ class Writer:
             _await(lambda: marker in temporary_names(temporary))
 
     def _write(self, order: SaveOrder) -> int:
-        """The data files of this rank, then the record of them; returns the bytes that were written."""
+        """The data files of this rank, then the index of them; returns the bytes that were written."""
         temporary = committing.temporary_path(self.directory, order.step)
         files = self.files.write(temporary, self.directory / committing.step_name(order.step))
         bytes_written = sum(file.num_bytes for file in files if not file.linked)
-        record = {
-            "digest": self.plan.digest,
-            "bytes_written": bytes_written,
-            "files": {file.name: {"num_bytes": file.num_bytes, "checksums": file.checksums} for file in files},
-            "extents": self.files.extents(files),
-        }
-        path = temporary / record_name(self.plan.rank)
-        write_durably(path.with_suffix(".part"), [json.dumps(record, separators=(",", ":")).encode()])
+        payload = index_payload(
+            {file.name: (file.num_bytes, file.checksums) for file in files},
+            self.files.extents(files),
+            told_of(self.plan.digest, self.plan.offsets[-1], bytes_written),
+        )
+        path = temporary / index_name(self.plan.rank)
+        write_durably(path.with_suffix(".part"), [payload])
         os.rename(path.with_suffix(".part"), path)  # other writers see it as soon as it is there, and see all of it
         return bytes_written
 
-    def _records(self, order: SaveOrder) -> dict[int, dict[str, Any]]:
-        """What every rank has written, as soon as all have. On rank 0."""
+    def _heads(self, order: SaveOrder) -> list[IndexHead]:
+        """What every rank has written, read as they come, as soon as all have. On rank 0."""
         temporary = committing.temporary_path(self.directory, order.step)
-        wanted = {record_name(rank) for rank in self.plan.writers}
-        _await(lambda: wanted <= set(temporary_names(temporary)))
-        return {rank: json.loads((temporary / record_name(rank)).read_bytes()) for rank in self.plan.writers}
+        ranks = {index_name(rank): rank for rank in range(self.plan.world_size)}
+        heads: dict[int, IndexHead] = {}
 
-    def _commit(self, order: SaveOrder, records: dict[int, dict[str, Any]]) -> None:
+        def are_all_there() -> bool:
+            for name in temporary_names(temporary):
+                if name in ranks and ranks[name] not in heads:
+                    heads[ranks[name]] = read_index_head(temporary / name)
+            return len(heads) == len(ranks)
+
+        _await(are_all_there)
+        return [heads[rank] for rank in range(self.plan.world_size)]
+
+    def _commit(self, order: SaveOrder, heads: list[IndexHead]) -> None:
+        assert self.plan.saved is not None, "rank 0 knows the map"
         temporary = committing.temporary_path(self.directory, order.step)
+        values = {
+            "step": order.step,
+            "time_s": time.time(),
+            "world_size": self.plan.world_size,
+            "description": order.description,
+            "objects": order.objects,
+        }
         with self.committing:
-            manifest = merged_manifest(self.plan, order, records, time.time())
+            manifest = merged_manifest(self.plan.saved, heads, values)
             write_durably(temporary / MANIFEST, [sealed(manifest)])
-            for name in (marker_name(order.identity), *map(record_name, self.plan.writers)):
-                os.unlink(temporary / name)
+            os.unlink(temporary / marker_name(order.identity))
             committing.commit(self.directory, order.step)
 
 

@@ -8,8 +8,8 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from evermesh.checkpoint.regions import Interval
-from evermesh.checkpoint.shard_map import Shard, ShardMap, TensorShards
+from evermesh.checkpoint.rules import FlatCut, RankGrid, ShardingRule
+from evermesh.checkpoint.shard_map import ShardMap, TensorShards
 from evermesh.runtime.optimizer import KINDS
 
 ALIGNMENT = 2
@@ -36,16 +36,8 @@ def groups_of(shapes: Mapping[str, Shape]) -> tuple[list[str], ...]:
 
 def fragments(shapes: Mapping[str, Shape], stage: int, ranks: int) -> Iterator[Fragment]:
     """What each of ``ranks`` holds, in the order of the groups; none is empty."""
-    for names in groups_of(shapes):
-        sizes = {name: math.prod(shapes[name]) for name in names}
-        if stage == 3:
-            for name, size in sizes.items():
-                yield from _cut(name, 0, size, -(-size // ranks), ranks)
-        else:
-            position, part = 0, partition_size(list(sizes.values()), ranks)
-            for name, size in sizes.items():
-                yield from _cut(name, position, size, part, ranks)
-                position += size
+    for name, cut in _flat_cuts(shapes, stage, ranks):
+        yield from _cut(name, cut.start, math.prod(shapes[name]), cut.length, ranks)
 
 
 def partition_size(sizes: Sequence[int], ranks: int) -> int:
@@ -55,16 +47,25 @@ def partition_size(sizes: Sequence[int], ranks: int) -> int:
 
 def shard_map(shapes: Mapping[str, Shape], stage: int, ranks: int) -> ShardMap:
     """Which rank holds which part of which tensor; the same on every rank. Makes no tensors."""
-    shards: dict[str, list[Shard]] = {name: [] for name in shapes}
-    for name, rank, start, stop in fragments(shapes, stage, ranks):
-        shards[name].append(Shard(Interval(start, stop), (rank,)))
+    grid = RankGrid(0, ((ranks, 1),))
+    rules = {name: ShardingRule(grid, flat=cut) for name, cut in _flat_cuts(shapes, stage, ranks)}
     return ShardMap(
         tensors={
-            f"{kind}.{name}": TensorShards(STATE_DTYPE, shape, tuple(shards[name]))
+            f"{kind}.{name}": TensorShards(STATE_DTYPE, shape, rules[name])
             for kind in KINDS
             for name, shape in shapes.items()
         }
     )
+
+
+def _flat_cuts(shapes: Mapping[str, Shape], stage: int, ranks: int) -> Iterator[tuple[str, FlatCut]]:
+    """How each parameter is cut, in the order of the groups."""
+    for names in groups_of(shapes):
+        sizes = {name: math.prod(shapes[name]) for name in names}
+        position, part = 0, partition_size(list(sizes.values()), ranks)
+        for name, size in sizes.items():
+            yield name, FlatCut((0,), 0, -(-size // ranks)) if stage == 3 else FlatCut((0,), position, part)
+            position += size
 
 
 def _cut(name: str, position: int, size: int, part: int, ranks: int) -> Iterator[Fragment]:

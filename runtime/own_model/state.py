@@ -15,7 +15,8 @@ from evermesh import checkpoint
 from evermesh.checkpoint.directory import read_manifest
 from evermesh.checkpoint.errors import CheckpointMismatch, CheckpointNotFound
 from evermesh.checkpoint.regions import Box
-from evermesh.checkpoint.shard_map import Shard, ShardMap, TensorShards
+from evermesh.checkpoint.rules import DimCut, RankGrid, ShardingRule
+from evermesh.checkpoint.shard_map import ShardMap, TensorShards
 from evermesh.parallelism.tensor.sharding import Cut
 from evermesh.runtime.own_model.tensor import TensorParallelModel
 from evermesh.runtime.process_group import Groups
@@ -23,31 +24,11 @@ from evermesh.runtime.process_group import Groups
 _GROUPS, _SCALARS = "optimizer groups", "optimizer scalars"
 
 
-class Holders(NamedTuple):
-    """Who holds what of every parameter."""
-
-    hdp: int
-    tp: int
-
-    def shards(self, cut: Cut) -> tuple[Shard, ...]:
-        """Of one parameter, given how tensor-parallel ranks cut it; empty parts are left out."""
-        shards = []
-        for hdp in range(self.hdp):
-            boxes: dict[Box, list[int]] = {}
-            for tp in range(self.tp):
-                box = _rows(cut, tp, hdp, self.hdp)
-                if box.num_elements:
-                    boxes.setdefault(box, []).append(hdp * self.tp + tp)
-            shards += [Shard(box, tuple(ranks)) for box, ranks in boxes.items()]
-        return tuple(shards)
-
-
-def _rows(cut: Cut, tp: int, hdp: int, ranks: int) -> Box:
-    """What one rank holds. FSDP2 cuts dim 0 as ``torch.chunk``: equal parts, rounded up, until nothing is left."""
-    offsets, sizes = cut.offsets(tp) if cut.dim is not None else (0,) * len(cut.shape), cut.local_shape(tp)
-    each = -(-sizes[0] // ranks)
-    start, stop = min(hdp * each, sizes[0]), min((hdp + 1) * each, sizes[0])
-    return Box((offsets[0] + start, *offsets[1:]), (stop - start, *sizes[1:]))
+def rule(cut: Cut, hdp: int, tp: int) -> ShardingRule:
+    """Who holds what of a parameter that tensor-parallel ranks cut so. FSDP2 cuts dim 0 of what they have as
+    ``torch.chunk`` does."""
+    over_tp = () if cut.dim is None else (DimCut(cut.dim, (1,)),)
+    return ShardingRule(RankGrid(0, ((hdp, tp), (tp, 1))), (*over_tp, DimCut(0, (0,), "up")))
 
 
 class SavedState(NamedTuple):
@@ -57,9 +38,9 @@ class SavedState(NamedTuple):
     tensors: dict[str, Tensor]
     objects: dict[str, Any]
 
-    def add(self, name: str, local: Tensor, shape: tuple[int, ...], shards: tuple[Shard, ...]) -> None:
+    def add(self, name: str, local: Tensor, shape: tuple[int, ...], placement: ShardingRule) -> None:
         dtype = str(local.dtype).removeprefix("torch.")
-        self.shard_map.tensors[name] = TensorShards(dtype, shape, shards)
+        self.shard_map.tensors[name] = TensorShards(dtype, shape, placement)
         if local.numel():
             self.tensors[name] = local
 
@@ -134,19 +115,17 @@ def _held(
     held = SavedState(ShardMap({}), {}, {})
     for name, parameter in parameters.items():
         _add(held, f"parameter.{name}", parameter, tensor.cut(name), groups)
-    everybody = tuple(range(groups.host.size))
+    everybody = ShardingRule(RankGrid(0, ((groups.host.size, 1),)))
     for name, buffer in _persistent_buffers(model):
-        shape = tuple(buffer.shape)
-        held.add(f"buffer.{name}", buffer, shape, (Shard(Box((0,) * len(shape), shape), everybody),))
+        held.add(f"buffer.{name}", buffer, tuple(buffer.shape), everybody)
     return held
 
 
 def _add(held: SavedState, name: str, value: Any, cut: Cut, groups: Groups) -> None:
     local: Tensor = value.detach().to_local()
-    shards = Holders(groups.hdp.size, groups.tp.size).shards(cut)
-    own = sum(shard.region.num_elements for shard in shards if groups.host.rank in shard.ranks)
+    held.add(name, local, cut.shape, rule(cut, groups.hdp.size, groups.tp.size))
+    own = sum(region.num_elements for region in held.shard_map.tensors[name].of_rank(groups.host.rank))
     assert own == local.numel(), f"{name}: {own} elements expected, {local.numel()} held"
-    held.add(name, local, cut.shape, shards)
 
 
 def _add_optimizer(

@@ -48,7 +48,7 @@ def plan_and_arena(
     plan = writer_plan(whole, planned, rank, size, directory, retention or Retention(1), incremental)
     arena = bytearray()
     for one in planned:
-        flat = held_tensor(held, one.part.name, one.held).reshape(-1)[one.part.start : one.part.stop]
+        flat = held_tensor(held, one.part.name, one.part.held).reshape(-1)[one.part.start : one.part.stop]
         arena += byte_view(flat.contiguous()).tobytes()
     return plan, arena
 

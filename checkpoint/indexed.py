@@ -1,0 +1,127 @@
+"""Our own format as a source: the index of a rank is read when something that it wrote is first asked for."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import overload
+
+import xxhash
+from pydantic import ValidationError
+
+from evermesh.checkpoint.committing import index_name
+from evermesh.checkpoint.encoding import index_head
+from evermesh.checkpoint.errors import CheckpointCorrupt
+from evermesh.checkpoint.format import Extent, LocatedExtents, Manifest, RankIndex, StoredFile, StoredTensor
+from evermesh.checkpoint.regions import Region, StoredForm
+from evermesh.checkpoint.shard_map import ShardMap
+from evermesh.checkpoint.sources import Source
+from evermesh.checkpoint.write_plan import WritePlan
+
+
+class Indexes:
+    """The indexes of one checkpoint; each is read once, and verified against the manifest."""
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.path, self.manifest = path, manifest
+        self.plan = WritePlan(ShardMap(manifest.tensors))
+        """Who wrote what."""
+        self.owners = {name: rank for rank, files in enumerate(manifest.ranks) for name in files.files}
+        """The rank that wrote a data file."""
+        self._known: dict[int, RankIndex] = {}
+
+    def of_rank(self, rank: int) -> RankIndex:
+        """What a rank wrote. Raises ``CheckpointCorrupt``."""
+        if rank not in self._known:
+            self._known[rank] = self._read(rank)
+        return self._known[rank]
+
+    def extents_in(self, file: str) -> Iterator[tuple[str, Extent]]:
+        """The extents of a data file, with the names of their tensors."""
+        for name, extents in self.of_rank(self.owners[file]).extents.items():
+            yield from ((name, extent) for extent in extents if extent.file == file)
+
+    def _read(self, rank: int) -> RankIndex:
+        path, expected = self.path / index_name(rank), self.manifest.ranks[rank]
+        try:
+            payload = path.read_bytes()
+        except FileNotFoundError as error:
+            raise CheckpointCorrupt(path, "the file is missing") from error
+        line, rest = payload[: payload.find(b"\n") + 1], payload[payload.find(b"\n") + 1 :]
+        if xxhash.xxh3_64_hexdigest(line) != expected.xxh3_64 or len(payload) != expected.num_bytes:
+            raise CheckpointCorrupt(path, "the index is not what was saved")
+        if xxhash.xxh3_64_hexdigest(rest) != index_head(line).told["rest"]:
+            raise CheckpointCorrupt(path, "the index is not what was saved")
+        try:
+            index = RankIndex.from_json(rest)
+        except ValidationError as error:
+            raise CheckpointCorrupt(path, f"not an index of this format: {error.errors()[0]}") from error
+        if index.checksums.keys() != expected.files.keys():
+            raise CheckpointCorrupt(path, "it lists other files than the manifest")
+        return index
+
+
+class WrittenExtents(LocatedExtents):
+    """The extents of one tensor, in the order of the ranks that wrote them; as a whole it reads the index of every rank."""
+
+    def __init__(self, name: str, indexes: Indexes) -> None:
+        self._name, self._indexes = name, indexes
+
+    def near(self, region: Region, form: StoredForm) -> tuple[Extent, ...]:
+        """Those that may hold elements of ``region``, which is given in ``form``; reads the indexes of their ranks."""
+        writers = sorted(set(self._indexes.plan.writers_near(self._name, region, form)))
+        return self._of_ranks(rank for rank in writers if rank < len(self._indexes.manifest.ranks))
+
+    def __len__(self) -> int:
+        return len(self._all)
+
+    @overload
+    def __getitem__(self, index: int) -> Extent: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Extent, ...]: ...
+    def __getitem__(self, index: int | slice) -> Extent | tuple[Extent, ...]:
+        return self._all[index]
+
+    @cached_property
+    def _all(self) -> tuple[Extent, ...]:
+        return self._of_ranks(range(len(self._indexes.manifest.ranks)))
+
+    def _of_ranks(self, ranks: Iterable[int]) -> tuple[Extent, ...]:
+        return tuple(extent for rank in ranks for extent in self._indexes.of_rank(rank).extents.get(self._name, ()))
+
+
+class IndexedFiles(Mapping[str, StoredFile]):
+    """The data files of all ranks; to look at one reads the index of its rank."""
+
+    def __init__(self, indexes: Indexes) -> None:
+        self._indexes = indexes
+
+    def __getitem__(self, name: str) -> StoredFile:
+        rank = self._indexes.owners[name]
+        num_bytes = self._indexes.manifest.ranks[rank].files[name]
+        return StoredFile(num_bytes, self._indexes.of_rank(rank).checksums[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._indexes.owners)
+
+    def __len__(self) -> int:
+        return len(self._indexes.owners)
+
+
+def source_of(indexes: Indexes) -> Source:
+    """Our own format as a source."""
+    manifest = indexes.manifest
+    return Source(
+        indexes.path,
+        "evermesh",
+        {
+            name: StoredTensor(t.dtype, t.shape, WrittenExtents(name, indexes), t.permutation, t.padding)
+            for name, t in manifest.tensors.items()
+        },
+        IndexedFiles(indexes),
+        manifest.objects,
+        manifest.description,
+        manifest.step,
+        manifest.world_size,
+        is_foreign=False,
+        extents_in=indexes.extents_in,
+    )
