@@ -4,18 +4,17 @@ Imports no torch.
 """
 
 import math
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import JsonValue
 
-from evermesh.checkpoint.foreign.fragments import Fragment, Slice, Whole, assemble, whole
+from evermesh.checkpoint.foreign.fragments import Fragment, Slice
+from evermesh.checkpoint.foreign.patterns import Shape
 from evermesh.checkpoint.foreign.pickle_machine import Class, Constant, Maker
-from evermesh.checkpoint.foreign.torch_files import Part, TorchTensor, read_torch_file
+from evermesh.checkpoint.foreign.torch_files import Part, read_torch_file
 from evermesh.checkpoint.foreign.values import Values
-from evermesh.checkpoint.format import StoredTensor
 
 PARAMETER, BUFFER = "parameter.", "buffer."
 AGAIN = "A save may have been interrupted: load an earlier checkpoint, or copy this one again."
@@ -23,7 +22,6 @@ Slicing = tuple[str, int, int, int]
 """Name of a parameter, first element in a flat tensor, first element of the parameter, length."""
 SCALER = ("loss_scaler", "dynamic_loss_scale", "overflow", "clip_grad")
 """Of the state of an optimizer."""
-_FILE = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt")
 _OWN = frozenset(
     """module buffer_names optimizer param_shapes frozen_param_shapes shared_params frozen_param_fragments lr_scheduler
     data_sampler random_ltd sparse_tensor_module_names skipped_steps global_steps global_samples dp_world_size
@@ -45,12 +43,6 @@ def read(file: Path) -> Any:
     return read_torch_file(Part(file), _MAKERS, refuse_unknown=False)
 
 
-def find_models(path: Path) -> list[tuple[int, int, Path]]:
-    """Model-parallel rank, data-parallel rank (0 but for ZeRO 3) and path of the files of the model, ascending."""
-    found = ((_FILE.fullmatch(file.name), file) for file in path.iterdir())
-    return sorted((int(match[2]), int(match[1] or 0), file) for match, file in found if match)
-
-
 def even(shapes: Mapping[str, tuple[int, ...]], rank: int, ranks: int) -> Iterator[Slicing]:
     """ZeRO 3 cuts every parameter evenly, rounded up; the pieces of a rank lie end to end."""
     first = 0
@@ -65,9 +57,9 @@ def even(shapes: Mapping[str, tuple[int, ...]], rank: int, ranks: int) -> Iterat
 class ModelStates:
     """The model of one model-parallel rank, by data-parallel rank where they differ."""
 
-    def __init__(self, path: Path, files: list[Path], values: Values) -> None:
-        self.path, self.values = path, values
+    def __init__(self, files: Sequence[Path]) -> None:
         self.first = read(files[0])
+        self.num_files = len(files)
         self.is_partitioned = files[0].name.startswith("zero_pp_rank_")
         self.ranks = [self.first]
         if self.is_partitioned and self.first.get("frozen_param_shapes"):  # pieces of it are in all files
@@ -77,32 +69,18 @@ class ModelStates:
         """Of trained parameters, by group (ZeRO 3: sub-group), in the order in which they are laid end to end."""
         self.aliases: dict[str, str] = self.first.get("shared_params") or {}
         """Names of tied parameters that are stored under another one."""
+        self.module: dict[str, Any] = self.first["module"] or {}
+        """Empty where layers have files of their own."""
+        self.buffer_names: list[str] = list(self.first["buffer_names"])
 
-    def frozen(self) -> dict[str, StoredTensor]:
-        """Weights that no optimizer has, by name."""
-        found = dict(self._pieces()) if self.is_partitioned else dict(self._whole())
-        return {name: assemble(self.path, name, shape, pieces) for name, (shape, pieces) in found.items()}
-
-    def _whole(self) -> Iterator[tuple[str, tuple[tuple[int, ...], list[Fragment]]]]:
-        trained = (name for group in self.shapes for name in group)
-        known = {*trained, *self.first["buffer_names"], *self.aliases}
-        for name, tensor in (self.first["module"] or {}).items():
-            if name not in known and isinstance(tensor, TorchTensor):
-                yield name, (tensor.shape, [Whole(tensor)])
-
-    def _pieces(self) -> Iterator[tuple[str, tuple[tuple[int, ...], list[Fragment]]]]:
+    def frozen_pieces(self) -> Iterator[tuple[str, Shape, list[Fragment]]]:
+        """Weights that no optimizer has, which data-parallel ranks divided."""
         for name, shape in (self.first.get("frozen_param_shapes") or {}).items():
             pieces: list[Fragment] = []
             for rank, model in enumerate(self.ranks):
                 ((_, first, start, length),) = even({name: tuple(shape)}, rank, len(self.ranks))
                 pieces.append(Slice(model["frozen_param_fragments"][name], first, start, length))
-            yield name, (tuple(shape), pieces)
-
-    def buffers(self) -> dict[str, StoredTensor]:
-        """Buffers, by name with ``BUFFER`` before it."""
-        module = self.first["module"] or {}
-        names = [name for name in self.first["buffer_names"] if name in module]
-        return {BUFFER + name: whole(self.path, BUFFER + name, module[name]) for name in names}
+            yield name, tuple(shape), pieces
 
     @property
     def step(self) -> int | None:
@@ -110,25 +88,19 @@ class ModelStates:
         step = self.first.get("global_steps")
         return step if isinstance(step, int) else None
 
-    def objects(self) -> dict[str, JsonValue]:
+    def objects(self, values: Values) -> dict[str, JsonValue]:
         """Counters, schedule, the client's state and the configuration."""
-        model, values = self.first, self.values
+        model = self.first
         return {
             "counters": values.objects({key: model.get(key) for key in _COUNTERS}, ""),
             "lr_scheduler": values.json(model.get("lr_scheduler"), "lr_scheduler"),
             "client": values.objects({key: value for key, value in model.items() if key not in _OWN}, "client."),
             "config": values.json(model.get("ds_config"), "ds_config"),
-            "aliases": values.json(self.aliases, "shared_params"),
         }
 
-    def description(self) -> dict[str, JsonValue]:
+    def description(self, values: Values) -> dict[str, JsonValue]:
         """What wrote it."""
-        return {"library": "deepspeed", "version": self.values.json(self.first.get("ds_version"), "ds_version")}
-
-    def with_aliases(self, tensors: dict[str, StoredTensor], kinds: set[str]) -> dict[str, StoredTensor]:
-        """``tensors``, tied parameters under all their names."""
-        pairs = [(kind + alias, kind + name) for alias, name in self.aliases.items() for kind in sorted(kinds)]
-        return tensors | {alias: tensors[name] for alias, name in pairs if name in tensors}
+        return {"library": "deepspeed", "version": values.json(self.first.get("ds_version"), "ds_version")}
 
 
 def settings_of(groups: list[dict[str, Any]], shapes: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:

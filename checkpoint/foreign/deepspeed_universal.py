@@ -15,13 +15,13 @@ from typing import Any
 from pydantic import JsonValue
 
 from evermesh.checkpoint.errors import ForeignUnusable
+from evermesh.checkpoint.foreign.deepspeed_files import find_files
+from evermesh.checkpoint.foreign.deepspeed_grid import Grid
 from evermesh.checkpoint.foreign.deepspeed_model import (
     AGAIN,
     BUFFER,
     PARAMETER,
     SCALER,
-    ModelStates,
-    find_models,
     read,
     settings_of,
 )
@@ -41,14 +41,9 @@ def open_universal(path: Path) -> Source:
     Raises:
         ForeignUnusable: files are missing or damaged, or of another layout.
     """
-    models = find_models(path)
-    if not models:
-        raise ForeignUnusable(path, "it has no files of the model", AGAIN)
+    files = find_files(path, universal=True)
     try:
-        # of several model-parallel ranks the first tells what all have in common
-        first = [file for mp, _, file in models if mp == models[0][0]]
-        model = ModelStates(path, first, Values(path))
-        return _source(path, model, is_cut=models[-1][0] > 0)
+        return _source(path, Grid(path, files, Values(path)), has_layers=bool(files.layers))
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         if isinstance(error, ForeignUnusable):
             raise
@@ -56,33 +51,34 @@ def open_universal(path: Path) -> Source:
         raise ForeignUnusable(path, fact, AGAIN) from error
 
 
-def _source(path: Path, model: ModelStates, *, is_cut: bool) -> Source:
-    """``is_cut``: several ranks shared a model; what is not in atoms is then in parts that nothing describes."""
-    values = model.values
-    kept = {} if is_cut else model.buffers() | {PARAMETER + n: t for n, t in model.frozen().items()}
-    shapes = {name: shape for group in model.shapes for name, shape in group.items()}
+def _source(path: Path, grid: Grid, *, has_layers: bool) -> Source:
+    """``has_layers``: there are files of layers, without which weights of a pipeline are in atoms only."""
+    values = grid.values
+    atoms = {folder.name for folder in (path / _ATOMS).iterdir() if folder.is_dir()}
+    trained = grid.trained()
+    kept = grid.buffers() | {PARAMETER + n: t for n, t in grid.frozen(trained).items()}
+    if grid.first["module"] is None and not has_layers:
+        values.left_out.append("frozen weights and buffers of a pipeline, whose files of layers are not here")
+    shapes = {name: of_ranks[0] for name, of_ranks in trained.items()} if grid.ranks == 1 else {}
     tensors, numbers = dict[str, StoredTensor](), dict[str, dict[str, Any]]()
-    for folder in sorted((path / _ATOMS).iterdir()):
-        name = folder.name
-        if not folder.is_dir() or BUFFER + name in kept or PARAMETER + name in kept:
+    for name in sorted(atoms):
+        if BUFFER + name in kept or PARAMETER + name in kept:
             continue  # of a frozen weight or a buffer there may be an atom too, converted to float32
-        for kind, found in _atoms(folder):
+        for kind, found in _atoms(path / _ATOMS / name):
             if (kind not in (_MASTER, "step") and isinstance(found, TorchTensor)) or kind == _MASTER:
                 key = PARAMETER + name if kind == _MASTER else f"{kind}.{name}"
                 tensors[key] = whole(path, key, _shaped(path, key, found, shapes.get(name)))
             else:
                 value = number(found) if isinstance(found, TorchTensor) else found
                 numbers.setdefault(name, {})[kind] = value
-    if is_cut:
-        values.left_out.append("frozen weights and buffers of several model-parallel ranks")
-    kinds = {key.removesuffix(name) for name in shapes for key in tensors if key.endswith(f".{name}")}
-    tensors = model.with_aliases(tensors | kept, kinds)
-    objects = model.objects() | _settings(path, model, numbers)
+    kinds = {key.removesuffix(name) for name in trained for key in tensors if key.endswith(f".{name}")}
+    tensors = grid.with_aliases(tensors | kept, kinds)
+    objects = grid.objects() | _settings(path, grid, numbers)
     tensors |= {place: whole(path, place, tensor) for place, tensor in values.tensors.items()}
     files = plain_files(path, tensors)
-    description = model.description()
+    description = grid.description()
     return Source(
-        path, "deepspeed-universal", tensors, files, objects, description, model.step, left_out=tuple(values.left_out)
+        path, "deepspeed-universal", tensors, files, objects, description, grid.step, left_out=tuple(values.left_out)
     )
 
 
@@ -104,18 +100,18 @@ def _shaped(path: Path, name: str, atom: Any, shape: tuple[int, ...] | None) -> 
     return replace(atom, shape=shape, stride=strides)
 
 
-def _settings(path: Path, model: ModelStates, numbers: dict[str, dict[str, Any]]) -> dict[str, JsonValue]:
+def _settings(path: Path, grid: Grid, numbers: dict[str, dict[str, Any]]) -> dict[str, JsonValue]:
     """Hyper-parameters and numbers of the groups, by the names of their parameters, and the loss scaler."""
     file = path / _ATOMS / _SETTINGS
     saved = read(file) if file.is_file() else {}
     groups: list[dict[str, Any]] = saved.get("param_groups", [])
     states = saved.get("optimizer_state_dict", {}).get("state", {})  # of rank 0, where parameters were partitioned
     found: list[JsonValue] = []
-    for index, (group, settings) in enumerate(zip(groups, settings_of(groups, model.shapes), strict=True)):
+    for index, (group, settings) in enumerate(zip(groups, settings_of(groups, grid.stages[0][0].shapes), strict=True)):
         of_group = next((numbers[name] for name in settings["names"] if name in numbers), {})
         if not of_group and group["params"]:
             state = states.get(group["params"][0], {})
             of_group = {k: v for k, v in state.items() if not isinstance(v, TorchTensor) or not v.shape}
-        found.append(model.values.json(settings | {"numbers": of_group}, f"groups[{index}]"))
-    scaler = model.values.objects({key: saved[key] for key in SCALER if key in saved}, "")
+        found.append(grid.values.json(settings | {"numbers": of_group}, f"groups[{index}]"))
+    scaler = grid.values.objects({key: saved[key] for key in SCALER if key in saved}, "")
     return {"groups": found, "scaler": scaler}

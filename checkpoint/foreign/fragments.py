@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from evermesh.checkpoint.cutting import regions_of_interval
@@ -11,7 +11,7 @@ from evermesh.checkpoint.dtypes import DTYPES
 from evermesh.checkpoint.errors import ForeignUnusable, ShardMapInvalid
 from evermesh.checkpoint.foreign.torch_files import TorchTensor
 from evermesh.checkpoint.format import Extent, StoredTensor
-from evermesh.checkpoint.regions import Box, Region
+from evermesh.checkpoint.regions import Box, Region, StoredForm
 
 _MOST_ROWS = 1 << 16
 """Of a tensor that is not contiguous: every row becomes an extent."""
@@ -43,23 +43,34 @@ class Slice:
 Fragment = Whole | Slice
 
 
-def assemble(root: Path, name: str, shape: Sequence[int], fragments: Sequence[Fragment]) -> StoredTensor:
-    """The index of the tensor ``name`` of ``shape`` that ``fragments`` form; files are named from ``root``.
+def assemble(root: Path, name: str, shape: Sequence[int] | StoredForm, fragments: Sequence[Fragment]) -> StoredTensor:
+    """The index of the tensor ``name`` that ``fragments`` form; files are named from ``root``.
+
+    ``shape`` is that of the tensor, or the form that boxes and flat positions refer to.
 
     Raises:
         ForeignUnusable: the fragments differ in type, reach outside, overlap, or leave a gap.
     """
-    shape = tuple(shape)
+    form = shape if isinstance(shape, StoredForm) else StoredForm(tuple(shape))
     dtypes = sorted({fragment.tensor.dtype for fragment in fragments})
     if len(dtypes) != 1:
         fact = f"is stored as {' and '.join(dtypes)}" if dtypes else "is not there"
         raise ForeignUnusable(root, f"the tensor {name} {fact}", _AGAIN)
     try:
-        stored = StoredTensor(dtypes[0], shape, tuple(_extents(root, name, shape, fragments)))
+        extents = tuple(_extents(root, name, form.stored_shape, fragments))
+        stored = StoredTensor(dtypes[0], form.shape, extents, form.permutation, form.padding)
         stored.check_cover(name)
     except ShardMapInvalid as error:
         raise ForeignUnusable(root, f"its files do not fit together: {error}", _AGAIN) from error
     return stored
+
+
+def placed(fragment: Fragment, box: Box) -> Fragment:
+    """A fragment of a tensor as a fragment of a larger one, in which that is ``box``."""
+    if isinstance(fragment, Slice):
+        return replace(fragment, box=box)
+    offsets = fragment.offsets or (0,) * len(box.offsets)
+    return replace(fragment, offsets=tuple(a + b for a, b in zip(box.offsets, offsets, strict=True)))
 
 
 def whole(root: Path, name: str, tensor: TorchTensor) -> StoredTensor:
