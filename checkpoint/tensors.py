@@ -1,6 +1,7 @@
 """Tensors as the bytes of their row-major storage."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -11,21 +12,37 @@ from evermesh.checkpoint.shard_map import Region, ShardMap
 Held = Mapping[str, torch.Tensor | Sequence[torch.Tensor]]
 """The local storage of each region that a rank holds of each tensor, in the order of the shard map."""
 
-_SLICE_BYTES = 16 << 20
+SLICE_BYTES = 16 << 20
 
 
-def dtype_name(tensor: torch.Tensor) -> str:
+@runtime_checkable
+class Elements(Protocol):
+    """What stands for a tensor that is not in memory when it is saved."""
+
+    dtype: torch.dtype
+
+    def numel(self) -> int:
+        """Elements of the tensor."""
+
+    def slices(self, start: int, stop: int) -> Iterator[memoryview]:
+        """The bytes of elements [start, stop) in row-major order, at most 16 MiB at a time."""
+
+
+def dtype_name(tensor: torch.Tensor | Elements) -> str:
     """Name of the dtype of a tensor, such as ``bfloat16``."""
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def host_slices(tensor: torch.Tensor, start: int, stop: int) -> Iterator[memoryview]:
+def host_slices(tensor: torch.Tensor | Elements, start: int, stop: int) -> Iterator[memoryview]:
     """The bytes of elements [start, stop) of ``tensor`` in row-major order, at most 16 MiB at a time.
 
     A contiguous tensor on the host is not copied; one on a device is copied slice by slice.
     """
+    if not isinstance(tensor, torch.Tensor):
+        yield from tensor.slices(start, stop)
+        return
     flat = tensor.detach().reshape(-1)
-    step = max(1, _SLICE_BYTES // flat.element_size())
+    step = max(1, SLICE_BYTES // flat.element_size())
     for begin in range(start, stop, step):
         yield byte_view(flat[begin : min(begin + step, stop)].cpu()).data
 

@@ -16,9 +16,10 @@ from evermesh.checkpoint.errors import WeightsUnusable
 from evermesh.checkpoint.files import sync_directory, write_durably
 from evermesh.checkpoint.format import Manifest
 from evermesh.checkpoint.huggingface import WeightsRead, read_weights
-from evermesh.checkpoint.huggingface_writing import MOST_FILE_BYTES, WeightSource, WeightsWritten, write_weights
+from evermesh.checkpoint.huggingface_writing import WeightSource, write_weights
 from evermesh.checkpoint.naming import Naming
 from evermesh.checkpoint.regions import Box
+from evermesh.checkpoint.safetensors_writing import MOST_FILE_BYTES, WeightsWritten
 from evermesh.parallelism.collectives import Communicator
 from evermesh.runtime.errors import UnsupportedModel
 from evermesh.runtime.model.config import ModelConfig

@@ -90,25 +90,41 @@ def groups_of(model: nn.Module) -> list[dict[str, Any]]:
     ]
 
 
-def save_deepspeed(rank: int, ranks: int, folder: str, cases: Iterable[Case]) -> None:
-    """Train and save every case in ``folder`` under its name, with ``live.pt``: what the optimizer held."""
+def start_deepspeed() -> Any:
+    """The library, ready for engines on the ranks of the process group."""
     os.environ["DS_ACCELERATOR"] = "cpu"
     os.environ.setdefault("LOCAL_RANK", "0")
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # compiled in minutes otherwise
     deepspeed.init_distributed(dist_init_required=False)
+    return deepspeed
+
+
+def save_deepspeed(rank: int, ranks: int, folder: str, cases: Iterable[Case]) -> None:
+    """Train and save every case in ``folder`` under its name, with ``live.pt``: what the optimizer held."""
+    deepspeed = start_deepspeed()
     for case in cases:
         directory = Path(folder) / case.name
         engine = _trained(deepspeed, case, rank)
         client = {"iteration": 3, "args": argparse.Namespace(hidden=5, sizes=(1, 2)), "random": torch.get_rng_state()}
         engine.save_checkpoint(str(directory), client_state=client)
-        live = _live(case, engine)
+        live = live_state(case, engine)
         if rank == 0:
             torch.save(live, directory / "live.pt")
 
 
 def _trained(deepspeed: Any, case: Case, rank: int) -> Any:
+    engine = engine_of(deepspeed, case)
+    generator = torch.Generator().manual_seed(rank)
+    for _ in range(case.steps):
+        engine.backward(engine(torch.randint(13, (2, 3), generator=generator)))
+        engine.step()
+    return engine
+
+
+def engine_of(deepspeed: Any, case: Case, **more: Any) -> Any:
+    """An engine that has not trained; ``more`` is added to its configuration."""
     make, settings, _ = OPTIMIZERS[case.optimizer]
     model = Tiny().to(getattr(torch, case.dtype))
     config = {
@@ -118,18 +134,15 @@ def _trained(deepspeed: Any, case: Case, rank: int) -> Any:
         "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": case.dtype == "bfloat16"},
         "scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": 0.01, "warmup_num_steps": 5}},
+        **more,
     }
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=make(groups_of(model), **settings), config=config, dist_init_required=False
     )
-    generator = torch.Generator().manual_seed(rank)
-    for _ in range(case.steps):
-        engine.backward(engine(torch.randint(13, (2, 3), generator=generator)))
-        engine.step()
     return engine
 
 
-def _live(case: Case, engine: Any) -> dict[str, Tensor]:
+def live_state(case: Case, engine: Any) -> dict[str, Tensor]:
     """The masters and the states of the optimizer, gathered by the library itself. Collective."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
