@@ -13,8 +13,10 @@ from evermesh.checkpoint.naming import Naming
 from evermesh.checkpoint.opening import open_checkpoint
 from evermesh.checkpoint.regions import Region, StoredForm
 from evermesh.checkpoint.shard_map import ShardMap
+from evermesh.checkpoint.sharing import JointLoad, fill_together, is_worth_it
 from evermesh.checkpoint.sources import Found, Source, find
 from evermesh.checkpoint.tensors import Held, dtype_name, local_tensors
+from evermesh.parallelism.collectives import Communicator
 
 Wanted = Mapping[str, Target | Sequence[Target]]
 FLOATING = ("float64", "float32", "float16", "bfloat16")
@@ -48,15 +50,20 @@ def load(
     shard_map: ShardMap | None = None,
     strict: bool = True,
     names: Naming | None = None,
+    communicator: Communicator | None = None,
 ) -> LoadResult:
     """Fill the wanted tensors in place, bit for bit as they were saved, whatever topology saved them.
 
-    Not collective. Regions are in the logical form of their tensor, or, with ``shard_map`` (the map of the caller), in
-    the form it gives; padding in a tensor is left as it is. With ``shard_map``, dtypes and shapes of all its tensors
-    are compared, and tensors of other ranks do not count as extra. ``names`` is a table of how the tensors of the
-    caller are called and cut in the checkpoint; None: by the same names. Floating values of a foreign checkpoint are
-    converted to the types of the tensors; other types must be equal. Extra memory is one chunk per call, and copies of
-    tensors that are converted, on a device or not contiguous (of a foreign checkpoint 256 MiB at a time).
+    Regions are in the logical form of their tensor, or, with ``shard_map`` (the map of the caller), in the form it gives;
+    padding in a tensor is left as it is. With ``shard_map``, dtypes and shapes of all its tensors are compared, and
+    tensors of other ranks do not count as extra. ``names`` is a table of how the tensors of the caller are called and cut
+    in the checkpoint; None: by the same names. Floating values of a foreign checkpoint are converted to the types of the
+    tensors; other types must be equal. Extra memory is one chunk per call, and copies of tensors that are converted, on a
+    device or not contiguous (of a foreign checkpoint 256 MiB at a time).
+
+    Not collective, unless ``communicator`` is given, which takes tensors on the host: then all its ranks call it, with the
+    ``shard_map`` of them all. Where they want parts of the same chunks, each chunk is read by one of them, if that saves
+    much (``evermesh.checkpoint.sharing``); extra memory is then 64 MiB.
 
     Raises:
         CheckpointNotFound: there is no checkpoint at a path.
@@ -72,8 +79,24 @@ def load(
     differences = misfits + _Comparison(source, found, targets, shard_map, forms).differences(names, strict=strict)
     if differences:
         raise CheckpointMismatch(source.path, differences)
-    bytes_read = fill(source, found, targets, forms)
+    bytes_read = _fill(source, found, targets, shard_map, communicator if names is None else None)
     return LoadResult(dict(source.objects), source.step, dict(source.description), source.world_size, bytes_read)
+
+
+def _fill(
+    source: Source,
+    found: Mapping[str, Found],
+    targets: Mapping[str, list[Target]],
+    shard_map: ShardMap | None,
+    communicator: Communicator | None,
+) -> int:
+    """Alone or together; returns the bytes that this rank has read. What others saved has no chunks: it is read exactly."""
+    if shard_map is not None and communicator is not None and communicator.size > 1 and not source.is_foreign:
+        joint = JointLoad(shard_map, targets, found, communicator)
+        if is_worth_it(source, joint):
+            return fill_together(source, joint)
+    forms = {name: tensor.form for name, tensor in shard_map.tensors.items()} if shard_map is not None else {}
+    return fill(source, found, targets, forms)
 
 
 def _as_list(entry: Target | Sequence[Target]) -> list[Target]:

@@ -119,7 +119,7 @@ class TrainingState:
         self._check_identity(path)
         shard_map = self.registry.shard_map
         wanted = checkpoint.wanted_regions(shard_map, self.communicator.rank, self.registry.tensors)
-        loaded = checkpoint.load(path, wanted, shard_map=shard_map)
+        loaded = checkpoint.load(path, wanted, shard_map=shard_map, communicator=self.communicator)
         # an older version did not save it: it stays as it is
         calibration = {"calibration": self.registry.objects(self.communicator)["calibration"]}
         self.registry.restore(calibration | loaded.objects, self.communicator.rank, self.communicator.size)

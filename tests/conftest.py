@@ -8,6 +8,16 @@ _EXPECTED_SKIPS = ("not permitted here (unshare",)
 """Parts of reasons with which a test may be skipped in continuous integration: what the kernel forbids."""
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Where tests run in several processes, those of the launcher share one: they start jobs and wait for them, and two
+    of them at a time would wait for each other. Of the others, those of a file stay together."""
+    if not config.pluginmanager.hasplugin("xdist"):
+        return
+    for item in items:
+        parts = item.path.relative_to(config.rootpath).parts
+        item.add_marker(pytest.mark.xdist_group("launcher" if parts[:2] == ("tests", "launcher") else "/".join(parts)))
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Name unexpected skips."""
     for reason in _unexpected_skips(terminalreporter):

@@ -96,6 +96,17 @@ def relayout(source: Holding, target: Holding, carrier: Carrier, *, release: boo
     return Moved(plan.sent_bytes, plan.received_bytes, copied)
 
 
+def move_part(source: Holding, target: Holding, carrier: Carrier) -> None:
+    """``relayout`` of what ``source`` holds, which may be a part of the tensors only; the rest of the target stays as it is.
+
+    Collective. Both are known to fit: nothing is checked. Entries of ``source.tensors`` are removed.
+    """
+    communicator = carrier.communicator
+    room_bytes = carrier.most_staged_bytes // _IN_FLIGHT
+    plan = make_plan(source.shard_map, target.shard_map, communicator.rank, communicator.nodes, room_bytes)
+    _Move(source, target, carrier, plan, release=True).run()
+
+
 class _Move:
     """One rank's part of a move."""
 
@@ -232,9 +243,7 @@ def _differences(source: ShardMap, target: ShardMap) -> Iterable[str]:
             yield f"{name} is {here[0]} {here[1]} in the source, {there[0]} {there[1]} in the target"
 
 
-def _check_places(
-    side: str, pairs: "dict[str, list[tuple[Region, Tensor]]]", device: torch.device
-) -> None:
+def _check_places(side: str, pairs: "dict[str, list[tuple[Region, Tensor]]]", device: torch.device) -> None:
     for name, regions in pairs.items():
         for region, tensor in regions:
             if tensor.device.type != device.type:

@@ -79,7 +79,9 @@ def load_state(
             for key, value in state.items():
                 _add(held, f"optimizer.{key}.{name}", value, tensor.cut(name), groups)
     wanted = checkpoint.wanted_regions(held.shard_map, groups.host.rank, held.tensors)
-    loaded = checkpoint.load(path, wanted, shard_map=held.shard_map, strict=optimizer is not None)
+    loaded = checkpoint.load(
+        path, wanted, shard_map=held.shard_map, strict=optimizer is not None, communicator=groups.host
+    )
     if optimizer is not None:
         _restore_optimizer(optimizer, parameters, states, loaded.objects)
     assert loaded.step is not None, "ours says it"

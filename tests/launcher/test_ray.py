@@ -26,7 +26,7 @@ ray = pytest.importorskip("ray")
 from evermesh.launcher.placement.ray_agent import RayAgent, Surroundings  # noqa: E402
 
 ENDLESS = "train.steps=100000"
-pytestmark = pytest.mark.timeout(90)
+pytestmark = pytest.mark.timeout(170)
 
 
 @dataclass
@@ -80,7 +80,7 @@ def cluster() -> Iterator[RayCluster]:
 
     with tempfile.TemporaryDirectory(prefix="ray-") as folder, variables(RAY_TMPDIR=folder):
         started = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
-        found = RayCluster(started)
+        found, before = RayCluster(started), signal.getsignal(signal.SIGTERM)  # which the driver takes
         try:
             for _ in range(2):
                 node = started.add_node(num_cpus=2)
@@ -89,6 +89,7 @@ def cluster() -> Iterator[RayCluster]:
             yield found
         finally:
             ray.shutdown()
+            signal.signal(signal.SIGTERM, before)
             started.shutdown()
 
 

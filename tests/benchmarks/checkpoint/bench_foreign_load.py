@@ -42,13 +42,13 @@ def run() -> list[Row]:
 
 def _rows(stage: int, rounds: list[dict[str, float]]) -> list[Row]:
     found = {name: [one[name] for one in rounds] for name in rounds[0]}
-    seconds = {"values": found["ours"], "unit": "s"}
+    ours = found["ours"]
     what = f"ZeRO-{stage}, {_SAVED_BY} ranks to {_LOADED_BY}: "
     needed = 3 * 4 * _LAYERS * peer.WIDTH**2
     both = [convert + loading for convert, loading in zip(found["convert"], found["load"], strict=True)]
     return [
-        paired_row(what + "load", **seconds, peer="convert + load_universal", peer_values=both),
-        paired_row(what + "load", **seconds, peer="load_universal alone", peer_values=found["load"]),
+        paired_row(what + "load", ours, "s", peer="convert + load_universal", peer_values=both),
+        paired_row(what + "load", ours, "s", peer="load_universal alone", peer_values=found["load"]),
         exact_row(
             what + "bytes read / needed",
             statistics.median(found["read"]) / needed,

@@ -1,8 +1,9 @@
 """Loading a checkpoint of four ranks, which hold rows, on three, which hold columns: time, bytes and memory.
 
-Peers in the same rounds: a plain read of as many bytes from the same disk, in as many processes, and torch distributed
-checkpoint with its own and with its safetensors files. What is read lies on the disk, not in the page cache. ``SIZE_MB``
-is 600 unless set.
+Ours reads alone where the page cache of the node is shared, and together where it is not: both are measured, the second on
+this one node too. Peers in the same rounds: a plain read of as many bytes from the same disk, in as many processes, and torch
+distributed checkpoint with its own and with its safetensors files. What is read lies on the disk, not in the page cache.
+``SIZE_MB`` is 600 unless set.
 """
 
 import os
@@ -39,19 +40,20 @@ def run() -> list[Row]:
         rounds = list(zip(*run_ranks(_LOADED_BY, _load, folder, timeout_s=600.0), strict=True))
     names = tuple(rounds[0][0])
     rate = {name: [_BYTES / 1e6 / max(of[name].seconds for of in ranks) for ranks in rounds] for name in names}
-    rows = [
-        paired_row("rows to columns", rate["ours"], "MB/s", peer=name, peer_values=rate[name]) for name in names[1:]
-    ]
+    ours, peers = names[:2], names[2:]
+    rows = [paired_row(one, rate[one], "MB/s", peer=name, peer_values=rate[name]) for one in ours for name in peers]
     for what, goal, unit, of in (
-        ("bytes from the disk / needed", 1.05, _BYTES, lambda ranks: sum(one.from_disk for one in ranks)),
-        ("bytes read by calls / needed", 1.05, _BYTES, lambda ranks: sum(one.by_calls for one in ranks)),
-        ("memory beside the destination, MiB", 64.0, 2**20, lambda ranks: max(one.peak for one in ranks)),
+        ("from the disk / needed", 1.05, _BYTES, lambda ranks: sum(one.from_disk for one in ranks)),
+        ("read by calls / needed", 1.05, _BYTES, lambda ranks: sum(one.by_calls for one in ranks)),
+        ("MiB beside the destination", 64.0, 2**20, lambda ranks: max(one.peak for one in ranks)),
     ):
         median = {
             name: statistics.median(of([one[name] for one in ranks]) for ranks in rounds) / unit for name in names
         }
         rows += [
-            exact_row(what, median["ours"], "", goal=goal, peer=name, peer_value=median[name]) for name in names[2:]
+            exact_row(f"{one}: {what}", median[one], "", goal=goal, peer=name, peer_value=median[name])
+            for one in ours
+            for name in peers
         ]
     return rows
 
@@ -90,8 +92,12 @@ def _load(rank: int, ranks: int, folder: str) -> list[dict[str, _Figures]]:
     mesh = init_device_mesh("cpu", (ranks,))
     theirs = {name: DTensor.from_local(tensor, mesh, columns, run_check=False) for name, tensor in ours.items()}
     wanted = wanted_regions(layout, rank, ours)
+    saved = Path(folder) / "ours" / "step-00000001"
+    on_one_node = Communicator(dist.group.WORLD)
+    on_several = Communicator(dist.group.WORLD, nodes=tuple(range(ranks)))
     readers: dict[str, Callable[[], Any]] = {
-        "ours": lambda: load(Path(folder) / "ours" / "step-00000001", wanted, shard_map=layout),
+        "ours": lambda: load(saved, wanted, shard_map=layout, communicator=on_one_node),
+        "ours, as on three nodes": lambda: load(saved, wanted, shard_map=layout, communicator=on_several),
         "raw read": lambda: _read(Path(folder) / "raw", rank, ranks),
         "torch DCP": lambda: dcp.load(theirs, storage_reader=dcp.FileSystemReader(Path(folder) / "dcp")),
         "torch DCP, safetensors": lambda: dcp.load(
