@@ -94,7 +94,9 @@ def fill_together(source: Source, wanted: JointLoad) -> int:
             raise _refusal(source, failure) from failure
         names = part.shard_map.tensors
         target = ShardMap({name: wanted.shard_map.tensors[name] for name in names})
-        held = {name: tensors[name] for name in names if name in tensors}
+        held: dict[str, torch.Tensor | Sequence[torch.Tensor]] = {
+            name: tensors[name] for name in names if name in tensors
+        }
         move_part(
             Holding(part.shard_map, part.staged),
             Holding(target, held),

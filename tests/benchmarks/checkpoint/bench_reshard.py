@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor, init_device_mesh
 from torch.distributed.tensor import Shard as Rows
 
@@ -78,8 +77,8 @@ def _save(rank: int, ranks: int, folder: str) -> None:
     save(Path(folder) / "ours", 1, _layout(ranks, 0), own, {}, communicator=Communicator(dist.group.WORLD))
     mesh = init_device_mesh("cpu", (ranks,))
     sharded = {name: distribute_tensor(tensor, mesh, [Rows(0)]) for name, tensor in whole.items()}
-    dcp.save(sharded, storage_writer=dcp.FileSystemWriter(Path(folder) / "dcp"))
-    dcp.save(sharded, storage_writer=dcp.HuggingFaceStorageWriter(str(Path(folder) / "dcp hf"), save_distributed=True))
+    dcp_save(sharded, storage_writer=FileSystemWriter(Path(folder) / "dcp"))
+    dcp_save(sharded, storage_writer=HuggingFaceStorageWriter(str(Path(folder) / "dcp hf"), save_distributed=True))
     if rank == 0:
         (Path(folder) / "raw").write_bytes(os.urandom(1 << 20) * (_BYTES >> 20))
 
@@ -99,9 +98,9 @@ def _load(rank: int, ranks: int, folder: str) -> list[dict[str, _Figures]]:
         "ours": lambda: load(saved, wanted, shard_map=layout, communicator=on_one_node),
         "ours, as on three nodes": lambda: load(saved, wanted, shard_map=layout, communicator=on_several),
         "raw read": lambda: _read(Path(folder) / "raw", rank, ranks),
-        "torch DCP": lambda: dcp.load(theirs, storage_reader=dcp.FileSystemReader(Path(folder) / "dcp")),
-        "torch DCP, safetensors": lambda: dcp.load(
-            theirs, storage_reader=dcp.HuggingFaceStorageReader(str(Path(folder) / "dcp hf"))
+        "torch DCP": lambda: dcp_load(theirs, storage_reader=FileSystemReader(Path(folder) / "dcp")),
+        "torch DCP, safetensors": lambda: dcp_load(
+            theirs, storage_reader=HuggingFaceStorageReader(str(Path(folder) / "dcp hf"))
         ),
     }
     rounds = [{name: _measured(Path(folder), rank, read) for name, read in readers.items()} for _ in range(1 + _ROUNDS)]
