@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from evermesh.checkpoint.opening import open_checkpoint
     from evermesh.checkpoint.pruning import Pruning, prune
     from evermesh.checkpoint.registry import PerRank, Replicated, Sharded, StateDescription, StateRegistry
+    from evermesh.checkpoint.repairing import RepairReport, repair
     from evermesh.checkpoint.retention import Retention
+    from evermesh.checkpoint.rules import DimCut, FlatCut, RankGrid, ShardingRule
     from evermesh.checkpoint.saving import save
     from evermesh.checkpoint.shard_map import (
         Box,
@@ -53,7 +55,9 @@ _MODULES = {
     "opening": ("open_checkpoint",),
     "pruning": ("Pruning", "prune"),
     "registry": ("PerRank", "Replicated", "Sharded", "StateDescription", "StateRegistry"),
+    "repairing": ("RepairReport", "repair"),
     "retention": ("Retention",),
+    "rules": ("DimCut", "FlatCut", "RankGrid", "ShardingRule"),
     "saving": ("save",),
     "shard_map": (
         "Box",
@@ -81,6 +85,8 @@ __all__ = [
     "CheckpointMismatch",
     "CheckpointNotFound",
     "CheckpointNotSaved",
+    "DimCut",
+    "FlatCut",
     "ForeignUnusable",
     "HostMemoryShort",
     "Interval",
@@ -90,14 +96,17 @@ __all__ = [
     "Permutation",
     "Problem",
     "Pruning",
+    "RankGrid",
     "Region",
     "RegistryMismatch",
+    "RepairReport",
     "Replicated",
     "Retention",
     "Shard",
     "ShardMap",
     "ShardMapInvalid",
     "Sharded",
+    "ShardingRule",
     "Source",
     "StateDescription",
     "StateRegistry",
@@ -111,6 +120,7 @@ __all__ = [
     "load",
     "open_checkpoint",
     "prune",
+    "repair",
     "save",
     "verify",
     "wanted_regions",

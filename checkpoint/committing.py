@@ -109,6 +109,9 @@ def retain(directory: Path, step: int, retention: Retention) -> None:
 def remove(directory: Path, steps: Iterable[int]) -> None:
     """Delete committed checkpoints. Killed at any moment, each is whole or gone, and the next save removes what is left."""
     for step in steps:
+        _delete(
+            directory / f"{REPLACED}{step_name(step)}"
+        )  # else what a killed replacement left would be found instead
         hidden = directory / f"{REMOVING}{step_name(step)}"
         os.rename(directory / step_name(step), hidden)
         _delete(hidden)

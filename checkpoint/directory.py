@@ -82,11 +82,19 @@ def _step_paths(directory: Path) -> list[Path]:
 
 
 def _is_complete(path: Path) -> bool:
+    """Whether all files have their sizes, or parity makes up for those that do not."""
     try:
-        sizes = read_manifest(path).sizes
-        return all((path / name).stat().st_size == num_bytes for name, num_bytes in sizes.items())
+        manifest = read_manifest(path)
+        return manifest.can_do_without([n for n, size in manifest.sizes.items() if _size(path / n) != size])
     except (CheckpointCorrupt, OSError):
         return False
+
+
+def _size(file: Path) -> int | None:
+    try:
+        return file.stat().st_size
+    except FileNotFoundError:
+        return None
 
 
 def _info(path: Path, newest: Path | None) -> CheckpointInfo:

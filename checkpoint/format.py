@@ -8,7 +8,8 @@ says by rules who wrote what, so that a reader opens the indexes that it needs a
 import functools
 import json
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -23,6 +24,7 @@ from evermesh.checkpoint.encoding import FORMAT_VERSION, SEAL, HeaderEntry, safe
 from evermesh.checkpoint.encoding import MANIFEST as MANIFEST
 from evermesh.checkpoint.errors import CheckpointCorrupt, ShardMapInvalid
 from evermesh.checkpoint.files import CHUNK_BYTES, DIGITS
+from evermesh.checkpoint.parity import ParityPart, Stripes, payload_sizes
 from evermesh.checkpoint.regions import STRICT, Interval, Padding, Permutation, Region, StoredForm
 from evermesh.checkpoint.shard_map import TensorShards
 
@@ -134,6 +136,18 @@ class RankFiles:
 
 
 @dataclass(frozen=True, slots=True)
+class Parity:
+    """What protects the files of ranks (``checkpoint.parity``)."""
+
+    __pydantic_config__ = STRICT
+
+    width: int
+    """Ranks of a stripe."""
+    parts: tuple[RankFiles, ...]
+    """By stripe, then by number."""
+
+
+@dataclass(frozen=True, slots=True)
 class Manifest:
     """Everything about a checkpoint but what each rank alone knows, and the bytes of its tensors."""
 
@@ -151,13 +165,46 @@ class Manifest:
     """Who held what, and so who wrote it (``WritePlan``)."""
     ranks: tuple[RankFiles, ...]
     """By rank."""
+    parity: Parity | None = None
     format_version: int = FORMAT_VERSION
 
     @property
     def sizes(self) -> dict[str, int]:
         """Bytes of all files that the manifest knows, by name."""
         indexes = {index_name(rank): of_rank.num_bytes for rank, of_rank in enumerate(self.ranks)}
-        return indexes | self.data_sizes
+        return indexes | self.data_sizes | self.parity_sizes
+
+    @property
+    def parity_sizes(self) -> dict[str, int]:
+        """Bytes of the files of parity and of their indexes, by name."""
+        sizes: dict[str, int] = {}
+        for part in self.parity.parts if self.parity is not None else ():
+            for name, num_bytes in part.files.items():
+                sizes |= {name: num_bytes, Path(name).with_suffix(".index").name: part.num_bytes}
+        return sizes
+
+    def payload(self, rank: int) -> dict[str, int]:
+        """The files of a rank in the order in which parity takes them, with their sizes."""
+        return payload_sizes(rank, self.ranks[rank].files, self.ranks[rank].num_bytes)
+
+    def can_do_without(self, names: Collection[str]) -> bool:
+        """Whether parity makes up for files that are missing or damaged: of every stripe those of one rank, or parity."""
+        if not names or self.parity is None:
+            return not names
+        stripes, lost = Stripes(self.world_size, self.parity.width), set(names)
+        hit = Counter(stripes.of_rank(rank) for rank in range(self.world_size) if lost & self.payload(rank).keys())
+        hit.update({part.stripe for part in self.parity_parts if lost & {part.name, part.index_name}})
+        known = {name for rank in range(self.world_size) for name in self.payload(rank)} | self.parity_sizes.keys()
+        return lost <= known and all(count == 1 for count in hit.values())
+
+    @property
+    def parity_parts(self) -> list[ParityPart]:
+        """What the files of parity hold."""
+        if self.parity is None:
+            return []
+        stripes = Stripes(self.world_size, self.parity.width)
+        lengths = [sum(self.payload(rank).values()) for rank in range(self.world_size)]
+        return [part for stripe in range(stripes.number) for part in stripes.parts(stripe, lengths.__getitem__)]
 
     @property
     def data_sizes(self) -> dict[str, int]:

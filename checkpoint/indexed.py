@@ -11,7 +11,8 @@ from pydantic import ValidationError
 from evermesh.checkpoint.committing import index_name
 from evermesh.checkpoint.encoding import index_head
 from evermesh.checkpoint.errors import CheckpointCorrupt
-from evermesh.checkpoint.format import Extent, LocatedExtents, Manifest, RankIndex, StoredFile, StoredTensor
+from evermesh.checkpoint.format import Extent, LocatedExtents, Manifest, RankFiles, RankIndex, StoredFile, StoredTensor
+from evermesh.checkpoint.recovery import Recovery
 from evermesh.checkpoint.regions import Region, StoredForm
 from evermesh.checkpoint.shard_map import ShardMap
 from evermesh.checkpoint.sources import Source
@@ -21,12 +22,14 @@ from evermesh.checkpoint.write_plan import WritePlan
 class Indexes:
     """The indexes of one checkpoint; each is read once, and verified against the manifest."""
 
-    def __init__(self, path: Path, manifest: Manifest) -> None:
+    def __init__(self, path: Path, manifest: Manifest, *, recovers: bool = True) -> None:
         self.path, self.manifest = path, manifest
         self.plan = WritePlan(ShardMap(manifest.tensors))
         """Who wrote what."""
         self.owners = {name: rank for rank, files in enumerate(manifest.ranks) for name in files.files}
         """The rank that wrote a data file."""
+        self.recovery = Recovery(path, manifest) if recovers and manifest.parity is not None else None
+        """What makes lost bytes again; None: nothing does."""
         self._known: dict[int, RankIndex] = {}
 
     def of_rank(self, rank: int) -> RankIndex:
@@ -35,29 +38,62 @@ class Indexes:
             self._known[rank] = self._read(rank)
         return self._known[rank]
 
+    def rank_of_index(self, name: str) -> int:
+        """The rank whose index has this name."""
+        return next(rank for rank in range(len(self.manifest.ranks)) if index_name(rank) == name)
+
     def extents_in(self, file: str) -> Iterator[tuple[str, Extent]]:
         """The extents of a data file, with the names of their tensors."""
         for name, extents in self.of_rank(self.owners[file]).extents.items():
             yield from ((name, extent) for extent in extents if extent.file == file)
 
+    def payload_of(self, rank: int) -> bytes:
+        """The bytes of an index, verified, and made again where they are lost or damaged. Raises ``CheckpointCorrupt``."""
+        name, expected = index_name(rank), self.manifest.ranks[rank]
+        try:
+            payload = (self.path / name).read_bytes()
+        except FileNotFoundError:
+            payload = None
+        if payload is not None and _is_whole(payload, expected):
+            return payload
+        again = self.recovery.bytes_of(name, 0, expected.num_bytes) if self.recovery is not None else None
+        if self.recovery is None or again is None or not _is_whole(again, expected):
+            fact = "the file is missing" if payload is None else "the index is not what was saved"
+            raise CheckpointCorrupt(self.path / name, fact)
+        self.recovery.tell(name)
+        return again
+
     def _read(self, rank: int) -> RankIndex:
-        path, expected = self.path / index_name(rank), self.manifest.ranks[rank]
-        try:
-            payload = path.read_bytes()
-        except FileNotFoundError as error:
-            raise CheckpointCorrupt(path, "the file is missing") from error
-        line, rest = payload[: payload.find(b"\n") + 1], payload[payload.find(b"\n") + 1 :]
-        if xxhash.xxh3_64_hexdigest(line) != expected.xxh3_64 or len(payload) != expected.num_bytes:
-            raise CheckpointCorrupt(path, "the index is not what was saved")
-        if xxhash.xxh3_64_hexdigest(rest) != index_head(line).told["rest"]:
-            raise CheckpointCorrupt(path, "the index is not what was saved")
-        try:
-            index = RankIndex.from_json(rest)
-        except ValidationError as error:
-            raise CheckpointCorrupt(path, f"not an index of this format: {error.errors()[0]}") from error
-        if index.checksums.keys() != expected.files.keys():
-            raise CheckpointCorrupt(path, "it lists other files than the manifest")
-        return index
+        return _parsed(self.path / index_name(rank), self.payload_of(rank), self.manifest.ranks[rank])
+
+
+def index_of(path: Path, expected: RankFiles) -> RankIndex:
+    """An index as it is on the disk. Raises ``CheckpointCorrupt`` unless it is what was saved."""
+    try:
+        payload = path.read_bytes()
+    except FileNotFoundError as error:
+        raise CheckpointCorrupt(path, "the file is missing") from error
+    if not _is_whole(payload, expected):
+        raise CheckpointCorrupt(path, "the index is not what was saved")
+    return _parsed(path, payload, expected)
+
+
+def _parsed(path: Path, payload: bytes, expected: RankFiles) -> RankIndex:
+    try:
+        index = RankIndex.from_json(payload.partition(b"\n")[2])
+    except ValidationError as error:
+        raise CheckpointCorrupt(path, f"not an index of this format: {error.errors()[0]}") from error
+    if index.checksums.keys() != expected.files.keys():
+        raise CheckpointCorrupt(path, "it lists other files than the manifest")
+    return index
+
+
+def _is_whole(payload: bytes, expected: RankFiles) -> bool:
+    """Whether both lines of an index are those that were saved."""
+    line, rest = payload[: payload.find(b"\n") + 1], payload[payload.find(b"\n") + 1 :]
+    if len(payload) != expected.num_bytes or xxhash.xxh3_64_hexdigest(line) != expected.xxh3_64:
+        return False
+    return bool(xxhash.xxh3_64_hexdigest(rest) == index_head(line).told["rest"])
 
 
 class WrittenExtents(LocatedExtents):
@@ -124,4 +160,5 @@ def source_of(indexes: Indexes) -> Source:
         manifest.world_size,
         is_foreign=False,
         extents_in=indexes.extents_in,
+        recovery=indexes.recovery,
     )

@@ -27,11 +27,17 @@ def told_of(digest: str, tensor_bytes: int, bytes_written: int) -> dict[str, Any
     return {"shard_map": digest, "tensor_bytes": tensor_bytes, "bytes_written": bytes_written}
 
 
-def merged_manifest(saved: SavedMap, heads: Sequence[IndexHead], values: Mapping[str, Any]) -> dict[str, Any]:
+def merged_manifest(
+    saved: SavedMap,
+    heads: Sequence[IndexHead],
+    values: Mapping[str, Any],
+    parity: tuple[int, Sequence[IndexHead]] | None = None,
+) -> dict[str, Any]:
     """The manifest, from the heads of the indexes of all ranks, by rank.
 
     The map proves that the parts of all ranks cover every tensor exactly once, and each rank has written its parts; here
-    the maps must be one, and the bytes add up. ``values`` are the step, the time, the description and the objects.
+    the maps must be one, and the bytes add up. ``values`` are the step, the time, the description and the objects;
+    ``parity`` the ranks of a stripe and the heads of the indexes of parity.
 
     Raises:
         ValueError: ranks saved different shard maps, or some bytes twice or not at all.
@@ -45,6 +51,11 @@ def merged_manifest(saved: SavedMap, heads: Sequence[IndexHead], values: Mapping
     return {
         **values,
         "tensors": saved.tensors,
-        "ranks": [{"xxh3_64": head.xxh3_64, "num_bytes": head.num_bytes, "files": head.files} for head in heads],
+        "ranks": list(map(_entry, heads)),
+        "parity": None if parity is None else {"width": parity[0], "parts": list(map(_entry, parity[1]))},
         "format_version": FORMAT_VERSION,
     }
+
+
+def _entry(head: IndexHead) -> dict[str, Any]:
+    return {"xxh3_64": head.xxh3_64, "num_bytes": head.num_bytes, "files": head.files}

@@ -75,17 +75,27 @@ class FileReader:
 
 
 class ChunkReader(FileReader):
-    """Reads whole chunks of a file and verifies them.
+    """Reads whole chunks of a file and verifies them. What is lost or damaged is made again where there is parity.
 
     Raises:
         CheckpointCorrupt: when a chunk is wrong, besides what ``FileReader`` raises.
     """
 
     def __init__(self, source: Source, name: str) -> None:
-        super().__init__(source, name)
+        self._lost: CheckpointCorrupt | None = None
+        try:
+            super().__init__(source, name)
+        except CheckpointCorrupt as error:
+            if source.recovery is None:
+                raise
+            self._lost = error
         file = source.files[name]
         assert isinstance(file, StoredFile), "a file with checksums"
         self._source, self._name, self._file = source, name, file
+
+    def __exit__(self, *error: object) -> None:
+        if self._lost is None:
+            super().__exit__(*error)
 
     @property
     def num_chunks(self) -> int:
@@ -99,18 +109,33 @@ class ChunkReader(FileReader):
     def read(self, chunk: int, buffer: ByteArray) -> None:
         """Fill ``buffer``, which has the size of the chunk, and verify it."""
         begin = chunk * CHUNK_BYTES
-        self.read_at(begin, [buffer.data])
-        if xxhash.xxh3_64_hexdigest(buffer.data) != self._file.checksum(chunk):
-            end = begin + buffer.nbytes
-            raise CheckpointCorrupt(
-                self.path,
-                "the checksum is wrong",
-                chunk=chunk,
-                start=begin,
-                stop=end,
-                tensors=self._source.tensors_in(self._name, begin, end),
-                elements=self._source.elements_in(self._name, begin, end),
-            )
+        if self._lost is None:
+            self.read_at(begin, [buffer.data])
+        if self._lost is not None or not self._is_whole(chunk, buffer):
+            self._recover(chunk, begin, buffer)
+
+    def _is_whole(self, chunk: int, buffer: ByteArray) -> bool:
+        return bool(xxhash.xxh3_64_hexdigest(buffer.data) == self._file.checksum(chunk))
+
+    def _recover(self, chunk: int, begin: int, buffer: ByteArray) -> None:
+        recovery, end = self._source.recovery, begin + buffer.nbytes
+        again = recovery.bytes_of(self._name, begin, end) if recovery is not None else None
+        if recovery is not None and again is not None and len(again) == buffer.nbytes:
+            buffer[:] = np.frombuffer(again, np.uint8)
+            if self._is_whole(chunk, buffer):
+                recovery.tell(self._name)
+                return
+        if self._lost is not None:
+            raise self._lost
+        raise CheckpointCorrupt(
+            self.path,
+            "the checksum is wrong",
+            chunk=chunk,
+            start=begin,
+            stop=end,
+            tensors=self._source.tensors_in(self._name, begin, end),
+            elements=self._source.elements_in(self._name, begin, end),
+        )
 
 
 def read_runs(source: Source, name: str, runs: Sequence[FileRuns]) -> int:

@@ -12,12 +12,13 @@ from pydantic import JsonValue, TypeAdapter
 from evermesh.checkpoint import committing as folder
 from evermesh.checkpoint.agreement import RankFailure, on_first, together
 from evermesh.checkpoint.committing import data_name, index_name
-from evermesh.checkpoint.encoding import MANIFEST, extents_in_order, index_payload, read_index_head, sealed
+from evermesh.checkpoint.encoding import MANIFEST, IndexHead, extents_in_order, index_payload, read_index_head, sealed
 from evermesh.checkpoint.errors import CheckpointNotSaved
 from evermesh.checkpoint.file_plan import PlannedPart, placed_part, planned_parts, saved_map
 from evermesh.checkpoint.files import write_checksummed, write_durably
 from evermesh.checkpoint.format import safetensors_header
 from evermesh.checkpoint.merging import merged_manifest, told_of
+from evermesh.checkpoint.parity import Stripes, check_width, parts_of, protect
 from evermesh.checkpoint.retention import Retention, as_retention
 from evermesh.checkpoint.shard_map import ShardMap
 from evermesh.checkpoint.tensors import Held, held_tensor, host_slices, local_tensors
@@ -37,6 +38,7 @@ def save(
     communicator: Communicator | None = None,
     keep: int | Retention | None = 2,
     description: Mapping[str, JsonValue] | None = None,
+    parity: int | None = None,
 ) -> Path:
     """Write a checkpoint of ``step`` to ``directory`` and return its path when it is durable and ``latest`` names it.
 
@@ -44,14 +46,16 @@ def save(
     rank's own regions (``shard_map.of_rank(rank)``), row-major, several of one tensor as a sequence. Ranks of the map
     are ranks of the communicator; ``directory`` is one place that all of them see; the communicator takes tensors on
     the host. ``keep`` newest checkpoints stay, or those that a policy keeps; None keeps all. A checkpoint of the same
-    step is replaced atomically.
+    step is replaced atomically. With ``parity`` so many ranks protect each other: the files of any one of them can be made
+    again (``repair``), for one part of parity more.
     A crash at any moment leaves the previous checkpoint or the new one.
 
     Raises:
         CheckpointNotSaved: on every rank, if any of them failed; earlier checkpoints are untouched.
     """
+    check_width(parity)
     state = _State(
-        Path(directory), step, shard_map, tensors, objects, description or {}, communicator or Communicator()
+        Path(directory), step, shard_map, tensors, objects, description or {}, communicator or Communicator(), parity
     )
     try:
         path = _save(state)
@@ -73,10 +77,16 @@ class _State:
     objects: Mapping[str, JsonValue]
     description: Mapping[str, JsonValue]
     communicator: Communicator
+    parity: int | None
 
     @property
     def is_first(self) -> bool:
         return self.communicator.rank == 0
+
+    @property
+    def stripes(self) -> Stripes:
+        assert self.parity is not None
+        return Stripes(self.communicator.size, self.parity)
 
     @property
     def temporary(self) -> Path:
@@ -86,6 +96,8 @@ class _State:
 def _save(state: _State) -> Path:
     together(state.communicator, lambda: _prepare(state))
     together(state.communicator, lambda: _write_own_parts(state))
+    if state.parity is not None:
+        together(state.communicator, lambda: _write_parity(state))
     together(state.communicator, lambda: _write_manifest(state) if state.is_first else None)
     together(state.communicator, lambda: folder.commit(state.directory, state.step) if state.is_first else None)
     return state.directory / folder.step_name(state.step)
@@ -136,8 +148,23 @@ def _write_manifest(state: _State) -> None:
         "description": dict(state.description),
         "objects": dict(state.objects),
     }
-    manifest = merged_manifest(saved_map(state.shard_map), heads, values)
+    manifest = merged_manifest(saved_map(state.shard_map), heads, values, _parity(state, heads))
     write_durably(state.temporary / MANIFEST, [sealed(manifest)])
+
+
+def _write_parity(state: _State) -> None:
+    """When every index is on the disk."""
+    stripes, rank = state.stripes, state.communicator.rank
+    members = stripes.members(stripes.protected_by(rank))
+    protect(state.temporary, stripes, rank, {at: read_index_head(state.temporary / index_name(at)) for at in members})
+
+
+def _parity(state: _State, heads: Sequence[IndexHead]) -> tuple[int, list[IndexHead]] | None:
+    if state.parity is None:
+        return None
+    stripes, by_rank = state.stripes, dict(enumerate(heads))
+    parts = [part for stripe in range(stripes.number) for part in parts_of(stripes, stripe, by_rank)]
+    return stripes.width, [read_index_head(state.temporary / part.index_name) for part in parts]
 
 
 def rolled_back(

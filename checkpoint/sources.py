@@ -18,6 +18,7 @@ from evermesh.checkpoint.dtypes import DTYPES
 from evermesh.checkpoint.errors import ForeignUnusable
 from evermesh.checkpoint.format import Extent, StoredFile, StoredTensor
 from evermesh.checkpoint.naming import ForeignPart, Naming
+from evermesh.checkpoint.recovery import Recovery
 from evermesh.checkpoint.regions import Box
 
 Kind = Literal["evermesh", "safetensors", "deepspeed", "deepspeed-universal", "torch-distributed"]
@@ -56,6 +57,8 @@ class Source:
 
     extents_in: Callable[[str], Iterable[tuple[str, Extent]]] | None = None
     """The extents of a file, with the names of their tensors; None: whoever asks looks at all."""
+    recovery: Recovery | None = None
+    """What makes lost or damaged bytes again; None: nothing does."""
 
     def tensors_in(self, file: str, start: int, stop: int) -> list[str]:
         """Names of the tensors that have elements in bytes [start, stop) of a file."""

@@ -1,7 +1,7 @@
 """Verifying and describing a checkpoint without loading it."""
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -12,21 +12,26 @@ from evermesh.checkpoint.committing import index_name
 from evermesh.checkpoint.directory import read_manifest
 from evermesh.checkpoint.errors import CheckpointCorrupt, ShardMapInvalid
 from evermesh.checkpoint.files import CHUNK_BYTES
-from evermesh.checkpoint.format import MANIFEST, Manifest
-from evermesh.checkpoint.indexed import Indexes, source_of
+from evermesh.checkpoint.format import MANIFEST, Manifest, RankFiles, StoredFile
+from evermesh.checkpoint.indexed import Indexes, index_of, source_of
 from evermesh.checkpoint.opening import open_checkpoint
+from evermesh.checkpoint.parity import ParityPart
 from evermesh.checkpoint.reading import ChunkReader
 from evermesh.checkpoint.sources import Source
+
+Kind = Literal["manifest", "index", "missing file", "extra file", "size", "checksum", "coverage"]
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
     """One thing that is wrong with a checkpoint."""
 
-    kind: Literal["manifest", "index", "missing file", "extra file", "size", "checksum", "coverage"]
+    kind: Kind
     file: str
     text: str
     """The fact, with chunk, bytes and tensors where there are any."""
+    repairable: bool = False
+    """Whether ``repair`` makes good for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +49,11 @@ class VerifyReport:
         """Whether nothing is wrong."""
         return not self.problems
 
+    @property
+    def repairable(self) -> bool:
+        """Whether ``repair`` makes good for everything that is wrong."""
+        return all(problem.repairable for problem in self.problems)
+
 
 def verify(path: Path | str) -> VerifyReport:
     """Check every chunk of every file and the set of files, and that the rules of every tensor give each element to one
@@ -60,15 +70,16 @@ def verify(path: Path | str) -> VerifyReport:
     except CheckpointCorrupt as error:
         return VerifyReport(path, (Problem("manifest", MANIFEST, error.fact),), 0, 0)
     problems = _extra_files(path, manifest) + _rules(manifest)
-    indexes, bytes_read = Indexes(path, manifest), 0
-    source = source_of(indexes)
+    as_they_are, mended = Indexes(path, manifest, recovers=False), Indexes(path, manifest)
+    bytes_read = 0
     for rank, files in enumerate(manifest.ranks):
-        found = _check_index(indexes, rank)
-        problems += found
-        for name in sorted(files.files) if not found or found[0].kind == "coverage" else ():
-            found, num_bytes = _check_file(source, name)
+        problems += _check_index(as_they_are, mended, rank)
+        for name in sorted(files.files) if _is_known(mended, rank) else ():
+            found, num_bytes = _check_file(mended, name)
             problems += found
             bytes_read += num_bytes
+    for part, entry in zip(manifest.parity_parts, manifest.parity.parts if manifest.parity else (), strict=True):
+        problems += _check_parity(path, part, entry)
     return VerifyReport(path, tuple(problems), len(manifest.data_sizes), bytes_read)
 
 
@@ -122,32 +133,43 @@ def _rules(manifest: Manifest) -> list[Problem]:
     return problems
 
 
-def _check_index(indexes: Indexes, rank: int) -> list[Problem]:
+def _check_index(as_it_is: Indexes, mended: Indexes, rank: int) -> list[Problem]:
     """Whether an index is what was saved, and lists what the rank had to write."""
     name = index_name(rank)
     try:
-        index = indexes.of_rank(rank)
+        index = as_it_is.of_rank(rank)
     except CheckpointCorrupt as error:
-        return [Problem("index" if (indexes.path / name).exists() else "missing file", name, error.fact)]
-    wanted = Counter((part.name, part.region, part.start, part.stop) for part in indexes.plan.of_rank(rank))
+        kind: Kind = "index" if (as_it_is.path / name).exists() else "missing file"
+        return [Problem(kind, name, error.fact, repairable=_is_known(mended, rank))]
+    wanted = Counter((part.name, part.region, part.start, part.stop) for part in as_it_is.plan.of_rank(rank))
     found = Counter((n, e.region, e.start, e.stop) for n, extents in index.extents.items() for e in extents)
-    differing = sorted(
-        (f"{n}{region}[{start}:{stop}]", found[key])
-        for key in (wanted - found) | (found - wanted)
-        for n, region, start, stop in [key]
-    )
     return [
-        Problem("coverage", name, f"{place} is there {count} times, which is not what its rule says")
-        for place, count in differing
+        Problem("coverage", name, f"{n}{region}[{start}:{stop}] is there {count} times, {wanted[at]} by its rule")
+        for at, count in sorted(((at, found[at]) for at in (wanted - found) | (found - wanted)), key=str)
+        for n, region, start, stop in [at]
     ]
 
 
-def _check_file(source: Source, name: str) -> tuple[list[Problem], int]:
-    """The problems of one file, and the bytes read to find them."""
+def _is_known(mended: Indexes, rank: int) -> bool:
+    """Whether an index can be read, or made again."""
     try:
-        reader = ChunkReader(source, name)
+        mended.of_rank(rank)
+    except CheckpointCorrupt:
+        return False
+    return True
+
+
+def _check_file(mended: Indexes, name: str) -> tuple[list[Problem], int]:
+    """The problems of one data file, and the bytes read to find them."""
+    source = source_of(mended)
+    plain = replace(source, recovery=None)
+    try:
+        reader = ChunkReader(plain, name)
     except CheckpointCorrupt as error:
-        return [Problem("size" if (source.path / name).exists() else "missing file", name, error.fact)], 0
+        num_chunks = -(-source.files[name].num_bytes // CHUNK_BYTES)
+        repairable = all(_is_mended(source, name, chunk) for chunk in range(num_chunks))
+        kind: Kind = "size" if (source.path / name).exists() else "missing file"
+        return [Problem(kind, name, error.fact, repairable=repairable)], 0
     problems, buffer = [], np.empty(CHUNK_BYTES, np.uint8)
     with reader:
         for chunk in range(reader.num_chunks):
@@ -155,5 +177,36 @@ def _check_file(source: Source, name: str) -> tuple[list[Problem], int]:
                 reader.read(chunk, buffer[: reader.size(chunk)])
             except CheckpointCorrupt as error:
                 text = f"chunk {chunk}, bytes {error.start} to {error.stop}: {error.fact} ({'; '.join(error.elements)})"
-                problems.append(Problem("checksum", name, text))
+                problems.append(Problem("checksum", name, text, repairable=_is_mended(source, name, chunk)))
     return problems, reader.bytes_read
+
+
+def _is_mended(source: Source, name: str, chunk: int) -> bool:
+    """Whether a chunk can be read, or made again."""
+    if source.recovery is None:
+        return False
+    try:
+        with ChunkReader(source, name) as reader:
+            reader.read(chunk, np.empty(reader.size(chunk), np.uint8))
+    except CheckpointCorrupt:
+        return False
+    return True
+
+
+def _check_parity(path: Path, part: ParityPart, expected: RankFiles) -> list[Problem]:
+    """Whether a part of the parity is what was saved; it can be made again while the files that it protects are there."""
+    problems = []
+    try:
+        index = index_of(path / part.index_name, expected)
+    except CheckpointCorrupt as error:
+        kind: Kind = "index" if (path / part.index_name).exists() else "missing file"
+        return [Problem(kind, part.index_name, error.fact, repairable=True)]
+    sums = {part.name: StoredFile(expected.files[part.name], index.checksums[part.name])}
+    try:
+        with ChunkReader(Source(path, "evermesh", {}, sums), part.name) as reader:
+            for chunk in range(reader.num_chunks):
+                reader.read(chunk, np.empty(reader.size(chunk), np.uint8))
+    except CheckpointCorrupt as error:
+        kind = "missing file" if not (path / part.name).exists() else "checksum" if error.chunk is not None else "size"
+        problems.append(Problem(kind, part.name, error.fact, repairable=True))
+    return problems

@@ -53,6 +53,9 @@ class CheckpointConfig(_Frozen):
     incremental: bool = True
     """Of checkpoints that are written while training goes on: files whose bytes an older checkpoint of the run holds are
     hard links to it instead of written again, where the file system has such links."""
+    parity: PositiveInt | None = None
+    """So many ranks protect each other's files: those of any one of them can be made again, for one part of parity more.
+    null: nothing protects them."""
 
     @property
     def retention(self) -> Retention:

@@ -61,7 +61,8 @@ class Saves:
         began_s = time.monotonic()
         trainer.groups.moment.phase = "checkpoint"
         if self._saver is None:
-            path = trainer.state.save(self._directory, trainer.config.checkpoint.retention)
+            config = trainer.config.checkpoint
+            path = trainer.state.save(self._directory, config.retention, config.parity)
             took_s = time.monotonic() - began_s
             self._tell(SaveReport(trainer.progress.step, path, took_s, took_s, trainer.shards.num_bytes))
         else:
@@ -106,7 +107,9 @@ class Saves:
         if trainer.directory is None or config.asynchronous is False or not is_due:
             return None
         try:
-            return trainer.state.saver(self._directory, config.retention, incremental=config.incremental)
+            return trainer.state.saver(
+                self._directory, config.retention, incremental=config.incremental, parity=config.parity
+            )
         except HostMemoryShort as error:
             if config.asynchronous:
                 raise

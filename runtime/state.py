@@ -67,7 +67,7 @@ class TrainingState:
         for name in ("step", "updates", "skipped_in_a_row", "router_biases", "expert_loads", "sampler", "calibration"):
             self.registry.register(name, Replicated(), *_attribute(progress, name))
 
-    def saver(self, directory: Path, retention: Retention, *, incremental: bool) -> BackgroundSaver:
+    def saver(self, directory: Path, retention: Retention, *, incremental: bool, parity: int | None) -> BackgroundSaver:
         """What saves this state below ``directory`` while training goes on. Collective.
 
         Raises:
@@ -80,6 +80,7 @@ class TrainingState:
             communicator=self.communicator,
             keep=retention,
             incremental=incremental,
+            parity=parity,
         )
 
     def begin_save(self, saver: BackgroundSaver, tell: Callable[[SaveReport | None], None]) -> Path:
@@ -92,7 +93,7 @@ class TrainingState:
         tell(saver.begin(self.progress.step, self.registry.objects(self.communicator), self.identity))
         return saver.path_of(self.progress.step)
 
-    def save(self, directory: Path, keep: int | Retention) -> Path:
+    def save(self, directory: Path, keep: int | Retention, parity: int | None = None) -> Path:
         """Write a checkpoint of the current step below ``directory``; returns its path. Collective.
 
         Raises:
@@ -107,6 +108,7 @@ class TrainingState:
             communicator=self.communicator,
             keep=keep,
             description=self.identity,
+            parity=parity,
         )
 
     def restore(self, path: Path) -> checkpoint.LoadResult:

@@ -58,6 +58,8 @@ class WriterPlan:
     incremental: bool
     """Whether files that an older checkpoint holds are linked instead of written."""
     world_size: int
+    parity: int | None = None
+    """Ranks of a stripe; None: nothing protects their files."""
     saved: SavedMap | None = None
     """On rank 0."""
 

@@ -18,6 +18,7 @@ def writer_plan(
     directory: Path,
     retention: Retention,
     incremental: bool,
+    parity: int | None = None,
 ) -> WriterPlan:
     """What the writer of ``rank``, one of ``size``, is told at its start; ``planned`` are the parts that it writes.
 
@@ -34,6 +35,7 @@ def writer_plan(
         retention=retention,
         incremental=incremental,
         world_size=size,
+        parity=parity,
         saved=saved_map(shard_map) if rank == 0 else None,
     )
 

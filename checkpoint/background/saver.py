@@ -24,6 +24,7 @@ from evermesh.checkpoint.background.planning import writer_plan
 from evermesh.checkpoint.background.process import WriterProcess
 from evermesh.checkpoint.errors import HostMemoryShort, ShardMapInvalid
 from evermesh.checkpoint.file_plan import planned_parts
+from evermesh.checkpoint.parity import check_width
 from evermesh.checkpoint.retention import Retention, as_retention
 from evermesh.checkpoint.saving import rolled_back
 from evermesh.checkpoint.shard_map import ShardMap
@@ -60,6 +61,7 @@ class BackgroundSaver:
     Args:
         keep: newest checkpoints that stay, or a policy; None keeps all.
         incremental: files whose bytes an older checkpoint of the directory holds are linked, not written.
+        parity: so many ranks protect each other's files by one part of parity more; None: nothing does.
 
     Raises:
         HostMemoryShort: on every rank, if any of them has no room for its copy.
@@ -75,7 +77,9 @@ class BackgroundSaver:
         communicator: Communicator | None = None,
         keep: int | Retention | None = 2,
         incremental: bool = False,
+        parity: int | None = None,
     ) -> None:
+        check_width(parity)
         self.directory, self._shard_map = Path(directory), shard_map
         self._communicator = communicator or Communicator()
         self._arena: Arena | None = None
@@ -86,7 +90,7 @@ class BackgroundSaver:
         token = secrets.token_bytes(8) if self._communicator.rank == 0 else None
         self._token = self._communicator.broadcast_bytes(token, 0, _CALL_SITE).hex()
         try:
-            together(self._communicator, lambda: self._prepare(tensors, as_retention(keep), incremental))
+            together(self._communicator, lambda: self._prepare(tensors, as_retention(keep), incremental, parity))
         except RankFailure as failure:
             self.close()
             raise _refusal(failure) from failure
@@ -198,13 +202,13 @@ class BackgroundSaver:
             self._arena.close()
             self._arena = None
 
-    def _prepare(self, tensors: Held, retention: Retention, incremental: bool) -> None:
+    def _prepare(self, tensors: Held, retention: Retention, incremental: bool, parity: int | None) -> None:
         """Refuse what cannot be saved, make room for the copy and start the writer."""
         rank, size = self._communicator.rank, self._communicator.size
         self._shard_map.check()
         local_tensors(self._shard_map, rank, tensors)
         planned = planned_parts(self._shard_map, rank)
-        self._plan = writer_plan(self._shard_map, planned, rank, size, self.directory, retention, incremental)
+        self._plan = writer_plan(self._shard_map, planned, rank, size, self.directory, retention, incremental, parity)
         self._arena = Arena(self._plan.offsets[-1])
         self._copy = ArenaCopy(planned, tensors, self._arena)
         self._copy.run()  # whatever a first copy loads or allocates is there before the first save

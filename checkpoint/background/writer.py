@@ -16,7 +16,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from evermesh.checkpoint.committing import index_name
 from evermesh.checkpoint.encoding import MANIFEST, IndexHead, index_payload, read_index_head, sealed
 from evermesh.checkpoint.files import write_durably
 from evermesh.checkpoint.merging import merged_manifest, told_of
+from evermesh.checkpoint.parity import Stripes, parts_of, protect
 
 _FIRST_LOOK_S, _LAST_LOOK_S = 0.001, 0.05
 
@@ -45,7 +46,7 @@ class Writer:
         self.files = DataFiles(plan, arena)
         self.directory = Path(plan.directory)
         self.committing = threading.Lock()
-        """Held while a checkpoint becomes visible."""
+        """Held while a checkpoint becomes visible and old ones go: a process that ends then would leave them half deleted."""
 
     def save(self, order: SaveOrder) -> None:
         """Write the files of this rank and, on rank 0, commit. What fails is told."""
@@ -58,10 +59,13 @@ class Writer:
             self._begin(order)
             answer("written", bytes_written=self._write(order))
             if self.plan.rank == 0:
-                heads = self._heads(order)
-                self._commit(order, heads)
-                answer("committed", bytes_written=sum(head.told["bytes_written"] for head in heads))
-                committing.retain(self.directory, order.step, self.plan.retention)
+                temporary = committing.temporary_path(self.directory, order.step)
+                heads = _heads(temporary, [index_name(rank) for rank in range(self.plan.world_size)])
+                parity = self._parity(temporary, heads)
+                with self.committing:
+                    self._commit(order, heads, parity)
+                    answer("committed", bytes_written=sum(head.told["bytes_written"] for head in heads))
+                    committing.retain(self.directory, order.step, self.plan.retention)
         except Exception as error:  # noqa: BLE001  supervision boundary: the trainer raises it on all ranks
             number = error.errno if isinstance(error, OSError) else None
             answer("failed", cause=f"{type(error).__name__}: {error}", errno=number)
@@ -76,7 +80,8 @@ class Writer:
             _await(lambda: marker in temporary_names(temporary))
 
     def _write(self, order: SaveOrder) -> int:
-        """The data files of this rank, then the index of them; returns the bytes that were written."""
+        """The data files of this rank, then the index of them, then its share of the parity of others; returns the bytes of
+        data files that were written."""
         temporary = committing.temporary_path(self.directory, order.step)
         files = self.files.write(temporary, self.directory / committing.step_name(order.step))
         bytes_written = sum(file.num_bytes for file in files if not file.linked)
@@ -88,24 +93,25 @@ class Writer:
         path = temporary / index_name(self.plan.rank)
         write_durably(path.with_suffix(".part"), [payload])
         os.rename(path.with_suffix(".part"), path)  # other writers see it as soon as it is there, and see all of it
+        if self._stripes is not None:
+            members = self._stripes.members(self._stripes.protected_by(self.plan.rank))
+            heads = _heads(temporary, [index_name(rank) for rank in members])
+            protect(temporary, self._stripes, self.plan.rank, dict(zip(members, heads, strict=True)))
         return bytes_written
 
-    def _heads(self, order: SaveOrder) -> list[IndexHead]:
-        """What every rank has written, read as they come, as soon as all have. On rank 0."""
-        temporary = committing.temporary_path(self.directory, order.step)
-        ranks = {index_name(rank): rank for rank in range(self.plan.world_size)}
-        heads: dict[int, IndexHead] = {}
+    @property
+    def _stripes(self) -> Stripes | None:
+        return None if self.plan.parity is None else Stripes(self.plan.world_size, self.plan.parity)
 
-        def are_all_there() -> bool:
-            for name in temporary_names(temporary):
-                if name in ranks and ranks[name] not in heads:
-                    heads[ranks[name]] = read_index_head(temporary / name)
-            return len(heads) == len(ranks)
+    def _parity(self, temporary: Path, heads: list[IndexHead]) -> tuple[int, list[IndexHead]] | None:
+        """The heads of the indexes of all parity, as soon as all is there. On rank 0."""
+        stripes, by_rank = self._stripes, dict(enumerate(heads))
+        if stripes is None:
+            return None
+        parts = [part for stripe in range(stripes.number) for part in parts_of(stripes, stripe, by_rank)]
+        return stripes.width, _heads(temporary, [part.index_name for part in parts])
 
-        _await(are_all_there)
-        return [heads[rank] for rank in range(self.plan.world_size)]
-
-    def _commit(self, order: SaveOrder, heads: list[IndexHead]) -> None:
+    def _commit(self, order: SaveOrder, heads: list[IndexHead], parity: tuple[int, list[IndexHead]] | None) -> None:
         assert self.plan.saved is not None, "rank 0 knows the map"
         temporary = committing.temporary_path(self.directory, order.step)
         values = {
@@ -115,11 +121,10 @@ class Writer:
             "description": order.description,
             "objects": order.objects,
         }
-        with self.committing:
-            manifest = merged_manifest(self.plan.saved, heads, values)
-            write_durably(temporary / MANIFEST, [sealed(manifest)])
-            os.unlink(temporary / marker_name(order.identity))
-            committing.commit(self.directory, order.step)
+        manifest = merged_manifest(self.plan.saved, heads, values, parity)
+        write_durably(temporary / MANIFEST, [sealed(manifest)])
+        os.unlink(temporary / marker_name(order.identity))
+        committing.commit(self.directory, order.step)
 
 
 def serve(orders: int, answers: int, arena: memoryview) -> None:
@@ -157,6 +162,20 @@ def _send(descriptor: int, line: bytes) -> None:
     with suppress(BrokenPipeError):  # the trainer has ended, and so will this process
         while line:
             line = line[os.write(descriptor, line) :]
+
+
+def _heads(temporary: Path, names: Sequence[str]) -> list[IndexHead]:
+    """The heads of indexes, read as they come, as soon as all are there."""
+    wanted, heads = set(names), dict[str, IndexHead]()
+
+    def are_all_there() -> bool:
+        for name in temporary_names(temporary):
+            if name in wanted and name not in heads:
+                heads[name] = read_index_head(temporary / name)
+        return len(heads) == len(wanted)
+
+    _await(are_all_there)
+    return [heads[name] for name in names]
 
 
 def _await(condition: Callable[[], bool]) -> None:

@@ -1,4 +1,4 @@
-"""``evermesh checkpoint ls``, ``show``, ``verify`` and ``prune``."""
+"""``evermesh checkpoint ls``, ``show``, ``verify``, ``repair`` and ``prune``."""
 
 import json
 from datetime import datetime
@@ -23,7 +23,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="JSON instead of text.")]
 
 app = typer.Typer(
     name="checkpoint",
-    help="List, show, verify and prune checkpoints, without loading them.",
+    help="List, show, verify, repair and prune checkpoints, without loading them.",
     no_args_is_help=True,
     rich_markup_mode="rich",
     epilog="[bold]Examples[/]\n\n  evermesh checkpoint ls\n\n  evermesh checkpoint verify runs/quickstart",
@@ -96,15 +96,38 @@ def verify(place: Place = None, runs: Runs = Path("runs"), as_json: AsJson = Fal
 
     report = checkpoint.verify(newest_checkpoint(place, runs))
     if as_json:
-        problems = [{"kind": p.kind, "file": p.file, "text": p.text} for p in report.problems]
+        problems = [
+            {"kind": p.kind, "file": p.file, "text": p.text, "repairable": p.repairable} for p in report.problems
+        ]
         print(json.dumps({"path": str(report.path), "ok": report.ok, "bytes": report.bytes_read, "problems": problems}))
     else:
         for problem in report.problems:
-            print(f"{problem.kind}: {problem.file}: {problem.text}")
+            mended = "; repairable" if problem.repairable else ""
+            print(f"{problem.kind}: {problem.file}: {problem.text}{mended}")
         count = len(report.problems)
         verdict = "whole" if report.ok else f"damaged, {count} problem{'' if count == 1 else 's'}"
         print(f"{report.path}: {verdict}; {report.num_files} files, {report.bytes_read:,} bytes read")
     raise typer.Exit(0 if report.ok else 1)
+
+
+@app.command(epilog="[bold]Example[/]\n\n  evermesh checkpoint repair runs/quickstart")
+def repair(place: Place = None, runs: Runs = Path("runs"), as_json: AsJson = False) -> None:
+    """Write lost and damaged files of a checkpoint again, from its parity; exit code 1 if something stays wrong."""
+    from evermesh import checkpoint
+
+    report = checkpoint.repair(newest_checkpoint(place, runs))
+    if as_json:
+        left = [{"kind": p.kind, "file": p.file, "text": p.text} for p in report.left]
+        print(json.dumps({"path": str(report.path), "repaired": report.repaired, "left": left}))
+    else:
+        for problem in report.left:
+            print(f"{problem.kind}: {problem.file}: {problem.text}")
+        count = len(report.repaired)
+        verdict = f"{count} file{'' if count == 1 else 's'} written again"
+        print(f"{report.path}: {verdict}; {'whole' if not report.left else 'still damaged'}")
+        for name in report.repaired:
+            print(f"  {name}")
+    raise typer.Exit(1 if report.left else 0)
 
 
 @app.command(epilog="[bold]Example[/]\n\n  evermesh checkpoint prune quickstart --keep-last 3 --keep-every 1000 --yes")

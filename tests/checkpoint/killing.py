@@ -51,11 +51,11 @@ class Calls:
         return counted
 
 
-def die_at_every_call(base: Path, step: int, state: int) -> list[tuple[str, Path]]:
+def die_at_every_call(base: Path, step: int, state: int, parity: int | None = None) -> list[tuple[str, Path]]:
     """Save in copies of ``base``, each time dying one call later; the calls, and the directories they left."""
     receiver, sender = multiprocessing.Pipe(duplex=False)
     process = multiprocessing.get_context("forkserver").Process(
-        target=_fork_for_every_call, args=(base, step, state, sender)
+        target=_fork_for_every_call, args=(base, step, state, parity, sender)
     )
     process.start()
     sender.close()
@@ -64,22 +64,22 @@ def die_at_every_call(base: Path, step: int, state: int) -> list[tuple[str, Path
     return found
 
 
-def _fork_for_every_call(base: Path, step: int, state: int, sender: Any) -> None:
+def _fork_for_every_call(base: Path, step: int, state: int, parity: int | None, sender: Any) -> None:
     """In a process of one thread, so that forking it is safe and cheap."""
     directory, counted = _copy(base, "counted"), Calls(None)
     counted.install()
-    save_step(directory, step, keep=1, state=state)
+    save_step(directory, step, keep=1, state=state, parity=parity)
     names = list(counted.names)
-    sender.send([(name, _die(base, call, name, step, state)) for call, name in enumerate(names)])
+    sender.send([(name, _die(base, call, name, step, state, parity)) for call, name in enumerate(names)])
 
 
-def _die(base: Path, call: int, name: str, step: int, state: int) -> Path:
+def _die(base: Path, call: int, name: str, step: int, state: int, parity: int | None) -> Path:
     directory = _copy(base, f"killed-{call}")
     process = os.fork()
     if process == 0:
         try:
             Calls(Kill(call, half=name == "write")).install()
-            save_step(directory, step, keep=1, state=state)
+            save_step(directory, step, keep=1, state=state, parity=parity)
         finally:
             os._exit(0)  # not reached when killed in time
     _, status = os.waitpid(process, 0)

@@ -90,7 +90,12 @@ def held_by(rank: int, world_size: int, state: Mapping[str, torch.Tensor]) -> di
 
 
 def save_step(
-    directory: Path, step: int, communicator: Communicator | None = None, keep: int | None = 2, state: int | None = None
+    directory: Path,
+    step: int,
+    communicator: Communicator | None = None,
+    keep: int | None = 2,
+    state: int | None = None,
+    parity: int | None = None,
 ) -> Path:
     """Save the state of ``step`` (or of another step, ``state``) on the ranks of ``communicator``."""
     tap = communicator or Communicator()
@@ -105,6 +110,7 @@ def save_step(
         communicator=tap,
         keep=keep,
         description={"model": "test"},
+        parity=parity,
     )
 
 

@@ -81,8 +81,8 @@ def _die_somewhere(base: Path, points: int, seed: int) -> list[tuple[int, bool, 
         kills: dict[int, Kill] = {}
         for rank in dying:
             kind = choice.choice(kinds)  # a writer that only lost its trainer never writes half of anything
-            kills[rank] = kind(choice.randrange(36 if rank == 0 else 12), half=kind is Kill)
-        told = write_state(directory, choice.choice([1, 2]), NEW_STATE, size, kills)
+            kills[rank] = kind(choice.randrange(42 if rank == 0 else 18), half=kind is Kill)
+        told = write_state(directory, choice.choice([1, 2]), NEW_STATE, size, kills, choice.choice([None, 1, 2]))
         found.append((point, told, directory))
     return found
 

@@ -42,10 +42,11 @@ def plan_and_arena(
     retention: Retention | None = None,
     *,
     incremental: bool = False,
+    parity: int | None = None,
 ) -> tuple[WriterPlan, bytearray]:
     """What a trainer that holds ``held`` tells its writer, and what it copies."""
     planned = planned_parts(whole, rank)
-    plan = writer_plan(whole, planned, rank, size, directory, retention or Retention(1), incremental)
+    plan = writer_plan(whole, planned, rank, size, directory, retention or Retention(1), incremental, parity)
     arena = bytearray()
     for one in planned:
         flat = held_tensor(held, one.part.name, one.part.held).reshape(-1)[one.part.start : one.part.stop]
@@ -53,7 +54,9 @@ def plan_and_arena(
     return plan, arena
 
 
-def write_state(directory: Path, step: int, state: int, size: int, kills: Mapping[int, Kill]) -> bool:
+def write_state(
+    directory: Path, step: int, state: int, size: int, kills: Mapping[int, Kill], parity: int | None = None
+) -> bool:
     """Save as ``size`` writers do, some of which die; once one has died the others are killed, as their trainers do.
 
     Returns whether rank 0 told of a commit. In a process of one thread.
@@ -61,7 +64,8 @@ def write_state(directory: Path, step: int, state: int, size: int, kills: Mappin
     identity = secrets.token_hex(4)
     receiver, sender = os.pipe()
     children = {
-        rank: _fork(directory, step, state, rank, size, identity, kills.get(rank), sender) for rank in range(size)
+        rank: _fork(directory, step, _Part(state, rank, size, parity), identity, kills.get(rank), sender)
+        for rank in range(size)
     }
     os.close(sender)
     deadline_s = time.monotonic() + _GRACE_S
@@ -84,24 +88,31 @@ def _exit_code(child: int) -> int | None:
     return os.waitstatus_to_exitcode(status) if pid else None
 
 
-def _fork(
-    directory: Path, step: int, state: int, rank: int, size: int, identity: str, kill: Kill | None, answers: int
-) -> int:
+@dataclass(frozen=True)
+class _Part:
+    """What one of several writers saves."""
+
+    state: int
+    rank: int
+    size: int
+    parity: int | None
+
+
+def _fork(directory: Path, step: int, part: _Part, identity: str, kill: Kill | None, answers: int) -> int:
     child = os.fork()
     if child == 0:
         try:
-            _write(directory, step, state, rank, size, identity, kill, answers)
+            _write(directory, step, part, identity, kill, answers)
         finally:
             os._exit(1)  # not reached: a writer ends with its trainer, or is killed
     return child
 
 
-def _write(
-    directory: Path, step: int, state: int, rank: int, size: int, identity: str, kill: Kill | None, answers: int
-) -> None:
+def _write(directory: Path, step: int, part: _Part, identity: str, kill: Kill | None, answers: int) -> None:
     """A writer and, in the same process, as much of its trainer as sends an order and takes the last answer."""
-    plan, arena = plan_and_arena(shard_map(size), held_by(rank, size, logical_state(state)), rank, size, directory)
-    objects: dict[str, Any] = {"cursor": state}
+    held = held_by(part.rank, part.size, logical_state(part.state))
+    plan, arena = plan_and_arena(shard_map(part.size), held, part.rank, part.size, directory, parity=part.parity)
+    objects: dict[str, Any] = {"cursor": part.state}
     receiver, sender = os.pipe()
     os.write(sender, plan.to_json() + SaveOrder(identity, step, objects, {}).to_json())
     save = Writer.save
