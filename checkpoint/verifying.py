@@ -20,7 +20,7 @@ from evermesh.checkpoint.sources import Source, source_of
 class Problem:
     """One thing that is wrong with a checkpoint."""
 
-    kind: Literal["manifest", "missing file", "extra file", "size", "checksum", "coverage"]
+    kind: Literal["format", "manifest", "missing file", "extra file", "size", "checksum", "coverage"]
     file: str
     text: str
     """The fact, with chunk, bytes and tensors where there are any."""
@@ -34,7 +34,9 @@ class VerifyReport:
     problems: tuple[Problem, ...]
     num_files: int
     bytes_read: int
-    """Bytes whose checksums were computed."""
+    """Bytes whose checksums were computed; of formats that have none, bytes that could be read."""
+    has_checksums: bool = True
+    """False: the format has none, so that a flipped bit in a tensor cannot be told."""
 
     @property
     def ok(self) -> bool:
@@ -45,12 +47,17 @@ class VerifyReport:
 def verify(path: Path | str) -> VerifyReport:
     """Check every chunk of every file, the set of files, and that the extents of every tensor cover it exactly once.
 
+    Of checkpoints of other projects too; see ``evermesh.checkpoint.foreign.verifying`` for what can be told about them.
     Not collective; reads the whole checkpoint once. What is wrong is reported, not raised.
 
     Raises:
-        CheckpointNotFound: there is no manifest at ``path``.
+        CheckpointNotFound: there is no checkpoint at ``path``.
     """
     path = Path(path)
+    if not (path / MANIFEST).exists():
+        from evermesh.checkpoint.foreign.verifying import verify_foreign
+
+        return verify_foreign(path)
     try:
         manifest = read_manifest(path)
     except CheckpointCorrupt as error:
