@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, cast
 
 from evermesh.checkpoint.contents import Stream, Tell, whole
 from evermesh.checkpoint.errors import ForeignUnusable
@@ -15,6 +15,7 @@ from evermesh.checkpoint.foreign.deepspeed_writing import Model, check, is_at_to
 from evermesh.checkpoint.foreign.torch_distributed_writing import write_torch_distributed
 from evermesh.checkpoint.foreign.torch_writing import contents_of
 from evermesh.checkpoint.foreign.training import Training, training_of
+from evermesh.checkpoint.formats import Format
 from evermesh.checkpoint.lazy import Streamed
 from evermesh.checkpoint.regions import Box
 from evermesh.checkpoint.safetensors_writing import MOST_FILE_BYTES, write_safetensors
@@ -22,16 +23,6 @@ from evermesh.checkpoint.saving import save
 from evermesh.checkpoint.shard_map import Shard, ShardMap, TensorShards
 from evermesh.checkpoint.sources import Source, find
 
-Format = Literal[
-    "evermesh",
-    "safetensors",
-    "torch-distributed",
-    "deepspeed-zero1",
-    "deepspeed-zero2",
-    "deepspeed-zero3",
-    "deepspeed-universal",
-]
-FORMATS: tuple[Format, ...] = get_args(Format)
 _FILE_BYTES = 1 << 20
 """Of the buffer of a file that is written."""
 

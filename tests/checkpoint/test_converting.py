@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
 
 from evermesh.checkpoint import Box, Interval, Shard, ShardMap, TensorShards, load, open_checkpoint, save
-from evermesh.checkpoint.converting import FORMATS, Conversion, Format, convert
+from evermesh.checkpoint.converting import Conversion, convert
 from evermesh.checkpoint.errors import CheckpointCorrupt, ForeignUnusable
+from evermesh.checkpoint.formats import FORMATS, Format
 from evermesh.checkpoint.sources import Source
 from tests.checkpoint.foreign_engines import MORE_STEPS, Job, Outcome, continue_jobs, save_and_continue
 from tests.checkpoint.foreign_saves import STEPS, Case, Tiny, groups_of
