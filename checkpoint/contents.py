@@ -7,7 +7,7 @@ reader with one bound on memory serves every writer.
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 
@@ -108,11 +108,6 @@ class Stream:
 def shard(source: Source, name: str, box: Box) -> Content:
     """A box of a tensor of ``source`` as it is."""
     return Content(source.tensors[name].dtype, box.sizes, (Piece(name, box),))
-
-
-def converted(content: Content, dtype: str) -> Content:
-    """The same content in another type."""
-    return replace(content, dtype=dtype)
 
 
 def _check_types(source: Source, content: Content) -> None:

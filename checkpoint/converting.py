@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, cast
 
 from evermesh.checkpoint.contents import Stream, Tell, whole
 from evermesh.checkpoint.errors import ForeignUnusable
@@ -15,6 +15,7 @@ from evermesh.checkpoint.foreign.deepspeed_writing import Model, check, is_at_to
 from evermesh.checkpoint.foreign.torch_distributed_writing import write_torch_distributed
 from evermesh.checkpoint.foreign.torch_writing import contents_of
 from evermesh.checkpoint.foreign.training import Training, training_of
+from evermesh.checkpoint.formats import Format
 from evermesh.checkpoint.lazy import Streamed
 from evermesh.checkpoint.regions import Box
 from evermesh.checkpoint.safetensors_writing import MOST_FILE_BYTES, write_safetensors
@@ -22,16 +23,6 @@ from evermesh.checkpoint.saving import save
 from evermesh.checkpoint.shard_map import Shard, ShardMap, TensorShards
 from evermesh.checkpoint.sources import Source, find
 
-Format = Literal[
-    "evermesh",
-    "safetensors",
-    "torch-distributed",
-    "deepspeed-zero1",
-    "deepspeed-zero2",
-    "deepspeed-zero3",
-    "deepspeed-universal",
-]
-FORMATS: tuple[Format, ...] = get_args(Format)
 _FILE_BYTES = 1 << 20
 """Of the buffer of a file that is written."""
 
@@ -79,8 +70,9 @@ def convert(source: Source, directory: Path, conversion: Conversion, tell: Tell 
         CheckpointNotSaved: our own format could not be written.
     """
     training = training_of(source, conversion.groups)
+    left_out: tuple[str, ...] = ()
     if conversion.to == "evermesh":
-        path, left_out = _to_ours(training, directory, conversion, tell), ()
+        path = _to_ours(training, directory, conversion, tell)
     else:
         with appearing(directory) as temporary:
             left_out = _write(training, temporary, conversion, tell)
@@ -105,9 +97,7 @@ def _write(training: Training, directory: Path, conversion: Conversion, tell: Te
     return _to_deepspeed(training, directory, conversion, tell)
 
 
-def _to_safetensors(
-    training: Training, directory: Path, conversion: Conversion, tell: Tell | None
-) -> tuple[str, ...]:
+def _to_safetensors(training: Training, directory: Path, conversion: Conversion, tell: Tell | None) -> tuple[str, ...]:
     """Weights and buffers, under their own names; a tied weight is there once, and its other names are metadata."""
     weights = {name: whole(training.source, t, conversion.dtype) for name, t in training.parameters.items()}
     buffers = {name: whole(training.source, tensor) for name, tensor in training.buffers.items()}
@@ -142,7 +132,9 @@ def _to_deepspeed(training: Training, directory: Path, conversion: Conversion, t
         with path.open("wb", buffering=_FILE_BYTES) as into:
             file.write(into, stream)
     write_durably(directory / pointer, [tag.encode()])
-    kept = {kind: {n for g in training.groups if kind in kinds_of(training, g) for n in g.names} for kind in training.states}
+    kept = {
+        kind: {n for g in training.groups if kind in kinds_of(training, g) for n in g.names} for kind in training.states
+    }
     states = [t for kind, of_kind in training.states.items() for n, t in of_kind.items() if n not in kept[kind]]
     client = [tensor for name, tensor in training.client.items() if not is_at_top(training, name)]
     return (*states, *client, *training.others)
@@ -178,7 +170,9 @@ def _to_ours(training: Training, directory: Path, conversion: Conversion, tell: 
 def _step_of(training: Training, conversion: Conversion) -> int:
     step = conversion.step if conversion.step is not None else training.source.step
     if step is None:
-        raise ForeignUnusable(training.source.path, "it does not say at which step it was saved", "Give it with --step.")
+        raise ForeignUnusable(
+            training.source.path, "it does not say at which step it was saved", "Give it with --step."
+        )
     return step
 
 

@@ -88,7 +88,7 @@ class _Plan:
     def __init__(self, source: Source, found: Found, form: StoredForm, target: Target) -> None:
         self.found, self.form = found, form
         self.region, self.tensor = target
-        self.pieces = list(_pieces(source, found, form, self.region))
+        self.pieces = list(pieces(source, found, form, self.region))
         self.source = source
         if sum(runs.num_elements for _, _, runs in self.pieces) != logical_runs(self.region, form).num_elements:
             _refuse_cover(source, found)
@@ -138,7 +138,7 @@ class _Plan:
         del self.host
 
 
-def _pieces(
+def pieces(
     source: Source, found: Found, form: StoredForm, region: Region
 ) -> Iterator[tuple[StoredTensor, Extent, Runs]]:
     """By extent: the runs from the elements that are stored there to the storage of ``region``."""

@@ -43,9 +43,7 @@ def write_weights(
     """
     source = open_checkpoint(weights.path)
     _check(source, weights, naming)
-    contents = {
-        name: _content(weights, naming.foreign_shapes[name], parts) for name, parts in _places(naming).items()
-    }
+    contents = {name: _content(weights, naming.foreign_shapes[name], parts) for name, parts in _places(naming).items()}
     return write_safetensors(directory, source, contents, most_file_bytes=most_file_bytes)
 
 

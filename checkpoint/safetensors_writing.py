@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from evermesh.checkpoint.contents import Content, Stream, Tell
-from evermesh.checkpoint.encoding import HeaderEntry, safetensors_head
 from evermesh.checkpoint.dtypes import DTYPES
+from evermesh.checkpoint.encoding import HeaderEntry, safetensors_head
 from evermesh.checkpoint.files import sync_directory, write_checksummed, write_durably
 from evermesh.checkpoint.huggingface import INDEX, SINGLE
 from evermesh.checkpoint.sources import Source
@@ -45,10 +45,10 @@ def write_safetensors(
     Raises:
         ForeignUnusable, CheckpointCorrupt: the tensors cannot be read, or not be converted.
     """
-    files = _names(contents, most_file_bytes)
+    files = _names(in_file_order(contents), most_file_bytes)
     stream = Stream(source, [contents[name] for of_file in files.values() for name in of_file], tell)
     for file, of_file in files.items():
-        entries = [_entry(name, contents[name]) for name in of_file]
+        entries = entries_of({name: contents[name] for name in of_file})
         head = safetensors_head(entries, _METADATA | dict(metadata or {}))
         payloads = itertools.chain.from_iterable(stream.take(contents[name]) for name in of_file)
         write_checksummed(directory / file, itertools.chain([head], payloads))
@@ -59,6 +59,19 @@ def write_safetensors(
         write_durably(directory / INDEX, [json.dumps(index, indent=2).encode()])
     sync_directory(directory)
     return WeightsWritten(tuple(files), num_bytes)
+
+
+def in_file_order(contents: Mapping[str, Content]) -> dict[str, Content]:
+    """Larger elements first: every tensor is then aligned to its own element size."""
+    return dict(sorted(contents.items(), key=lambda entry: -DTYPES[entry[1].dtype].num_bytes))
+
+
+def entries_of(contents: Mapping[str, Content]) -> list[HeaderEntry]:
+    """What the head of a file says about tensors that follow in this order."""
+    return [
+        HeaderEntry(name, DTYPES[content.dtype].code, content.shape, content.num_bytes)
+        for name, content in contents.items()
+    ]
 
 
 def _names(contents: Mapping[str, Content], most_file_bytes: int) -> dict[str, list[str]]:
@@ -72,16 +85,10 @@ def _names(contents: Mapping[str, Content], most_file_bytes: int) -> dict[str, l
 def _filled(contents: Mapping[str, Content], most_file_bytes: int) -> Iterator[list[str]]:
     names: list[str] = []
     free = most_file_bytes
-    # larger elements first: every tensor is then aligned to its own element size
-    ordered = sorted(contents.items(), key=lambda entry: -DTYPES[entry[1].dtype].num_bytes)
-    for name, content in ordered:
+    for name, content in contents.items():
         if content.num_bytes > free and names:
             yield names
             names, free = [], most_file_bytes
         names.append(name)
         free -= content.num_bytes
     yield names
-
-
-def _entry(name: str, content: Content) -> HeaderEntry:
-    return HeaderEntry(name, DTYPES[content.dtype].code, content.shape, content.num_bytes)

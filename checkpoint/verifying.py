@@ -19,7 +19,7 @@ from evermesh.checkpoint.parity import ParityPart
 from evermesh.checkpoint.reading import ChunkReader
 from evermesh.checkpoint.sources import Source
 
-Kind = Literal["manifest", "index", "missing file", "extra file", "size", "checksum", "coverage"]
+Kind = Literal["format", "manifest", "index", "missing file", "extra file", "size", "checksum", "coverage"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,9 @@ class VerifyReport:
     problems: tuple[Problem, ...]
     num_files: int
     bytes_read: int
-    """Bytes whose checksums were computed."""
+    """Bytes whose checksums were computed; of formats that have none, bytes that could be read."""
+    has_checksums: bool = True
+    """False: the format has none, so that a flipped bit in a tensor cannot be told."""
 
     @property
     def ok(self) -> bool:
@@ -59,12 +61,17 @@ def verify(path: Path | str) -> VerifyReport:
     """Check every chunk of every file and the set of files, and that the rules of every tensor give each element to one
     place, and every rank wrote what they say.
 
+    Of checkpoints of other projects too; see ``evermesh.checkpoint.foreign.verifying`` for what can be told about them.
     Not collective; reads the whole checkpoint once. What is wrong is reported, not raised.
 
     Raises:
-        CheckpointNotFound: there is no manifest at ``path``.
+        CheckpointNotFound: there is no checkpoint at ``path``.
     """
     path = Path(path)
+    if not (path / MANIFEST).exists():
+        from evermesh.checkpoint.foreign.verifying import verify_foreign
+
+        return verify_foreign(path)
     try:
         manifest = read_manifest(path)
     except CheckpointCorrupt as error:

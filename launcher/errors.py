@@ -6,6 +6,7 @@
         ├── LengthsInvalid   (ValueError)       a file of sequence lengths cannot be read
         ├── ScenarioInvalid  (ValueError)       what is to be simulated cannot be read, or contradicts itself
         ├── LayoutRequestInvalid (ValueError)   a model, topology or device to find a layout for is wrong or missing
+        ├── CheckpointRequestInvalid (ValueError) what is to be done with a checkpoint contradicts itself
         ├── RunNotFound      (LookupError)      there is no such run, or none at all
         ├── JobAmbiguous     (LookupError)      several jobs could be meant
         ├── RunAlive         (RuntimeError)     another launcher holds the run
@@ -70,6 +71,10 @@ class ScenarioInvalid(LauncherError, ValueError):
 
 class LayoutRequestInvalid(LauncherError, ValueError):
     """A model, a topology or a device to find a layout for is wrong or missing."""
+
+
+class CheckpointRequestInvalid(LauncherError, ValueError):
+    """What is to be done with a checkpoint contradicts itself, or a file that says it cannot be read."""
 
 
 class RunNotFound(LauncherError, LookupError):

@@ -1,4 +1,4 @@
-"""How ZeRO lays parameters end to end and cuts them among ranks, for writing; ``deepspeed`` reads what says so in files.
+"""How ZeRO lays parameters end to end and cuts them among ranks. Imports no torch.
 
 Format: as found in files of version 0.19.8, and in what its unmodified engine loads. Positions are elements.
 """
@@ -7,9 +7,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, TypeVar
 
-from evermesh.checkpoint.contents import Content, Piece
-from evermesh.checkpoint.foreign.deepspeed_model import even
-from evermesh.checkpoint.regions import Interval
+from evermesh.checkpoint.foreign.deepspeed_model import Slicing, even
 
 _ALIGNMENT = 2
 """Of partitions of stages 1 and 2, elements."""
@@ -18,49 +16,34 @@ SUB_GROUP_SIZE = 1_000_000_000
 T = TypeVar("T")
 
 
-class Cut(NamedTuple):
-    """What a rank holds of a parameter."""
-
-    name: str
-    at: int
-    """In the partition of the rank."""
-    start: int
-    """In the parameter."""
-    length: int
-
-
 class Partition(NamedTuple):
     """What a rank holds of a group (stage 3: sub-group) of parameters laid end to end."""
 
-    cuts: tuple[Cut, ...]
+    slices: tuple[Slicing, ...]
     length: int
     padding: int
     """Elements at its end that belong to no parameter (stage 3: 0, they are between parameters)."""
-
-    def content(self, tensors: dict[str, str], dtype: str, *, padded: bool = True) -> Content:
-        """The partition of a state, given the tensor of every parameter in a source."""
-        pieces = (Piece(tensors[c.name], Interval(c.start, c.start + c.length), c.at) for c in self.cuts if c.length)
-        return Content(dtype, (self.length - (0 if padded else self.padding),), tuple(pieces))
 
 
 def flat_partition(shapes: dict[str, tuple[int, ...]], rank: int, ranks: int) -> Partition:
     """Stages 1 and 2: parameters end to end, padded, cut into equal partitions."""
     total = sum(map(math.prod, shapes.values()))
     length = -(-total // (_ALIGNMENT * ranks)) * _ALIGNMENT
-    begin, cuts, at = rank * length, [], 0
+    begin, slices, at = rank * length, list[Slicing](), 0
     for name, shape in shapes.items():
         size = math.prod(shape)
         first, last = max(at, begin), min(at + size, begin + length)
         if first < last:
-            cuts.append(Cut(name, first - begin, first - at, last - first))
+            slices.append((name, first - begin, first - at, last - first))
         at += size
-    return Partition(tuple(cuts), length, min(max(begin + length - total, 0), length))
+    return Partition(tuple(slices), length, min(max(begin + length - total, 0), length))
 
 
 def even_partition(shapes: dict[str, tuple[int, ...]], rank: int, ranks: int) -> Partition:
     """Stage 3: every parameter is cut evenly, rounded up."""
-    cuts = tuple(Cut(*place) for place in even(shapes, rank, ranks))
-    return Partition(cuts, sum(-(-math.prod(shape) // ranks) for shape in shapes.values()), 0)
+    return Partition(
+        tuple(even(shapes, rank, ranks)), sum(-(-math.prod(shape) // ranks) for shape in shapes.values()), 0
+    )
 
 
 def sub_groups(shapes: dict[str, tuple[int, ...]], ranks: int, most: int) -> Iterator[dict[str, tuple[int, ...]]]:

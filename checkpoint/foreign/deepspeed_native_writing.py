@@ -7,7 +7,6 @@ of parameters; its ``zero_to_fp32`` consolidates them. Format: ``docs/decisions/
 from collections.abc import Iterator
 from typing import Any
 
-from evermesh.checkpoint.contents import Content
 from evermesh.checkpoint.foreign.deepspeed_layout import (
     SUB_GROUP_SIZE,
     Partition,
@@ -21,6 +20,7 @@ from evermesh.checkpoint.foreign.deepspeed_writing import (
     kinds_of,
     model_states,
     numbers_of,
+    partition_of,
     scaler_of,
     settings_of,
     stage_of,
@@ -65,14 +65,17 @@ def _flat_state(model: Model, stage: int, partitions: list[Partition]) -> dict[s
             "state": {index: state for index, state in states.items() if state},
             "param_groups": [settings_of(group, [index]) for index, group in enumerate(groups)],
         },
-        "single_partition_of_fp32_groups": [_master(model, partition, padded=False) for partition in partitions],
+        "single_partition_of_fp32_groups": [
+            partition_of(partition, model.training.parameters, _MASTER, partition.length - partition.padding)
+            for partition in partitions
+        ],
         "zero_stage": stage_of(stage),
         "group_paddings": [partition.padding for partition in partitions],
         "param_alignment_paddings": [[0] * len(group.names) for group in groups],
         "partition_count": [model.ranks] * len(groups),
         "ds_version": VERSION,
         "param_slice_mappings": [
-            Ordered({cut.name: Instance(_ADDRESS, {"numel": cut.length, "start": cut.at}) for cut in partition.cuts})
+            Ordered({name: Instance(_ADDRESS, {"numel": size, "start": at}) for name, at, _, size in partition.slices})
             for partition in partitions
         ],
     }
@@ -93,16 +96,16 @@ def _even_state(model: Model, partitions: list[list[Partition]]) -> dict[str, An
             "state": {index: state for index, state in states.items() if state},
             "param_groups": groups,
         },
-        "fp32_flat_groups": [_master(model, partition) for of_group in partitions for partition in of_group],
+        "fp32_flat_groups": [
+            partition_of(partition, model.training.parameters, _MASTER)
+            for of_group in partitions
+            for partition in of_group
+        ],
     }
 
 
 def _states(model: Model, group: Group, partition: Partition) -> dict[str, Any]:
     """What the optimizer of a rank keeps of a partition."""
     kinds = kinds_of(model.training, group)
-    tensors = {kind: partition.content(dict(model.training.states[kind]), _MASTER) for kind in kinds}
+    tensors = {kind: partition_of(partition, model.training.states[kind], _MASTER) for kind in kinds}
     return numbers_of(group) | tensors if kinds or group.numbers else {}
-
-
-def _master(model: Model, partition: Partition, *, padded: bool = True) -> Content:
-    return partition.content(dict(model.training.parameters), _MASTER, padded=padded)

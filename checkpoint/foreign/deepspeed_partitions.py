@@ -7,6 +7,7 @@ from typing import Any
 
 from evermesh.checkpoint.errors import ForeignUnusable
 from evermesh.checkpoint.foreign.deepspeed_experts import Experts
+from evermesh.checkpoint.foreign.deepspeed_layout import flat_partition
 from evermesh.checkpoint.foreign.deepspeed_model import AGAIN, PARAMETER, ModelStates, Slicing, even, settings_of
 from evermesh.checkpoint.foreign.fragments import Slice
 from evermesh.checkpoint.foreign.patterns import Shape
@@ -97,9 +98,13 @@ class Partitions:
     def _slices(self) -> list[list[list[Slicing]]]:
         """By rank and group: where parameters are in a partition.
 
-        Stages 1 and 2 say it; what comes before in a parameter is on the ranks before. Stage 3 follows a rule.
+        Stages 1 and 2 say it; what comes before in a parameter is on the ranks before. Stage 3 follows a rule. So do
+        stages 1 and 2 with ``round_robin_gradients``: what they say then is wrong in version 0.19.8, which lays the
+        parameters in one order, that of ``param_shapes``, and counts in another.
         """
         shapes, ranks = self.model.shapes, len(self.shards)
+        if self.stage < 3 and self._is_dealt():
+            return [[list(flat_partition(group, rank, ranks).slices) for group in shapes] for rank in range(ranks)]
         if self.stage == 3:
             return [[list(even(group, rank, ranks)) for group in shapes] for rank in range(ranks)]
         if any("param_slice_mappings" not in shard for shard in self.shards):
@@ -118,6 +123,12 @@ class Partitions:
                 found[-1].append([(name, start, before.get(name, 0), length) for name, start, length in places])
                 before |= {name: before.get(name, 0) + length for name, _, length in places}
         return found
+
+    def _is_dealt(self) -> bool:
+        """Whether parameters were dealt out to ranks, one after the other, without gaps."""
+        zero = (self.model.first.get("ds_config") or {}).get("zero_optimization") or {}
+        gaps = (gap for shard in self.shards for group in shard.get("param_alignment_paddings") or () for gap in group)
+        return bool(zero.get("round_robin_gradients")) and not any(gaps) and max(self.holders, default=1) == 1
 
     def _of_rank(self, rank: int, slices: list[list[Slicing]]) -> Iterator[Partition]:
         """What a rank holds of the optimizer."""

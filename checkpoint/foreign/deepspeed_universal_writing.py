@@ -45,7 +45,9 @@ def _settings(model: Model) -> dict[str, Any]:
     """Groups as stages 1 and 2 ask for them, and as stage 3 does."""
     groups = [settings_of(group, [index]) for index, group in enumerate(model.training.groups)]
     numbers = {index: numbers_of(group) for index, group in enumerate(model.training.groups)}
-    inner = {"state": numbers, "param_groups": groups}
+    # the loader of stage 3 gives every group the settings of the first: those that differ stay as the engine was told
+    common = {key: value for key, value in groups[0].items() if all(group.get(key) == value for group in groups)}
+    inner = {"state": numbers, "param_groups": [common | {"params": [0]}]}
     return scaler_of(model.training) | {
         "param_groups": groups,
         "optimizer_state_dict": inner,

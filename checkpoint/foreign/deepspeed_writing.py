@@ -8,12 +8,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from evermesh.checkpoint.contents import Content, converted, whole
+from evermesh.checkpoint.contents import Content, Piece, whole
 from evermesh.checkpoint.errors import ForeignUnusable
-from evermesh.checkpoint.foreign.deepspeed_layout import dealt, even_partition
+from evermesh.checkpoint.foreign.deepspeed_layout import Partition, dealt, even_partition
 from evermesh.checkpoint.foreign.deepspeed_model import PARAMETER, SCALER
 from evermesh.checkpoint.foreign.pickle_writing import Call, Global, Instance, Ordered
 from evermesh.checkpoint.foreign.training import Group, Training
+from evermesh.checkpoint.regions import Interval
 
 VERSION = "0.19.8"
 _SIZE = Global("torch", "Size")
@@ -187,7 +188,17 @@ def _frozen(model: Model, name: str, stage: int, rank: int) -> Content:
     if stage < 3:
         return content
     part = even_partition({name: model.shape(name)}, rank, model.ranks)
-    return converted(part.content({name: tensor}, content.dtype), content.dtype)
+    return partition_of(part, {name: tensor}, content.dtype)
+
+
+def partition_of(partition: Partition, tensors: Mapping[str, str], dtype: str, length: int | None = None) -> Content:
+    """What a rank holds of a state, given the tensor of every parameter in a source; up to ``length`` elements."""
+    pieces = (
+        Piece(tensors[name], Interval(start, start + size), first)
+        for name, first, start, size in partition.slices
+        if size
+    )
+    return Content(dtype, (partition.length if length is None else length,), tuple(pieces))
 
 
 def _size(shape: tuple[int, ...]) -> Call:

@@ -87,6 +87,13 @@ def open_torch_distributed(path: Path) -> Source:
     )
 
 
+def archives(source: Source) -> Iterator[Part]:
+    """The files inside the files of a checkpoint that ``open_torch_distributed`` opened."""
+    assert isinstance(source.locate, _Locator)
+    for (file, start), num_bytes in source.locate.num_bytes.items():
+        yield Part(inside(source.path, file), start, num_bytes)
+
+
 def _metadata(file: Path) -> Made:
     try:
         if file.stat().st_size > MOST_PICKLE_BYTES:

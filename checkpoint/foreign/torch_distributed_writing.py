@@ -66,7 +66,7 @@ def write_torch_distributed(directory: Path, training: Training, ranks: int, tel
 
 def _tensors(training: Training) -> Iterator[tuple[str, Content | str]]:
     """By their names there: tensors of the source, or numbers."""
-    for name, tensor in (training.parameters | training.buffers).items():
+    for name, tensor in (*training.parameters.items(), *training.buffers.items()):
         yield MODEL + name, tensor
     for kind, of_kind in training.states.items():
         for name, tensor in of_kind.items():
@@ -162,7 +162,6 @@ def _path(name: str) -> tuple[str | int, ...]:
     if name.startswith(GROUPS):
         index, _, setting = name.removeprefix(GROUPS).partition(".")
         return ("optimizer", "param_groups", int(index), setting)
-    for prefix in (MODEL, CLIENT):
-        if name.startswith(prefix):
-            return (prefix[:-1], name.removeprefix(prefix))
+    if name.startswith(MODEL):
+        return ("model", name.removeprefix(MODEL))
     return (name,)

@@ -34,6 +34,7 @@ _STORAGES = {
 }
 _BYTES = "uint8"
 _MOST_DIMS = 64
+_BLOCK_BYTES = 1 << 20
 _LOCAL_HEADER = struct.Struct("<4sHHHHHIIIHH")
 _AGAIN = "Copy the checkpoint again, or load an earlier one."
 
@@ -111,6 +112,29 @@ def read_torch_file(
         raise ForeignUnusable(part.file, f"it cannot be read: {error.strerror or error}", _AGAIN) from error
     except PickleRefused as error:
         raise ForeignUnusable(part.file, str(error), _AGAIN) from error
+
+
+def check_torch_file(part: Part) -> int:
+    """Read a file of ``torch.save`` and compare the CRC-32 that ``torch`` has written for each of its entries, which its
+    own readers pass over; returns the bytes read.
+
+    Raises:
+        ForeignUnusable: it is no such file, or bytes are not those that were saved; names the entry.
+    """
+    num_bytes = 0
+    try:
+        with part.file.open("rb") as stream:
+            archive = _Archive(part, stream)
+            for entry in archive.zip.infolist():
+                try:
+                    with archive.zip.open(entry) as payload:
+                        while block := payload.read(_BLOCK_BYTES):
+                            num_bytes += len(block)
+                except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
+                    raise archive.unusable(f"its entry {entry.filename[:100]!r} is not what was saved") from error
+    except OSError as error:
+        raise ForeignUnusable(part.file, f"it cannot be read: {error.strerror or error}", _AGAIN) from error
+    return num_bytes
 
 
 class _Archive:

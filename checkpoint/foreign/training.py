@@ -126,8 +126,8 @@ def _in_order(source: Source) -> Source:
     zero = (objects.get("config") or {}).get("zero_optimization") or {}
     if objects.get("zero_stage") not in (1, 2) or not zero.get("round_robin_gradients") or source.world_size is None:
         return source
-    groups = [group | {"names": undealt(group["names"], source.world_size)} for group in objects["groups"]]
-    return replace(source, objects=objects | {"groups": groups})
+    groups: JsonValue = [group | {"names": undealt(group["names"], source.world_size)} for group in objects["groups"]]
+    return replace(source, objects={**source.objects, "groups": groups})
 
 
 def _of_torch_distributed(source: Source) -> Source:
@@ -153,12 +153,12 @@ def _of_torch_distributed(source: Source) -> Source:
     for name in [name for name in objects if name.startswith(STATE)]:
         weight, _, kind = name.removeprefix(STATE).rpartition(".")
         numbers.setdefault(weight, {})[kind] = objects.pop(name)
-    groups = list(_torch_groups(source, objects, numbers))
+    groups: list[JsonValue] = list(_torch_groups(source, objects, numbers))
     step = objects.pop("step", None)
     return replace(
         source,
         tensors=tensors,
-        objects=objects | ({"groups": groups} if groups else {}),
+        objects={**objects, "groups": groups} if groups else objects,
         step=step if isinstance(step, int) else source.step,
     )
 

@@ -105,7 +105,7 @@ def build_runner(built: BuiltModel, layout: Layout, groups: Groups, buckets: Seq
 
 def build_model(config: TrainConfig, vocabulary: int, groups: Groups, device: torch.device) -> BuiltModel:
     """This rank's part of the model on ``device``, and its buffers. Collective, if the split is measured."""
-    layout, mesh = config.layout, Mesh.of(config.layout)
+    layout = config.layout
     all_parts = stage_parts(config.model, layout, layer_costs(config, vocabulary, groups.world, device))
     parts = parts_of_rank(all_parts, layout, groups.place.pp)
     model = Decoder(config.model, vocabulary, list(parts.values()))
@@ -133,7 +133,7 @@ def build_model(config: TrainConfig, vocabulary: int, groups: Groups, device: to
         tied.trained = next((of for of in sets if "embedding.weight" in of.parameters), None)
     if layout.tiers.by_block:
         apply_gathering(model, sets, parts, for_step=not layout.tiers.in_lock_step)
-    held = [_held(config, vocabulary, mesh, all_parts, pp) for pp in range(mesh.pp)]
+    held = [held_sets(config, vocabulary, all_parts, pp) for pp in range(layout.pp)]
     for_step = not layout.tiers.in_lock_step
     memory = ActivationMemory(layout, products, device)
     return BuiltModel(model, all_parts, parts, sets, held, tied, deferred, memory, for_step)
@@ -163,14 +163,14 @@ def _together(cuts: Mapping[str, AnyCut], layout: Layout) -> list[list[str]]:
     return [list(cuts)] if cuts else []
 
 
-def _held(config: TrainConfig, vocabulary: int, mesh: Mesh, parts: tuple[Part, ...], pp: int) -> list[HeldSet]:
-    """The sets of the ranks of one pipeline stage."""
+def held_sets(config: TrainConfig, vocabulary: int, parts: tuple[Part, ...], pp: int) -> list[HeldSet]:
+    """The sets of the ranks of one pipeline rank; makes no tensors."""
     with torch.device("meta"):
         model = Decoder(config.model, vocabulary, list(parts_of_rank(parts, config.layout, pp).values()))
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     if model.copies_embedding:
         del shapes["head.weight"]
-    layout = config.layout
+    layout, mesh = config.layout, Mesh.of(config.layout)
     sides = (
         (DECODER_SHARDING.cuts(shapes, mesh.tp), layout.division, mesh.holders(pp)),
         (DECODER_EXPERTS.cuts(shapes, mesh.ep, mesh.etp), layout.expert_division, mesh.expert_holders(pp)),

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tests.checkpoint.foreign_saves import Case, engine_of, live_state, start_deepspeed
+from tests.checkpoint.foreign_saves import Case, engine_of, live_state, save_deepspeed, start_deepspeed
 
 MORE_STEPS = 3
 
@@ -42,6 +42,12 @@ def continue_jobs(rank: int, ranks: int, jobs: Sequence[Job]) -> list[Outcome]:
     return [_continue(deepspeed, job) for job in jobs]
 
 
+def save_and_continue(rank: int, ranks: int, folder: str, cases: Sequence[Case]) -> list[Outcome]:
+    """Train and save every case in ``folder`` under its name, load it with another engine, and train on."""
+    save_deepspeed(rank, ranks, folder, cases)
+    return continue_jobs(rank, ranks, [Job(case, f"{folder}/{case.name}") for case in cases])
+
+
 def _continue(deepspeed: Any, job: Job) -> Outcome:
     engine = engine_of(deepspeed, job.case, checkpoint={"load_universal": job.universal})
     path, client = engine.load_checkpoint(job.directory)
@@ -57,7 +63,7 @@ def _continue(deepspeed: Any, job: Job) -> Outcome:
     losses = []
     for _ in range(MORE_STEPS):
         loss = engine(torch.randint(13, (2, 3), generator=tokens))
-        losses.append(float(loss))
+        losses.append(loss.item())
         engine.backward(loss)
         engine.step()
     kept = {key: client[key] for key in ("iteration", "random", "evermesh") if key in client}
