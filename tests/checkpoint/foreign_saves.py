@@ -90,20 +90,26 @@ def groups_of(model: nn.Module) -> list[dict[str, Any]]:
     ]
 
 
-def save_deepspeed(rank: int, ranks: int, folder: str, cases: Iterable[Case]) -> None:
-    """Train and save every case in ``folder`` under its name, with ``live.pt``: what the optimizer held."""
+def import_deepspeed(rank: int) -> Any:
+    """The library, for a rank of a process group on CPUs."""
     os.environ["DS_ACCELERATOR"] = "cpu"
-    os.environ.setdefault("LOCAL_RANK", "0")
+    os.environ.setdefault("LOCAL_RANK", str(rank))
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # compiled in minutes otherwise
     deepspeed.init_distributed(dist_init_required=False)
+    return deepspeed
+
+
+def save_deepspeed(rank: int, ranks: int, folder: str, cases: Iterable[Case]) -> None:
+    """Train and save every case in ``folder`` under its name, with ``live.pt``: what the optimizer held."""
+    deepspeed = import_deepspeed(0)
     for case in cases:
         directory = Path(folder) / case.name
         engine = _trained(deepspeed, case, rank)
         client = {"iteration": 3, "args": argparse.Namespace(hidden=5, sizes=(1, 2)), "random": torch.get_rng_state()}
         engine.save_checkpoint(str(directory), client_state=client)
-        live = _live(case, engine)
+        live = live_state(engine, OPTIMIZERS[case.optimizer][2] if case.steps else (), case.stage)
         if rank == 0:
             torch.save(live, directory / "live.pt")
 
@@ -129,12 +135,11 @@ def _trained(deepspeed: Any, case: Case, rank: int) -> Any:
     return engine
 
 
-def _live(case: Case, engine: Any) -> dict[str, Tensor]:
+def live_state(engine: Any, kinds: Iterable[str], stage: int) -> dict[str, Tensor]:
     """The masters and the states of the optimizer, gathered by the library itself. Collective."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-    kinds = OPTIMIZERS[case.optimizer][2] if case.steps else ()
-    if case.stage < 3:  # it links the states of the first group only, before those of the others exist
+    if stage < 3:  # it links the states of the first group only, before those of the others exist
         engine.optimizer._hp_optimizer_states_linked = False
         engine.optimizer._lazy_init_hp_params_optimizer_state()
     found: dict[str, Tensor] = {}
