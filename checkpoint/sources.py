@@ -19,7 +19,7 @@ from evermesh.checkpoint.format import Extent, Manifest, StoredFile, StoredTenso
 from evermesh.checkpoint.naming import ForeignPart, Naming
 from evermesh.checkpoint.regions import Box
 
-Kind = Literal["evermesh", "safetensors", "deepspeed", "deepspeed-universal", "torch-distributed"]
+Kind = Literal["evermesh", "safetensors", "deepspeed", "deepspeed-universal", "torch-distributed", "megatron"]
 
 
 @dataclass(frozen=True, slots=True)
