@@ -9,8 +9,8 @@ from evermesh.checkpoint.huggingface import INDEX, SINGLE, open_safetensors
 from evermesh.checkpoint.indexed import Indexes, source_of
 from evermesh.checkpoint.sources import Source
 
-_POINTERS = ("latest", "latest_universal")
-"""Files in which DeepSpeed names a folder beside them."""
+_POINTERS = {"latest": "{}", "latest_universal": "{}", "latest_checkpointed_iteration.txt": "iter_{:0>7}"}
+"""Files in which DeepSpeed and Megatron name a folder beside them, and how this is called."""
 
 
 def open_checkpoint(path: Path | str) -> Source:
@@ -27,10 +27,15 @@ def open_checkpoint(path: Path | str) -> Source:
         return source_of(Indexes(path, read_manifest(path)))
     if (path / INDEX).is_file() or (path / SINGLE).is_file():
         return open_safetensors(path)
-    if (path / ".metadata").is_file():
+    if (path / ".metadata").is_file() or (path / "__0.metadata").is_file():
+        from evermesh.checkpoint.foreign.megatron import is_megatron, open_megatron
         from evermesh.checkpoint.foreign.torch_distributed import open_torch_distributed
 
-        return open_torch_distributed(path)
+        return open_megatron(path) if is_megatron(path) else open_torch_distributed(path)
+    if any(path.glob("shard-*-model-*.safetensors")):
+        from evermesh.checkpoint.foreign.sharded_safetensors import open_sharded_safetensors
+
+        return open_sharded_safetensors(path)
     if (path / "zero").is_dir():
         from evermesh.checkpoint.foreign.deepspeed_universal import open_universal
 
@@ -49,12 +54,12 @@ def open_checkpoint(path: Path | str) -> Source:
 
 def _named(path: Path) -> Path | None:
     """The folder that a pointer in ``path`` names."""
-    for pointer in _POINTERS:
+    for pointer, folder in _POINTERS.items():
         file = path / pointer
         if not file.is_file():
             continue
         try:
-            name = file.read_text("utf-8").strip()
+            name = folder.format(file.read_text("utf-8").strip())
         except UnicodeDecodeError as error:
             raise ForeignUnusable(file, "it is no text", "Name the folder of a tag.") from error
         if not name or Path(name).name != name:

@@ -30,7 +30,12 @@ class FileTensor:
 
 
 def read_header(file: Path) -> dict[str, FileTensor]:
-    """The tensors of a safetensors file, by name.
+    """The tensors of a safetensors file, by name. Raises as ``read_notes`` does."""
+    return read_notes(file)[0]
+
+
+def read_notes(file: Path) -> tuple[dict[str, FileTensor], dict[str, Any]]:
+    """The tensors of a safetensors file, by name, and the notes of its writer (``__metadata__``).
 
     Raises:
         WeightsUnusable: it is missing, truncated, or not what the format allows.
@@ -42,12 +47,16 @@ def read_header(file: Path) -> dict[str, FileTensor]:
             if not 2 <= length <= min(_MOST_HEADER_BYTES, num_bytes - 8):
                 raise WeightsUnusable(file, f"its header says {length:,} bytes; the file has {num_bytes:,}", _AGAIN)
             header = json.loads(stream.read(length))
+            notes = header.pop("__metadata__", {}) if isinstance(header, dict) else None
+            if not isinstance(notes, dict):
+                raise WeightsUnusable(file, "its header is no object of tensors", _AGAIN)
     except OSError as error:
         raise WeightsUnusable(file, f"it cannot be read: {error.strerror}", _AGAIN) from error
-    except ValueError as error:  # not JSON, or not text
+    except WeightsUnusable:
+        raise
+    except (ValueError, RecursionError) as error:  # not JSON, or not text
         raise WeightsUnusable(file, f"its header is no JSON: {error}", _AGAIN) from error
-    header.pop("__metadata__", None)
-    return {name: _tensor(file, name, entry, 8 + length, num_bytes) for name, entry in header.items()}
+    return {name: _tensor(file, name, entry, 8 + length, num_bytes) for name, entry in header.items()}, notes
 
 
 _AGAIN = "Fetch the file again."

@@ -21,7 +21,7 @@ from evermesh.checkpoint.naming import ForeignPart, Naming
 from evermesh.checkpoint.recovery import Recovery
 from evermesh.checkpoint.regions import Box
 
-Kind = Literal["evermesh", "safetensors", "deepspeed", "deepspeed-universal", "torch-distributed"]
+Kind = Literal["evermesh", "safetensors", "deepspeed", "deepspeed-universal", "torch-distributed", "megatron"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,6 +32,7 @@ class Grid:
         self.stages = [models[stage * self.ranks : (stage + 1) * self.ranks] for stage in range(stages)]
         self.rules = Rules(path, self.first.get(INFO), self.ranks)
         self._check_together(models)
+        self._check_experts(files)
         self.aliases = {alias: name for model in models for alias, name in model.aliases.items()}
         self.buffer_names = {name for model in models for name in model.buffer_names}
         self.is_partitioned = models[0].is_partitioned
@@ -43,6 +44,13 @@ class Grid:
             raise ForeignUnusable(
                 self.path, f"its files of the model are of steps {sorted(set(map(str, steps)))}", AGAIN
             )
+
+    def _check_experts(self, files: Files) -> None:
+        numbers = self.first.get("num_experts") or ()
+        wanted = {(layer, expert) for layer, number in enumerate(numbers) for expert in range(min(number, 1 << 20))}
+        if files.experts and wanted != files.experts.keys():
+            fact = f"it has the files of {len(files.experts)} of {sum(numbers)} experts"
+            raise ForeignUnusable(self.path, fact, AGAIN)
 
     def trained(self) -> dict[str, list[Shape]]:
         """Shapes of the parts of trained parameters by tensor-parallel rank, as the first stage names them that has them."""

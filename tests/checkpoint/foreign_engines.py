@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tests.checkpoint.foreign_saves import Case, engine_of, live_state, save_deepspeed, start_deepspeed
+from tests.checkpoint.foreign_saves import Case, engine_of, import_deepspeed, live_state, save_deepspeed, states_of
 
 MORE_STEPS = 3
 
@@ -38,7 +38,7 @@ class Outcome(NamedTuple):
 
 def continue_jobs(rank: int, ranks: int, jobs: Sequence[Job]) -> list[Outcome]:
     """Load every job and train on."""
-    deepspeed = start_deepspeed()
+    deepspeed = import_deepspeed(0)
     return [_continue(deepspeed, job) for job in jobs]
 
 
@@ -52,7 +52,7 @@ def _continue(deepspeed: Any, job: Job) -> Outcome:
     engine = engine_of(deepspeed, job.case, checkpoint={"load_universal": job.universal})
     path, client = engine.load_checkpoint(job.directory)
     assert path is not None
-    live = live_state(job.case, engine)
+    live = live_state(engine, states_of(job.case), job.case.stage)
     settings = [{k: v for k, v in g.items() if k != "params"} for g in engine.optimizer.optimizer.param_groups]
     counters = (engine.global_steps, engine.global_samples, engine.skipped_steps)
     scheduler = dict(engine.lr_scheduler.state_dict())

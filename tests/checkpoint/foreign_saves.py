@@ -90,10 +90,10 @@ def groups_of(model: nn.Module) -> list[dict[str, Any]]:
     ]
 
 
-def start_deepspeed() -> Any:
-    """The library, ready for engines on the ranks of the process group."""
+def import_deepspeed(rank: int) -> Any:
+    """The library, for a rank of a process group on CPUs."""
     os.environ["DS_ACCELERATOR"] = "cpu"
-    os.environ.setdefault("LOCAL_RANK", "0")
+    os.environ.setdefault("LOCAL_RANK", str(rank))
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # compiled in minutes otherwise
@@ -103,13 +103,13 @@ def start_deepspeed() -> Any:
 
 def save_deepspeed(rank: int, ranks: int, folder: str, cases: Iterable[Case]) -> None:
     """Train and save every case in ``folder`` under its name, with ``live.pt``: what the optimizer held."""
-    deepspeed = start_deepspeed()
+    deepspeed = import_deepspeed(0)
     for case in cases:
         directory = Path(folder) / case.name
         engine = _trained(deepspeed, case, rank)
         client = {"iteration": 3, "args": argparse.Namespace(hidden=5, sizes=(1, 2)), "random": torch.get_rng_state()}
         engine.save_checkpoint(str(directory), client_state=client)
-        live = live_state(case, engine)
+        live = live_state(engine, states_of(case), case.stage)
         if rank == 0:
             torch.save(live, directory / "live.pt")
 
@@ -142,12 +142,16 @@ def engine_of(deepspeed: Any, case: Case, **more: Any) -> Any:
     return engine
 
 
-def live_state(case: Case, engine: Any) -> dict[str, Tensor]:
+def states_of(case: Case) -> tuple[str, ...]:
+    """What the optimizer keeps of every parameter."""
+    return OPTIMIZERS[case.optimizer][2] if case.steps else ()
+
+
+def live_state(engine: Any, kinds: Iterable[str], stage: int) -> dict[str, Tensor]:
     """The masters and the states of the optimizer, gathered by the library itself. Collective."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-    kinds = OPTIMIZERS[case.optimizer][2] if case.steps else ()
-    if case.stage < 3:  # it links the states of the first group only, before those of the others exist
+    if stage < 3:  # it links the states of the first group only, before those of the others exist
         engine.optimizer._hp_optimizer_states_linked = False
         engine.optimizer._lazy_init_hp_params_optimizer_state()
     found: dict[str, Tensor] = {}

@@ -11,7 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict import get_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -184,3 +186,56 @@ def test_a_chunk_with_strides_is_refused_by_name(tmp_path: Path) -> None:
     got = torch.zeros(4, 3)
     with pytest.raises(ForeignUnusable, match=r"strides \[1, 4\].*Make the tensor contiguous"):
         load(source, {"transposed": (Interval(0, 12), got)})
+
+
+def _save_in_other_forms(rank: int, ranks: int, folder: str) -> dict[str, Tensor]:
+    """As safetensors files of every rank, as consolidated ones, and with metadata of every rank."""
+    mesh = init_device_mesh("cpu", (ranks,))
+    cut = {name: distribute_tensor(_matrix(name), mesh, [where]) for name, where in _PLACEMENTS.items()}
+    sharded = HuggingFaceStorageWriter(f"{folder}/sharded", save_distributed=True)
+    save(cut, storage_writer=sharded)
+    consolidated = HuggingFaceStorageWriter(f"{folder}/consolidated", save_distributed=True, enable_consolidation=True)
+    save(cut, storage_writer=consolidated)
+    save(cut | {"step": 7}, checkpoint_id=f"{folder}/each", use_collectives=False)
+    loaded: dict[str, Tensor] = {name: torch.zeros(SHAPES[name]) for name in SHAPES}
+    load_distributed(loaded, storage_reader=HuggingFaceStorageReader(f"{folder}/sharded"))
+    return loaded
+
+
+_PLACEMENTS = {"rows": Shard(0), "columns": Shard(1), "both": Shard(1), "same": Replicate()}
+
+
+def test_its_other_forms_are_read_like_the_first(tmp_path: Path) -> None:
+    loaded = run_ranks(3, _save_in_other_forms, str(tmp_path))
+    for form, kind in (
+        ("sharded", "torch-distributed"),
+        ("consolidated", "safetensors"),
+        ("each", "torch-distributed"),
+    ):
+        source = open_checkpoint(tmp_path / form)
+        whole = load_whole(source)
+        assert (source.kind, whole.keys(), source.left_out) == (kind, SHAPES.keys(), ())
+        assert source.objects == ({"step": 7} if form == "each" else {})
+        for name, tensor in whole.items():
+            assert torch.equal(tensor, _matrix(name)), (form, name)
+            assert torch.equal(tensor, loaded[0][name])  # by its own reader
+        assert_loads_into_any_layout(source, whole, 2)
+
+
+def test_chunks_of_ranks_that_are_missing_or_belong_nowhere_are_refused(tmp_path: Path) -> None:
+    run_ranks(2, _save_in_other_forms, str(tmp_path))
+    first, second = sorted((tmp_path / "sharded").glob("shard-*"))
+    content = first.read_bytes()
+    first.unlink()
+    with pytest.raises(ForeignUnusable, match=r"do not fit together: tensor .* a gap"):
+        open_checkpoint(tmp_path / "sharded")
+    for old, new in ((b"DCP_SHARDING_INFO", b"DCP_SHARDING_INF0"), (b"saved_offsets", b"saved_0ffsets")):
+        first.write_bytes(content.replace(old, new))
+        with pytest.raises(ForeignUnusable, match="does not say where its tensors belong"):
+            open_checkpoint(tmp_path / "sharded")
+    shutil.copy(second, first)
+    with pytest.raises(ForeignUnusable, match=r"overlap|gap"):
+        open_checkpoint(tmp_path / "sharded")
+    (tmp_path / "each" / "__1.metadata").rename(tmp_path / "each" / "__2.metadata")
+    with pytest.raises(ForeignUnusable, match="of ranks 0 to 2 some lack their metadata"):
+        open_checkpoint(tmp_path / "each")
