@@ -1,11 +1,11 @@
 """Everything of a run that must survive a restart, and how it goes into a checkpoint and comes back."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import JsonValue, ValidationError
 
 from evermesh import checkpoint
 from evermesh.checkpoint import ForeignUnusable
@@ -13,12 +13,14 @@ from evermesh.checkpoint.background.saver import BackgroundSaver, SaveReport
 from evermesh.checkpoint.directory import read_manifest
 from evermesh.checkpoint.naming import Naming
 from evermesh.checkpoint.registry import Replicated, StateRegistry
+from evermesh.checkpoint.relayout import Carrier, Holding, Moved, relayout
 from evermesh.checkpoint.retention import Retention
 from evermesh.checkpoint.shard_map import ShardMap
 from evermesh.parallelism.collectives import Communicator
 from evermesh.runtime.errors import OtherRun
 from evermesh.runtime.model.config import ModelConfig
 from evermesh.runtime.optimizer import ShardedOptimizer
+from evermesh.runtime.weights import PARAMETER
 
 
 @dataclass
@@ -122,10 +124,36 @@ class TrainingState:
         loaded = checkpoint.load(path, wanted, shard_map=shard_map)
         # an older version did not save it: it stays as it is
         calibration = {"calibration": self.registry.objects(self.communicator)["calibration"]}
-        self.registry.restore(calibration | loaded.objects, self.communicator.rank, self.communicator.size)
+        self._restore_objects(calibration | loaded.objects)
+        return loaded
+
+    def _restore_objects(self, objects: Mapping[str, JsonValue]) -> None:
+        self.registry.restore(objects, self.communicator.rank, self.communicator.size)
         self.optimizer.restore(self.progress.updates)
         self.optimizer.publish()
-        return loaded
+
+    def give_up(self) -> Holding:
+        """This rank's tensors, with nothing else that the model or the optimizer hold. Not collective.
+
+        Parameters are copies: the live ones may be views of buffers that hold the values of a whole model.
+        """
+        held: dict[str, Any] = dict(self.registry.tensors)
+        for name, regions in held.items():
+            if name.startswith(PARAMETER):
+                held[name] = [region.detach().clone() for region in regions]
+        return Holding(self.registry.shard_map, held)
+
+    def take_over(self, held: Holding, objects: Mapping[str, JsonValue], carrier: Carrier) -> Moved:
+        """Take over what the ranks of another layout gave up, and the objects of its registry; ``held`` is empty then.
+        Collective.
+
+        Raises:
+            ShardMapInvalid, RegistryMismatch: the other state was not one of this run.
+        """
+        mine = Holding(self.registry.shard_map, dict(self.registry.tensors))
+        moved = relayout(held, mine, carrier, release=True)
+        self._restore_objects(objects)
+        return moved
 
     def adopt(
         self, source: checkpoint.Source, names: Naming | None = None, updates: int | None = None

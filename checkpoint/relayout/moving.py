@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 CALL_SITE = "relayout"
 MOST_STAGED_BYTES = 64 << 20
+_HOST = torch.device("cpu")
 _IN_FLIGHT = 2
 """Rounds under way at a time: one is packed while the other travels."""
 _LEAST_STAGED_BYTES = 64
@@ -49,7 +50,7 @@ class Carrier:
 
     communicator: Communicator
     host: Communicator | None = None
-    device: torch.device = torch.device("cpu")
+    device: torch.device = _HOST
     most_staged_bytes: int = MOST_STAGED_BYTES
 
 
@@ -232,9 +233,7 @@ def _differences(source: ShardMap, target: ShardMap) -> Iterable[str]:
             yield f"{name} is {here[0]} {here[1]} in the source, {there[0]} {there[1]} in the target"
 
 
-def _check_places(
-    side: str, pairs: "dict[str, list[tuple[Region, Tensor]]]", device: torch.device
-) -> None:
+def _check_places(side: str, pairs: "dict[str, list[tuple[Region, Tensor]]]", device: torch.device) -> None:
     for name, regions in pairs.items():
         for region, tensor in regions:
             if tensor.device.type != device.type:

@@ -43,7 +43,7 @@ def cut_tensors(draw: Draw, dtype: str, shape: tuple[int, ...], ranks: int) -> T
     """A tensor that is cut into intervals or boxes of any sizes, each held by any ranks."""
     form = draw(forms(shape))
     cut: list[Region]
-    if draw(st.booleans()) or form.padding is not None and form.padding.dim is None:
+    if draw(st.booleans()) or (form.padding is not None and form.padding.dim is None):
         cut = [Interval(*ends) for ends in _cuts(draw, form.num_elements)]
     else:
         spans = itertools.product(*(_cuts(draw, size) for size in form.stored_shape))
