@@ -153,7 +153,8 @@ class Relayout:
 def _told(error: Exception) -> str:
     if not isinstance(error, ValidationError):
         return str(error)
-    return "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors())
+    found = [(".".join(map(str, one["loc"])), one["msg"].removeprefix("Value error, ")) for one in error.errors()]
+    return "; ".join(f"{place}: {text}" if place else text for place, text in found)
 
 
 def _values(changes: Mapping[str, JsonValue] | Layout) -> dict[str, Any]:
