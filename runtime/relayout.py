@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import JsonValue, ValidationError
 
-from evermesh.checkpoint.relayout import Carrier, Holding, Moved
+from evermesh.checkpoint.relayout import Carrier, Moved
 from evermesh.parallelism.errors import LayoutDoesNotFit
 from evermesh.parallelism.layout import Layout
 from evermesh.parallelism.layout.explain import degrees_of, fields_of
 from evermesh.runtime.config import TrainConfig
 from evermesh.runtime.layout import changed_layout, check_layout
+from evermesh.runtime.state import GivenUp
 
 if TYPE_CHECKING:
     from evermesh.runtime.trainer import Trainer
@@ -79,12 +80,11 @@ class Relayout:
         trainer, began_s = self._trainer, time.monotonic()
         before, groups, config = trainer.config.layout, trainer.groups, self._check(move.layout)
         groups.moment.phase = "checkpoint"
-        objects = trainer.state.registry.objects(groups.host)
-        held = trainer.state.give_up()
+        state = trainer.state.give_up()
         trainer.dismantle()
         gc.collect()  # models and their hooks refer to each other, and their buffers are as large as all else
         trainer.build(config, initialize=False, before=groups)
-        moved = self._move_state(held, objects)
+        moved = self._move_state(state)
         groups.leave(trainer.groups)
         self._num_bytes += moved.total_bytes
         self._tell(before, move, moved, time.monotonic() - began_s)
@@ -101,15 +101,17 @@ class Relayout:
         taken, self._seconds, self._num_bytes = (self._seconds, self._num_bytes), 0.0, 0
         return taken
 
-    def _move_state(self, held: Holding, objects: Mapping[str, JsonValue]) -> Moved:
+    def _move_state(self, state: GivenUp) -> Moved:
         trainer = self._trainer
         carrier = Carrier(trainer.groups.world, trainer.groups.host, trainer.device)
         with trainer.groups.listen(trainer.reporter.ledger):
-            return trainer.state.take_over(held, objects, carrier)
+            return trainer.state.take_over(state, carrier)
 
     def _check(self, layout: Layout) -> TrainConfig:
         """The configuration with this layout. Raises ``LayoutDoesNotFit`` if the trainer cannot run it from here on."""
         trainer = self._trainer
+        if layout == trainer.config.layout:
+            raise LayoutDoesNotFit("it is the layout in use. Name a field that changes.")
         if not trainer.plans_itself:
             raise LayoutDoesNotFit("the planner was made for the layout in use, so it stays. Pass no planner.")
         for one, when in ((trainer.config.layout, "in use"), (layout, "asked for")):

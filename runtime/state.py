@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import JsonValue, ValidationError
 
@@ -40,6 +40,14 @@ class Progress:
     """State of the sampler after the last trained batch."""
     calibration: dict[str, Any] = field(default_factory=dict)
     """Of the cost model after the last trained batch, see ``OnlineCalibration``; empty where nobody calibrates it."""
+
+
+class GivenUp(NamedTuple):
+    """The state of one rank in a layout that is no longer used."""
+
+    shard_map: ShardMap
+    tensors: dict[str, Any]
+    objects: dict[str, JsonValue]
 
 
 class TrainingState:
@@ -132,8 +140,8 @@ class TrainingState:
         self.optimizer.restore(self.progress.updates)
         self.optimizer.publish()
 
-    def give_up(self) -> Holding:
-        """This rank's tensors, with nothing else that the model or the optimizer hold. Not collective.
+    def give_up(self) -> GivenUp:
+        """Everything of this rank, with nothing else that the model or the optimizer hold. Collective.
 
         Parameters are copies: the live ones may be views of buffers that hold the values of a whole model.
         """
@@ -141,18 +149,17 @@ class TrainingState:
         for name, regions in held.items():
             if name.startswith(PARAMETER):
                 held[name] = [region.detach().clone() for region in regions]
-        return Holding(self.registry.shard_map, held)
+        return GivenUp(self.registry.shard_map, held, self.registry.objects(self.communicator))
 
-    def take_over(self, held: Holding, objects: Mapping[str, JsonValue], carrier: Carrier) -> Moved:
-        """Take over what the ranks of another layout gave up, and the objects of its registry; ``held`` is empty then.
-        Collective.
+    def take_over(self, state: GivenUp, carrier: Carrier) -> Moved:
+        """Take over what the ranks of another layout gave up; no tensor is left there. Collective.
 
         Raises:
-            ShardMapInvalid, RegistryMismatch: the other state was not one of this run.
+            ShardMapInvalid, RegistryMismatch: it was not the state of this run.
         """
-        mine = Holding(self.registry.shard_map, dict(self.registry.tensors))
-        moved = relayout(held, mine, carrier, release=True)
-        self._restore_objects(objects)
+        mine = Holding(self.registry.shard_map, self.registry.tensors)
+        moved = relayout(Holding(state.shard_map, state.tensors), mine, carrier, release=state.tensors.pop)
+        self._restore_objects(state.objects)
         return moved
 
     def adopt(
