@@ -3,6 +3,7 @@
 import functools
 import itertools
 import shutil
+import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -79,13 +80,20 @@ def _fit(
 
     trainer = Trainer(config, directory=directory, resume=resume, asked=lambda: moves.get(trainer.progress.step))
     ended = Ended([], [], [trainer.state.registry.shard_map], [])
-    train_step, move_to = trainer.train_step, trainer.move_to
+    train_step, move_to, build = trainer.train_step, trainer.move_to, trainer.build
 
     def counting(batch: Any) -> Any:
         ended.groups.append(len(distributed_c10d._world.pg_map))
         return train_step(batch)
 
     def noting(move: Any) -> Any:
+        model = weakref.ref(trainer.built.model)
+
+        def building(*arguments: Any, **named: Any) -> None:
+            assert model() is None, "somebody keeps the old model while the new one is built"
+            build(*arguments, **named)
+
+        trainer.build = building  # type: ignore[method-assign]
         moved = move_to(move)
         ended.maps.append(trainer.state.registry.shard_map)
         ended.received.append(moved.received_bytes)
@@ -170,6 +178,21 @@ def test_a_run_that_moves_is_bit_for_bit_the_run_that_is_saved_and_resumed(
     assert event.step == STEP
     assert event.fields["bytes_moved"] == sum(ended[0].received[0]) == reports[STEP].relayout_bytes
     assert reports[STEP].relayout_s >= event.fields["seconds"] > 0  # type: ignore[operator]
+
+
+@pytest.mark.parity
+def test_the_next_50_losses_are_those_of_a_run_that_was_always_there(odd_corpus: Path, tmp_path: Path) -> None:
+    steps = STEP + 50
+    for name, layout, moves in (("moved", "shared", {STEP: _changes("shared", "two")}), ("there", "two", {})):
+        _train(_config(odd_corpus, "tied", layout, steps=steps), tmp_path / name, moves)
+    saved = f"checkpoints/step-{STEP:08}"
+    _train(_config(odd_corpus, "tied", "shared", stop_at=STEP, steps=steps), tmp_path / "resumed")
+    assert (tmp_path / "resumed" / saved).is_dir()
+    _train(_config(odd_corpus, "tied", "two", steps=steps), tmp_path / "resumed", resume=True)
+    losses = {name: [report.loss for report in _reports(tmp_path / name)] for name in ("moved", "there", "resumed")}
+    assert len(losses["moved"]) == steps
+    assert losses["moved"] == losses["resumed"]
+    assert losses["moved"] == pytest.approx(losses["there"], rel=1e-9)
 
 
 def test_a_run_moves_there_and_back_and_is_the_run_that_stayed(odd_corpus: Path, tmp_path: Path) -> None:
