@@ -2,10 +2,12 @@
 
 import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import httpx2
+from pydantic import JsonValue
 
 from evermesh.launcher.contact import read_contact, read_token
 from evermesh.launcher.controller.status import JobStatus
@@ -39,6 +41,10 @@ class Client:
     def save(self) -> None:
         """Ask for a checkpoint after the current step."""
         self._ask("POST", "save")
+
+    def change_layout(self, changes: Mapping[str, JsonValue]) -> None:
+        """Ask the ranks to go on with these changes to their layout; the event log tells what became of it."""
+        self._ask("POST", "relayout", {"changes": dict(changes)})
 
     def write_stacks(self) -> None:
         """Have every rank write down what it is doing, in ``logs/rank-N.stacks``."""

@@ -11,6 +11,7 @@
         ├── JobAmbiguous     (LookupError)      several jobs could be meant
         ├── RunAlive         (RuntimeError)     another launcher holds the run
         ├── ResumeRefused    (ValueError)       a run cannot go on the way it was asked to
+        ├── RelayoutRefused  (ValueError)       a running job cannot go on with another layout
         ├── RunUnusable      (OSError)          the directory of a run cannot be made
         ├── DevicesMissing   (RuntimeError)     the machine has fewer devices than the job has workers
         ├── StoppedAtOnce    (RuntimeError)     a second signal came before the first was answered
@@ -99,6 +100,10 @@ class RunAlive(LauncherError, RuntimeError):
 
 class ResumeRefused(LauncherError, ValueError):
     """A run cannot go on the way it was asked to."""
+
+
+class RelayoutRefused(LauncherError, ValueError):
+    """A running job cannot go on with the layout that was asked for; it goes on with the one it has."""
 
 
 class RunUnusable(LauncherError, OSError):

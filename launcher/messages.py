@@ -6,7 +6,7 @@ that an older generation asks for, and the controller ignores what an older one 
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter
 
 from evermesh.launcher.policy import Failure
 
@@ -179,6 +179,14 @@ class Ask(_Message):
     what: Literal["save", "stop"]
 
 
+class ChangeLayout(_Message):
+    """Have the ranks go on with these changes to their layout, behind the step under way."""
+
+    kind: Literal["change_layout"] = "change_layout"
+    generation: int
+    changes: dict[str, JsonValue]
+
+
 class End(_Message):
     """End all ranks at once; before that, with ``stacks_because``, write down what they are doing."""
 
@@ -200,5 +208,5 @@ class Leave(_Message):
     kind: Literal["leave"] = "leave"
 
 
-ToAgent = Annotated[OpenStore | Start | Ask | End | WriteStacks | Leave, Field(discriminator="kind")]
+ToAgent = Annotated[OpenStore | Start | Ask | ChangeLayout | End | WriteStacks | Leave, Field(discriminator="kind")]
 ToAgentAdapter: TypeAdapter[ToAgent] = TypeAdapter(ToAgent)

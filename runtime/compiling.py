@@ -25,23 +25,19 @@ _UNITS = 3
 
 
 class Compiled:
-    """What one process has compiled.
+    """What one process has compiled."""
 
-    Args:
-        moment: where the thread that trains stands; it is in the phase "compile" meanwhile.
-    """
-
-    def __init__(self, moment: Moment) -> None:
-        self._moment = moment
+    def __init__(self) -> None:
         self.graphs = 0
         """Graphs compiled so far; those of a backward pass are compiled with their forward pass, and not counted."""
         self.seconds = 0.0
         self.token_counts: set[int] = set()
         """Numbers of tokens that they are for."""
 
-    def apply(self, model: nn.Module, buckets: Sequence[int]) -> None:
+    def apply(self, model: nn.Module, buckets: Sequence[int], moment: Moment) -> None:
         """Compile the blocks of ``model`` from now on, when they meet a bucket for the first time.
 
+        ``moment`` is where the thread that trains stands; it is in the phase "compile" meanwhile.
         Changes no parameter. Without gradients, and without tokens, blocks run as they are.
 
         Raises:
@@ -60,14 +56,15 @@ class Compiled:
             FeedForward: (FeedForward.forward, "forward"),
             nn.RMSNorm: (nn.RMSNorm.forward, "forward"),
         }
-        compiled = {kind: self._compiled(function) for kind, (function, _) in functions.items()}
+        compiled = {kind: self._compiled(function, moment) for kind, (function, _) in functions.items()}
         for name, module in model.named_modules():
             if type(module) in functions and _is_of_block(name):
                 function, attribute = functions[type(module)]
                 setattr(module, attribute, self._chosen(module, function, compiled[type(module)]))
 
-    def _compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        return torch.compile(function, dynamic=False, fullgraph=True, backend=self._compile)
+    def _compiled(self, function: Callable[..., Any], moment: Moment) -> Callable[..., Any]:
+        backend = functools.partial(self._compile, moment)
+        return torch.compile(function, dynamic=False, fullgraph=True, backend=backend)
 
     def _chosen(self, module: nn.Module, plain: Callable[..., Any], compiled: Callable[..., Any]) -> Any:
         counts = self.token_counts if isinstance(module, Attention) else set[int]()
@@ -80,15 +77,15 @@ class Compiled:
 
         return forward
 
-    def _compile(self, graph: Any, inputs: Sequence[Any]) -> Any:
+    def _compile(self, moment: Moment, graph: Any, inputs: Sequence[Any]) -> Any:
         from torch._inductor.compile_fx import compile_fx
 
-        before, self._moment.phase = self._moment.phase, "compile"
+        before, moment.phase = moment.phase, "compile"
         began_s = time.monotonic()
         try:
             return compile_fx(graph, inputs)
         finally:
-            self._moment.phase = before
+            moment.phase = before
             self.graphs += 1
             self.seconds += time.monotonic() - began_s
 

@@ -162,8 +162,9 @@ class TrainConfig(_Frozen):
     """Compile what blocks do with tokens one by one; null: everything runs as it is written."""
     advise_layout: Annotated[SwitchingPolicy | None, _or_default(SwitchingPolicy)] = None
     """Watch the lengths of batches, and log when another layout would be worth a switch: true, or when it is worth it; null
-    or false: not. It is advice only: the run goes on as it is. A window costs rank 0 a search in the background,
-    milliseconds of one core on a few nodes, seconds on thousands."""
+    or false: not. Only with its ``moves`` on the run then goes on with the other layout, without a restart; else it goes
+    on as it is. A window costs rank 0 a search in the background, milliseconds of one core on a few nodes, seconds on
+    thousands."""
     seed: NonNegativeInt = 0
     """Seed of the initial weights and of the order of the data."""
     deterministic: bool = False
@@ -179,6 +180,7 @@ class TrainConfig(_Frozen):
         check_model(self.layout, self.model)
         check_config(self)
         self._check_calibration()
+        self._check_moves()
         if self.init_from is not None and self.adopt is not None:
             raise ValueError(
                 f"init_from gives the weights of {self.init_from} to the run, and adopt those of {self.adopt.path}. "
@@ -187,6 +189,13 @@ class TrainConfig(_Frozen):
         if self.compile is not None:
             check_compile(self.layout, self.buckets)
         return self
+
+    def _check_moves(self) -> None:
+        if self.deterministic and self.advise_layout is not None and self.advise_layout.moves:
+            raise ValueError(
+                "advise_layout.moves is on, so the clock decides when the layout changes, but deterministic asks for the "
+                "same bits every time. Set train.advise_layout.moves to off, or leave train.deterministic out."
+            )
 
     def _check_calibration(self) -> None:
         if self.calibrate is None:

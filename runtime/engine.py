@@ -77,13 +77,15 @@ class OwnEngine(Engine):
         return self.built.sum_gradients()
 
 
-def build_engine(config: TrainConfig, vocabulary: int, groups: Groups, device: torch.device) -> Engine:
-    """The engine that the layout asks for. Collective."""
+def build_engine(
+    config: TrainConfig, vocabulary: int, groups: Groups, device: torch.device, *, initialize: bool = True
+) -> Engine:
+    """The engine that the layout asks for; arguments as for ``build_model``. Collective."""
     if config.layout.deepspeed is not None:
         from evermesh.runtime.deepspeed_engine.building import build  # the library is optional
 
         return build(config, vocabulary, groups, device)
-    built = build_model(config, vocabulary, groups, device)
+    built = build_model(config, vocabulary, groups, device, initialize=initialize)
     optimizer = build_optimizer(built.sets, config.optimizer, built.tied)
     runner = build_runner(built, config.layout, groups, config.buckets)
     held = [of for of_rank in built.held for of in of_rank]

@@ -1,7 +1,7 @@
 """Which layouts the trainer can run; imports no torch, so that the launcher can ask before it starts anything."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from evermesh.parallelism.errors import LayoutDoesNotFit
@@ -65,6 +65,16 @@ def check_model(layout: Layout, model: "ModelConfig") -> None:
             f"experts under model.moe.",
             axis=axis,
         )
+
+
+def changed_layout(layout: Layout, changes: Mapping[str, object]) -> Layout:
+    """``layout`` with these fields changed; unless they name hdp, it is what the other degrees leave of the ranks.
+
+    Raises:
+        ValidationError, LayoutDoesNotFit: there is no such layout on this number of ranks.
+    """
+    after = Layout.model_validate(layout.model_dump() | dict(changes))
+    return after if "hdp" in changes else after.fitted_to(layout.world_size)
 
 
 def is_supported(layout: Layout, model: "ModelConfig", compiles: "CompileConfig | None" = None) -> bool:

@@ -102,15 +102,32 @@ class Groups(NamedTuple):
     def listen(self, sink: Sink) -> Iterator[None]:
         """Send a record of every operation of all of them to ``sink``, on the thread that issues it, until the block ends."""
         with ExitStack() as stack:
-            axes = (self.world, self.hdp, self.tp, self.edp, self.ep, self.etp, self.control, self.host, self.readers)
-            levels = (owners.at(level) for owners in (self.owners, self.expert_owners) for level in LEVELS)
-            found = (*axes, *levels, *self.links.values(), *([self.tied] if self.tied else []))
-            for communicator in {id(communicator): communicator for communicator in found}.values():
+            for communicator in self._all:
                 stack.enter_context(communicator.listen(sink))
             yield
 
+    @property
+    def _all(self) -> tuple[Communicator, ...]:
+        """Each once."""
+        axes = (self.world, self.hdp, self.tp, self.edp, self.ep, self.etp, self.control, self.host, self.readers)
+        levels = (owners.at(level) for owners in (self.owners, self.expert_owners) for level in LEVELS)
+        found = (*axes, *levels, *self.links.values(), *([self.tied] if self.tied else []))
+        return tuple({id(communicator): communicator for communicator in found}.values())
 
-def communicators(timeout_s: float, layout: Layout, *, experts: bool = False, tied: bool = False) -> Groups:
+    def leave(self, after: "Groups") -> None:
+        """Leave those that ``after``, the groups of the layout that takes the place of this one, has not taken over.
+
+        Every rank calls it, when nobody uses them any more.
+        """
+        kept = {communicator.group for communicator in after._all}
+        gone = {communicator.group for communicator in self._all} - kept - {None}
+        for group in sorted(gone, key=lambda group: group.group_name):  # type: ignore[union-attr]
+            dist.destroy_process_group(group)
+
+
+def communicators(
+    timeout_s: float, layout: Layout, *, experts: bool = False, tied: bool = False, before: Groups | None = None
+) -> Groups:
     """The groups of a training process. Collective when a default group exists; otherwise each is this process alone.
 
     Args:
@@ -118,36 +135,47 @@ def communicators(timeout_s: float, layout: Layout, *, experts: bool = False, ti
         layout: degrees of all axes.
         experts: whether there are parameters on the expert side.
         tied: whether embedding and head are one parameter.
+        before: those of another layout; what does not depend on the layout is taken over, and where the threads stand.
 
     Raises:
         LayoutDoesNotFit: the default group has another number of ranks than the layout.
     """
     layout.check_world(dist.get_world_size() if dist.is_initialized() else 1)
-    mesh, nodes, moment = Mesh.of(layout), nodes_of_ranks(), Moment()
-    timeout = timedelta(seconds=timeout_s)
-    world, control, host = None, None, None
-    if dist.is_initialized() and dist.get_world_size() > 1:  # one rank has nobody to talk to
-        world = dist.group.WORLD
-        control, host = (dist.new_group(backend="gloo", timeout=timeout) for _ in range(2))
+    mesh, nodes, timeout = Mesh.of(layout), nodes_of_ranks(), timedelta(seconds=timeout_s)
+    world, control, host = (before.world, before.control, before.host) if before else _of_all(nodes, timeout)
+    moment = world.moment
     axes = {axis: _along(axis, mesh, nodes, moment, timeout) for axis in (*_DENSE, *(_EXPERTS if experts else ()))}
     alone = {axis: Communicator(name=axis, moment=moment) for axis in _EXPERTS if not experts}
     owners = _owners("hdp", axes["hdp"], layout.division, mesh, nodes, timeout)
     expert_owners = Owners()
     if experts:
         expert_owners = _owners("edp", axes["edp"], layout.expert_division, mesh, nodes, timeout)
-    ahead = Communicator(control, name="control", nodes=nodes)
     return Groups(
         owners=owners,
         expert_owners=expert_owners,
-        world=Communicator(world, name="world", nodes=nodes, moment=moment),
-        control=ahead,
-        readers=_readers(mesh, nodes, ahead.moment, timeout),
-        host=Communicator(host, name="host", nodes=nodes, moment=moment),
-        place=mesh.coordinates(dist.get_rank() if world is not None else 0),
+        world=world,
+        control=control,
+        host=host,
+        readers=_readers(mesh, nodes, control.moment, timeout),
+        place=mesh.coordinates(world.rank),
         links=_links(mesh, layout.pipeline, nodes, moment, timeout),
         tied=_tied(mesh, layout.pipeline, nodes, moment, timeout) if tied else None,
         **axes,
         **alone,
+    )
+
+
+def _of_all(nodes: tuple[int, ...], timeout: timedelta) -> tuple[Communicator, Communicator, Communicator]:
+    """World, control and host: they are the same in all layouts."""
+    moment = Moment()
+    world, control, host = None, None, None
+    if dist.is_initialized() and dist.get_world_size() > 1:  # one rank has nobody to talk to
+        world = dist.group.WORLD
+        control, host = (dist.new_group(backend="gloo", timeout=timeout) for _ in range(2))
+    return (
+        Communicator(world, name="world", nodes=nodes, moment=moment),
+        Communicator(control, name="control", nodes=nodes),
+        Communicator(host, name="host", nodes=nodes, moment=moment),
     )
 
 

@@ -1,11 +1,12 @@
 """Measures every step of a run, and tells the user and the folder of the run about it."""
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from pydantic import JsonValue
 
 from evermesh.fault.events import EventLog
 from evermesh.parallelism.layout.explain import fields_of
@@ -42,8 +43,11 @@ TRAFFIC = (
     "parameters",
 )
 """Call sites whose payload a step reports in ``bytes_by_site``."""
-Asked = Literal["save", "stop"]
-"""What somebody may ask of a running trainer: a checkpoint now, or a checkpoint and the end."""
+Asked = Literal["save", "stop"] | Mapping[str, JsonValue]
+"""What somebody may ask of a running trainer: a checkpoint now, a checkpoint and the end, or to go on with these changes to
+the layout."""
+Agreed = Literal["save", "stop", "move"]
+"""What all ranks do of that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +57,7 @@ class StepOutcome:
     loss: float
     grad_norm: float
     committed: bool
-    asked: Asked | None
+    asked: Agreed | None
     compute_s: float
     """Of this rank, before the ranks met to sum gradients."""
 
@@ -88,6 +92,14 @@ class Reporter:
         """Count the last ``seconds`` to no step."""
         self._clock.leave_out(seconds)
 
+    def take_layout(self) -> None:
+        """Another layout has taken over."""
+        self.ledger.take_step(self._trainer.progress.step + 1)  # of the batch that was planned for the one before
+        if self._watch is not None:
+            for _ in self._watch.close():
+                pass  # it compares with the layout that was
+        self._watch = _layout_watch(self._trainer)
+
     def end(self) -> None:
         """No step follows."""
         if self._watch is not None:
@@ -112,6 +124,7 @@ class Reporter:
         padding_tokens = padding_of(batch.plan, trainer.config.layout.tp, trainer.config.buckets)
         self._log_compiled(padding_tokens / max(1, batch.plan.num_tokens))
         stop_s, write_s = trainer.saves.take_times()
+        relayout_s, relayout_bytes = trainer.relayout.take()
         report = StepReport(
             step=trainer.progress.step,
             steps=trainer.config.steps,
@@ -139,6 +152,8 @@ class Reporter:
             num_waiting=batch.batch.num_waiting,
             checkpoint_stop_s=stop_s,
             checkpoint_write_s=write_s,
+            relayout_s=relayout_s,
+            relayout_bytes=relayout_bytes,
         )
         if batch.calibrated is not None and batch.calibrated.proposal is not None:
             text, fields = event_of(batch.calibrated.proposal)
@@ -158,6 +173,9 @@ class Reporter:
             layout = fields_of(advice.layout)
             text = f"another layout would pay: {advice.reason}"
             self.log("layout advice", text, layout=layout, saves_s=advice.saves_s)
+            policy = self._trainer.config.advise_layout
+            if policy is not None and policy.moves:
+                self._trainer.relayout.wish(advice.layout, advice.reason)
 
     def _log_compiled(self, padding: float) -> None:
         """Tell what rank 0 compiled in this step, if anything."""

@@ -1,11 +1,11 @@
 """Everything of a run that must survive a restart, and how it goes into a checkpoint and comes back."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from pydantic import ValidationError
+from pydantic import JsonValue, ValidationError
 
 from evermesh import checkpoint
 from evermesh.checkpoint import ForeignUnusable
@@ -13,12 +13,14 @@ from evermesh.checkpoint.background.saver import BackgroundSaver, SaveReport
 from evermesh.checkpoint.directory import read_manifest
 from evermesh.checkpoint.naming import Naming
 from evermesh.checkpoint.registry import Replicated, StateRegistry
+from evermesh.checkpoint.relayout import Carrier, Holding, Moved, relayout
 from evermesh.checkpoint.retention import Retention
 from evermesh.checkpoint.shard_map import ShardMap
 from evermesh.parallelism.collectives import Communicator
 from evermesh.runtime.errors import OtherRun
 from evermesh.runtime.model.config import ModelConfig
 from evermesh.runtime.optimizer import ShardedOptimizer
+from evermesh.runtime.weights import PARAMETER
 
 
 @dataclass
@@ -38,6 +40,14 @@ class Progress:
     """State of the sampler after the last trained batch."""
     calibration: dict[str, Any] = field(default_factory=dict)
     """Of the cost model after the last trained batch, see ``OnlineCalibration``; empty where nobody calibrates it."""
+
+
+class GivenUp(NamedTuple):
+    """The state of one rank in a layout that is no longer used."""
+
+    shard_map: ShardMap
+    tensors: dict[str, Any]
+    objects: dict[str, JsonValue]
 
 
 class TrainingState:
@@ -124,10 +134,35 @@ class TrainingState:
         loaded = checkpoint.load(path, wanted, shard_map=shard_map, communicator=self.communicator)
         # an older version did not save it: it stays as it is
         calibration = {"calibration": self.registry.objects(self.communicator)["calibration"]}
-        self.registry.restore(calibration | loaded.objects, self.communicator.rank, self.communicator.size)
+        self._restore_objects(calibration | loaded.objects)
+        return loaded
+
+    def _restore_objects(self, objects: Mapping[str, JsonValue]) -> None:
+        self.registry.restore(objects, self.communicator.rank, self.communicator.size)
         self.optimizer.restore(self.progress.updates)
         self.optimizer.publish()
-        return loaded
+
+    def give_up(self) -> GivenUp:
+        """Everything of this rank, with nothing else that the model or the optimizer hold. Collective.
+
+        Parameters are copies: the live ones may be views of buffers that hold the values of a whole model.
+        """
+        held: dict[str, Any] = dict(self.registry.tensors)
+        for name, regions in held.items():
+            if name.startswith(PARAMETER):
+                held[name] = [region.detach().clone() for region in regions]
+        return GivenUp(self.registry.shard_map, held, self.registry.objects(self.communicator))
+
+    def take_over(self, state: GivenUp, carrier: Carrier) -> Moved:
+        """Take over what the ranks of another layout gave up; no tensor is left there. Collective.
+
+        Raises:
+            ShardMapInvalid, RegistryMismatch: it was not the state of this run.
+        """
+        mine = Holding(self.registry.shard_map, self.registry.tensors)
+        moved = relayout(Holding(state.shard_map, state.tensors), mine, carrier, release=state.tensors.pop)
+        self._restore_objects(state.objects)
+        return moved
 
     def adopt(
         self, source: checkpoint.Source, names: Naming | None = None, updates: int | None = None

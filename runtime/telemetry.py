@@ -94,6 +94,10 @@ class StepReport:
     """Of ``step_s``: seconds that rank 0 stood still for the checkpoint of the step before."""
     checkpoint_write_s: float = 0.0
     """Seconds from the copy of the state to the commit, of the checkpoint that became visible during this step; 0: none."""
+    relayout_s: float = 0.0
+    """Seconds in which the run moved to another layout before this step; in no ``step_s``."""
+    relayout_bytes: int = 0
+    """Bytes of the state that went from one rank to another then."""
 
     @property
     def tokens_per_s(self) -> float:

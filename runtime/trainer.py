@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from evermesh import checkpoint
 from evermesh.checkpoint.errors import CheckpointNotFound
+from evermesh.checkpoint.relayout import Moved
 from evermesh.parallelism.batch_plan import BatchPlan
 from evermesh.parallelism.planner import HybridPlanner, Planner
 from evermesh.runtime import process_group
@@ -29,7 +30,9 @@ from evermesh.runtime.feed import BatchFeed, PlannedBatch
 from evermesh.runtime.guard import StepGuard
 from evermesh.runtime.layout import check_layout
 from evermesh.runtime.model.families import unused_settings
-from evermesh.runtime.reporting import Asked, Reporter, StepOutcome
+from evermesh.runtime.process_group import Groups
+from evermesh.runtime.relayout import Move, Relayout
+from evermesh.runtime.reporting import Agreed, Asked, Reporter, StepOutcome
 from evermesh.runtime.saves import Saves
 from evermesh.runtime.schedule import learning_rate
 from evermesh.runtime.state import Progress, TrainingState
@@ -38,7 +41,7 @@ from evermesh.runtime.telemetry import StepReport
 from evermesh.runtime.weights import load_initial_weights
 
 Reason = Literal["finished", "stop_at", "asked"]
-_ASKED: tuple[Asked | None, ...] = (None, "save", "stop")
+_ASKED: tuple[Agreed | None, ...] = (None, "save", "stop", "move")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +66,9 @@ class Trainer:
         report: called on rank 0 after every step.
         beat: called on every rank after every step with the step, its wall time and the part of it before the ranks
             met to sum gradients, seconds; on a GPU that part ends when the kernels are issued.
-        asked: polled on rank 0 once per step; all ranks do after that step what it returns.
-        planner: what plans the batches; by default ``HybridPlanner``.
+        asked: polled on rank 0 once per step; all ranks do after that step what it returns: save, stop, or go on with
+            these changes to the layout.
+        planner: what plans the batches; by default ``HybridPlanner``. With one, the layout stays as it is.
 
     Raises:
         LayoutDoesNotFit: the layout cannot run on these workers.
@@ -86,13 +90,8 @@ class Trainer:
         asked: Callable[[], Asked | None] | None = None,
         planner: Planner | None = None,
     ) -> None:
-        self.config, self.directory, self.asked = config, directory, asked
+        self.directory, self.asked = directory, asked
         check_layout(config)
-        model = config.model
-        self.groups = process_group.communicators(
-            config.timeout_s, config.layout, experts=model.moe is not None, tied=model.tied_embeddings
-        )
-        self.rank, self.workers = self.groups.world.rank, self.groups.world.size
         self.device = process_group.local_device(config.device)
         if config.deterministic:
             use_deterministic_algorithms(config.seed)
@@ -101,36 +100,64 @@ class Trainer:
 
         self.corpora = open_sources(config.data)
         evaluation = config.evaluation
-        held_out = hold_out(self.corpora, config.data, evaluation.tokens) if evaluation else HeldOut.none(self.corpora)
-        self.sampler = Sampler(self.corpora, config.data, config.seed, held_out.documents)
-        vocabulary = model.rows(self.corpora[0].vocabulary)
-        self.engine = build_engine(config, vocabulary, self.groups, self.device)
-        self.built, self.optimizer, self.runner = self.engine.built, self.engine.optimizer, self.engine.runner
-        self.compiled = Compiled(self.groups.moment)
-        if config.compile is not None:
-            self.compiled.apply(self.built.model, config.buckets)
-        self.evaluation = Evaluation(held_out.batches, self.built, self.runner, self.groups)
-        self.cost = config.cost or nominal_cost(config, model.shape(vocabulary))
-        """That the batch under way was planned with."""
-        pool = pool_of(self.groups.world.nodes, config.layout, self.cost)
-        self.planner = planner or HybridPlanner(config.layout, self.cost, pool)
-        self.calibration = self._calibration()
-
+        self._held_out = (
+            hold_out(self.corpora, config.data, evaluation.tokens) if evaluation else HeldOut.none(self.corpora)
+        )
+        self.sampler = Sampler(self.corpora, config.data, config.seed, self._held_out.documents)
         self.progress = Progress(sampler=self.sampler.state_dict())
+        self.guard = StepGuard(config.max_skipped_steps, self.progress)
+        self.compiled = Compiled()
+        self._planner = planner
+        self.build(config, initialize=True)
+        self.rank, self.workers = self.groups.world.rank, self.groups.world.size
         self.reporter = Reporter(self, report, beat)
-        self.saves = Saves(self)
-        self.experts = ExpertBalance(self.built, model, self.groups.ep, config.layout.hot_experts, self.progress)
-        self.shards = self.engine.shards
-        self.state = TrainingState(self.optimizer, self.shards, self.progress, self._identity(), self.groups.host)
+        self.saves, self.relayout = Saves(self), Relayout(self)
         if resume:
             self._resume()
         elif config.init_from is not None:
             self._start_from(config.init_from)
         elif config.adopt is not None:
             self._adopt(config.adopt)
-        self.guard = StepGuard(config.max_skipped_steps, self.progress)
         self.plan: BatchPlan | None = None
         """Of the batch that is being trained."""
+
+    def build(self, config: TrainConfig, *, initialize: bool, before: Groups | None = None) -> None:
+        """Make everything that depends on the layout. Collective.
+
+        ``before`` are the groups of the layout that this one takes the place of, and the state is then to be restored;
+        ``initialize`` gives the weights their first values.
+        """
+        self.config, model = config, config.model
+        self.groups = process_group.communicators(
+            config.timeout_s,
+            config.layout,
+            experts=model.moe is not None,
+            tied=model.tied_embeddings,
+            before=before,
+        )
+        vocabulary = model.rows(self.corpora[0].vocabulary)
+        self.engine = build_engine(config, vocabulary, self.groups, self.device, initialize=initialize)
+        self.built, self.optimizer, self.runner = self.engine.built, self.engine.optimizer, self.engine.runner
+        if config.compile is not None:
+            self.compiled.apply(self.built.model, config.buckets, self.groups.moment)
+        self.evaluation = Evaluation(self._held_out.batches, self.built, self.runner, self.groups)
+        self.cost = config.cost or nominal_cost(config, model.shape(vocabulary))
+        """That the batch under way was planned with."""
+        pool = pool_of(self.groups.world.nodes, config.layout, self.cost)
+        self.planner = self._planner or HybridPlanner(config.layout, self.cost, pool)
+        self.calibration = self._calibration()
+        self.experts = ExpertBalance(self.built, model, self.groups.ep, config.layout.hot_experts, self.progress)
+        self.shards = self.engine.shards
+        self.state = TrainingState(self.optimizer, self.shards, self.progress, self._identity(), self.groups.host)
+
+    def dismantle(self) -> None:
+        """Let go of the model and all that holds it, so that its memory is free before another is built."""
+        del self.engine, self.built, self.optimizer, self.runner, self.evaluation, self.experts, self.state
+
+    @property
+    def plans_itself(self) -> bool:
+        """Whether the planner is made for the layout, and not given."""
+        return self._planner is None
 
     def fit(self) -> FitResult:
         """Train to ``stop_at``, to the end of the run, or until asked to stop; then save. Collective."""
@@ -146,13 +173,28 @@ class Trainer:
                 "layout.activations offloads, but a CPU device is host memory: everything is moved and nothing is saved"
             )
             self._log("memory", text)
-        self.groups.control.moment.step = self.progress.step
-        with (
-            self.groups.listen(self.reporter.ledger),
-            self._feed() as feed,
-            self.saves.running(last),
-        ):
-            return self._train(feed, last, reason)
+        while True:  # from one layout to the next
+            self.groups.control.moment.step = self.progress.step
+            with (
+                self.groups.listen(self.reporter.ledger),
+                self._feed() as feed,
+                self.saves.running(last),
+            ):
+                ended = self._train(feed, last, reason)
+            if isinstance(ended, FitResult):
+                return ended
+            self.move_to(ended)
+
+    def move_to(self, move: Move) -> Moved:
+        """Go on with another layout, without a checkpoint and without a stop. Collective; between steps, as ``fit`` does.
+
+        Raises:
+            LayoutDoesNotFit: the trainer cannot run it. Nothing has changed.
+        """
+        moved = self.relayout.go(move)
+        self._go_on()
+        self.reporter.take_layout()
+        return moved
 
     def _feed(self) -> BatchFeed:
         return BatchFeed(
@@ -179,19 +221,24 @@ class Trainer:
         self.runner.stopwatch = Stopwatch(self.device)
         return OnlineCalibration(self.planner, self.config.layout, policy, self.groups.control)
 
-    def _train(self, feed: BatchFeed, last: int, reason: Reason) -> FitResult:
+    def _train(self, feed: BatchFeed, last: int, reason: Reason) -> FitResult | Move:
+        """Train until the end, or until a step behind which another layout takes over."""
         every = self.config.checkpoint.every
         self.reporter.begin()
+        self.relayout.note_step_begins()
         while True:
             batch = feed.next(last=self.progress.step + 1 == last)
             outcome = self.train_step(batch)
             held_out_loss = self._evaluate(feed, last)
             self.reporter.report_step(batch, outcome, last, held_out_loss)
             step, ends = self.progress.step, outcome.asked == "stop" or self.progress.step == last
-            is_due = outcome.asked or (every and step % every == 0)
+            is_due = outcome.asked == "save" or (every and step % every == 0)
             saved = self.saves.save(wait=ends) if ends or is_due else None
             if ends:
                 return self._end("asked" if step < last else reason, saved)
+            if outcome.asked == "move":
+                self.saves.finish()  # what writes it is made for this rank's part in this layout
+                return self.relayout.agree()
 
     def train_step(self, batch: PlannedBatch) -> StepOutcome:
         """Run one optimizer step. Collective; all ranks agree on the outcome."""
@@ -240,13 +287,22 @@ class Trainer:
         nothing. Collective."""
         return self.saves.save(wait=True)
 
-    def _synchronize(self, local_loss: Tensor) -> tuple[float, float, Asked | None]:
+    def _asked(self) -> Agreed | None:
+        """What all ranks are to do behind this step, on rank 0. A new layout waits while something else is asked for."""
+        asked = self.asked() if self.asked is not None else None
+        if isinstance(asked, Mapping):
+            self.relayout.wish(asked, "as asked")
+        elif asked is not None:
+            return asked
+        return "move" if self.relayout.is_wished else None
+
+    def _synchronize(self, local_loss: Tensor) -> tuple[float, float, Agreed | None]:
         """Sum gradients, loss and requests over all ranks: (loss, gradient norm, what was asked). Collective.
 
         A rank whose checkpoint could not be written adds more than any request, so all of them raise what it was.
         """
         square = self.engine.sum_gradients()
-        asked = _ASKED.index(self.asked()) if self.rank == 0 and self.asked is not None else 0
+        asked = _ASKED.index(self._asked()) if self.rank == 0 else 0
         asked += len(_ASKED) if self.saves.has_failed() else 0
         scalars = torch.stack([local_loss, square, local_loss.new_tensor(float(asked))])
         self.groups.world.all_reduce(scalars, "scalars")
@@ -280,12 +336,16 @@ class Trainer:
             )
         started_s = time.monotonic()
         loaded = self.state.restore(path)
+        self._go_on()
+        text = f"from {path.name}, saved by {loaded.world_size}, on {self.workers} workers"
+        self._log("resumed", text, load_s=time.monotonic() - started_s)
+
+    def _go_on(self) -> None:
+        """Put everything where ``progress`` says, after it was restored or another layout has taken over."""
         self.sampler.load_state_dict(self.progress.sampler)
         if self.calibration is None or not self.calibration.restore(self.progress.calibration):
             self.progress.calibration = {}
         self.experts.tell_routers()
-        text = f"from {path.name}, saved by {loaded.world_size}, on {self.workers} workers"
-        self._log("resumed", text, load_s=time.monotonic() - started_s)
 
     def _start_from(self, directory: Path) -> None:
         started_s = time.monotonic()

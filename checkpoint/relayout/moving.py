@@ -1,7 +1,7 @@
 """Moving tensors between the ranks of a running job, from the regions that they hold to those that they are to hold."""
 
 from collections import Counter, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -14,7 +14,7 @@ from evermesh.checkpoint.regions import IntArray, Runs
 from evermesh.checkpoint.relayout.plan import Parcel, Piece, Plan, Round, make_plan
 from evermesh.checkpoint.relayout.strided import copy_runs
 from evermesh.checkpoint.shard_map import Region, ShardMap
-from evermesh.checkpoint.tensors import local_tensors
+from evermesh.checkpoint.tensors import Held, local_tensors
 from evermesh.parallelism.collectives import Communicator
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 CALL_SITE = "relayout"
 MOST_STAGED_BYTES = 64 << 20
+_HOST = torch.device("cpu")
 _IN_FLIGHT = 2
 """Rounds under way at a time: one is packed while the other travels."""
 _LEAST_STAGED_BYTES = 64
@@ -32,8 +33,8 @@ class Holding:
     """A shard map, and what this rank has of it."""
 
     shard_map: ShardMap
-    tensors: "dict[str, Tensor | Sequence[Tensor]]"
-    """The storage of each region, in the order of the map; of the target contiguous, and apart from that of the source."""
+    tensors: Held
+    """Of the target contiguous, and apart from those of the source."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +50,7 @@ class Carrier:
 
     communicator: Communicator
     host: Communicator | None = None
-    device: torch.device = torch.device("cpu")
+    device: torch.device = _HOST
     most_staged_bytes: int = MOST_STAGED_BYTES
 
 
@@ -69,14 +70,16 @@ class Moved(NamedTuple):
         return sum(self.sent_bytes)
 
 
-def relayout(source: Holding, target: Holding, carrier: Carrier, *, release: bool = False) -> Moved:
+def relayout(
+    source: Holding, target: Holding, carrier: Carrier, *, release: Callable[[str], object] | None = None
+) -> Moved:
     """Fill what ``target`` holds from what ``source`` holds, bit for bit; padding in the target stays as it is.
 
     Collective: every rank of the communicator calls it with the same maps, whose ranks are those of the communicator; a
     rank may hold nothing in either map. Returns when the tensors of this rank are complete. Every rank receives the
     elements that it does not hold already, once, and nothing else. Extra memory is ``most_staged_bytes``, and the runs of
-    what this rank moves. With ``release``, entries of ``source.tensors`` are removed as soon as nothing more of them is
-    needed, so that their memory is free if nobody else keeps them.
+    what this rank moves. ``release`` is called with the name of each tensor of the source as soon as nothing more of it is
+    needed; where it removes it from ``source.tensors`` and nobody else keeps it, its memory is free.
 
     Raises:
         ShardMapInvalid: on every rank, if the maps do not hold the same tensors, are not the same on all ranks, or do not
@@ -91,7 +94,7 @@ def relayout(source: Holding, target: Holding, carrier: Carrier, *, release: boo
         raise ShardMapInvalid(f"nothing was moved, {failure}") from failure
     room_bytes = carrier.most_staged_bytes // _IN_FLIGHT
     plan = make_plan(source.shard_map, target.shard_map, communicator.rank, communicator.nodes, room_bytes)
-    _Move(source, target, carrier, plan, release=release).run()
+    _Move(source, target, carrier, plan, release).run()
     copied = sum(piece.runs.num_elements * piece.item for piece in plan.copies)
     return Moved(plan.sent_bytes, plan.received_bytes, copied)
 
@@ -110,7 +113,14 @@ def move_part(source: Holding, target: Holding, carrier: Carrier) -> None:
 class _Move:
     """One rank's part of a move."""
 
-    def __init__(self, source: Holding, target: Holding, carrier: Carrier, plan: Plan, *, release: bool) -> None:
+    def __init__(
+        self,
+        source: Holding,
+        target: Holding,
+        carrier: Carrier,
+        plan: Plan,
+        release: Callable[[str], object] | None,
+    ) -> None:
         self._communicator, self._device, self._plan = carrier.communicator, carrier.device, plan
         rank = self._communicator.rank
         self._held, self._source_at = source.tensors, _places(source.shard_map, rank)
@@ -118,14 +128,13 @@ class _Move:
         sent = (parcel for part in plan.rounds for parcels in part.sends.values() for parcel in parcels)
         self._needed = Counter([piece.name for piece in plan.copies]) + Counter(parcel.piece.name for parcel in sent)
         """By tensor: how often something of what is held is still to be taken."""
-        self._releases = release
+        self._release = release or (lambda name: None)
 
     @torch.no_grad()
     def run(self) -> None:
         """Return when everything is where it is wanted."""
-        if self._releases:
-            for name in [name for name in self._held if not self._needed[name]]:
-                del self._held[name]
+        for name in [name for name in self._held if not self._needed[name]]:
+            self._release(name)
         under_way: deque[_Travelling] = deque()
         rounds = iter(self._plan.rounds)
         if first := next(rounds, None):
@@ -174,8 +183,8 @@ class _Move:
     def _take_note(self, piece: Piece) -> None:
         """What was wanted of a held region has been taken."""
         self._needed[piece.name] -= 1
-        if self._releases and not self._needed[piece.name]:
-            del self._held[piece.name]
+        if not self._needed[piece.name]:
+            self._release(piece.name)
 
 
 class _Travelling(NamedTuple):
@@ -243,7 +252,7 @@ def _differences(source: ShardMap, target: ShardMap) -> Iterable[str]:
             yield f"{name} is {here[0]} {here[1]} in the source, {there[0]} {there[1]} in the target"
 
 
-def _check_places(side: str, pairs: "dict[str, list[tuple[Region, Tensor]]]", device: torch.device) -> None:
+def _check_places(side: str, pairs: dict[str, list[tuple[Region, Tensor]]], device: torch.device) -> None:
     for name, regions in pairs.items():
         for region, tensor in regions:
             if tensor.device.type != device.type:

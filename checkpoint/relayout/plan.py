@@ -11,12 +11,16 @@ from typing import NamedTuple
 import numpy as np
 
 from evermesh.checkpoint.dtypes import DTYPES
-from evermesh.checkpoint.regions import IntArray, Runs, join, logical_runs
+from evermesh.checkpoint.regions import IntArray, Runs, StoredForm, join, logical_runs
 from evermesh.checkpoint.shard_map import Shard, ShardMap, TensorShards
 
 _LARGEST_ITEM = max(dtype.num_bytes for dtype in DTYPES.values())
 _LEAST_PART_BYTES = 1 << 16
 """A piece is cut for what is left of a round if at least so much of it fits there."""
+
+
+_Lie = tuple[StoredForm, tuple[Shard, ...]]
+"""All that decides what of a tensor lies where."""
 
 
 class Piece(NamedTuple):
@@ -145,11 +149,10 @@ def portion(runs: Runs, start: int, stop: int) -> Runs:
 
 def _pieces(source: ShardMap, target: ShardMap) -> Iterator[tuple[Piece, tuple[int, ...], tuple[int, ...]]]:
     """Every piece with the ranks that hold it and those that are to hold it, in the order of the target's tensors."""
-    known: dict[tuple[tuple[Shard, ...], tuple[Shard, ...]], list[tuple[int, int, Runs]]] = {}
+    known: dict[tuple[_Lie, _Lie], list[tuple[int, int, Runs]]] = {}
     for name, wanted in target.tensors.items():
         there = source.tensors[name]
-        # moments lie as their parameters do; with another shape or form, shards may be equal and mean something else
-        key = ((there.form, there.shards), (wanted.form, wanted.shards))
+        key = ((there.form, there.shards), (wanted.form, wanted.shards))  # moments lie as their parameters do
         if key not in known:
             known[key] = shared(there, wanted)
         item = DTYPES[wanted.dtype].num_bytes

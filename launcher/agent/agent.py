@@ -31,6 +31,7 @@ from evermesh.launcher.messages import (
     Ask,
     Beat,
     CannotStart,
+    ChangeLayout,
     End,
     Hello,
     Leave,
@@ -112,6 +113,8 @@ class Agent:
                 self._try(message.generation, lambda: self._start(message))
             case Ask() if self._group:
                 self._group.ask(message.what)
+            case ChangeLayout() if self._group:
+                self._group.change_layout(message.changes)
             case End():
                 self._end(message)
             case WriteStacks() if self._group:

@@ -1,8 +1,8 @@
 """One worker process: its pipe to the agent, its watchdog, its log.
 
 Messages are JSON objects with a ``kind``. Worker to agent: ``report``, ``plan``, ``done``, ``failed``. Agent to worker:
-``save``, ``stop``. The pipe is also a life line: when it closes the agent is gone, and so is the worker. The warm process
-is another: it ends with the agent, and the kernel kills its children then.
+``save``, ``stop``, ``change layout``. The pipe is also a life line: when it closes the agent is gone, and so is the worker.
+The warm process is another: it ends with the agent, and the kernel kills its children then.
 """
 
 import faulthandler
@@ -79,7 +79,7 @@ class Worker:
         self.rank, self.world_size, self.generation = spec.rank, spec.world_size, spec.generation
         self._spec, self._connection = spec, connection
         self._board = Board(Path(spec.board)) if spec.board else None
-        self._asked: deque[Literal["save", "stop"]] = deque()
+        self._asked: deque[Literal["save", "stop"] | dict[str, Any]] = deque()
         self._last_plan_s = -math.inf
         self.beat(0, 0.0, 0.0)
 
@@ -106,8 +106,9 @@ class Worker:
             self._last_plan_s = time.monotonic()
             self.send({"kind": "plan", "values": values()})
 
-    def asked(self) -> Literal["save", "stop"] | None:
-        """What was asked for since the last call: to save, or to save and return. Once asked to stop, always that."""
+    def asked(self) -> Literal["save", "stop"] | dict[str, Any] | None:
+        """What was asked for since the last call: to save, to save and return, or changes to the layout. Once asked to stop,
+        always that."""
         if "stop" in self._asked:
             return "stop"
         return self._asked.popleft() if self._asked else None
@@ -124,9 +125,9 @@ class Worker:
         """Take messages until the agent is gone, then end this process, whatever it is doing."""
         try:
             while True:
-                asked = json.loads(self._connection.recv_bytes())["kind"]
-                self.log(f"asked to {asked}")
-                self._asked.append(asked)
+                message = json.loads(self._connection.recv_bytes())
+                self.log(f"asked to {message['kind']}")
+                self._asked.append(message.get("changes", message["kind"]))
         except (EOFError, OSError):
             os._exit(EXIT_AGENT_GONE)
 

@@ -96,9 +96,11 @@ class WorkerGroup:
 
     def ask(self, what: str) -> None:
         """Ask all workers to save, or to save and return; which of them listens is their business."""
-        for member in self._members:
-            if not member.is_gone:
-                _send(member.pipe, {"kind": what})
+        self._send_all({"kind": what})
+
+    def change_layout(self, changes: dict[str, Any]) -> None:
+        """Ask all workers likewise to go on with these changes to their layout."""
+        self._send_all({"kind": "change layout", "changes": changes})
 
     def end(self, stacks_because: str | None = None) -> None:
         """End every worker; ``changed`` tells when they are gone. What failed from now on is our doing."""
@@ -130,6 +132,11 @@ class WorkerGroup:
         for member in self._members:
             if not member.is_gone:
                 member.process.kill()
+
+    def _send_all(self, message: dict[str, Any]) -> None:
+        for member in self._members:
+            if not member.is_gone:
+                _send(member.pipe, message)
 
     def _kill_after_stacks(self, before: dict[int, int], deadline_s: float, last: dict[int, int] | None = None) -> None:
         """Kill once the file of every living rank has grown and grows no more, or at the deadline."""

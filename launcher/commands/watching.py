@@ -1,4 +1,4 @@
-"""``evermesh status``, ``top``, ``logs``, ``nodes``, ``dashboard`` and ``stop``: jobs started anywhere."""
+"""``evermesh status``, ``top``, ``logs``, ``nodes``, ``dashboard``, ``relayout`` and ``stop``: jobs started anywhere."""
 
 import json
 import signal
@@ -44,6 +44,12 @@ LOGS_EXAMPLES = """[bold]Examples[/]
   evermesh logs quickstart --rank 2
 
   evermesh logs --stacks           [dim]# what every rank is, or was, doing[/]"""
+
+RELAYOUT_EXAMPLES = """[bold]Examples[/]
+
+  evermesh relayout quickstart tp=2            [dim]# tensor parallel ranks, and half as many HDP ranks[/]
+
+  evermesh relayout quickstart pp=1 hdp=4 'sharding={parameters: all, gradients: all}'"""
 
 STOP_EXAMPLES = """[bold]Examples[/]
 
@@ -135,6 +141,23 @@ def dashboard(job: Job = None, runs: Runs = Path("runs")) -> None:
     client.status()
     page = client.write_entry_page()
     print(f"open file://{page} in a browser on this machine")
+
+
+def relayout(
+    run: Annotated[str, typer.Argument(help="Name or directory of a run that lives.")],
+    changes: Annotated[list[str], typer.Argument(metavar="KEY=VALUE...", help="Fields of train.layout, such as tp=2.")],
+    runs: Runs = Path("runs"),
+    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Return when it has moved.")] = True,
+) -> None:
+    """Have a running job go on with another layout: behind its step its state moves through memory, nothing restarts.
+
+    Without hdp among the changes, HDP ranks are what the other degrees leave. An attempt that begins anew, after a failure
+    or a resume, has the layout of the job file again.
+    """
+    from evermesh.launcher.finding import find_run
+    from evermesh.launcher.relayout import change_layout, read_changes
+
+    print(change_layout(find_run(run, runs), read_changes(changes), wait=wait))
 
 
 def stop(

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, FastAPI, Request, Response, WebSocket, WebSocketDisconnect
 from fastapi.exceptions import RequestValidationError
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator
 
 from evermesh.fault.events import read_events
 from evermesh.launcher.controller.controller import Controller
@@ -21,6 +21,7 @@ from evermesh.launcher.controller.journal import JournalIndex
 from evermesh.launcher.controller.reporting import job_status
 from evermesh.launcher.controller.status import JobStatus
 from evermesh.launcher.messages import FromAgentAdapter, Hello
+from evermesh.parallelism.layout import Layout
 
 _MOST = 20_000
 """Lines in one answer."""
@@ -37,6 +38,23 @@ class StopRequest(BaseModel):
     at_once: bool = False
     grace_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     """Then at once, seconds; None for no limit."""
+
+
+class RelayoutRequest(BaseModel):
+    """The layout that the ranks are to go on with."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    changes: dict[str, JsonValue] = Field(min_length=1)
+    """Fields of ``train.layout`` and what they become; without hdp, that is what the other degrees leave of the ranks."""
+
+    @field_validator("changes")
+    @classmethod
+    def _are_of_a_layout(cls, changes: dict[str, JsonValue]) -> dict[str, JsonValue]:
+        unknown = sorted(changes.keys() - Layout.model_fields.keys())
+        if unknown:
+            raise ValueError(f"a layout has no {', '.join(unknown)}; it has {', '.join(Layout.model_fields)}")
+        return changes
 
 
 def make_app(controller: Controller, token: str) -> Guard:
@@ -87,6 +105,10 @@ def _people(controller: Controller) -> APIRouter:
     @router.post("/save", status_code=202)
     async def save() -> None:
         controller.save()
+
+    @router.post("/relayout", status_code=202)
+    async def relayout(request: RelayoutRequest) -> None:
+        controller.change_layout(request.changes)
 
     @router.post("/stacks", status_code=202)
     async def stacks() -> None:

@@ -9,6 +9,8 @@ import signal
 import time
 from typing import Any
 
+from pydantic import JsonValue
+
 from evermesh.launcher.config import JobConfig
 from evermesh.launcher.controller.journal import Journal
 from evermesh.launcher.controller.life import Life
@@ -24,6 +26,7 @@ from evermesh.launcher.messages import (
     Ask,
     Beat,
     CannotStart,
+    ChangeLayout,
     End,
     FromAgent,
     Hello,
@@ -145,6 +148,12 @@ class Controller:
         """Have a checkpoint written after the current step."""
         self._scribe.note("save", "asked for a checkpoint")
         self._tell(Ask(generation=self.generation, what="save"))
+
+    def change_layout(self, changes: dict[str, JsonValue]) -> None:
+        """Have the ranks go on with these changes to their layout; the event log tells what became of it."""
+        told = ", ".join(f"{name} {value}" for name, value in changes.items())
+        self._scribe.note("relayout", f"asked for another layout: {told}", changes=changes)
+        self._tell(ChangeLayout(generation=self.generation, changes=changes))
 
     def write_stacks(self) -> None:
         """Have every rank write down what it is doing."""

@@ -18,6 +18,8 @@ class SwitchingPolicy(BaseModel):
     """Windows in a row that have to say so."""
     restart_s: NonNegativeFloat = 10.0
     """Fixed seconds of a switch: groups are made anew, code is compiled, caches are cold."""
+    moves: bool = False
+    """Whether the run then goes on with the other layout; off: it is only told."""
 
 
 __all__ = ["SwitchingPolicy"]

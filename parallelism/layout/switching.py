@@ -1,7 +1,7 @@
 """Whether another layout is worth a switch, as the lengths of sequences change; imports no torch.
 
-The idea of changing strategies between steps is that of Hetu v2 (arXiv 2412.07894). Here it is only advice: nothing moves.
-The decision is a pure function of what was seen, and says why.
+The idea of changing strategies between steps is that of Hetu v2 (arXiv 2412.07894). Here it is only decided; what moves a run
+is in its trainer. The decision is a pure function of what was seen, and says why.
 """
 
 from collections import deque

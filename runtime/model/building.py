@@ -103,13 +103,19 @@ def build_runner(built: BuiltModel, layout: Layout, groups: Groups, buckets: Seq
     return MicroBatchRunner(built.model, groups.hdp, groups.tp, pipeline, built.parts, built.memory, buckets)
 
 
-def build_model(config: TrainConfig, vocabulary: int, groups: Groups, device: torch.device) -> BuiltModel:
-    """This rank's part of the model on ``device``, and its buffers. Collective, if the split is measured."""
+def build_model(
+    config: TrainConfig, vocabulary: int, groups: Groups, device: torch.device, *, initialize: bool = True
+) -> BuiltModel:
+    """This rank's part of the model on ``device``, and its buffers. Collective, if the split is measured.
+
+    Without ``initialize`` the weights are not those of ``config.seed``, but what somebody puts there before they are used.
+    """
     layout = config.layout
     all_parts = stage_parts(config.model, layout, layer_costs(config, vocabulary, groups.world, device))
     parts = parts_of_rank(all_parts, layout, groups.place.pp)
     model = Decoder(config.model, vocabulary, list(parts.values()))
-    model.initialize(config.seed)  # whole, so that the values do not depend on the layout
+    if initialize:
+        model.initialize(config.seed)  # whole, so that the values do not depend on the layout
     # before the device: only this part has to fit
     cuts = apply_tensor_parallel(model, DECODER_SHARDING, groups.tp, layout.tp_chunks)
     expert_cuts = apply_expert_parallel(model, DECODER_EXPERTS, groups.ep, groups.etp)

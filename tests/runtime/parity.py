@@ -181,9 +181,9 @@ def _run(case: Case) -> Result:
     built = build_model(config, VOCABULARY, groups, torch.device("cpu"))
     optimizer = ShardedAdamW(built.sets, OPTIMIZER, built.tied)
     runner = build_runner(built, case.layout, groups, case.buckets)
-    compiled = Compiled(groups.moment)
+    compiled = Compiled()
     if case.buckets:
-        compiled.apply(built.model, case.buckets)
+        compiled.apply(built.model, case.buckets, groups.moment)
     hot = HotExperts(built.model, groups.ep)
     for _ in range(2):  # what a step leaves behind must not change the next
         built.begin_step()

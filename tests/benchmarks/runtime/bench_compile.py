@@ -48,8 +48,8 @@ def _compare(name: str, model: ModelConfig) -> list[Row]:
     layout, buckets = Layout(capacity=CAPACITY), BUCKETS
     cost = nominal_cost(CONFIG, model.shape(corpora[0].vocabulary))
     plain, padded = (_runner(model, corpora[0].vocabulary, of) for of in ((), buckets))
-    compiled = Compiled(Moment())
-    compiled.apply(padded.model, buckets)
+    compiled = Compiled()
+    compiled.apply(padded.model, buckets, Moment())
     speeds: tuple[list[float], list[float]] = ([], [])
     tokens = padding = 0
     for _ in range(ROUNDS):

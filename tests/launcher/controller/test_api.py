@@ -72,6 +72,7 @@ ALL = [
     ("GET", "/api/nothing"),
     ("POST", "/api/stop"),
     ("POST", "/api/save"),
+    ("POST", "/api/relayout"),
     ("POST", "/api/stacks"),
 ]
 
