@@ -220,8 +220,9 @@ class CostModel(BaseModel):
     def _offloading_saves_no_more_than_is_repeated(self) -> Self:
         if self.offload_saves_token_s > self.recompute_token_s * (1 + 1e-9):
             raise ValueError(
-                f"offload_saves_token_s {self.offload_saves_token_s} is more than recompute_token_s {self.recompute_token_s}, "
-                "of which it is a part: what a token costs to compute again where nothing of it waits in host memory."
+                f"offload_saves_token_s {self.offload_saves_token_s} is more than recompute_token_s "
+                f"{self.recompute_token_s}, of which it is a part: what a token costs to compute again where none of its "
+                "products wait in host memory. Set offload_saves_token_s to at most that."
             )
         return self
 

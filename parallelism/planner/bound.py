@@ -43,7 +43,8 @@ def lower_bound(lengths: Sequence[int], layout: Layout, cost: CostModel, pool: P
     """The largest of three bounds for ranks that hold the whole model and keep step with nobody.
 
     - All work, spread over all ranks in proportion to their speeds. A sequence takes its ring together at least the minimum
-      over d of d x T(s, d), with a price for offloading that holds for any micro-batch (``costs.linear``); every micro-batch holds at most ``capacity`` tokens, so its fixed cost is paid at least
+      over d of d x T(s, d), with a price for offloading that holds however sequences share micro-batches
+      (``costs.linear``); every micro-batch holds at most ``capacity`` tokens, so its fixed cost is paid at least
       ceil(tokens / capacity) times. It binds as "work", or as "memory" or "communication" where those make it more than
       the same work without rings would be.
     - The longest sequence on its best ring, on ranks as fast as the fastest.

@@ -125,9 +125,7 @@ def offloaded_s(costs: Coefficients, tokens: float, pairs: float) -> float:
 
 @compiled
 def gained_together(costs: Coefficients, lengths: Integers) -> int:
-    """Ticks that whole sequences take less in one recomputed micro-batch than with copies that each hides behind its own work."""
-    if not costs.offloads:
-        return 0
+    """Ticks that whole sequences take less in one recomputed micro-batch than if each hid its copies by itself."""
     tokens, pairs, apart = 0.0, 0.0, 0
     for length in lengths:
         own = padded_pairs(costs, length, 1)
@@ -175,7 +173,7 @@ def ticks(costs: Coefficients, seconds: float) -> int:
 
 
 def linear(costs: Coefficients, lengths: Integers) -> tuple[Coefficients, ...]:
-    """Costs that add up: over all documents, however they share micro-batches, they take at least as long as with one of these.
+    """Costs that add up: however documents share micro-batches, they take at least as long as with one of these.
 
     Offloading has one plane: that of copies which all hide, and that which is largest for ``lengths`` together.
     """

@@ -28,10 +28,10 @@ from evermesh.parallelism.layout import Layout
 from evermesh.parallelism.planner.bound import LowerBound, smallest_ring
 from evermesh.parallelism.planner.compiling import compiled
 from evermesh.parallelism.planner.costs import Coefficients, best_sharing, linear, shared_s, ticks
+from evermesh.parallelism.planner.fractions import with_fractions
 from evermesh.parallelism.planner.lock_step_filling import NEVER, Integers, Problem
 from evermesh.parallelism.planner.lock_step_loops import Waves, search
 from evermesh.parallelism.planner.lock_step_places import Wave, place
-from evermesh.parallelism.planner.fractions import with_fractions
 from evermesh.parallelism.pool import Pool
 from evermesh.parallelism.rank_work import Assignment
 

@@ -77,7 +77,7 @@ def found_in(costs: Coefficients, lengths: Integers, packed: Packed, slowness: F
                         return _of_another_kind(arrived)
                     length = lengths[packed.sequence[piece]]
                     total += ticks(costs, shared_s(costs, length, 1, 1, False, False, packed.recomputed[at[rank]]))
-                if packed.recomputed[at[rank]]:
+                if packed.recomputed[at[rank]] and costs.offloads:
                     total -= gained_together(costs, lengths[packed.sequence[first:last]])
                 clock[rank] += scaled(total, slowness[rank])
                 at[rank] += 1

@@ -43,7 +43,7 @@ def planes_of(cost: CostModel, offload: float | Literal["auto"]) -> Planes:
 
 
 def _plane(cost: CostModel, out: float, back: float, offload: float | Literal["auto"]) -> Plane:
-    """The time of copies counts ``out`` times in place of the forward pass and ``back`` times in place of the backward pass."""
+    """Copies count ``out`` times in place of the forward pass, and ``back`` times in place of the backward pass."""
     of_token, of_pair = cost.passes_s(Work(1.0, 0.0)), cost.passes_s(Work(0.0, 1.0))
     moved = (out + back) * cost.host_products_token_s - (1.0 - back) * cost.offload_saves_token_s
     per_token = (out + back) * cost.host_token_s - out * of_token[0] - back * of_token[1]

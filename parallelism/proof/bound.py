@@ -12,8 +12,8 @@ from evermesh.parallelism.rank_work import Integers
 def valid_bound_s(lengths: Integers, layout: Layout, cost: CostModel, pool: Pool) -> float:
     """Seconds, for ranks that hold the whole model and keep step with nobody: the larger of two bounds.
 
-    - Work: products and attention of every token, once, with copies to host memory that all hide, and the fixed cost of as few micro-batches as hold all tokens,
-      spread over all ranks by their speeds.
+    - Work: products and attention of every token, once, with copies to host memory that all hide, and the
+      fixed cost of as few micro-batches as hold all tokens, spread over all ranks by their speeds.
     - The longest sequence on its best ring of ranks as fast as the fastest. Where heads may be divided or keys gathered,
       what rings send is left out, which only lowers it.
     """
