@@ -18,7 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 from evermesh.parallelism.errors import PlanInvalid
 from evermesh.parallelism.rank_work import STRICT, MicroBatch, PackedRanks, Piece
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 DIGEST_BYTES = 32
 """Of a batch digest, as ASCII."""
 

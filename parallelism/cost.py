@@ -1,9 +1,11 @@
-"""What a micro-batch costs: compute linear in tokens and quadratic in documents, ring traffic, fixed costs.
+"""What a micro-batch costs: compute linear in tokens and quadratic in documents, ring traffic, offloading, fixed costs.
 
 Formulas: ByteScale (arXiv 2502.21231, section 5) for linear + quadratic compute; the ring term is the KV traffic of zig-zag
-ring attention, hidden behind the attention of the same step as far as it fits.
+ring attention, hidden behind the attention of the same step as far as it fits. Copies to host memory hide behind the
+forward pass of their micro-batch, and copies back behind its backward pass (the same paper, equation 3).
 """
 
+from collections.abc import Iterable
 from typing import Literal, NamedTuple, Self
 
 from pydantic import (
@@ -129,6 +131,14 @@ class Sharing(NamedTuple):
     crosses_nodes: bool = False
 
 
+class Work(NamedTuple):
+    """What a rank computes of one document, or of all documents of a micro-batch."""
+
+    tokens: float
+    pairs: float
+    """Visible (query, key) pairs, with the padding of tiles."""
+
+
 class Parts(NamedTuple):
     """What a member of a ring spends on a document, seconds."""
 
@@ -152,6 +162,10 @@ class Parts(NamedTuple):
         return products + max(attention, passed) + exchanged + steps
 
 
+_PASSES, _ATTENTION_PASSES = 3.0, 3.5
+"""Forward and backward together, in forward passes: backward is two of them for matrix products, 2.5 for flash attention."""
+
+
 class CostModel(BaseModel):
     """Seconds that one HDP rank needs, forward and backward together."""
 
@@ -173,6 +187,12 @@ class CostModel(BaseModel):
     """Seconds more per token where the blocks of a micro-batch are computed again before the backward pass."""
     recompute_pair_s: NonNegativeFloat = 0.0
     """Seconds more per pair where they are."""
+    offload_saves_token_s: NonNegativeFloat = 0.0
+    """Of ``recompute_token_s``: what a token saves whose matrix products wait in host memory."""
+    host_token_s: NonNegativeFloat = 0.0
+    """Seconds to copy to host memory, one way, what blocks that offload always move of a token."""
+    host_products_token_s: NonNegativeFloat = 0.0
+    """Seconds to copy the products of one token besides, where they wait in host memory."""
     ring_step_s: NonNegativeFloat = 0.0
     """Fixed seconds per step of a ring inside a node."""
     ring_token_s: NonNegativeFloat = 0.0
@@ -194,6 +214,16 @@ class CostModel(BaseModel):
                     f"{outside} {found} is less than {inside} {getattr(self, inside)}: a ring that crosses nodes also has "
                     f"links inside them. Set {outside} to at least {inside}, or leave it out."
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _offloading_saves_no_more_than_is_repeated(self) -> Self:
+        if self.offload_saves_token_s > self.recompute_token_s * (1 + 1e-9):
+            raise ValueError(
+                f"offload_saves_token_s {self.offload_saves_token_s} is more than recompute_token_s "
+                f"{self.recompute_token_s}, of which it is a part: what a token costs to compute again where none of its "
+                "products wait in host memory. Set offload_saves_token_s to at most that."
+            )
         return self
 
     @classmethod
@@ -222,8 +252,8 @@ class CostModel(BaseModel):
         # keys and values travel forward and again backward, their gradients travel once
         trips = 3.0 + recompute
         return cls(
-            token_s=3.0 * token_s,
-            pair_s=3.5 * pair_s,
+            token_s=_PASSES * token_s,
+            pair_s=_ATTENTION_PASSES * pair_s,
             recompute_token_s=products * token_s,
             recompute_pair_s=recompute * pair_s,
             ring_token_s=trips * kv_bytes / bytes_per_s,
@@ -251,14 +281,11 @@ class CostModel(BaseModel):
         return self.parts(length, sharing, recomputed=recomputed).seconds
 
     def parts(self, length: int, sharing: Sharing, *, recomputed: bool = False) -> "Parts":
-        """What ``shared_s`` adds up."""
+        """What ``shared_s`` adds up. Of what is recomputed, nothing waits in host memory: ``offload_s`` is the difference."""
         ring, heads, gathers, crosses_nodes = sharing
         token_s = self.token_s + self.expert_token_s + (self.recompute_token_s if recomputed else 0.0)
         pair_s = self.pair_s + (self.recompute_pair_s if recomputed else 0.0)
-        # a member holds two chunks; those that divide heads see the chunks of all of them
-        groups = ring // heads
-        chunks = 1 if groups == 1 else 2 * groups
-        padded = length if self.tile == 1 else -(-length // (chunks * self.tile)) * self.tile * chunks
+        groups, padded = ring // heads, self._padded(length, sharing)
         products = self.piece_s + token_s * length / ring
         attention = pair_s * (padded * (padded + 1) / 2) / ring
         if ring == 1:
@@ -270,3 +297,79 @@ class CostModel(BaseModel):
         passed = (groups - 1) / groups * length / heads * passed_token_s
         steps = (groups - 1) + (heads > 1)
         return Parts(products, attention, passed, exchanged, (min(steps, 2) if gathers else steps) * step_s, gathers)
+
+    def work(self, length: int, sharing: Sharing) -> Work:
+        """What every member computes of a document shared like that."""
+        padded = self._padded(length, sharing)
+        return Work(length / sharing.ring, padded * (padded + 1) / 2 / sharing.ring)
+
+    @staticmethod
+    def together(documents: Iterable[Work]) -> Work:
+        """What a micro-batch of these documents computes."""
+        tokens = pairs = 0.0
+        for document in documents:
+            tokens += document.tokens
+            pairs += document.pairs
+        return Work(tokens, pairs)
+
+    def _padded(self, length: int, sharing: Sharing) -> int:
+        """Tokens of a document with the padding of tiles."""
+        # a member holds two chunks; those that divide heads see the chunks of all of them
+        groups = sharing.ring // sharing.heads
+        chunks = 1 if groups == 1 else 2 * groups
+        return length if self.tile == 1 else -(-length // (chunks * self.tile)) * self.tile * chunks
+
+    @property
+    def offloads(self) -> bool:
+        """Whether offloading changes any time."""
+        return self.offload_saves_token_s + self.host_token_s + self.host_products_token_s > 0
+
+    def passes_s(self, work: Work) -> tuple[float, float]:
+        """Forward, and backward with what is computed again before it: seconds behind which copies hide."""
+        tokens, pairs = work
+        forward = self.token_s / _PASSES * tokens + self.pair_s / _ATTENTION_PASSES * pairs
+        again = self.recompute_token_s * tokens + self.recompute_pair_s * pairs
+        backward = (_PASSES - 1) / _PASSES * self.token_s * tokens
+        return forward, backward + (_ATTENTION_PASSES - 1) / _ATTENTION_PASSES * self.pair_s * pairs + again
+
+    def offload_s(self, work: Work, fraction: float) -> float:
+        """Seconds more that a recomputed micro-batch takes if the products of that fraction of its tokens wait on the host.
+
+        They are not computed again; copies out last longer than the forward pass, or copies back longer than the backward
+        pass, as far as they do not hide. Below zero where more is saved. Convex in the fraction.
+        """
+        forward, backward = self.passes_s(work)
+        copied = (self.host_token_s + fraction * self.host_products_token_s) * work.tokens
+        saved = fraction * self.offload_saves_token_s * work.tokens
+        return max(0.0, copied - forward) + max(0.0, copied - (backward - saved)) - saved
+
+    def best_offload(self, work: Work) -> float:
+        """The fraction with the least ``offload_s``, of equals the least."""
+        forward, backward = self.passes_s(work)
+        return best_fraction(
+            work.tokens,
+            forward,
+            backward,
+            self.host_token_s,
+            self.host_products_token_s,
+            self.offload_saves_token_s,
+        )
+
+
+def best_fraction(
+    tokens: float, forward_s: float, backward_s: float, host_token_s: float, products_token_s: float, saves_s: float
+) -> float:
+    """See ``CostModel.best_offload``; a function of numbers, which the planner compiles.
+
+    Until copies out last as long as the forward pass, moving a token saves what it costs to compute it again. Beyond, it
+    costs the copy: worth it only where the copy is shorter, and until copies back outlast the backward pass. That is never
+    sooner, because backward is at least twice as long as forward.
+    """
+    if saves_s == 0 or tokens == 0:
+        return 0.0
+    always_s = host_token_s * tokens
+    if saves_s <= products_token_s:
+        left_s, each_s = forward_s - always_s, products_token_s * tokens
+    else:
+        left_s, each_s = backward_s - always_s, (products_token_s + saves_s) * tokens
+    return min(1.0, max(0.0, left_s / each_s))

@@ -88,8 +88,8 @@ class PackedRanks(Sequence[tuple[MicroBatch, ...]]):
     """Of every sequence, [N]."""
     recomputed: NDArray[np.bool_]
     """Of every micro-batch: ``recompute`` is "block", [M]."""
-    offload: float = 0.0
-    """Of the micro-batches that are recomputed."""
+    offload: NDArray[np.float64]
+    """Of every micro-batch that is recomputed, [M]."""
     lock_step: Integers | None = None
     """Of every micro-batch, [M]; None: there are none."""
 
@@ -124,7 +124,7 @@ class PackedRanks(Sequence[tuple[MicroBatch, ...]]):
         return MicroBatch(
             pieces=tuple(self._piece(rank, int(sequence)) for sequence in self.sequence[start:stop]),
             recompute="block" if recomputed else "none",
-            offload=self.offload if recomputed else 0.0,
+            offload=float(self.offload[index]) if recomputed else 0.0,
             lock_step=None if self.lock_step is None else int(self.lock_step[index]),
         )
 
@@ -138,7 +138,10 @@ class PackedRanks(Sequence[tuple[MicroBatch, ...]]):
         return tuple(self.ring[self.ring_start[sequence] : self.ring_start[sequence + 1]].tolist())
 
     def columns(self) -> dict[str, Any]:
-        """As lists of numbers; without ``lengths``, which the plan has, and with ``heads`` and ``gathers`` of rings only."""
+        """As lists of numbers; without ``lengths``, which the plan has.
+
+        ``heads`` and ``gathers`` are of rings only, ``offload`` of what is recomputed: none where nothing waits on the host.
+        """
         rings = np.flatnonzero(np.diff(self.ring_start) > 1)
         return {
             "rank_start": self.rank_start.tolist(),
@@ -149,7 +152,7 @@ class PackedRanks(Sequence[tuple[MicroBatch, ...]]):
             "heads": [[i, int(self.heads[i])] for i in rings.tolist() if self.heads[i] > 1],
             "gathers": [i for i in rings.tolist() if self.gathers[i]],
             "recomputed": np.flatnonzero(self.recomputed).tolist(),
-            "offload": self.offload,
+            "offload": self.offload[self.recomputed].tolist() if self.offload[self.recomputed].any() else [],
             "lock_step": None if self.lock_step is None else self.lock_step.tolist(),
         }
 
@@ -168,6 +171,9 @@ class PackedRanks(Sequence[tuple[MicroBatch, ...]]):
                 heads[sequence] = number
             gathers[columns["gathers"]] = True
             recomputed[columns["recomputed"]] = True
+            offload = np.zeros(micro_batches)
+            if columns["offload"]:
+                offload[recomputed] = np.asarray(columns["offload"], np.float64)
             lock_step = columns["lock_step"]
             packed = cls(
                 lengths=np.asarray(lengths, np.int64),
@@ -179,7 +185,7 @@ class PackedRanks(Sequence[tuple[MicroBatch, ...]]):
                 heads=heads,
                 gathers=gathers,
                 recomputed=recomputed,
-                offload=float(columns["offload"]),
+                offload=offload,
                 lock_step=None if lock_step is None else np.asarray(lock_step, np.int64),
             )
             packed._check()
@@ -229,7 +235,7 @@ class PackedRanks(Sequence[tuple[MicroBatch, ...]]):
             heads=np.asarray([by_sequence[s].heads if s in by_sequence else 1 for s in range(len(lengths))], np.int64),
             gathers=np.asarray([s in by_sequence and by_sequence[s].gathers for s in range(len(lengths))], np.bool_),
             recomputed=np.asarray([micro_batch.recompute == "block" for micro_batch in micro_batches], np.bool_),
-            offload=max((micro_batch.offload for micro_batch in micro_batches), default=0.0),
+            offload=np.asarray([micro_batch.offload for micro_batch in micro_batches], np.float64),
             lock_step=None if None in steps or not steps else np.asarray(steps, np.int64),
         )
         if tuple(packed) != tuple(tuple(of_rank) for of_rank in ranks):

@@ -4,6 +4,9 @@ from collections.abc import Sequence
 
 from evermesh.parallelism.cost import CostModel, ModelShape
 from evermesh.parallelism.layout import Layout
+from evermesh.parallelism.layout.activations import Precision
+from evermesh.parallelism.layout.device import DEVICES
+from evermesh.parallelism.layout.offloading import repeated
 from evermesh.parallelism.mesh import Mesh
 from evermesh.parallelism.pool import Pool
 from evermesh.runtime.config import TrainConfig
@@ -24,30 +27,53 @@ def nominal_cost(config: TrainConfig, shape: ModelShape) -> CostModel:
 
 def cost_of_shape(shape: ModelShape, layout: Layout, threads: int | None, bytes_per_element: int) -> CostModel:
     """As ``nominal_cost``; on a CPU with so many ``threads`` per device, on a GPU where they are None."""
-    recompute, recompute_products = _recomputed(layout, shape.layers)
+    repeats = sum(layout.activations_of(layer) == "recompute" for layer in range(shape.layers)) / shape.layers
     devices = layout.tp
     if threads is None:
-        return CostModel.from_model(
+        cost = CostModel.from_model(
             shape,
             flops_per_s=400e12 * devices,
             attention_flops_per_s=300e12 * devices,
             bytes_per_s=300e9 * devices,
             network_bytes_per_s=25e9 * devices,
-            recompute=recompute,
-            recompute_products=recompute_products,
+            recompute=repeats,
         )
-    compute = CostModel.from_model(
+        return _with_offloading(cost, shape, layout, bytes_per_element, None)
+    cost = CostModel.from_model(
         shape,
         flops_per_s=55e9 * threads * devices,
         attention_flops_per_s=55e9 * threads * devices,
         bytes_per_s=1e9 * devices,
         bytes_per_element=bytes_per_element,
-        recompute=recompute,
-        recompute_products=recompute_products,
+        recompute=repeats,
     )
+    cost = _with_offloading(cost, shape, layout, bytes_per_element, threads)
     # measured on 2 cores with gloo over loopback; a ring step is three messages and two kernels
     per_layer = {"micro_batch_s": 1.1e-3, "piece_s": 2e-5, "ring_step_s": 3.5e-3}
-    return compute.model_copy(update={name: seconds * shape.layers for name, seconds in per_layer.items()})
+    return cost.model_copy(update={name: seconds * shape.layers for name, seconds in per_layer.items()})
+
+
+def _with_offloading(
+    cost: CostModel, shape: ModelShape, layout: Layout, bytes_per_element: int, threads: int | None
+) -> CostModel:
+    """With what blocks that offload compute again, save and copy."""
+    if "offload" not in layout.activation_policies:
+        return cost
+    again = repeated(shape, layout, Precision(bytes_per_element))
+    # forward seconds per element of a matrix that a token passes through
+    element_s = cost.token_s / 3.0 / (shape.linear_flops_per_token() / 2.0)
+    recompute_s, saved_s = element_s * again.elements, element_s * again.saved
+    device = DEVICES["h100" if threads is None else "cpu"]
+    always_s, products_s = (
+        moved / (device.host_bytes_per_s * (threads or 1)) for moved in (again.host_bytes, again.products_bytes)
+    )
+    if threads is None:
+        copies = {"host_token_s": always_s, "host_products_token_s": products_s}
+    else:  # the cores that compute make the copies, out and back: they are more work and hide behind nothing
+        recompute_s, saved_s, copies = recompute_s + 2 * always_s, max(0.0, saved_s - 2 * products_s), {}
+    return cost.model_copy(
+        update={"recompute_token_s": recompute_s, "offload_saves_token_s": saved_s, **copies},
+    )
 
 
 def pool_of(nodes: Sequence[int], layout: Layout, cost: CostModel) -> Pool:
@@ -61,10 +87,3 @@ def pool_of(nodes: Sequence[int], layout: Layout, cost: CostModel) -> Pool:
     if not differ or of_hdp != sorted(of_hdp):
         return Pool.of(layout.hdp)
     return Pool(tuple(of_hdp), (1.0,) * layout.hdp)
-
-
-def _recomputed(layout: Layout, layers: int) -> tuple[float, float]:
-    """The share of all blocks whose attention is computed again, and the share of products."""
-    policies = [layout.activations_of(layer) for layer in range(layers)]
-    whole, offloads = (policies.count(policy) / layers for policy in ("recompute", "offload"))
-    return whole, whole + offloads * (1.0 - layout.offload)

@@ -261,8 +261,12 @@ def _model(prior: CostModel, coefficients: Floats) -> CostModel:
         assert faster is not None
         is_told = getattr(prior, outside) is not None or slower != getattr(prior, inside)
         values[outside] = max(slower, faster) if is_told else None
-    experts = {"expert_token_s": prior.expert_token_s / prior.token_s * float(token_s)}
-    return CostModel.model_validate(prior.model_dump() | values | experts)
+    values["expert_token_s"] = prior.expert_token_s / prior.token_s * float(token_s)
+    if prior.offload_saves_token_s:
+        again_s = values["recompute_token_s"]
+        assert again_s is not None
+        values["offload_saves_token_s"] = prior.offload_saves_token_s / prior.recompute_token_s * again_s
+    return CostModel.model_validate(prior.model_dump() | values)
 
 
 __all__ = ["COEFFICIENTS", "Fit", "fit", "predicted_s"]

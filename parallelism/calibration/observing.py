@@ -16,7 +16,7 @@ from evermesh.parallelism.cost import CostModel
 from evermesh.parallelism.layout import Layout
 from evermesh.parallelism.pool import Pool
 from evermesh.parallelism.rank_work import PackedRanks
-from evermesh.parallelism.simulator.aggregate import micro_batch_s, sharing_of
+from evermesh.parallelism.simulator.aggregate import micro_batch_s, offload_s, sharing_of, work_of
 
 Seconds = NDArray[np.float64]
 
@@ -33,7 +33,11 @@ COEFFICIENTS = (
     "network_token_s",
     "head_token_s",
 )
-"""Those of ``CostModel`` that are fitted; ``expert_token_s`` always comes with ``token_s`` and keeps its ratio to it."""
+"""Those of ``CostModel`` that are fitted.
+
+``expert_token_s`` always comes with ``token_s`` and keeps its ratio to it, and so does ``offload_saves_token_s`` with
+``recompute_token_s``. What copies to host memory take is not fitted: what they add by the model in use is taken off.
+"""
 _INDEX = {name: index for index, name in enumerate(COEFFICIENTS)}
 
 
@@ -66,19 +70,26 @@ class Observation(NamedTuple):
 
 
 def observe_micro_batch(
-    micro_batch: MicroBatch, lengths: Sequence[int], seconds: float, tile: int = 1, pool: Pool | None = None
+    micro_batch: MicroBatch, lengths: Sequence[int], seconds: float, cost: CostModel, pool: Pool | None = None
 ) -> Observation:
-    """A micro-batch that took so long on a rank of speed 1 that waited for nobody."""
+    """A micro-batch that took so long on a rank of speed 1 that waited for nobody; ``cost`` is the model in use."""
     counts, overlaps = [0.0] * len(COEFFICIENTS), []
     counts[_INDEX["micro_batch_s"]] = 1.0
-    recomputed, unit = micro_batch.recompute == "block", _unit(tile)
+    recomputed, unit = micro_batch.recompute == "block", _unit(cost.tile)
+    again = float(recomputed)
+    if recomputed and cost.offloads:
+        saved = micro_batch.offload * cost.offload_saves_token_s
+        tokens = work_of(micro_batch, lengths, cost).tokens
+        again -= saved / cost.recompute_token_s if saved else 0.0
+        # never more than half: the model may be far off yet
+        seconds = max(seconds / 2, seconds - (offload_s(micro_batch, lengths, cost) + saved * tokens))
     for piece in micro_batch.pieces:
         sharing = sharing_of(piece, pool)
         parts = unit.parts(lengths[piece.sequence], sharing)
         network = sharing.crosses_nodes and sharing.ring > sharing.heads
         counts[_INDEX["piece_s"]] += 1.0
         counts[_INDEX["token_s"]] += parts.products
-        counts[_INDEX["recompute_token_s"]] += parts.products * recomputed
+        counts[_INDEX["recompute_token_s"]] += parts.products * again
         counts[_INDEX["head_token_s"]] += parts.exchanged
         counts[_INDEX["network_step_s" if network else "ring_step_s"]] += parts.steps
         if parts.passed and not parts.gathers:
@@ -123,7 +134,7 @@ def observations(
         least_s = float(seconds[members].min())
         if np.isfinite(least_s) and least_s > 0:
             micro_batch, speed = _slowest(packed, members, holder, plan.lengths, cost, pool)
-            found.append(observe_micro_batch(micro_batch, plan.lengths, least_s * speed, cost.tile, pool))
+            found.append(observe_micro_batch(micro_batch, plan.lengths, least_s * speed, cost, pool))
     return found
 
 

@@ -50,7 +50,7 @@ def block_tokens(
 ) -> BlockTokens:
     """Of the block of ``layer``; ``imbalance`` is the most rows that experts of a rank get over the mean."""
     policy, outputs = layout.activations_of(layer), 2 if layout.ulysses > 1 else 1
-    share = _Share(layout.tp, layout.etp, policy, layout.offload, imbalance, outputs)
+    share = _Share(layout.tp, layout.etp, policy, layout.most_offload, imbalance, outputs)
     return _block_tokens(shape, shape.has_experts(layer), share, precision)
 
 
@@ -78,7 +78,8 @@ def _block_tokens(shape: ModelShape, has_experts: bool, share: _Share, precision
         return BlockTokens(keep, whole, 0.0)
     if share.policy == "recompute":
         return BlockTokens(block_input, whole, 0.0)
-    return BlockTokens(0.0, whole + 2 * block_input, _offloaded(shape, has_experts, share, precision))
+    host = host_bytes(shape, tp, precision, has_experts=has_experts)
+    return BlockTokens(0.0, whole + 2 * block_input, host.always + share.offload * host.products)
 
 
 def _kept_by_attention(shape: ModelShape, share: _Share, precision: Precision) -> float:
@@ -111,12 +112,21 @@ def _inner(shape: ModelShape) -> int:
     return 4 if shape.gated else 2
 
 
-def _offloaded(shape: ModelShape, has_experts: bool, share: _Share, precision: Precision) -> float:
-    """Two inputs and the attention output, and of some tokens the products; see ``runtime/memory/sizes.py``."""
+class HostBytes(NamedTuple):
+    """Bytes per token of an HDP rank, on each of its devices, that a block which offloads moves to the host."""
+
+    always: float
+    """Two inputs and the attention output with its log-sum-exp."""
+    products: float
+    """Of tokens whose products are moved, besides."""
+
+
+def host_bytes(shape: ModelShape, tp: int, precision: Precision, *, has_experts: bool) -> HostBytes:
+    """Of one block; see ``runtime/memory/sizes.py``."""
     products = (shape.heads + 2 * shape.kv_heads) * shape.head_dim
     products += 0 if has_experts else (shape.ffn_matrices - 1) * shape.ffn
-    elements = 2 * shape.hidden + shape.heads * shape.head_dim + share.offload * products
-    return (elements * precision.element_bytes + shape.heads * precision.wide_bytes) / share.tp
+    always = (2 * shape.hidden + shape.heads * shape.head_dim) * precision.element_bytes
+    return HostBytes((always + shape.heads * precision.wide_bytes) / tp, products * precision.element_bytes / tp)
 
 
 def logits_bytes(shape: ModelShape, tp: int, precision: Precision) -> float:
@@ -143,4 +153,4 @@ def exchanged_bytes(shape: ModelShape, layout: Layout, precision: Precision) -> 
     return keys_and_values * 2 * (precision.element_bytes + precision.wide_bytes) + by_heads * precision.element_bytes
 
 
-__all__ = ["BlockTokens", "Precision", "block_tokens", "exchanged_bytes", "logits_bytes"]
+__all__ = ["BlockTokens", "HostBytes", "Precision", "block_tokens", "exchanged_bytes", "host_bytes", "logits_bytes"]

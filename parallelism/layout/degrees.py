@@ -1,6 +1,6 @@
 """The static part of a plan: degrees of parallelism, capacity, and what becomes of activations."""
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
 
@@ -63,9 +63,10 @@ class Layout(BaseModel):
     """What becomes of the activations of a transformer block until its backward pass: they stay on the device (keep), are
     computed again from the block's input (recompute), or wait in host memory as far as ``offload`` says (offload). One word
     for all blocks, or one for each."""
-    offload: float = Field(default=0.0, ge=0.0, le=1.0)
+    offload: Annotated[float, Field(ge=0.0, le=1.0)] | Literal["auto"] = 0.0
     """Of blocks that offload: fraction of the tokens whose matrix products wait in host memory; those of the others are
-    computed again. What a block and its attention gave is always moved, and attention never computed again."""
+    computed again. What a block and its attention gave is always moved, and attention never computed again. auto: the planner
+    chooses for each micro-batch what takes least time by the cost model."""
 
     @model_validator(mode="after")
     def _schedule_exists(self) -> Self:
@@ -80,7 +81,7 @@ class Layout(BaseModel):
 
     @model_validator(mode="after")
     def _something_is_offloaded(self) -> Self:
-        if self.offload > 0 and "offload" not in self.activation_policies:
+        if self.offload != 0 and "offload" not in self.activation_policies:
             raise LayoutDoesNotFit(
                 f"layout.offload is {self.offload}, but no block offloads: layout.activations is {self.activations}. "
                 "Set layout.activations to offload, or leave layout.offload out.",
@@ -120,6 +121,11 @@ class Layout(BaseModel):
     def activations_of(self, layer: int) -> ActivationPolicy:
         """The policy of the block of ``layer``, which the model has."""
         return self.activations if isinstance(self.activations, str) else self.activations[layer]
+
+    @property
+    def most_offload(self) -> float:
+        """The largest fraction of tokens whose products may wait in host memory."""
+        return 1.0 if self.offload == "auto" else self.offload
 
     @property
     def recompute(self) -> Literal["none", "block"]:

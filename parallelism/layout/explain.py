@@ -27,7 +27,7 @@ def choices_of(layout: Layout) -> str:
     held = f"sharding {tiers.parameters}/{tiers.gradients}/{tiers.states}"
     held += " per micro-batch" if tiers.in_lock_step else ""
     policy: str = layout.activations if isinstance(layout.activations, str) else "mixed"
-    policy += f" {layout.offload:g}" if layout.offload else ""
+    policy += f" {layout.offload}" if layout.offload else ""
     parts = f", tokens gathered in {layout.tp_chunks} parts" if layout.tp_chunks > 1 else ""
     return f"{schedule}{held}, {policy}, {layout.capacity:,} tokens{parts}"
 

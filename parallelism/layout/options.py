@@ -1,6 +1,7 @@
 """What the search for a layout may choose from, and what it takes as given; imports no torch."""
 
 from collections.abc import Callable
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt
 
@@ -18,7 +19,7 @@ class ActivationChoice(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     policy: ActivationPolicy
-    offload: float = Field(default=0.0, ge=0.0, le=1.0)
+    offload: Annotated[float, Field(ge=0.0, le=1.0)] | Literal["auto"] = 0.0
 
 
 class SearchOptions(BaseModel):
@@ -56,7 +57,7 @@ class SearchOptions(BaseModel):
     """Ways to divide parameters, gradients and states. Those that divide within a node are tried besides."""
     activations: tuple[ActivationChoice, ...] = (
         ActivationChoice(policy="keep"),
-        ActivationChoice(policy="offload", offload=1.0),
+        ActivationChoice(policy="offload", offload="auto"),
         ActivationChoice(policy="offload", offload=0.5),
         ActivationChoice(policy="offload"),
         ActivationChoice(policy="recompute"),

@@ -4,13 +4,14 @@ As in ``CostModel``, an HDP rank is the ``tp`` devices of every stage of a pipel
 """
 
 import functools
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
-from evermesh.parallelism.cost import CostModel, ModelShape
-from evermesh.parallelism.layout.activations import Precision, block_tokens
+from evermesh.parallelism.cost import CostModel, ModelShape, Work
+from evermesh.parallelism.layout.activations import Precision
 from evermesh.parallelism.layout.degrees import ActivationPolicy, Layout
 from evermesh.parallelism.layout.device import Device
 from evermesh.parallelism.layout.network import Network
+from evermesh.parallelism.layout.offloading import repeated
 
 
 class Rates(NamedTuple):
@@ -19,13 +20,17 @@ class Rates(NamedTuple):
     products: float
     """Matrix products, per token."""
     recompute: float
-    """What is computed again, per token, pairs apart."""
+    """What is computed again, per token, pairs apart, where no products wait in host memory."""
+    saved: float
+    """Of it, what is not computed again of a token whose products do."""
     tensor: float
     """Gathers and scatters of the ranks that share a model, per token."""
     experts: float
     """The way of tokens to their experts and back, per token."""
-    offload: float
-    """Moving activations to host memory and back, as far as no computation hides it, per token."""
+    host: float
+    """Copying what is always moved to host memory, one way, per token."""
+    host_products: float
+    """Copying the products of a token besides."""
     pair: float
     """Attention, per visible pair."""
     recompute_pair: float
@@ -34,23 +39,61 @@ class Rates(NamedTuple):
     ring_token: float
     network_token: float
     head_token: float
+    offload: float | Literal["auto"] = 0.0
+    """As in the layout."""
+
+    @property
+    def most_saved(self) -> float:
+        """What is not computed again, per token, where as much waits in host memory as may."""
+        return self.saved * (1.0 if self.offload == "auto" else self.offload)
 
     @property
     def token(self) -> float:
-        """All that a token costs."""
-        return self.products + self.recompute + self.tensor + self.experts + self.offload
+        """All that a token costs at least: copies hide, and as much waits in host memory as may."""
+        return self.products + self.recompute - self.most_saved + self.tensor + self.experts
+
+    def offload_s(self, tokens: float, pairs: float) -> "Offloading":
+        """Of micro-batches with so many tokens and pairs together, if these are alike; if not, it is more."""
+        if self.host + self.host_products + self.saved == 0:
+            return Offloading(0.0, 0.0, 0.0)
+        model, work = self.cost_model(), Work(tokens, pairs)
+        fraction = model.best_offload(work) if self.offload == "auto" else self.offload
+        saved = fraction * self.saved * tokens
+        exposed = model.offload_s(work, fraction) + saved
+        return Offloading(saved, exposed, exposed - saved + self.most_saved * tokens)
 
     def cost_model(self) -> CostModel:
-        """For the planner. What recomputation costs is in it already, because layouts found here recompute always."""
+        """For the planner.
+
+        What recomputation costs is in what tokens and pairs cost, because layouts found here recompute always; not so where
+        blocks offload, whose copies hide behind the rest.
+        """
+        again = self.host + self.host_products + self.saved > 0
         return CostModel(
-            token_s=self.products + self.recompute + self.tensor + self.offload,
-            pair_s=self.pair + self.recompute_pair,
+            token_s=self.products + (0.0 if again else self.recompute) + self.tensor,
+            pair_s=self.pair + (0.0 if again else self.recompute_pair),
+            recompute_token_s=self.recompute if again else 0.0,
+            recompute_pair_s=self.recompute_pair if again else 0.0,
+            offload_saves_token_s=self.saved,
+            host_token_s=self.host,
+            host_products_token_s=self.host_products,
             micro_batch_s=self.layer,
             expert_token_s=self.experts,
             ring_token_s=self.ring_token,
             network_token_s=self.network_token,
             head_token_s=self.head_token,
         )
+
+
+class Offloading(NamedTuple):
+    """Seconds."""
+
+    saved: float
+    """Not computed again, because products wait in host memory."""
+    exposed: float
+    """That copies last longer than what they hide behind."""
+    beyond: float
+    """More than ``Rates.token`` says."""
 
 
 class Hardware(NamedTuple):
@@ -77,21 +120,25 @@ def rates(shape: ModelShape, layout: Layout, hardware: Hardware) -> Rates:
         recompute=whole,
         recompute_products=0.0,
     )
-    again = _recomputed_elements(shape, layout)
+    again = repeated(shape, layout, precision)
+    left = again.elements - layout.most_offload * again.saved
     experts, experts_again = _experts(shape, layout, hardware)
     tensor = _tensor(shape, layout, hardware, whole)
     return Rates(
         products=flops.token_s,
-        recompute=2.0 * again / (device.flops_per_s * layout.tp) + experts_again,
+        recompute=2.0 * again.elements / (device.flops_per_s * layout.tp) + experts_again,
+        saved=2.0 * again.saved / (device.flops_per_s * layout.tp),
         tensor=tensor.per_token,
         experts=experts,
-        offload=_offload(shape, layout, hardware),
+        host=again.host_bytes / device.host_bytes_per_s,
+        host_products=again.products_bytes / device.host_bytes_per_s,
         pair=flops.pair_s,
         recompute_pair=flops.recompute_pair_s,
-        layer=device.layer_s * (shape.layers + again / sum(_elements(shape)) * shape.layers / 3.0) + tensor.fixed,
+        layer=device.layer_s * (shape.layers + left / sum(_elements(shape)) * shape.layers / 3.0) + tensor.fixed,
         ring_token=flops.ring_token_s,
         network_token=flops.network_token_s or flops.ring_token_s,
         head_token=flops.head_token_s,
+        offload=layout.offload,
     )
 
 
@@ -107,28 +154,6 @@ def _elements(shape: ModelShape) -> tuple[int, ...]:
     return tuple(map(shape.active_elements, range(shape.layers)))
 
 
-def _recomputed_elements(shape: ModelShape, layout: Layout) -> float:
-    """Elements of the matrices that a token passes through again in the backward pass.
-
-    A block that offloads computes projections of attention and of the feed-forward block again, of the tokens whose products
-    were not moved, and a mixture whole.
-    """
-    elements, total = _elements(shape), 0.0
-    if layout.recompute == "none":
-        return total
-    projections = shape.hidden * shape.head_dim * (shape.heads + 2 * shape.kv_heads)
-    inner = (shape.ffn_matrices - 1) * shape.hidden * shape.ffn
-    for layer in range(shape.layers):
-        policy = layout.activations_of(layer)
-        if policy == "recompute":
-            total += elements[layer]
-        elif policy == "offload" and shape.has_experts(layer):
-            total += (1.0 - layout.offload) * projections + elements[layer] - shape.attention_elements()
-        elif policy == "offload":
-            total += (1.0 - layout.offload) * (projections + inner)
-    return total
-
-
 class _Tensor(NamedTuple):
     per_token: float
     fixed: float
@@ -141,7 +166,7 @@ def _tensor(shape: ModelShape, layout: Layout, hardware: Hardware, whole: float)
     if tp == 1:
         return _Tensor(0.0, 0.0)
     one = (tp - 1) / tp * shape.hidden * hardware.precision.element_bytes / hardware.network.group_bytes_per_s(tp, 1)
-    offloads = _share(shape, layout, "offload") * (layout.offload < 1.0)
+    offloads = _share(shape, layout, "offload") * (layout.offload != 1.0)
     repeated = 2.0 * (whole + offloads) + whole  # both gathers, and where attention is repeated, its scatter
     half = (4.0 + repeated / 2.0) * shape.layers
     ends = 4.0  # embedding and head
@@ -167,18 +192,6 @@ def _experts(shape: ModelShape, layout: Layout, hardware: Hardware) -> tuple[flo
     )  # rows of the others, and their outputs
     again = sum(layout.activations_of(layer) != "keep" for layer in range(shape.layers) if shape.has_experts(layer))
     return 4.0 * seconds * experts.layers, 2.0 * seconds * again
-
-
-def _offload(shape: ModelShape, layout: Layout, hardware: Hardware) -> float:
-    """What moving takes longer than the products of the block that it runs beside."""
-    if "offload" not in layout.activation_policies:
-        return 0.0
-    exposed, elements = 0.0, _elements(shape)
-    for layer in range(shape.layers):
-        moved = block_tokens(shape, layout, layer, hardware.precision).host / hardware.device.host_bytes_per_s
-        forward = 2.0 * elements[layer] / (hardware.device.flops_per_s * layout.tp)
-        exposed += (max(0.0, moved - forward) + max(0.0, moved - 2.0 * forward)) if moved else 0.0
-    return exposed
 
 
 __all__ = ["Hardware", "Rates", "rates"]

@@ -42,7 +42,8 @@ class Batch:
         attention = (rates.pair + rates.recompute_pair) * self.longest * (self.longest + 1) / 2 / sizes
         per_token = np.where(sizes > ranks_in_node, rates.network_token, rates.ring_token)
         passed = (sizes - 1) / sizes * self.longest * per_token
-        return float(np.min(rates.token * self.longest / sizes + np.maximum(attention, passed)))
+        beyond = rates.offload_s(self.longest, self.longest * (self.longest + 1) / 2).beyond / sizes
+        return float(np.min(rates.token * self.longest / sizes + beyond + np.maximum(attention, passed)))
 
 
 __all__ = ["Batch"]

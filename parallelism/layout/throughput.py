@@ -77,6 +77,7 @@ class Setup(NamedTuple):
             sum(counts) / len(batches) for counts in zip(*((b.tokens, b.pairs) for b in batches), strict=True)
         )
         work = found.token * tokens + (found.pair + found.recompute_pair) * pairs
+        work += found.offload_s(tokens, pairs).beyond
         busy = work / (layout.hdp * layout.pp) / max(self.hardware.network.speeds)
         number = max(1, -(-max(batch.tokens for batch in batches) // (layout.hdp * fewest_tokens)))
         return busy * (1.0 + bubble(layout) / number) + sum(self.traffic.once.values())
@@ -150,13 +151,16 @@ def _work(setup: Setup, batch: Batch) -> dict[str, float]:
     """Seconds of each device, if all of them share the work evenly."""
     layout, found = setup.layout, setup.rates
     shared = layout.hdp * layout.pp
+    offloading = found.offload_s(batch.tokens, batch.pairs)
     return {
         "matrix products": found.products * batch.tokens / shared,
         "attention": found.pair * batch.pairs / shared,
-        "recomputation": (found.recompute * batch.tokens + found.recompute_pair * batch.pairs) / shared,
+        "recomputation": (
+            (found.recompute * batch.tokens - offloading.saved + found.recompute_pair * batch.pairs) / shared
+        ),
         "tensor traffic": found.tensor * batch.tokens / shared,
         "expert traffic": found.experts * batch.tokens / shared,
-        "offloading": found.offload * batch.tokens / shared,
+        "offloading": offloading.exposed / shared,
         "rings": batch.ring_s(layout.capacity, found, _ranks_in_node(setup)) / shared,
         "fixed": found.layer * max(1.0, batch.tokens / (layout.hdp * layout.capacity)) / layout.pp,
     }

@@ -6,7 +6,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evermesh.parallelism.planner.compiling import compiled
-from evermesh.parallelism.planner.costs import Coefficients, best_sharing, is_recomputed, shared_s, ticks
+from evermesh.parallelism.planner.costs import (
+    Coefficients,
+    best_sharing,
+    gained_together,
+    is_recomputed,
+    shared_s,
+    ticks,
+)
 from evermesh.parallelism.planner.filling import Filling, Slots, members, packs_of
 from evermesh.parallelism.planner.rings import Floats, Integers, Rings, ranks_of, scaled
 
@@ -105,6 +112,8 @@ def columns_of(
                             total += alone[sequence]
                         else:
                             total += ticks(costs, shared_s(costs, lengths[sequence], 1, 1, False, False, again))
+                    if again and costs.offloads:
+                        total -= gained_together(costs, lengths[own])
                     micro_batch += 1
                 piece = starts[packs]
                 slot_ticks[slot] = scaled(total, slowness[rank])

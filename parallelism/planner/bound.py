@@ -9,7 +9,7 @@ from evermesh.parallelism.cost import CostModel
 from evermesh.parallelism.errors import SequenceTooLong
 from evermesh.parallelism.layout import Layout
 from evermesh.parallelism.planner.compiling import compiled
-from evermesh.parallelism.planner.costs import Coefficients, best_sharing, is_recomputed, shared_s
+from evermesh.parallelism.planner.costs import Coefficients, best_sharing, is_recomputed, linear, shared_s
 from evermesh.parallelism.planner.rings import Floats, Integers
 from evermesh.parallelism.planner.sorting import longest_first
 from evermesh.parallelism.pool import Pool
@@ -43,7 +43,8 @@ def lower_bound(lengths: Sequence[int], layout: Layout, cost: CostModel, pool: P
     """The largest of three bounds for ranks that hold the whole model and keep step with nobody.
 
     - All work, spread over all ranks in proportion to their speeds. A sequence takes its ring together at least the minimum
-      over d of d x T(s, d); every micro-batch holds at most ``capacity`` tokens, so its fixed cost is paid at least
+      over d of d x T(s, d), with a price for offloading that holds however sequences share micro-batches
+      (``costs.linear``); every micro-batch holds at most ``capacity`` tokens, so its fixed cost is paid at least
       ceil(tokens / capacity) times. It binds as "work", or as "memory" or "communication" where those make it more than
       the same work without rings would be.
     - The longest sequence on its best ring, on ranks as fast as the fastest.
@@ -64,7 +65,8 @@ def lower_bound(lengths: Sequence[int], layout: Layout, cost: CostModel, pool: P
 
 def bound_of(costs: Coefficients, lengths: Integers, speeds: Floats, node_size: int) -> LowerBound:
     """``lower_bound`` of lengths that are known to fit, longest first; there is at least one."""
-    work_s, alone_s = _all_work(costs, lengths, node_size)
+    adding = max(linear(costs, lengths), key=lambda price: float(_all_work(price, lengths, node_size)[0].sum()))
+    work_s, alone_s = _all_work(adding, lengths, node_size)
     shared_s = float(work_s.sum())
     fixed = -(-int(lengths.sum()) // costs.capacity) * costs.micro_batch_s
     spread = (shared_s + fixed) / float(speeds.sum())
@@ -77,7 +79,7 @@ def bound_of(costs: Coefficients, lengths: Integers, speeds: Floats, node_size: 
         return LowerBound(longest, "longest sequence")
     if shared_s <= 1.01 * alone_s:
         return LowerBound(spread, "work")
-    return LowerBound(spread, "communication" if _traffic_binds(costs, lengths, node_size, shared_s) else "memory")
+    return LowerBound(spread, "communication" if _traffic_binds(adding, lengths, node_size, shared_s) else "memory")
 
 
 @compiled
@@ -115,6 +117,14 @@ def _relaxed_work_s(costs: Coefficients, length: int, smallest: int, node_size: 
         recomputed = is_recomputed(costs, (length + first - 1) // first)
         token_s = costs.token_s + (costs.recompute_token_s if recomputed else 0.0)
         pair_s = costs.pair_s + (costs.recompute_pair_s if recomputed else 0.0)
+        shown = 1.0
+        if recomputed and costs.offloads:
+            # one plane of what offloading adds, which is no more than that
+            token_s += costs.planes[0][0]
+            if pair_s > 0:
+                # of time that attention and traffic share, as much is taken off as of attention
+                shown = (pair_s + costs.planes[0][1]) / pair_s
+                pair_s *= shown
         attention = pair_s * (padded * (padded + 1) / 2)
         for heads in range(1, min(costs.most_heads, node_size) + 1):
             for outside in range(2):
@@ -124,7 +134,7 @@ def _relaxed_work_s(costs: Coefficients, length: int, smallest: int, node_size: 
                 passed_token_s, step_s = costs.ring_token_s, costs.ring_step_s
                 if ring > node_size and groups > 1:
                     passed_token_s, step_s = costs.network_token_s, costs.network_step_s
-                passed = (groups - 1) * length * passed_token_s
+                passed = (groups - 1) * length * passed_token_s * shown
                 exchanged = (heads - 1) / heads * length * costs.head_token_s
                 steps = groups - 1 + (1 if heads > 1 else 0)
                 seconds = ring * costs.piece_s + token_s * length + exchanged

@@ -6,9 +6,15 @@ The formulas are those of ``CostModel.shared_s``, written again as functions tha
 import math
 from typing import NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from evermesh.parallelism.cost import CostModel
 from evermesh.parallelism.layout import Layout
 from evermesh.parallelism.planner.compiling import compiled
+from evermesh.parallelism.planner.offloading import Planes, planes_of
+
+Integers = NDArray[np.int64]
 
 
 class Coefficients(NamedTuple):
@@ -21,6 +27,10 @@ class Coefficients(NamedTuple):
     tile: int
     recompute_token_s: float
     recompute_pair_s: float
+    offloads: bool
+    """Whether offloading changes the time of what is recomputed."""
+    planes: Planes
+    """The largest of them is what offloading adds to a micro-batch; see ``offloading``."""
     ring_step_s: float
     ring_token_s: float
     network_step_s: float
@@ -49,6 +59,8 @@ class Coefficients(NamedTuple):
             tile=cost.tile,
             recompute_token_s=cost.recompute_token_s,
             recompute_pair_s=cost.recompute_pair_s,
+            offloads=cost.offloads,
+            planes=planes_of(cost, layout.offload),
             ring_step_s=cost.ring_step_s,
             ring_token_s=cost.ring_token_s,
             network_step_s=cost.ring_step_s if cost.network_step_s is None else cost.network_step_s,
@@ -66,19 +78,17 @@ class Coefficients(NamedTuple):
 def shared_s(
     costs: Coefficients, length: int, ring: int, heads: int, gathers: bool, crosses_nodes: bool, recomputed: bool
 ) -> float:
-    """``CostModel.shared_s``."""
+    """``CostModel.shared_s``, and what offloading adds if the micro-batch holds nothing else."""
     token_s, pair_s = costs.token_s, costs.pair_s
     if recomputed:
         token_s += costs.recompute_token_s
         pair_s += costs.recompute_pair_s
     groups = ring // heads
-    chunks = 1 if groups == 1 else 2 * groups
-    padded = length
-    if costs.tile > 1:
-        unit = chunks * costs.tile
-        padded = (length + unit - 1) // unit * unit
+    pairs = padded_pairs(costs, length, groups)
     seconds = costs.piece_s + token_s * length / ring
-    attention = pair_s * (padded * (padded + 1) / 2) / ring
+    attention = pair_s * pairs / ring
+    if recomputed and costs.offloads:
+        seconds += offloaded_s(costs, length / ring, pairs / ring)
     if ring == 1:
         return seconds + attention
     exchanged = (heads - 1) / heads * length / ring * costs.head_token_s
@@ -92,6 +102,37 @@ def shared_s(
     if gathers:
         return seconds + attention + passed + exchanged + min(steps, 2) * step_s
     return seconds + max(attention, passed) + exchanged + steps * step_s
+
+
+@compiled
+def padded_pairs(costs: Coefficients, length: int, groups: int) -> float:
+    """Visible pairs of a document whose chunks so many groups of ranks share."""
+    padded = length
+    if costs.tile > 1:
+        unit = (1 if groups == 1 else 2 * groups) * costs.tile
+        padded = (length + unit - 1) // unit * unit
+    return padded * (padded + 1) / 2
+
+
+@compiled
+def offloaded_s(costs: Coefficients, tokens: float, pairs: float) -> float:
+    """What offloading adds to a recomputed micro-batch; below zero where it saves more."""
+    seconds = -np.inf
+    for token_s, pair_s in costs.planes:
+        seconds = max(seconds, token_s * tokens + pair_s * pairs)
+    return seconds
+
+
+@compiled
+def gained_together(costs: Coefficients, lengths: Integers) -> int:
+    """Ticks that whole sequences take less in one recomputed micro-batch than if each hid its copies by itself."""
+    tokens, pairs, apart = 0.0, 0.0, 0
+    for length in lengths:
+        own = padded_pairs(costs, length, 1)
+        apart += ticks(costs, offloaded_s(costs, length, own))
+        tokens += length
+        pairs += own
+    return apart - ticks(costs, offloaded_s(costs, tokens, pairs))
 
 
 @compiled
@@ -129,3 +170,16 @@ def is_recomputed(costs: Coefficients, num_tokens: int) -> bool:
 def ticks(costs: Coefficients, seconds: float) -> int:
     """Seconds as an integer number of ticks, rounded."""
     return int(seconds * costs.ticks_per_s + 0.5)
+
+
+def linear(costs: Coefficients, lengths: Integers) -> tuple[Coefficients, ...]:
+    """Costs that add up: however documents share micro-batches, they take at least as long as with one of these.
+
+    Offloading has one plane: that of copies which all hide, and that which is largest for ``lengths`` together.
+    """
+    if not costs.offloads:
+        return (costs,)
+    sizes = -(-lengths // costs.tile) * costs.tile
+    tokens, pairs = float(lengths.sum()), float((sizes * (sizes + 1) / 2).sum())
+    largest = max(costs.planes, key=lambda plane: plane[0] * tokens + plane[1] * pairs)
+    return tuple(costs._replace(planes=(plane,) * 4) for plane in dict.fromkeys((costs.planes[0], largest)))

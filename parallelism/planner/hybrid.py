@@ -19,6 +19,7 @@ from evermesh.parallelism.planner.compiling import compiled
 from evermesh.parallelism.planner.costs import Coefficients, shared_s, ticks
 from evermesh.parallelism.planner.few_ranks import EFFORT, MOST_RANKS, search
 from evermesh.parallelism.planner.filling import Filling, Slots, fill, level, slots_between
+from evermesh.parallelism.planner.fractions import with_offload
 from evermesh.parallelism.planner.problem import Problem
 from evermesh.parallelism.planner.rings import FOREVER, Floats, Integers, Rings, place_rings
 from evermesh.parallelism.planner.sorting import longest_first
@@ -87,7 +88,7 @@ def plan_rings(
             if end < makespan:
                 makespan, best = end, _in_order(columns, order)
     assert best is not None, "some order of the ranks gives a plan"
-    ranks = PackedRanks(lengths, *renamed(best, by_length), offload=layout.offload)
+    ranks = with_offload(lengths, renamed(best, by_length), layout, cost)
     return ranks, Certificate(makespan / costs.ticks_per_s, bound.seconds, bound.binding)
 
 

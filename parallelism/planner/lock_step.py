@@ -27,7 +27,8 @@ from evermesh.parallelism.errors import SequenceTooLong
 from evermesh.parallelism.layout import Layout
 from evermesh.parallelism.planner.bound import LowerBound, smallest_ring
 from evermesh.parallelism.planner.compiling import compiled
-from evermesh.parallelism.planner.costs import Coefficients, best_sharing, shared_s, ticks
+from evermesh.parallelism.planner.costs import Coefficients, best_sharing, linear, shared_s, ticks
+from evermesh.parallelism.planner.fractions import with_fractions
 from evermesh.parallelism.planner.lock_step_filling import NEVER, Integers, Problem
 from evermesh.parallelism.planner.lock_step_loops import Waves, search
 from evermesh.parallelism.planner.lock_step_places import Wave, place
@@ -79,10 +80,14 @@ def lock_step_bound(lengths: Sequence[int], layout: Layout, cost: CostModel, poo
     _check_lengths(lengths, layout, pool)
     if not lengths:
         return LowerBound(0.0, "nothing")
-    costs = Coefficients.of(cost, layout, 1.0)
-    distinct, numbers = np.unique(np.array(lengths, np.int64), return_counts=True)
+    costs, given = Coefficients.of(cost, layout, 1.0), np.array(lengths, np.int64)
+    distinct, numbers = np.unique(given, return_counts=True)
     node_size, group, ranks = pool.largest_node, _group_size(layout, len(pool)), len(pool)
-    work_s = np.array([_least(costs, length, ranks, node_size, True) for length in distinct])
+    prices = [
+        np.array([_least(adding, length, ranks, node_size, True) for length in distinct])
+        for adding in linear(costs, given)
+    ]
+    work_s = max(prices, key=lambda price: float(numbers @ price))
     tokens = sum(lengths)
     fixed_s = group * -(-tokens // (group * layout.capacity)) * cost.micro_batch_s
     speeds = math.fsum(pool.speeds)
@@ -221,11 +226,10 @@ def _assignment(
     for wave in waves:
         placed = place(wave, lengths, layout, costs, pool)
         choice: Literal["none", "block"] = "none" if placed.keeps else "block"
-        offload = 0.0 if placed.keeps else layout.offload
         for rank, pieces in placed.pieces.items():
             step = len(micro_batches[rank]) if rank in in_groups else None
-            micro_batches[rank].append(MicroBatch(pieces, choice, offload, step))
-    return tuple(map(tuple, micro_batches))
+            micro_batches[rank].append(MicroBatch(pieces, choice, lock_step=step))
+    return with_fractions(tuple(map(tuple, micro_batches)), lengths, layout, cost)
 
 
 def _ranks(layout: Layout, number: int) -> list[int]:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evermesh.parallelism.planner.compiling import compiled
-from evermesh.parallelism.planner.costs import Coefficients, is_recomputed, shared_s, ticks
+from evermesh.parallelism.planner.costs import Coefficients, gained_together, is_recomputed, shared_s, ticks
 from evermesh.parallelism.planner.filling import Filling, Slots, members, slot_ticks
 from evermesh.parallelism.planner.rings import Floats, Integers, Rings, ranks_of, scaled
 from evermesh.parallelism.planner.sorting import longest_first
@@ -77,6 +77,8 @@ def found_in(costs: Coefficients, lengths: Integers, packed: Packed, slowness: F
                         return _of_another_kind(arrived)
                     length = lengths[packed.sequence[piece]]
                     total += ticks(costs, shared_s(costs, length, 1, 1, False, False, packed.recomputed[at[rank]]))
+                if packed.recomputed[at[rank]] and costs.offloads:
+                    total -= gained_together(costs, lengths[packed.sequence[first:last]])
                 clock[rank] += scaled(total, slowness[rank])
                 at[rank] += 1
                 continue

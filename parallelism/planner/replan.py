@@ -15,6 +15,7 @@ from evermesh.parallelism.planner.bound import bound_of, check_lengths
 from evermesh.parallelism.planner.compiling import compiled
 from evermesh.parallelism.planner.costs import Coefficients, is_recomputed, shared_s, ticks
 from evermesh.parallelism.planner.filling import level, slots_between
+from evermesh.parallelism.planner.fractions import with_offload
 from evermesh.parallelism.planner.hybrid import pack_sizes
 from evermesh.parallelism.planner.making_room import make_room
 from evermesh.parallelism.planner.mending import (
@@ -177,7 +178,7 @@ def _mended(
     columns, makespan = _filled(costs, lengths, own, sharings, slowness[~is_lost], _pack_of(ranks, costs), goal)
     return replace(
         plan,
-        ranks=PackedRanks(lengths, *columns, offload=layout.offload),
+        ranks=with_offload(lengths, columns, layout, cost),
         certificate=Certificate(makespan / costs.ticks_per_s, bound.seconds, bound.binding),
         capacity=layout.capacity,
         cost_version=cost.version,

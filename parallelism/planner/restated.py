@@ -22,6 +22,7 @@ from evermesh.parallelism.layout import Layout
 from evermesh.parallelism.pieces import share_of
 from evermesh.parallelism.planner.bound import smallest_ring
 from evermesh.parallelism.planner.costs import Coefficients, best_sharing
+from evermesh.parallelism.planner.fractions import with_fractions
 from evermesh.parallelism.pool import Pool
 from evermesh.parallelism.rank_work import Assignment
 
@@ -102,14 +103,13 @@ def bytescale_1(lengths: Sequence[int], layout: Layout, cost: CostModel, pool: P
     Raises:
         SequenceTooLong: all ranks together cannot hold a sequence.
     """
-    del cost  # the algorithm saves communication and does not look at times
     ranks: list[list[MicroBatch]] = [[] for _ in range(len(pool))]
     next_rank = 0
     for unit in _units(_descending(lengths), lengths, layout.capacity, len(pool)):
         members = sorted((next_rank + index) % len(pool) for index in range(unit.ring))
         next_rank = (next_rank + unit.ring) % len(pool)
         _append(unit, members, lengths, layout, ranks)
-    return tuple(map(tuple, ranks))
+    return with_fractions(tuple(map(tuple, ranks)), lengths, layout, cost)
 
 
 def bytescale_2(lengths: Sequence[int], layout: Layout, cost: CostModel, pool: Pool) -> Assignment:
@@ -133,7 +133,7 @@ def bytescale_2(lengths: Sequence[int], layout: Layout, cost: CostModel, pool: P
             for rank in members:
                 heapq.heappush(heap, (free_at, rank))
             _append(unit, members, lengths, layout, ranks)
-    return tuple(map(tuple, ranks))
+    return with_fractions(tuple(map(tuple, ranks)), lengths, layout, cost)
 
 
 RESTATED: Mapping[str, Baseline] = MappingProxyType(
@@ -250,11 +250,11 @@ def _on_mesh(
                 for pack in of_group
             )
             ranks.append(tuple(_micro_batch(of_pack, layout) for of_pack in pieces))
-    return tuple(ranks)
+    return with_fractions(tuple(ranks), lengths, layout, cost)
 
 
 def _micro_batch(pieces: Iterable[Piece], layout: Layout) -> MicroBatch:
-    return MicroBatch(tuple(pieces), recompute=layout.recompute, offload=layout.offload)
+    return MicroBatch(tuple(pieces), recompute=layout.recompute)
 
 
 def _schemes(

@@ -12,15 +12,16 @@ from evermesh.parallelism.rank_work import Integers
 def valid_bound_s(lengths: Integers, layout: Layout, cost: CostModel, pool: Pool) -> float:
     """Seconds, for ranks that hold the whole model and keep step with nobody: the larger of two bounds.
 
-    - Work: products and attention of every token, once, and the fixed cost of as few micro-batches as hold all tokens,
-      spread over all ranks by their speeds.
+    - Work: products and attention of every token, once, with copies to host memory that all hide, and the
+      fixed cost of as few micro-batches as hold all tokens, spread over all ranks by their speeds.
     - The longest sequence on its best ring of ranks as fast as the fastest. Where heads may be divided or keys gathered,
       what rings send is left out, which only lowers it.
     """
     if not len(lengths):
         return 0.0
     always = layout.recompute == "block" and layout.keep_capacity is None
-    token_s = cost.token_s + cost.expert_token_s + always * cost.recompute_token_s
+    again_s = cost.recompute_token_s - layout.most_offload * cost.offload_saves_token_s
+    token_s = cost.token_s + cost.expert_token_s + always * again_s
     pair_s = cost.pair_s + always * cost.recompute_pair_s
     padded = -(-lengths // cost.tile) * cost.tile
     products, attention = token_s * lengths, pair_s * (padded * (padded + 1) / 2)

@@ -39,6 +39,8 @@ class Columns:
     """[N]."""
     recomputed: Flags
     """[M]."""
+    offload: NDArray[np.float64]
+    """Of what is recomputed, [M]."""
 
     @cached_property
     def ring_size(self) -> Integers:
@@ -95,6 +97,7 @@ def columns_of(plan: BatchPlan) -> Columns:
             ranks.heads,
             ranks.gathers,
             ranks.recomputed,
+            ranks.offload,
         )
     micro_batches = list(chain.from_iterable(ranks))
     pieces = [piece for micro_batch in micro_batches for piece in micro_batch.pieces]
@@ -110,6 +113,7 @@ def columns_of(plan: BatchPlan) -> Columns:
         _array(piece.heads for piece in one_of_each),
         np.array([piece.gathers for piece in one_of_each], np.bool_),
         np.array([micro_batch.recompute == "block" for micro_batch in micro_batches], np.bool_),
+        np.array([micro_batch.offload for micro_batch in micro_batches], np.float64),
     )
 
 

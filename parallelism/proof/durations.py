@@ -1,4 +1,4 @@
-"""What every micro-batch of a plan takes: ``CostModel.parts`` for all pieces at once; a test holds them equal."""
+"""What every micro-batch of a plan takes: ``CostModel.parts`` and ``offload_s`` for all at once; a test holds them equal."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +15,33 @@ def micro_batch_seconds(columns: Columns, cost: CostModel, pool: Pool) -> Floats
     of_pieces = _piece_seconds(columns, cost, pool)
     together = np.bincount(columns.micro_batch, weights=of_pieces, minlength=len(columns.rank))
     speeds = np.asarray(pool.speeds, np.float64)
-    return (cost.micro_batch_s + together) / speeds[columns.rank]
+    return (cost.micro_batch_s + together + _offload_seconds(columns, cost)) / speeds[columns.rank]
+
+
+def _offload_seconds(columns: Columns, cost: CostModel) -> Floats:
+    """What offloading adds to every micro-batch, [M]: copies beside the passes that they hide behind, less what is saved."""
+    ring = columns.ring_size[columns.sequence]
+    tokens, pairs = (
+        np.bincount(columns.micro_batch, weights=of_pieces, minlength=len(columns.rank))
+        for of_pieces in (columns.lengths[columns.sequence] / ring, _pairs(columns, cost.tile) / ring)
+    )
+    forward = cost.token_s * tokens / 3.0 + cost.pair_s * pairs / 3.5
+    saved = columns.offload * cost.offload_saves_token_s * tokens
+    backward = (cost.token_s * 2.0 / 3.0 + cost.recompute_token_s) * tokens - saved
+    backward += (cost.pair_s * 2.5 / 3.5 + cost.recompute_pair_s) * pairs
+    copies = (cost.host_token_s + columns.offload * cost.host_products_token_s) * tokens
+    longer = np.maximum(copies - forward, 0.0) + np.maximum(copies - backward, 0.0)
+    return np.where(columns.recomputed, longer - saved, 0.0)
+
+
+def _pairs(columns: Columns, tile: int) -> Floats:
+    """Visible pairs of the sequence of every piece, with the padding of tiles, [P]."""
+    length = columns.lengths[columns.sequence]
+    groups = (columns.ring_size // columns.heads)[columns.sequence]
+    unit = np.where(groups == 1, 1, 2 * groups) * tile
+    padded = length if tile == 1 else -(-length // unit) * unit
+    pairs: Floats = padded * (padded + 1) / 2
+    return pairs
 
 
 def _piece_seconds(columns: Columns, cost: CostModel, pool: Pool) -> Floats:
@@ -27,9 +53,7 @@ def _piece_seconds(columns: Columns, cost: CostModel, pool: Pool) -> Floats:
     groups = ring // heads
     token_s = cost.token_s + cost.expert_token_s + recomputed * cost.recompute_token_s
     pair_s = cost.pair_s + recomputed * cost.recompute_pair_s
-    unit = np.where(groups == 1, 1, 2 * groups) * cost.tile
-    padded = length if cost.tile == 1 else -(-length // unit) * unit
-    attention = pair_s * (padded * (padded + 1) / 2) / ring
+    attention = pair_s * _pairs(columns, cost.tile) / ring
     network = (_crosses_nodes(columns, pool) & (columns.ring_size > columns.heads))[sequence]
     passed_token_s = np.where(network, _or(cost.network_token_s, cost.ring_token_s), cost.ring_token_s)
     step_s = np.where(network, _or(cost.network_step_s, cost.ring_step_s), cost.ring_step_s)

@@ -24,7 +24,7 @@ def is_right(plan: BatchPlan, layout: Layout, pool: Pool | None) -> bool:
         return False
     columns = columns_of(plan)
     return (
-        _micro_batches_are_right(columns, layout, ranks.offload)
+        _micro_batches_are_right(columns, layout)
         and _sharing_is_right(columns, layout, pool)
         and _lock_steps_are_right(columns, layout, ranks.lock_step)
         and (waves_go_on(columns, layout) if layout.runs_in_waves else free_ranks_go_on(columns))
@@ -44,7 +44,7 @@ def fits_together(plan: BatchPlan) -> bool:
     return (
         all(start[0] == 0 and start[-1] == total and (np.diff(start) >= 0).all() for start, total in starts)
         and len(ranks.ring_start) - 1 == len(ranks.heads) == len(ranks.gathers) == sequences
-        and len(ranks.recomputed) == micro_batches
+        and len(ranks.recomputed) == len(ranks.offload) == micro_batches
         and (ranks.lock_step is None or len(ranks.lock_step) == micro_batches)
         and _within(ranks.sequence, sequences)
         and _within(ranks.ring, len(ranks))
@@ -65,18 +65,19 @@ def _holders_are_members(columns: Columns) -> bool:
     return bool((columns.ring_size > 0).all() and (np.diff(named) > 0).all() and np.array_equal(held, named))
 
 
-def _micro_batches_are_right(columns: Columns, layout: Layout, offload: float) -> bool:
+def _micro_batches_are_right(columns: Columns, layout: Layout) -> bool:
     tokens = columns.tokens(tokens_of_pieces(columns))
     recomputed = columns.recomputed[columns.micro_batch]
     members = np.bincount(columns.sequence, minlength=len(columns.lengths))
     choices = np.bincount(columns.sequence, weights=recomputed, minlength=len(columns.lengths))
+    offload = columns.offload[columns.recomputed]
     most = 1.0 if "offload" in layout.activation_policies else 0.0
     kept = layout.capacity if layout.recompute == "none" else layout.keep_capacity or 0
     return bool(
         (tokens <= layout.capacity).all()
         and ((choices == 0) | (choices == members)).all()
         and (columns.recomputed | (tokens <= kept)).all()
-        and (not columns.recomputed.any() or 0.0 <= offload <= most)
+        and ((offload >= 0.0) & (offload <= most)).all()
     )
 
 

@@ -7,7 +7,7 @@ slow or lost here: that is ``simulator.events``, which says the same when nothin
 from collections.abc import Sequence
 
 from evermesh.parallelism.batch_plan import BatchPlan, MicroBatch, Piece
-from evermesh.parallelism.cost import CostModel, Sharing
+from evermesh.parallelism.cost import CostModel, Sharing, Work
 from evermesh.parallelism.errors import PlanInvalid
 from evermesh.parallelism.pool import Pool
 from evermesh.parallelism.simulator.timeline import Span, Timeline
@@ -37,7 +37,21 @@ def micro_batch_s(
         cost_model.shared_s(lengths[piece.sequence], sharing_of(piece, pool), recomputed=recomputed)
         for piece in micro_batch.pieces
     )
-    return cost_model.micro_batch_s + sum(pieces)
+    return cost_model.micro_batch_s + sum(pieces) + offload_s(micro_batch, lengths, cost_model)
+
+
+def offload_s(micro_batch: MicroBatch, lengths: Sequence[int], cost_model: CostModel) -> float:
+    """Seconds that offloading adds to one micro-batch on a rank of speed 1; below zero where it saves more."""
+    if micro_batch.recompute == "none" or not cost_model.offloads:
+        return 0.0
+    return cost_model.offload_s(work_of(micro_batch, lengths, cost_model), micro_batch.offload)
+
+
+def work_of(micro_batch: MicroBatch, lengths: Sequence[int], cost_model: CostModel) -> Work:
+    """What one rank computes of a micro-batch."""
+    return cost_model.together(
+        cost_model.work(lengths[piece.sequence], Sharing(len(piece.ring), piece.heads)) for piece in micro_batch.pieces
+    )
 
 
 def sharing_of(piece: Piece, pool: Pool | None) -> Sharing:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from evermesh.parallelism.batch_plan import MicroBatch, Piece
 from evermesh.parallelism.cost import CostModel, Parts, Sharing
 from evermesh.parallelism.errors import PlanInvalid
-from evermesh.parallelism.simulator.aggregate import sharing_of
+from evermesh.parallelism.simulator.aggregate import offload_s, sharing_of
 from evermesh.parallelism.simulator.scenario import Scenario
 from evermesh.parallelism.simulator.stages import stage_seconds
 from evermesh.parallelism.simulator.tasks import Task
@@ -64,7 +64,8 @@ class Durations:
     def own_s(self, rank: int, task: Task) -> float:
         """The own time of an HDP rank at nominal speed."""
         pieces = (self.parts(piece, rank, task.micro_batch).seconds for piece in task.micro_batch.pieces)
-        return self._of_stage(self.cost.micro_batch_s + sum(pieces), task)
+        offloading = offload_s(task.micro_batch, self.lengths, self.cost)
+        return self._of_stage(self.cost.micro_batch_s + sum(pieces) + offloading, task)
 
     def end_s(self, rank: int, start_s: float, own_s: float) -> float:
         """When an HDP rank that begins at ``start_s`` has done what takes ``own_s`` at nominal speed."""
@@ -123,7 +124,7 @@ class Durations:
         in_ring = {id(p) for task in tasks for p in task.micro_batch.pieces if len(p.ring) > 1}
         alone = np.zeros(len(members))
         for index, (member, task) in enumerate(zip(members, tasks, strict=True)):
-            alone[index] = self.cost.micro_batch_s
+            alone[index] = self.cost.micro_batch_s + offload_s(task.micro_batch, self.lengths, self.cost)
             for piece in task.micro_batch.pieces:
                 parts = self.parts(piece, member, task.micro_batch)
                 alone[index] += parts.products if id(piece) in in_ring else parts.seconds

@@ -15,6 +15,8 @@ _MEMORY: tuple[dict[str, Any], ...] = (
     {"activations": "recompute"},
     {"activations": "recompute", "keep_capacity": 150},
     {"activations": "offload", "offload": 0.5, "keep_capacity": 200},
+    {"activations": "offload", "offload": "auto"},
+    {"activations": "offload", "offload": "auto", "keep_capacity": 200},
 )
 _SHARING: tuple[dict[str, Any], ...] = (
     {},
@@ -85,7 +87,7 @@ def _cost(dice: random.Random) -> CostModel:
         return dice.choice((0.0, coefficient, coefficient * dice.uniform(0.1, 10.0)))
 
     step_s, token_s = sometimes(1e-5), sometimes(1e-6)
-    slower = dice.choice((None, 1.0, 5.0))
+    slower, again_s = dice.choice((None, 1.0, 5.0)), sometimes(3e-6)
     return CostModel(
         token_s=1e-5 * dice.uniform(0.3, 3.0),
         pair_s=sometimes(2e-8),
@@ -93,8 +95,11 @@ def _cost(dice: random.Random) -> CostModel:
         piece_s=sometimes(1e-5),
         tile=dice.choice((1, 1, 16, 128)),
         expert_token_s=sometimes(1e-6),
-        recompute_token_s=sometimes(3e-6),
+        recompute_token_s=again_s,
         recompute_pair_s=sometimes(3e-9),
+        offload_saves_token_s=again_s * dice.uniform(0.0, 1.0),
+        host_token_s=sometimes(1e-6),
+        host_products_token_s=sometimes(3e-6),
         ring_step_s=step_s,
         ring_token_s=token_s,
         network_step_s=None if slower is None else slower * step_s,

@@ -121,7 +121,7 @@ def test_what_is_counted_is_what_the_cost_model_adds_up(seed: int) -> None:
     assert any(len(piece.ring) > 1 for piece in pieces)
     for of_rank in plan.ranks:
         for micro_batch in of_rank:
-            seen = observe_micro_batch(micro_batch, plan.lengths, 1.0, 128, POOL)
+            seen = observe_micro_batch(micro_batch, plan.lengths, 1.0, cost, POOL)
             expected = micro_batch_s(micro_batch, plan.lengths, cost, POOL)
             assert predicted_s(cost, [seen])[0] == pytest.approx(expected, rel=1e-12)
 
@@ -212,7 +212,7 @@ def test_a_device_that_becomes_slower_is_followed() -> None:
 def test_what_data_cannot_tell_is_never_wild(seed: int) -> None:
     """Equal micro-batches, or a few kinds: only sums of coefficients can be known."""
     random = np.random.default_rng(seed)
-    kinds = [observe_micro_batch(of_rank[0], plan.lengths, 1.0) for plan, of_rank in _few_kinds(1 + seed % 3)]
+    kinds = [observe_micro_batch(of_rank[0], plan.lengths, 1.0, TRUE) for plan, of_rank in _few_kinds(1 + seed % 3)]
     picked = [kinds[index] for index in random.integers(0, len(kinds), 60)]
     truth = predicted_s(TRUE, picked) * random.lognormal(0.0, 0.05, 60)
     found = [observation._replace(seconds=s) for observation, s in zip(picked, truth.tolist(), strict=True)]

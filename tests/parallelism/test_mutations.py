@@ -73,7 +73,7 @@ def test_mutated_plan_is_refused_in_both_forms(name: str) -> None:
 def _any_column(packed: PackedRanks, dice: random.Random) -> PackedRanks | None:
     """One number of one column, changed to any other, nearby or far."""
     names = ("rank_start", "micro_batch_start", "sequence", "ring_start", "ring", "heads", "gathers", "recomputed")
-    name = dice.choice((*names, "lock_step"))
+    name = dice.choice((*names, "offload", "lock_step"))
     column = getattr(packed, name)
     if column is None or not len(column):
         return None

@@ -41,6 +41,7 @@ def _one_ring(length: int, ring: int) -> PackedRanks:
         heads=np.ones(1, np.int64),
         gathers=np.zeros(1, np.bool_),
         recomputed=np.zeros(ring, np.bool_),
+        offload=np.zeros(ring),
     )
 
 
@@ -112,6 +113,7 @@ def test_partners_are_counted_as_by_hand() -> None:
         heads=np.array([heads for _, heads in rings]),
         gathers=np.zeros(4, np.bool_),
         recomputed=np.zeros(5, np.bool_),
+        offload=np.zeros(5),
     )
     plan = draw(0).plan()
     object.__setattr__(plan, "ranks", packed)

@@ -10,7 +10,7 @@ from evermesh.parallelism.cost import CostModel
 from evermesh.parallelism.layout import Layout
 from evermesh.parallelism.planner.bound import LowerBound
 from evermesh.parallelism.planner.compiling import compiled
-from evermesh.parallelism.planner.costs import Coefficients, is_recomputed, shared_s
+from evermesh.parallelism.planner.costs import Coefficients, is_recomputed, linear, shared_s
 from evermesh.parallelism.planner.pipelines.problem import Floats, Integers, check_batch
 from evermesh.parallelism.pool import Pool
 
@@ -38,7 +38,12 @@ def pipeline_bound(lengths: Sequence[int], layout: Layout, cost: CostModel, pool
     speeds = np.sort(np.array(pool.speeds))[::-1].copy()
     distinct, counts = np.unique(np.array(lengths, dtype=np.int64), return_counts=True)
     last_weights = 1.0 / schedule.num_stages if schedule.splits_backward else 1.0
-    least = _Least(*_least(Coefficients.of(cost, layout, 1.0), distinct, speeds, pool.largest_node, last_weights))
+    costs = Coefficients.of(cost, layout, 1.0)
+    found = (
+        _Least(*_least(costs, adding, distinct, speeds, pool.largest_node, last_weights))
+        for adding in linear(costs, np.repeat(distinct, counts))
+    )
+    least = max(found, key=lambda one: float(one.area @ counts))
     fixed_s = math.ceil(sum(lengths) / layout.capacity) * cost.micro_batch_s
     work_s = math.fsum((least.area * counts).tolist()) + fixed_s
     unconstrained_s = math.fsum((least.area_alone * counts).tolist()) + cost.micro_batch_s
@@ -74,9 +79,18 @@ def _spread(work_s: float, ends_s: float, speeds: Floats) -> float:
 
 @compiled
 def _least(
-    costs: Coefficients, lengths: Integers, speeds: Floats, largest_node: int, last_weights: float
+    costs: Coefficients,
+    adding: Coefficients,
+    lengths: Integers,
+    speeds: Floats,
+    largest_node: int,
+    last_weights: float,
 ) -> tuple[Floats, Floats, Floats, Floats, Floats]:
-    """The fields of ``_Least``; ``speeds`` fall, ``last_weights`` is the part of the weights' gradients that ends a step."""
+    """The fields of ``_Least``.
+
+    Areas are those of ``adding``, one of ``costs.linear``; ``speeds`` fall; ``last_weights`` is the part of the weights'
+    gradients that ends a step.
+    """
     area, area_alone = np.empty(lengths.size), np.empty(lengths.size)
     alone, forward, backward = np.empty(lengths.size), np.empty(lengths.size), np.empty(lengths.size)
     for index in range(lengths.size):
@@ -89,12 +103,13 @@ def _least(
             fewest = 4.0 if recomputed else 3.0
             most = 4.0 if costs.keep_capacity < costs.capacity else 3.0  # others in its micro-batch may need it
             whole = seconds + costs.micro_batch_s
-            area[index] = min(area[index], ring * seconds)
+            area_s = _shared_least_s(adding, length, ring, largest_node, recomputed) if costs.offloads else seconds
+            area[index] = min(area[index], ring * area_s)
             chain = (fewest - 1.0 + last_weights) / fewest
             alone[index] = min(alone[index], chain * whole / speeds[ring - 1])
             forward[index] = min(forward[index], whole / most)
             backward[index] = min(backward[index], whole * (fewest - 1.0) / fewest)
-        area_alone[index] = min(area[index], shared_s(costs, length, 1, 1, False, False, is_recomputed(costs, length)))
+        area_alone[index] = min(area[index], shared_s(adding, length, 1, 1, False, False, is_recomputed(costs, length)))
     return area, area_alone, alone, forward, backward
 
 

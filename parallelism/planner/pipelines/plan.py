@@ -23,6 +23,7 @@ from evermesh.parallelism.layout import Layout
 from evermesh.parallelism.pieces import share_of
 from evermesh.parallelism.pipeline.simulator import run_together
 from evermesh.parallelism.planner.costs import Coefficients, shared_s, ticks
+from evermesh.parallelism.planner.fractions import with_fractions
 from evermesh.parallelism.planner.pipelines.fill import fill
 from evermesh.parallelism.planner.pipelines.order import arrange, better_order, replayed
 from evermesh.parallelism.planner.pipelines.problem import (
@@ -104,7 +105,10 @@ def plan_pipelines_s(lengths: Sequence[int], layout: Layout, cost: CostModel, po
     best, wanted, shape = min(filled, key=lambda candidate: candidate[0].ticks)
     others = (_filled(problem, wanted, shape, slack) for slack in _SLACKS)
     best = min(best, *others, key=lambda candidate: candidate.ticks)
-    return Planned(_assignment(best, problem, layout, lengths), best.ticks / problem.costs.ticks_per_s)
+    assignment = with_fractions(_assignment(best, problem, layout, lengths), lengths, layout, cost)
+    if problem.costs.offloads:  # waves were filled as if every document hid its copies alone
+        return Planned(assignment, pipelines_s(assignment, lengths, layout, cost, pool))
+    return Planned(assignment, best.ticks / problem.costs.ticks_per_s)
 
 
 def pipelines_s(
@@ -259,7 +263,6 @@ def _assignment(found: _Candidate, problem: Problem, layout: Layout, lengths: Se
             MicroBatch(
                 tuple(pieces.get((rank, wave), ())),
                 recompute="block" if kept[wave] else "none",
-                offload=layout.offload if kept[wave] else 0.0,
                 lock_step=index if problem.groups[rank] >= 0 else None,
             )
             for index, wave in enumerate(found.wave_at[rank, : found.counts[rank]].tolist())
