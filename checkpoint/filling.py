@@ -8,10 +8,9 @@ import torch
 from evermesh.checkpoint.coverage import check_cover
 from evermesh.checkpoint.dtypes import DTYPES
 from evermesh.checkpoint.errors import CheckpointCorrupt, ShardMapInvalid
-from evermesh.checkpoint.files import CHUNK_BYTES
 from evermesh.checkpoint.format import Extent, StoredTensor
 from evermesh.checkpoint.reading import FileRuns, read_runs
-from evermesh.checkpoint.regions import IntArray, Interval, Region, Runs, StoredForm, intersect, join, logical_runs
+from evermesh.checkpoint.regions import Interval, Region, Runs, StoredForm, intersect, join, logical_runs
 from evermesh.checkpoint.sources import Found, Source
 from evermesh.checkpoint.tensors import byte_view, dtype_name
 
@@ -52,34 +51,6 @@ def fill(
         for plan in group:
             plan.finish()
     return bytes_read
-
-
-def bytes_to_read(
-    source: Source,
-    found: Mapping[str, Found],
-    targets: Mapping[str, Sequence[Target]],
-    forms: Mapping[str, StoredForm],
-) -> int:
-    """The bytes that ``fill`` would read of a source whose files have checksums: whole chunks, each once."""
-    edges: dict[str, list[IntArray]] = {}
-    for name, of_tensor in targets.items():
-        form, item = forms.get(name, StoredForm(found[name].shape)), DTYPES[found[name].dtype].num_bytes
-        for region, _ in of_tensor:
-            for _, extent, runs in _pieces(source, found[name], form, region):
-                begin = source.locate(extent) + runs.source * item
-                chunks = np.stack([begin // CHUNK_BYTES, (begin + runs.length * item - 1) // CHUNK_BYTES + 1])
-                edges.setdefault(extent.file, []).append(chunks)
-    return sum(_bytes_of(np.concatenate(of, axis=1), source.files[file].num_bytes) for file, of in edges.items())
-
-
-def _bytes_of(spans: IntArray, num_bytes: int) -> int:
-    """Bytes of the chunks [first, last) of a file, given as columns."""
-    steps = np.zeros(-(-num_bytes // CHUNK_BYTES) + 1, np.int64)
-    np.add.at(steps, spans[0], 1)
-    np.add.at(steps, spans[1], -1)
-    is_read = np.cumsum(steps)[:-1] > 0
-    short = -num_bytes % CHUNK_BYTES if is_read[-1] else 0
-    return int(is_read.sum()) * CHUNK_BYTES - short
 
 
 class _Plan:

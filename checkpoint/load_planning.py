@@ -51,7 +51,7 @@ def plan_load(
     if misfits or lacking or others:
         raise CheckpointMismatch(source.path, [*misfits, *lacking, *others])
     for rank in ranks:
-        yield _of_rank(source, shard_map, found, rank)
+        yield reads_of_rank(source, shard_map, found, rank)
 
 
 def even_map(source: Source, ranks: int, kinds: tuple[str, ...] = ()) -> ShardMap:
@@ -69,7 +69,8 @@ def even_map(source: Source, ranks: int, kinds: tuple[str, ...] = ()) -> ShardMa
     return ShardMap(tensors)
 
 
-def _of_rank(source: Source, shard_map: ShardMap, found: Mapping[str, Found], rank: int) -> RankReads:
+def reads_of_rank(source: Source, shard_map: ShardMap, found: Mapping[str, Found], rank: int) -> RankReads:
+    """What one rank would read, whose tensors are known to be there."""
     runs: dict[str, list[tuple[IntArray, IntArray]]] = {}
     needed = 0
     for name, regions in shard_map.of_rank(rank).items():

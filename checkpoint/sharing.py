@@ -19,9 +19,10 @@ from evermesh.checkpoint.cutting import regions_of_interval
 from evermesh.checkpoint.dtypes import DTYPES
 from evermesh.checkpoint.errors import CheckpointCorrupt
 from evermesh.checkpoint.files import CHUNK_BYTES
-from evermesh.checkpoint.filling import Target, bytes_to_read, fill
+from evermesh.checkpoint.filling import Target, fill
 from evermesh.checkpoint.format import Extent, StoredTensor
-from evermesh.checkpoint.regions import Interval, Region, StoredForm
+from evermesh.checkpoint.load_planning import reads_of_rank
+from evermesh.checkpoint.regions import Interval, Region
 from evermesh.checkpoint.relayout import Carrier, Holding
 from evermesh.checkpoint.relayout.moving import move_part
 from evermesh.checkpoint.shard_map import Shard, ShardMap, TensorShards
@@ -47,11 +48,6 @@ class JointLoad:
     found: Mapping[str, Found]
     communicator: Communicator
 
-    @property
-    def forms(self) -> dict[str, StoredForm]:
-        """Of the tensors."""
-        return {name: tensor.form for name, tensor in self.shard_map.tensors.items()}
-
     def is_whole(self) -> bool:
         """Whether this rank wants exactly what the map gives it, into tensors that parts can be copied into."""
         regions = {name: tuple(region for region, _ in of) for name, of in self.targets.items() if of}
@@ -69,7 +65,7 @@ def is_worth_it(source: Source, joint: JointLoad) -> bool:
     sums = torch.zeros(1 + len(nodes), dtype=torch.int64)
     sums[0] = 0 if joint.is_whole() else 1
     place = 1 + nodes.index(communicator.nodes[communicator.rank])
-    sums[place] = bytes_to_read(source, joint.found, joint.targets, joint.forms)
+    sums[place] = reads_of_rank(source, joint.shard_map, joint.found, communicator.rank).bytes_read
     communicator.all_reduce(sums, _CALL_SITE)
     once = joint.shard_map.num_bytes
     alone = sum(min(fetched, once) for fetched in sums[1:].tolist())
