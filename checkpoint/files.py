@@ -17,6 +17,8 @@ CHUNK_BYTES = 1 << 20
 """Bytes that share one checksum."""
 _AHEAD_BYTES = 8 << 20
 """The disk begins to write when so many more bytes are there, instead of at the end."""
+_STEP_BYTES = 1 << 18
+"""Written, then hashed."""
 DIGITS = 16
 """Hexadecimal digits of one checksum (xxh3-64)."""
 
@@ -39,8 +41,8 @@ class ChecksummedFile:
         """Append bytes. Raises ``OSError`` as the system does; the file is then incomplete."""
         rest = memoryview(payload)
         while rest.nbytes:
-            written = os.write(self._descriptor, rest)
-            self._add(rest[:written])
+            written = os.write(self._descriptor, rest[:_STEP_BYTES])
+            self._add(rest[:written])  # while they are in the cache of the core: twice as quick as from memory
             self._hand_over()
             rest = rest[written:]
 

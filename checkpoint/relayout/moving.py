@@ -107,7 +107,7 @@ def move_part(source: Holding, target: Holding, carrier: Carrier) -> None:
     communicator = carrier.communicator
     room_bytes = carrier.most_staged_bytes // _IN_FLIGHT
     plan = make_plan(source.shard_map, target.shard_map, communicator.rank, communicator.nodes, room_bytes)
-    _Move(source, target, carrier, plan, release=True).run()
+    _Move(source, target, carrier, plan, source.tensors.pop).run()
 
 
 class _Move:

@@ -12,6 +12,7 @@ from evermesh.checkpoint import Box, Interval, Padding, Region, ShardMap, ShardM
 from evermesh.checkpoint.regions import intersect, stored_runs
 from evermesh.checkpoint.rules import DimCut, FlatCut, RankGrid, ShardingRule
 from evermesh.checkpoint.write_plan import WritePlan
+from tests.checkpoint.large import own_map, transformers_map, zero3_map
 from tests.checkpoint.test_shard_map import forms, regions
 
 Draw = Any
@@ -155,3 +156,27 @@ def test_a_tensor_that_is_padded_at_its_flat_end_is_cut_flat() -> None:
         (Interval(8, 12),),
         (),
     ]
+
+
+@pytest.mark.parametrize(
+    "whole",
+    [own_map(2, 2, 6, 2), own_map(2, 1, 8, 2, states=2), transformers_map(1, 5, 4), zero3_map(1, 7)],
+    ids=["own", "own, states in groups", "transformers", "DeepSpeed stage 3"],
+)
+def test_ranks_of_a_huge_model_write_all_of_it_once_and_each_plans_alone(whole: ShardMap) -> None:
+    whole.check()
+    size = ranks_of(whole).stop
+    plan, written = WritePlan(whole), dict.fromkeys(whole.tensors, 0)
+    for rank in range(size):
+        held = whole.of_rank(rank)
+        parts = WritePlan(whole).of_rank(rank)
+        assert parts == plan.of_rank(rank)
+        for part in parts:
+            assert held[part.name][part.held] == part.region
+            assert rank in set(plan.writers_near(part.name, part.region, whole.tensors[part.name].form))
+            written[part.name] += part.stop - part.start
+    assert written == {name: tensor.form.num_elements for name, tensor in whole.tensors.items()}
+    for tensor in list(whole.tensors.values())[:8]:
+        TensorShards(tensor.dtype, tensor.shape, tensor.shards).check()
+    loads = [sum((part.stop - part.start) * 4 for part in plan.of_rank(rank)) for rank in range(size)]
+    assert max(loads) <= 1.3 * sum(loads) / size

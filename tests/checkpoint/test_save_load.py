@@ -1,6 +1,7 @@
 """What was saved on some ranks is loaded bit for bit on others, and only what is needed is read."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -314,3 +315,14 @@ def test_the_manifest_survives_json_and_knows_neither_extents_nor_chunks(saved_o
     assert values["step"] == 10
     assert [sorted(of_rank) for of_rank in values["ranks"]] == [["files", "num_bytes", "xxh3_64"]] * 4
     assert not any(word in payload for word in (b"checksums", b'offset"', b'"stop"'))
+
+
+def test_a_load_opens_the_indexes_of_the_ranks_that_wrote_what_it_wants(saved_on_4: Path, tmp_path: Path) -> None:
+    path = Path(shutil.copytree(saved_on_4, tmp_path / "copy"))
+    for rank in (0, 2, 3):
+        for file in path.glob(f"rank-0000{rank}*"):
+            file.unlink()
+    state = logical_state(10)
+    got = torch.zeros(101, 24, dtype=torch.bfloat16)
+    load(path, {"model.embed": (Box((0, 24), (101, 24)), got)}, strict=False)
+    assert torch.equal(got, state["model.embed"][:, 24:48])

@@ -7,6 +7,7 @@ the global plan of torch distributed checkpoint, on rank 0, at the sizes that fi
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,13 +47,13 @@ def run() -> list[Row]:
     for title, (saves, loads) in _LAYOUTS.items():
         rows += _of_layout(title, saves, loads)
     for ranks in (128, 512):
-        times = [_seconds(lambda ranks=ranks: _peer(ranks, 300))[0] for _ in range(3)]
+        times = [_seconds(partial(_peer, ranks, 300))[0] for _ in range(3)]
         rows.append(Row(f"torch DCP create_global_plan, {ranks} ranks x 300 tensors", statistics.median(times), "s"))
     return rows
 
 
 def _of_layout(title: str, saves: Callable[[], ShardMap], loads: Callable[[], ShardMap]) -> Iterator[Row]:
-    seconds = [_seconds(lambda: _plan(saves, rank))[0] for rank in (0, 1, 4711, _RANKS - 1)]  # noqa: B023  called at once
+    seconds = [_seconds(partial(_plan, saves, rank))[0] for rank in (0, 1, 4711, _RANKS - 1)]
     yield exact_row(f"plan of one rank of 16,384, {title}", max(seconds), "s", goal=1.0)
     whole = saves()
     merge_s, payload = _seconds(lambda: _manifest(whole))
