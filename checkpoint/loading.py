@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from pydantic import JsonValue
@@ -14,6 +13,7 @@ from evermesh.checkpoint.opening import open_checkpoint
 from evermesh.checkpoint.regions import Region, StoredForm
 from evermesh.checkpoint.shard_map import ShardMap
 from evermesh.checkpoint.sources import Found, Source, find
+from evermesh.checkpoint.stores.places import Place
 from evermesh.checkpoint.tensors import Held, dtype_name, local_tensors
 
 Wanted = Mapping[str, Target | Sequence[Target]]
@@ -42,7 +42,7 @@ def wanted_regions(shard_map: ShardMap, rank: int, tensors: Held) -> dict[str, l
 
 
 def load(
-    checkpoint: Path | str | Source,
+    checkpoint: Place | str | Source,
     wanted: Wanted,
     *,
     shard_map: ShardMap | None = None,

@@ -1,18 +1,19 @@
 """Saving: every rank writes its part once, then one rename makes the checkpoint visible."""
 
+import json
 import logging
 import os
+import secrets
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 
 from pydantic import JsonValue, TypeAdapter
 
 from evermesh.checkpoint import committing as folder
-from evermesh.checkpoint.agreement import RankFailure, on_first, together
-from evermesh.checkpoint.committing import data_name, record_name
-from evermesh.checkpoint.errors import CheckpointNotSaved, ShardMapInvalid
+from evermesh.checkpoint.agreement import RankFailure, together
+from evermesh.checkpoint.committing import Attempt, data_name, record_name
+from evermesh.checkpoint.errors import CheckpointNotSaved, ShardMapInvalid, StoreUnusable
 from evermesh.checkpoint.file_plan import PlannedPart, planned_parts
 from evermesh.checkpoint.files import write_checksummed, write_durably
 from evermesh.checkpoint.format import (
@@ -27,15 +28,20 @@ from evermesh.checkpoint.format import (
 )
 from evermesh.checkpoint.retention import Retention, as_retention
 from evermesh.checkpoint.shard_map import ShardMap
+from evermesh.checkpoint.stores.places import ObjectPath, Place, place_of
+from evermesh.checkpoint.stores.store import store_of
 from evermesh.checkpoint.tensors import Held, held_tensor, host_slices, local_tensors
 from evermesh.parallelism.collectives import Communicator
 
 _log = logging.getLogger(__name__)
+_CALL_SITE = "checkpoint"
+_LAST_PATIENCE_S = 10.0
+"""With an object store, after a save has failed: it has been waited for already."""
 _JSON_OBJECTS = TypeAdapter(dict[str, JsonValue])
 
 
 def save(
-    directory: Path | str,
+    directory: Place | str,
     step: int,
     shard_map: ShardMap,
     tensors: Held,
@@ -44,7 +50,7 @@ def save(
     communicator: Communicator | None = None,
     keep: int | Retention | None = 2,
     description: Mapping[str, JsonValue] | None = None,
-) -> Path:
+) -> Place:
     """Write a checkpoint of ``step`` to ``directory`` and return its path when it is durable and ``latest`` names it.
 
     Collective: every rank of ``communicator`` calls it with the same arguments except ``tensors``, which are the
@@ -57,24 +63,29 @@ def save(
     Raises:
         CheckpointNotSaved: on every rank, if any of them failed; earlier checkpoints are untouched.
     """
-    state = _State(
-        Path(directory), step, shard_map, tensors, objects, description or {}, communicator or Communicator()
-    )
+    communicator = communicator or Communicator()
+    attempt = Attempt(place_of(directory), step, agreed_token(communicator))
+    state = _State(attempt, shard_map, tensors, objects, description or {}, communicator)
     try:
-        path = _save(state)
+        _save(state)
     except RankFailure as failure:
-        raise rolled_back(state.communicator, state.directory, step, failure, shard_map.num_bytes) from failure
+        raise rolled_back(communicator, attempt, failure, shard_map.num_bytes) from failure
     if state.is_first:
-        folder.retain(state.directory, step, as_retention(keep))
-    return path
+        folder.retain(attempt.directory, step, as_retention(keep))
+    return attempt.path
+
+
+def agreed_token(communicator: Communicator) -> str:
+    """A text that no other save has, equal on all ranks. Collective."""
+    token = secrets.token_bytes(8) if communicator.rank == 0 else None
+    return communicator.broadcast_bytes(token, 0, _CALL_SITE).hex()
 
 
 @dataclass(frozen=True)
 class _State:
     """The arguments of one save."""
 
-    directory: Path
-    step: int
+    attempt: Attempt
     shard_map: ShardMap
     tensors: Held
     objects: Mapping[str, JsonValue]
@@ -85,17 +96,12 @@ class _State:
     def is_first(self) -> bool:
         return self.communicator.rank == 0
 
-    @property
-    def temporary(self) -> Path:
-        return folder.temporary_path(self.directory, self.step)
 
-
-def _save(state: _State) -> Path:
+def _save(state: _State) -> None:
     together(state.communicator, lambda: _prepare(state))
     together(state.communicator, lambda: _write_own_parts(state))
     together(state.communicator, lambda: _write_manifest(state) if state.is_first else None)
-    together(state.communicator, lambda: folder.commit(state.directory, state.step) if state.is_first else None)
-    return state.directory / folder.step_name(state.step)
+    together(state.communicator, lambda: _commit(state) if state.is_first else None)
 
 
 def _prepare(state: _State) -> None:
@@ -108,7 +114,7 @@ def _prepare(state: _State) -> None:
     if state.is_first:
         for values in (state.objects, state.description):
             _JSON_OBJECTS.validate_python(dict(values))
-        folder.prepare(state.directory, state.step)
+        folder.prepare(state.attempt)
 
 
 def _write_own_parts(state: _State) -> None:
@@ -120,9 +126,9 @@ def _write_own_parts(state: _State) -> None:
     parts = [one.entry for one in planned]
     header = safetensors_header(parts)
     file = data_name(rank)
-    num_bytes, checksums = write_checksummed(state.temporary / file, _payloads(header, planned, state.tensors))
+    num_bytes, checksums = write_checksummed(state.attempt.files / file, _payloads(header, planned, state.tensors))
     record = RankRecord(state.shard_map.digest(), StoredFile(num_bytes, checksums), _extents(file, len(header), parts))
-    write_durably(state.temporary / record_name(rank), [record.to_json()])
+    write_durably(state.attempt.records / record_name(rank), [record.to_json()])
 
 
 def _payloads(header: bytes, planned: Sequence[PlannedPart], tensors: Held) -> Iterator[memoryview | bytes]:
@@ -141,8 +147,8 @@ def _extents(file: str, offset: int, parts: list[FilePart]) -> dict[str, tuple[E
 
 def _write_manifest(state: _State) -> None:
     """Merge the records of all ranks into the manifest. On rank 0, when every record is on the disk."""
-    records = {rank: state.temporary / record_name(rank) for rank in state.shard_map.writers()}
-    found = {rank: RankRecord.from_json(path.read_bytes()) for rank, path in records.items()}
+    records = {rank: state.attempt.records / record_name(rank) for rank in state.shard_map.writers()}
+    found = {rank: RankRecord.from_json(store_of(path).read(path)) for rank, path in records.items()}
     digest = state.shard_map.digest()
     others = [rank for rank, record in found.items() if record.digest != digest]
     if others:
@@ -150,9 +156,11 @@ def _write_manifest(state: _State) -> None:
     manifest = _manifest(state, found)
     for name in manifest.tensors:
         manifest.check_cover(name)
-    write_durably(state.temporary / MANIFEST, [manifest.to_json()])
-    for path in records.values():
-        path.unlink()
+    write_durably(state.attempt.files / MANIFEST, [manifest.to_json()])
+
+
+def _commit(state: _State) -> None:
+    folder.commit(state.attempt, map(record_name, state.shard_map.writers()))
 
 
 def _manifest(state: _State, records: Mapping[int, RankRecord]) -> Manifest:
@@ -161,7 +169,7 @@ def _manifest(state: _State, records: Mapping[int, RankRecord]) -> Manifest:
         extents = tuple(extent for record in records.values() for extent in record.extents.get(name, ()))
         tensors[name] = StoredTensor(tensor.dtype, tensor.shape, extents, tensor.permutation, tensor.padding)
     return Manifest(
-        step=state.step,
+        step=state.attempt.step,
         time_s=time.time(),
         world_size=state.communicator.size,
         description=dict(state.description),
@@ -172,20 +180,34 @@ def _manifest(state: _State, records: Mapping[int, RankRecord]) -> Manifest:
 
 
 def rolled_back(
-    communicator: Communicator, directory: Path, step: int, failure: RankFailure, bytes_needed: int
+    communicator: Communicator, attempt: Attempt, failure: RankFailure, bytes_needed: int
 ) -> CheckpointNotSaved:
     """Remove the traces of a save that failed on all ranks; what they raise. Collective."""
-    bytes_free = on_first(communicator, lambda: _roll_back(directory, step))
-    return CheckpointNotSaved(directory, step, failure.rank, failure.cause, failure.errno, bytes_needed, bytes_free)
+    payload = json.dumps(_roll_back(attempt)).encode() if communicator.rank == 0 else None
+    bytes_free, newest = json.loads(communicator.broadcast_bytes(payload, 0, _CALL_SITE))
+    return CheckpointNotSaved(
+        attempt.directory, attempt.step, failure.rank, failure.cause, failure.errno, bytes_needed, bytes_free, newest
+    )
 
 
-def _roll_back(directory: Path, step: int) -> int:
-    """Return the bytes that are then free."""
+def _roll_back(attempt: Attempt) -> tuple[int | None, str | None]:
+    """Return the bytes that are then free, where that is known, and the name of the newest checkpoint."""
+    if isinstance(attempt.directory, ObjectPath):
+        attempt = replace(attempt, directory=attempt.directory.with_patience(_LAST_PATIENCE_S))
     try:
-        folder.roll_back(directory, step)
+        folder.roll_back(attempt)
     except OSError as error:
-        left = folder.temporary_path(directory, step)
-        _log.warning("%s is left for the next save to remove: %s", left, error)
+        _log.warning("%s is left for the next save to remove: %s", attempt.files, error)
+    try:
+        newest = folder.named_by_latest(attempt.directory)
+    except StoreUnusable:
+        newest = None
+    return _bytes_free(attempt.directory), newest
+
+
+def _bytes_free(directory: Place) -> int | None:
+    if isinstance(directory, ObjectPath):
+        return None
     nearest = next(path for path in (directory, *directory.absolute().parents) if path.exists())
     status = os.statvfs(nearest)
     return status.f_bavail * status.f_frsize

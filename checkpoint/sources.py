@@ -18,6 +18,7 @@ from evermesh.checkpoint.errors import ForeignUnusable
 from evermesh.checkpoint.format import Extent, Manifest, StoredFile, StoredTensor
 from evermesh.checkpoint.naming import ForeignPart, Naming
 from evermesh.checkpoint.regions import Box
+from evermesh.checkpoint.stores.places import Place
 
 Kind = Literal["evermesh", "safetensors", "deepspeed", "deepspeed-universal", "torch-distributed"]
 
@@ -33,7 +34,7 @@ class PlainFile:
 class Source:
     """A checkpoint of any format, indexed: nothing of its tensors was read yet, and nothing is ever executed."""
 
-    path: Path
+    path: Place
     kind: Kind
     tensors: Mapping[str, StoredTensor]
     """By the names that the format gives them; a tensor with two names is here twice, with the same extents."""
@@ -97,7 +98,7 @@ def find(source: Source, naming: Naming | None) -> tuple[dict[str, Found], list[
     return found, misfits
 
 
-def source_of(path: Path, manifest: Manifest) -> Source:
+def source_of(path: Place, manifest: Manifest) -> Source:
     """Our own format as a source."""
     return Source(
         path,

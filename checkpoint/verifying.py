@@ -1,7 +1,6 @@
 """Verifying and describing a checkpoint without loading it."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -14,6 +13,9 @@ from evermesh.checkpoint.format import MANIFEST, Manifest
 from evermesh.checkpoint.opening import open_checkpoint
 from evermesh.checkpoint.reading import ChunkReader
 from evermesh.checkpoint.sources import Source, source_of
+from evermesh.checkpoint.stores.attempts import folder_of
+from evermesh.checkpoint.stores.places import Place, place_of
+from evermesh.checkpoint.stores.store import store_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +32,7 @@ class Problem:
 class VerifyReport:
     """What ``verify`` found."""
 
-    path: Path
+    path: Place
     problems: tuple[Problem, ...]
     num_files: int
     bytes_read: int
@@ -42,7 +44,7 @@ class VerifyReport:
         return not self.problems
 
 
-def verify(path: Path | str) -> VerifyReport:
+def verify(path: Place | str) -> VerifyReport:
     """Check every chunk of every file, the set of files, and that the extents of every tensor cover it exactly once.
 
     Not collective; reads the whole checkpoint once. What is wrong is reported, not raised.
@@ -50,21 +52,24 @@ def verify(path: Path | str) -> VerifyReport:
     Raises:
         CheckpointNotFound: there is no manifest at ``path``.
     """
-    path = Path(path)
+    path = place_of(path)
     try:
         manifest = read_manifest(path)
     except CheckpointCorrupt as error:
         return VerifyReport(path, (Problem("manifest", MANIFEST, error.fact),), 0, 0)
-    problems = _extra_files(path, manifest) + _coverage(manifest)
-    source, bytes_read = source_of(path, manifest), 0
+    folder = folder_of(path)
+    sizes = store_of(folder).sizes(folder)
+    extra = sorted(sizes.keys() - manifest.files.keys() - {MANIFEST})
+    problems = [Problem("extra file", name, "the manifest does not list it") for name in extra] + _coverage(manifest)
+    source, bytes_read = source_of(folder, manifest), 0
     for name in sorted(manifest.files):
-        found, num_bytes = _check_file(source, name)
+        found, num_bytes = _check_file(source, name, is_there=name in sizes)
         problems += found
         bytes_read += num_bytes
     return VerifyReport(path, tuple(problems), len(manifest.files), bytes_read)
 
 
-def describe(path: Path | str) -> dict[str, JsonValue]:
+def describe(path: Place | str) -> dict[str, JsonValue]:
     """What is in a checkpoint of any format, as JSON: sizes, description, objects by name, every tensor and its files.
 
     Raises:
@@ -97,11 +102,6 @@ def describe(path: Path | str) -> dict[str, JsonValue]:
     }
 
 
-def _extra_files(path: Path, manifest: Manifest) -> list[Problem]:
-    names = {entry.name for entry in path.iterdir()} - manifest.files.keys() - {MANIFEST}
-    return [Problem("extra file", name, "the manifest does not list it") for name in sorted(names)]
-
-
 def _coverage(manifest: Manifest) -> list[Problem]:
     problems = []
     for name in manifest.tensors:
@@ -112,14 +112,15 @@ def _coverage(manifest: Manifest) -> list[Problem]:
     return problems
 
 
-def _check_file(source: Source, name: str) -> tuple[list[Problem], int]:
+def _check_file(source: Source, name: str, *, is_there: bool) -> tuple[list[Problem], int]:
     """The problems of one file, and the bytes read to find them."""
     try:
         reader = ChunkReader(source, name)
     except CheckpointCorrupt as error:
-        return [Problem("size" if (source.path / name).exists() else "missing file", name, error.fact)], 0
+        return [Problem("size" if is_there else "missing file", name, error.fact)], 0
     problems, buffer = [], np.empty(CHUNK_BYTES, np.uint8)
     with reader:
+        reader.expect(range(reader.num_chunks))
         for chunk in range(reader.num_chunks):
             try:
                 reader.read(chunk, buffer[: reader.size(chunk)])

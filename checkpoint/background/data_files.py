@@ -17,6 +17,7 @@ from evermesh.checkpoint.background.orders import WriterPlan
 from evermesh.checkpoint.committing import data_name
 from evermesh.checkpoint.encoding import safetensors_head
 from evermesh.checkpoint.files import write_checksummed
+from evermesh.checkpoint.stores.places import Place
 
 _SLICE_BYTES = 16 << 20
 _LEAST_FILE_BYTES = 64 << 20
@@ -47,13 +48,15 @@ class DataFiles:
     _previous_path: Path | None = None
     _digests: list[bytes] = field(default_factory=list)
 
-    def write(self, temporary: Path, committed: Path) -> list[WrittenFile]:
-        """Fill ``temporary``, which will be renamed to ``committed``; return when all bytes are on the disk."""
+    def write(self, temporary: Place, committed: Place) -> list[WrittenFile]:
+        """Fill ``temporary``, which will be renamed to ``committed``; return when all bytes are durable."""
         if not self.plan.parts:
             return []
         if not self.plan.incremental:
             return [self._write(temporary, data_name(self.plan.rank), tuple(range(len(self.plan.parts))))]
         digests = [xxhash.xxh3_128_digest(self._bytes_of(index)) for index in range(len(self.plan.parts))]
+        assert isinstance(temporary, Path), "objects have no links"
+        assert isinstance(committed, Path)
         files: list[WrittenFile] = []
         for parts, old in self._grouped(digests):
             name = data_name(self.plan.rank, len(files))
@@ -137,7 +140,7 @@ class DataFiles:
                     view = view[len(found) :]
             return not file.read(1)
 
-    def _write(self, temporary: Path, name: str, parts: tuple[int, ...]) -> WrittenFile:
+    def _write(self, temporary: Place, name: str, parts: tuple[int, ...]) -> WrittenFile:
         num_bytes, checksums = write_checksummed(temporary / name, self._payloads(parts))
         return WrittenFile(parts, name, num_bytes, checksums, linked=False)
 

@@ -13,6 +13,8 @@ from typing import Any, Literal
 
 from evermesh.checkpoint.encoding import HeaderEntry
 from evermesh.checkpoint.retention import Retention
+from evermesh.checkpoint.stores.places import ObjectPath, Place, place_of
+from evermesh.checkpoint.stores.store import objects_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,11 +55,19 @@ class WriterPlan:
     retention: Retention
     incremental: bool
     """Whether files that an older checkpoint holds are linked instead of written."""
+    patience_s: float | None = None
+    """With an object store: how long a request is tried again, seconds."""
     world_size: int = 0
     tensors: dict[str, dict[str, Any]] | None = None
     """On rank 0: what the manifest says about tensors, without their extents."""
     num_elements: dict[str, int] | None = None
     """On rank 0: of the stored form of every tensor, padding included."""
+
+    @property
+    def place(self) -> Place:
+        """Of ``directory``."""
+        place = place_of(self.directory)
+        return place if self.patience_s is None or isinstance(place, Path) else ObjectPath(place.url, self.patience_s)
 
     @cached_property
     def offsets(self) -> list[int]:
@@ -84,6 +94,8 @@ class SaveOrder:
     identity: str
     """Unlike that of any other save, also of earlier jobs in the same directory; equal on all ranks."""
     step: int
+    is_repeated: bool = False
+    """Whether a writer that has ended had it before; what it had done, committed perhaps, is used."""
     objects: dict[str, Any] | None = None
     """On rank 0."""
     description: dict[str, Any] | None = None
@@ -128,9 +140,12 @@ def marker_name(identity: str) -> str:
     return f"begun-{identity}"
 
 
-def temporary_names(directory: Path) -> Iterator[str]:
+def temporary_names(directory: Place) -> Iterator[str]:
     """Names in a directory, none if it is missing. Read anew each time: file systems of several machines remember for long
     that a single name was absent."""
+    if isinstance(directory, ObjectPath):
+        yield from objects_of(directory).names(directory)
+        return
     try:
         yield from (entry.name for entry in directory.iterdir())
     except FileNotFoundError:

@@ -1,7 +1,6 @@
 """What a writer must know of the state that it saves: computed once, by every rank alone."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter
@@ -13,6 +12,7 @@ from evermesh.checkpoint.format import safetensors_header
 from evermesh.checkpoint.regions import Region
 from evermesh.checkpoint.retention import Retention
 from evermesh.checkpoint.shard_map import ShardMap, TensorShards
+from evermesh.checkpoint.stores.places import ObjectPath, Place
 
 _REGION: TypeAdapter[Region] = TypeAdapter(Region)
 _SHARDS = TypeAdapter(TensorShards)
@@ -23,7 +23,7 @@ def writer_plan(
     planned: Sequence[PlannedPart],
     rank: int,
     size: int,
-    directory: Path,
+    directory: Place,
     retention: Retention,
     incremental: bool,
 ) -> WriterPlan:
@@ -43,7 +43,8 @@ def writer_plan(
         writers=writers,
         parts=tuple(_arena_part(one) for one in planned),
         retention=retention,
-        incremental=incremental,
+        incremental=incremental and not isinstance(directory, ObjectPath),  # objects have no links
+        patience_s=directory.patience_s if isinstance(directory, ObjectPath) else None,
         world_size=size,
         tensors=_without_extents(shard_map) if rank == 0 else None,
         num_elements=_num_elements(shard_map) if rank == 0 else None,

@@ -18,18 +18,20 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 from evermesh.checkpoint import committing
 from evermesh.checkpoint.background.data_files import DataFiles
 from evermesh.checkpoint.background.merging import merged_manifest
 from evermesh.checkpoint.background.orders import Answer, SaveOrder, WriterPlan, marker_name, temporary_names
-from evermesh.checkpoint.committing import record_name
+from evermesh.checkpoint.committing import Attempt, record_name
 from evermesh.checkpoint.encoding import MANIFEST, sealed
 from evermesh.checkpoint.files import write_durably
+from evermesh.checkpoint.stores.store import store_of
 
 _FIRST_LOOK_S, _LAST_LOOK_S = 0.001, 0.05
+_LAST_STORE_LOOK_S = 1.0
+"""A look into an object store is a request that is paid for."""
 
 
 class Writer:
@@ -43,7 +45,7 @@ class Writer:
     def __init__(self, plan: WriterPlan, arena: memoryview, tell: Callable[[bytes], None]) -> None:
         self.plan, self._tell = plan, tell
         self.files = DataFiles(plan, arena)
-        self.directory = Path(plan.directory)
+        self.directory = plan.place
         self.committing = threading.Lock()
         """Held while a checkpoint becomes visible."""
 
@@ -55,6 +57,8 @@ class Writer:
             self._tell(Answer(kind, order.identity, time.monotonic() - began_s, **fields).to_json())
 
         try:
+            if order.is_repeated and self._was_committed(order, answer):
+                return
             self._begin(order)
             bytes_written = self._write(order) if self.plan.rank in self.plan.writers else 0
             answer("written", bytes_written=bytes_written)
@@ -67,19 +71,34 @@ class Writer:
             number = error.errno if isinstance(error, OSError) else None
             answer("failed", cause=f"{type(error).__name__}: {error}", errno=number)
 
+    def _was_committed(self, order: SaveOrder, answer: Callable[..., None]) -> bool:
+        """Whether the writer before this one had made the checkpoint visible; the end of it is then made sure of."""
+        attempt = self._attempt(order)
+        if self.plan.rank != 0 or not committing.is_committed(attempt):
+            return False
+        with self.committing:
+            committing.commit(attempt)
+        answer("written")
+        answer("committed")
+        return True
+
+    def _attempt(self, order: SaveOrder) -> Attempt:
+        return Attempt(self.directory, order.step, order.identity)
+
     def _begin(self, order: SaveOrder) -> None:
-        """Return when the temporary directory is there, made for this save by rank 0."""
-        temporary, marker = committing.temporary_path(self.directory, order.step), marker_name(order.identity)
+        """Return when there is a folder for the files of this save, made by rank 0 where folders are made."""
+        attempt, marker = self._attempt(order), marker_name(order.identity)
         if self.plan.rank == 0:
-            committing.prepare(self.directory, order.step)
-            write_durably(temporary / marker, [])
-        else:
-            _await(lambda: marker in temporary_names(temporary))
+            committing.prepare(attempt)
+            if attempt.is_renamed:
+                write_durably(attempt.files / marker, [])
+        elif attempt.is_renamed:
+            _await(lambda: marker in temporary_names(attempt.files), _LAST_LOOK_S)
 
     def _write(self, order: SaveOrder) -> int:
         """The data files of this rank, then the record of them; returns the bytes that were written."""
-        temporary = committing.temporary_path(self.directory, order.step)
-        files = self.files.write(temporary, self.directory / committing.step_name(order.step))
+        attempt = self._attempt(order)
+        files = self.files.write(attempt.files, attempt.path)
         bytes_written = sum(file.num_bytes for file in files if not file.linked)
         record = {
             "digest": self.plan.digest,
@@ -87,26 +106,24 @@ class Writer:
             "files": {file.name: {"num_bytes": file.num_bytes, "checksums": file.checksums} for file in files},
             "extents": self.files.extents(files),
         }
-        path = temporary / record_name(self.plan.rank)
-        write_durably(path.with_suffix(".part"), [json.dumps(record, separators=(",", ":")).encode()])
-        os.rename(path.with_suffix(".part"), path)  # other writers see it as soon as it is there, and see all of it
+        committing.put_record(attempt, self.plan.rank, json.dumps(record, separators=(",", ":")).encode())
         return bytes_written
 
     def _records(self, order: SaveOrder) -> dict[int, dict[str, Any]]:
         """What every rank has written, as soon as all have. On rank 0."""
-        temporary = committing.temporary_path(self.directory, order.step)
+        attempt = self._attempt(order)
         wanted = {record_name(rank) for rank in self.plan.writers}
-        _await(lambda: wanted <= set(temporary_names(temporary)))
-        return {rank: json.loads((temporary / record_name(rank)).read_bytes()) for rank in self.plan.writers}
+        last_look_s = _LAST_LOOK_S if attempt.is_renamed else _LAST_STORE_LOOK_S
+        _await(lambda: wanted <= set(temporary_names(attempt.records)), last_look_s)
+        files = {rank: attempt.records / record_name(rank) for rank in self.plan.writers}
+        return {rank: json.loads(store_of(file).read(file)) for rank, file in files.items()}
 
     def _commit(self, order: SaveOrder, records: dict[int, dict[str, Any]]) -> None:
-        temporary = committing.temporary_path(self.directory, order.step)
+        attempt = self._attempt(order)
         with self.committing:
             manifest = merged_manifest(self.plan, order, records, time.time())
-            write_durably(temporary / MANIFEST, [sealed(manifest)])
-            for name in (marker_name(order.identity), *map(record_name, self.plan.writers)):
-                os.unlink(temporary / name)
-            committing.commit(self.directory, order.step)
+            write_durably(attempt.files / MANIFEST, [sealed(manifest)])
+            committing.commit(attempt, (marker_name(order.identity), *map(record_name, self.plan.writers)))
 
 
 def serve(orders: int, answers: int, arena: memoryview) -> None:
@@ -146,12 +163,12 @@ def _send(descriptor: int, line: bytes) -> None:
             line = line[os.write(descriptor, line) :]
 
 
-def _await(condition: Callable[[], bool]) -> None:
+def _await(condition: Callable[[], bool], last_look_s: float) -> None:
     """Return when it holds. Without a limit of its own: if another rank fails, this one's trainer ends this process."""
     look_s = _FIRST_LOOK_S
     while not condition():
         time.sleep(look_s)
-        look_s = min(2 * look_s, _LAST_LOOK_S)
+        look_s = min(2 * look_s, last_look_s)
 
 
 if __name__ == "__main__":
