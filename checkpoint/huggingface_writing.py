@@ -42,7 +42,7 @@ class WeightsWritten:
 class WeightSource:
     """The weights of a checkpoint under their names there."""
 
-    path: Path
+    path: Place
     """Of the checkpoint."""
     prefix: str
     """What its tensors have before the names of ``Naming``."""

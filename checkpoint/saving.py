@@ -193,7 +193,8 @@ def rolled_back(
 def _roll_back(attempt: Attempt) -> tuple[int | None, str | None]:
     """Return the bytes that are then free, where that is known, and the name of the newest checkpoint."""
     if isinstance(attempt.directory, ObjectPath):
-        attempt = replace(attempt, directory=attempt.directory.with_patience(_LAST_PATIENCE_S))
+        patience_s = min(_LAST_PATIENCE_S, attempt.directory.patience_s)
+        attempt = replace(attempt, directory=attempt.directory.with_patience(patience_s))
     try:
         folder.roll_back(attempt)
     except OSError as error:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
@@ -15,6 +14,7 @@ from evermesh.checkpoint.naming import Naming
 from evermesh.checkpoint.registry import Replicated, StateRegistry
 from evermesh.checkpoint.retention import Retention
 from evermesh.checkpoint.shard_map import ShardMap
+from evermesh.checkpoint.stores.places import Place
 from evermesh.parallelism.collectives import Communicator
 from evermesh.runtime.errors import OtherRun
 from evermesh.runtime.model.config import ModelConfig
@@ -67,7 +67,7 @@ class TrainingState:
         for name in ("step", "updates", "skipped_in_a_row", "router_biases", "expert_loads", "sampler", "calibration"):
             self.registry.register(name, Replicated(), *_attribute(progress, name))
 
-    def saver(self, directory: Path, retention: Retention, *, incremental: bool) -> BackgroundSaver:
+    def saver(self, directory: Place, retention: Retention, *, incremental: bool) -> BackgroundSaver:
         """What saves this state below ``directory`` while training goes on. Collective.
 
         Raises:
@@ -82,7 +82,7 @@ class TrainingState:
             incremental=incremental,
         )
 
-    def begin_save(self, saver: BackgroundSaver, tell: Callable[[SaveReport | None], None]) -> Path:
+    def begin_save(self, saver: BackgroundSaver, tell: Callable[[SaveReport | None], None]) -> Place:
         """Copy the current step for ``saver`` to write; returns where it will be. ``tell`` takes the report of the save
         before, if that was still under way. Collective.
 
@@ -92,7 +92,7 @@ class TrainingState:
         tell(saver.begin(self.progress.step, self.registry.objects(self.communicator), self.identity))
         return saver.path_of(self.progress.step)
 
-    def save(self, directory: Path, keep: int | Retention) -> Path:
+    def save(self, directory: Place, keep: int | Retention) -> Place:
         """Write a checkpoint of the current step below ``directory``; returns its path. Collective.
 
         Raises:
@@ -109,7 +109,7 @@ class TrainingState:
             description=self.identity,
         )
 
-    def restore(self, path: Path) -> checkpoint.LoadResult:
+    def restore(self, path: Place) -> checkpoint.LoadResult:
         """Take over the state saved at ``path`` by any number of ranks. Collective.
 
         Raises:
@@ -150,7 +150,7 @@ class TrainingState:
         self.optimizer.publish()
         return loaded
 
-    def _check_identity(self, path: Path) -> None:
+    def _check_identity(self, path: Place) -> None:
         saved = dict(read_manifest(path).description)
         if "model" in saved:
             saved["model"] = _with_defaults(saved["model"])  # an older version knew fewer fields

@@ -94,12 +94,12 @@ class SaveOrder:
     identity: str
     """Unlike that of any other save, also of earlier jobs in the same directory; equal on all ranks."""
     step: int
-    is_repeated: bool = False
-    """Whether a writer that has ended had it before; what it had done, committed perhaps, is used."""
     objects: dict[str, Any] | None = None
     """On rank 0."""
     description: dict[str, Any] | None = None
     """On rank 0."""
+    is_repeated: bool = False
+    """Whether a writer that has ended had it before; what it had done, committed perhaps, is used."""
 
     def to_json(self) -> bytes:
         """One line."""

@@ -122,7 +122,7 @@ class BackgroundSaver:
         self._copy.run()
         self._num_saves += 1
         identity = f"{self._token}-{self._num_saves}"
-        order = SaveOrder(identity, step, objects=dict(objects), description=dict(description or {}))
+        order = SaveOrder(identity, step, dict(objects), dict(description or {}))
         self._pending = _Pending(order)
         if self._writer is not None:
             self._order(self._pending)

@@ -1,11 +1,13 @@
 """Objects of any store that fsspec knows. Imported when a URL is used."""
 
+import asyncio
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import fsspec
+from fsspec.asyn import sync
 
 from evermesh.checkpoint.errors import StoreUnusable
 from evermesh.checkpoint.stores.places import ObjectPath, Place
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
 
 READS_IN_FLIGHT = 8
 """Of all files of a process."""
+_LONGEST_REQUEST_S = 60.0
+"""Of one that moves a few MiB."""
 _MOST_DELETED = 1000
 """By one request, a limit of S3."""
 
@@ -48,7 +52,7 @@ class ObjectStore:
 
     def read(self, file: Place) -> bytes:
         """All bytes of a small object. Raises ``FileNotFoundError``."""
-        return patiently(_object(file), "reading", lambda: bytes(self.fs.cat_file(_path(file))))
+        return patiently(_object(file), "reading", lambda: bytes(self.ask(file, "cat_file", _path(file))))
 
     def open(self, file: Place) -> "OpenObject":
         """Raises ``FileNotFoundError``."""
@@ -58,7 +62,7 @@ class ObjectStore:
         """Bytes [start, stop) of an object, which has them."""
 
         def request() -> bytes:
-            found: bytes = self.fs.cat_file(_path(file), start=start, end=stop)
+            found: bytes = self.ask(file, "cat_file", _path(file), start=start, end=stop)
             if len(found) != stop - start:
                 raise ConnectionError(f"{len(found):,} of {stop - start:,} bytes came")
             return found
@@ -71,7 +75,7 @@ class ObjectStore:
 
     def put(self, file: ObjectPath, payload: bytes) -> None:
         """Make a small object, or replace one, at once."""
-        patiently(file, "writing", lambda: self.fs.pipe_file(_path(file), payload))
+        patiently(file, "writing", lambda: self.ask(file, "pipe_file", _path(file), payload))
 
     def num_bytes(self, file: ObjectPath) -> int:
         """Of an object. Raises ``FileNotFoundError``."""
@@ -83,7 +87,7 @@ class ObjectStore:
 
     def sizes(self, folder: Place) -> dict[str, int]:
         """Bytes of all objects below a folder, by their path from there; none if it is missing."""
-        found = patiently(_object(folder), "listing", lambda: self.fs.find(_path(folder), detail=True))
+        found = patiently(_object(folder), "listing", lambda: self.ask(folder, "find", _path(folder), detail=True))
         root = _path(folder).strip("/") + "/"
         entries = ((str(name).lstrip("/"), entry) for name, entry in found.items())
         return {name[len(root) :]: int(entry["size"]) for name, entry in entries if name.startswith(root)}
@@ -110,19 +114,28 @@ class ObjectStore:
     def abort_uploads(self, folder: ObjectPath, concerns: Callable[[str], bool]) -> None:
         """Let the store forget what was uploaded below ``folder`` and never finished, to keys that ``concerns`` holds for."""
 
+    def ask(self, place: Place, method: str, *arguments: Any, **fields: Any) -> Any:
+        """One call of the file system, which ends: a timeout of its library does not cover all that can stand still."""
+        assert isinstance(place, ObjectPath)
+        coroutine = getattr(self.fs, f"_{method}", None) if self.fs.async_impl else None
+        if coroutine is None:
+            return getattr(self.fs, method)(*arguments, **fields)
+        limit_s = min(place.patience_s, _LONGEST_REQUEST_S)
+        return sync(self.fs.loop, _within, limit_s, coroutine, *arguments, **fields)
+
     def ahead(self, file: ObjectPath, ranges: Sequence[tuple[int, int]]) -> ReadAhead:
         """Fetch ranges of an object before they are asked for."""
         return ReadAhead(self._readers, lambda start, stop: self.read_range(file, start, stop), ranges)
 
     def _entry(self, file: ObjectPath) -> dict[str, Any]:
-        entry: dict[str, Any] = patiently(file, "looking at", lambda: self.fs.info(_path(file)))
+        entry: dict[str, Any] = patiently(file, "looking at", lambda: self.ask(file, "info", _path(file)))
         if entry["type"] != "file":
             raise FileNotFoundError(f"{file} is no object")
         return entry
 
     def _entries(self, folder: ObjectPath) -> list[tuple[str, bool]]:
         try:
-            found = patiently(folder, "listing", lambda: self.fs.ls(_path(folder), detail=True))
+            found = patiently(folder, "listing", lambda: self.ask(folder, "ls", _path(folder), detail=True))
         except FileNotFoundError:
             return []
         paths = ((str(entry["name"]).rstrip("/"), entry["type"] == "directory") for entry in found)
@@ -132,6 +145,13 @@ class ObjectStore:
         for file in files:
             if self.fs.exists(_path(file)):
                 self.fs.rm_file(_path(file))
+
+
+async def _within(limit_s: float, method: Callable[..., Any], *arguments: Any, **fields: Any) -> Any:
+    try:
+        return await asyncio.wait_for(method(*arguments, **fields), limit_s)
+    except TimeoutError as error:
+        raise TimeoutError(f"no end after {limit_s:.0f} s") from error
 
 
 class OpenObject:

@@ -53,9 +53,9 @@ class ObjectPath:
         """What comes after the bucket; empty for the bucket itself."""
         return self.url.partition("://")[2].partition("/")[2]
 
-    def with_patience(self, most_s: float) -> "ObjectPath":
-        """The same place, with no more patience than that."""
-        return replace(self, patience_s=min(self.patience_s, most_s))
+    def with_patience(self, patience_s: float) -> "ObjectPath":
+        """The same place, with so much patience."""
+        return replace(self, patience_s=patience_s)
 
     def absolute(self) -> "ObjectPath":
         """Itself."""

@@ -67,7 +67,7 @@ class S3Store(ObjectStore):
 
     def call(self, file: ObjectPath, what: str, method: str, **fields: Any) -> dict[str, Any]:
         """A request of the S3 protocol about the bucket of ``file``."""
-        return patiently(file, what, lambda: dict(self.fs.call_s3(method, Bucket=file.bucket, **fields)))
+        return patiently(file, what, lambda: dict(self.ask(file, "call_s3", method, Bucket=file.bucket, **fields)))
 
     def _abort(self, file: ObjectPath, upload: str) -> None:
         try:
@@ -77,7 +77,8 @@ class S3Store(ObjectStore):
 
     def _delete(self, files: Sequence[ObjectPath]) -> None:
         keys = [{"Key": file.key} for file in files]
-        answer = self.fs.call_s3("delete_objects", Bucket=files[0].bucket, Delete={"Objects": keys, "Quiet": True})
+        what = {"Objects": keys, "Quiet": True}
+        answer = self.ask(files[0], "call_s3", "delete_objects", Bucket=files[0].bucket, Delete=what)
         for error in answer.get("Errors", ()):  # of single objects; the request itself succeeded
             kind = PermissionError if error.get("Code") == "AccessDenied" else OSError
             raise kind(f"{error.get('Key')}: {error.get('Code')}, {error.get('Message')}")
@@ -189,7 +190,9 @@ class UploadedObject:
     def _complete(self, parts: Sequence[_Part]) -> None:
         entries = {"Parts": [part.entry for part in parts]}
         try:
-            self._store.fs.call_s3(
+            self._store.ask(
+                self._file,
+                "call_s3",
                 "complete_multipart_upload",
                 Bucket=self._file.bucket,
                 Key=self._file.key,

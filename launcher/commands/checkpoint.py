@@ -9,13 +9,14 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from evermesh.checkpoint.stores.places import ObjectPath, Place, place_of
 from evermesh.launcher.commands.jobs import Runs
 
-Place = Annotated[
+PlaceArgument = Annotated[
     str | None,
     typer.Argument(
         metavar="[RUN or PATH]",
-        help="A run, its directory, or a checkpoint; default: the latest run.",
+        help="A run, its directory, a checkpoint, or the URL of one in an object store; default: the latest run.",
         show_default=False,
     ),
 ]
@@ -32,7 +33,7 @@ app = typer.Typer(
 
 @app.command("list", hidden=True)
 @app.command(epilog="[bold]Example[/]\n\n  evermesh checkpoint ls quickstart")
-def ls(place: Place = None, runs: Runs = Path("runs"), as_json: AsJson = False) -> None:
+def ls(place: PlaceArgument = None, runs: Runs = Path("runs"), as_json: AsJson = False) -> None:
     """List the complete checkpoints of a run."""
     from evermesh import checkpoint
     from evermesh.launcher.terminal import print_table
@@ -66,7 +67,7 @@ def ls(place: Place = None, runs: Runs = Path("runs"), as_json: AsJson = False) 
 
 
 @app.command(epilog="[bold]Example[/]\n\n  evermesh checkpoint show runs/quickstart/checkpoints/step-00000030")
-def show(place: Place = None, runs: Runs = Path("runs"), as_json: AsJson = False) -> None:
+def show(place: PlaceArgument = None, runs: Runs = Path("runs"), as_json: AsJson = False) -> None:
     """Show what is in a checkpoint, ours or one of DeepSpeed, torch.distributed or safetensors; of a run the newest one."""
     from evermesh import checkpoint
     from evermesh.launcher.terminal import print_table
@@ -90,7 +91,7 @@ def show(place: Place = None, runs: Runs = Path("runs"), as_json: AsJson = False
 
 
 @app.command(epilog="[bold]Example[/]\n\n  evermesh checkpoint verify quickstart")
-def verify(place: Place = None, runs: Runs = Path("runs"), as_json: AsJson = False) -> None:
+def verify(place: PlaceArgument = None, runs: Runs = Path("runs"), as_json: AsJson = False) -> None:
     """Read a checkpoint (of a run the newest one) and check every byte; exit code 1 if something is wrong."""
     from evermesh import checkpoint
 
@@ -109,7 +110,7 @@ def verify(place: Place = None, runs: Runs = Path("runs"), as_json: AsJson = Fal
 
 @app.command(epilog="[bold]Example[/]\n\n  evermesh checkpoint prune quickstart --keep-last 3 --keep-every 1000 --yes")
 def prune(
-    place: Place = None,
+    place: PlaceArgument = None,
     runs: Runs = Path("runs"),
     keep_last: Annotated[int, typer.Option(min=1, help="The newest so many stay.")] = 2,
     keep_every: Annotated[int | None, typer.Option(min=1, help="So do those of every so many steps.")] = None,
@@ -138,17 +139,19 @@ def prune(
         print("nothing was removed; add --yes to do it")
 
 
-def _print_incomplete(directory: Path) -> None:
+def _print_incomplete(directory: Place) -> None:
     from evermesh.launcher.admission import incomplete
 
     for path in incomplete(directory):
         print(f"not complete: {path.name}; what it lacks tells: evermesh checkpoint verify {path}")
 
 
-def _directory(place: str | None, runs: Path) -> Path:
+def _directory(place: str | None, runs: Path) -> Place:
     """The folder of checkpoints that ``place`` means: of a run, or itself."""
     from evermesh.launcher.run_directory import Run
 
+    if place is not None and isinstance(url := place_of(place), ObjectPath):
+        return url.parent if url.name == "manifest.json" else url
     if place is not None and Path(place).name == "manifest.json":
         return Path(place).parent
     if place is not None and Path(place).is_dir() and not (Path(place) / "state.json").is_file():
@@ -156,7 +159,7 @@ def _directory(place: str | None, runs: Path) -> Path:
     return Run.find(place, runs).checkpoints
 
 
-def newest_checkpoint(place: str | None, runs: Path) -> Path:
+def newest_checkpoint(place: str | None, runs: Path) -> Place:
     """The checkpoint that ``place`` means: itself, or the newest of a run or a folder, complete if there is one."""
     from evermesh import checkpoint
     from evermesh.launcher.admission import incomplete

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from evermesh.checkpoint.stores.places import Place
 from evermesh.launcher.commands.jobs import Runs
 
 if TYPE_CHECKING:
@@ -71,10 +72,12 @@ def export(
         console.print("without a tokenizer: the corpus of the run is not here; copy its tokenizer.json", soft_wrap=True)
 
 
-def _run_of(path: Path) -> "Run | None":
+def _run_of(path: Place) -> "Run | None":
     """The run that a checkpoint belongs to, if it lies in one."""
     from evermesh.launcher.run_directory import Run
 
+    if not isinstance(path, Path):
+        return None
     directory = path.absolute().parent.parent
     return Run(directory) if (directory / "state.json").is_file() else None
 

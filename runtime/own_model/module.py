@@ -1,12 +1,12 @@
 """A model of transformers on the ranks of a layout: plans, micro-batches, gradients."""
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from evermesh.checkpoint.stores.places import Place, place_of
 from evermesh.parallelism.attention.kernels import kernel_for
 from evermesh.parallelism.attention.micro_batch import MicroBatchAttention
 from evermesh.parallelism.batch_plan import BatchPlan
@@ -158,21 +158,21 @@ class ParallelModule:
         """Scale the gradients to a norm of at most ``max_norm``; returns the norm before, the same on every rank."""
         return self._gradients.clip_(max_norm)
 
-    def save(self, directory: Path | str, step: int, optimizer: torch.optim.Optimizer | None = None) -> Path:
+    def save(self, directory: Place | str, step: int, optimizer: torch.optim.Optimizer | None = None) -> Place:
         """Write a checkpoint of ``step`` below ``directory`` and return its path; every rank writes its own part.
 
         Raises:
             CheckpointNotSaved: on every rank, if any of them failed; earlier checkpoints are untouched.
         """
-        return save_state(Path(directory), step, self._parameters, self._tensor, self.model, optimizer, self.mesh)
+        return save_state(place_of(directory), step, self._parameters, self._tensor, self.model, optimizer, self.mesh)
 
-    def load(self, directory: Path | str, optimizer: torch.optim.Optimizer | None = None) -> int:
+    def load(self, directory: Place | str, optimizer: torch.optim.Optimizer | None = None) -> int:
         """Take over the newest checkpoint below ``directory``, of any number of ranks and any tp; returns its step.
 
         Raises:
             CheckpointNotFound, CheckpointMismatch, CheckpointCorrupt: see ``evermesh.checkpoint.load``.
         """
-        return load_state(Path(directory), self._parameters, self._tensor, self.model, optimizer, self.mesh)
+        return load_state(place_of(directory), self._parameters, self._tensor, self.model, optimizer, self.mesh)
 
     def _planned(self, documents: Documents) -> LocalBatch:
         self.plan = self.planner.plan(documents.lengths)
