@@ -19,6 +19,7 @@ from evermesh.checkpoint.huggingface import INDEX, SINGLE
 from evermesh.checkpoint.loading import load
 from evermesh.checkpoint.naming import ForeignPart, Naming
 from evermesh.checkpoint.regions import Box, StoredForm
+from evermesh.checkpoint.stores.places import Place
 from evermesh.checkpoint.tensors import dtype_name, host_slices
 
 MOST_FILE_BYTES = 5_000_000_000

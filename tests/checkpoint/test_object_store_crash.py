@@ -215,8 +215,8 @@ def test_what_others_upload_below_the_same_prefix_is_left_alone(store: TestStore
 
 
 def _save_on_ranks(rank: int, size: int, environment: dict[str, str], place: ObjectPath) -> str:
-    from tests.checkpoint.test_background import _fill, _saver
     from tests.checkpoint.states import held_by, logical_state
+    from tests.checkpoint.test_background import _fill, _saver
 
     adopt(environment)
     saver, held = _saver(place, rank, size)
