@@ -12,8 +12,10 @@ if TYPE_CHECKING:
         CheckpointNotSaved,
         ForeignUnusable,
         HostMemoryShort,
+        ParityUnusable,
         RegistryMismatch,
         ShardMapInvalid,
+        StoreUnusable,
     )
     from evermesh.checkpoint.loading import LoadResult, load, wanted_regions
     from evermesh.checkpoint.opening import open_checkpoint
@@ -48,8 +50,10 @@ _MODULES = {
         "CheckpointNotSaved",
         "ForeignUnusable",
         "HostMemoryShort",
+        "ParityUnusable",
         "RegistryMismatch",
         "ShardMapInvalid",
+        "StoreUnusable",
     ),
     "loading": ("LoadResult", "load", "wanted_regions"),
     "opening": ("open_checkpoint",),
@@ -92,6 +96,7 @@ __all__ = [
     "Interval",
     "LoadResult",
     "Padding",
+    "ParityUnusable",
     "PerRank",
     "Permutation",
     "Problem",
@@ -110,6 +115,7 @@ __all__ = [
     "Source",
     "StateDescription",
     "StateRegistry",
+    "StoreUnusable",
     "StoredForm",
     "TensorShards",
     "VerifyReport",

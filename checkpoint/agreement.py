@@ -40,12 +40,6 @@ def together(communicator: Communicator, work: Callable[[], T]) -> T:
     raise RankFailure(source, cause, errno) from error
 
 
-def on_first(communicator: Communicator, work: Callable[[], int]) -> int:
-    """Do ``work`` on rank 0 and return its result on every rank. Collective."""
-    payload = work().to_bytes(8, "little") if communicator.rank == 0 else None
-    return int.from_bytes(communicator.broadcast_bytes(payload, 0, _CALL_SITE), "little")
-
-
 def _attempt(work: Callable[[], T]) -> tuple[list[T], Exception | None]:
     try:
         return [work()], None

@@ -22,6 +22,8 @@ from evermesh.checkpoint.safetensors_writing import MOST_FILE_BYTES, write_safet
 from evermesh.checkpoint.saving import save
 from evermesh.checkpoint.shard_map import Shard, ShardMap, TensorShards
 from evermesh.checkpoint.sources import Source, find
+from evermesh.checkpoint.stores.places import ObjectPath, Place, place_of
+from evermesh.checkpoint.stores.store import store_of
 
 _FILE_BYTES = 1 << 20
 """Of the buffer of a file that is written."""
@@ -48,7 +50,7 @@ class Conversion:
 class Converted:
     """What a conversion wrote."""
 
-    path: Path
+    path: Place
     """What ``open_checkpoint`` opens."""
     num_files: int
     num_bytes: int
@@ -57,29 +59,37 @@ class Converted:
     """What the source holds and the target cannot, or what the source itself has left out."""
 
 
-def convert(source: Source, directory: Path, conversion: Conversion, tell: Tell | None = None) -> Converted:
+def convert(source: Source, directory: Place | str, conversion: Conversion, tell: Tell | None = None) -> Converted:
     """Write what is in ``source`` anew into ``directory``, in another format. Not collective; needs no process group.
 
     Memory is bounded, whatever the size of tensors. ``directory`` is new, and appears when all of it is on the disk; of
-    our own format it is the directory of checkpoints, in which the step appears. ``tell`` hears of bytes as they are
-    written.
+    our own format it is the directory of checkpoints, in which the step appears, in an object store perhaps. ``tell``
+    hears of bytes as they are written.
 
     Raises:
-        ForeignUnusable: the source lacks what the format needs, or ``directory`` is not empty; nothing is left of it.
+        ForeignUnusable: the source lacks what the format needs, or ``directory`` is not empty or is no place for the format;
+            nothing is left of it.
         CheckpointCorrupt: bytes of the source are not those that were saved.
         CheckpointNotSaved: our own format could not be written.
     """
+    directory = place_of(directory)
+    if isinstance(directory, ObjectPath) and conversion.to != "evermesh":
+        raise ForeignUnusable(
+            directory,
+            f"{conversion.to} is written to file systems only",
+            "Write it to a directory and copy that, or convert to evermesh.",
+        )
     training = training_of(source, conversion.groups)
     left_out: tuple[str, ...] = ()
     if conversion.to == "evermesh":
         path = _to_ours(training, directory, conversion, tell)
     else:
+        assert isinstance(directory, Path)
         with appearing(directory) as temporary:
             left_out = _write(training, temporary, conversion, tell)
         path = directory
-    files = [file for file in path.rglob("*") if file.is_file()]
-    num_bytes = sum(file.stat().st_size for file in files)
-    return Converted(path, len(files), num_bytes, (*source.left_out, *left_out))
+    sizes = store_of(path).sizes(path)
+    return Converted(path, len(sizes), sum(sizes.values()), (*source.left_out, *left_out))
 
 
 def bytes_to_write(source: Source) -> int:
@@ -140,7 +150,7 @@ def _to_deepspeed(training: Training, directory: Path, conversion: Conversion, t
     return (*states, *client, *training.others)
 
 
-def _to_ours(training: Training, directory: Path, conversion: Conversion, tell: Tell | None) -> Path:
+def _to_ours(training: Training, directory: Place, conversion: Conversion, tell: Tell | None) -> Place:
     """A step of one rank; any number of ranks loads it."""
     source = training.source  # under our names
     if conversion.ranks != 1:

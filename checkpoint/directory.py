@@ -1,4 +1,4 @@
-"""The directory that holds the checkpoints of a job, and what is in it.
+"""The directory that holds the checkpoints of a job, and what is in it. In an object store: ``stores.attempts``.
 
     DIRECTORY/
     ├── latest                      text: the name of the newest committed step
@@ -13,16 +13,19 @@ One job at a time saves in a directory; ``committing`` tells how.
 from dataclasses import dataclass
 from pathlib import Path
 
-from evermesh.checkpoint.committing import LATEST, REPLACED, STEP, step_of
-from evermesh.checkpoint.errors import CheckpointCorrupt, CheckpointNotFound
+from evermesh.checkpoint.committing import REPLACED, STEP, committed_steps, named_by_latest, step_of
+from evermesh.checkpoint.errors import CheckpointCorrupt, CheckpointNotFound, StoreUnusable
 from evermesh.checkpoint.format import MANIFEST, Manifest
+from evermesh.checkpoint.stores.attempts import folder_of
+from evermesh.checkpoint.stores.places import ObjectPath, Place, place_of
+from evermesh.checkpoint.stores.store import store_of
 
 
 @dataclass(frozen=True, slots=True)
 class CheckpointInfo:
     """One checkpoint of a directory, as its manifest tells."""
 
-    path: Path
+    path: Place
     step: int
     time_s: float
     """When it was saved, seconds since 1970."""
@@ -33,71 +36,86 @@ class CheckpointInfo:
     is_latest: bool
 
 
-def read_manifest(path: Path) -> Manifest:
+def read_manifest(path: Place) -> Manifest:
     """The manifest of a checkpoint.
 
     Raises:
         CheckpointNotFound: there is none.
         CheckpointCorrupt: it is not what was saved.
+        StoreUnusable: it is in an object store that does not answer.
     """
     try:
-        payload = (path / MANIFEST).read_bytes()
+        return _manifest(folder_of(path))
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise CheckpointNotFound(path, f"it has no {MANIFEST}") from error
-    return Manifest.from_json(payload, path / MANIFEST)
+        raise CheckpointNotFound(path, f"it has no {MANIFEST}{instead_of(path)}") from error
 
 
-def latest(directory: Path | str) -> Path | None:
+def instead_of(path: Place) -> str:
+    """For the error about a step that is not there: the newest complete checkpoint beside it, if there is one."""
+    if not STEP.fullmatch(path.name):
+        return ""
+    others = (found for found in reversed(_step_paths(path.parent)) if found.name != path.name and _is_complete(found))
+    newest = next(others, None)
+    return f"; the newest complete one beside it is {newest}" if newest is not None else ""
+
+
+def latest(directory: Place | str) -> Place | None:
     """The checkpoint to resume from, or None: the one that ``latest`` names; if that is missing or incomplete, the
-    newest complete one. Checks the manifest and the sizes of files, not their checksums."""
-    named = _named_by_latest(Path(directory))
+    newest complete one. Checks the manifest and the sizes of files, not their checksums.
+
+    Raises:
+        StoreUnusable: it is in an object store that does not answer, so nobody knows what is there.
+    """
+    directory = place_of(directory)
+    named = _named_by_latest(directory)
     if named is not None and _is_complete(named):
         return named
-    return next((path for path in reversed(_step_paths(Path(directory))) if _is_complete(path)), None)
+    return next((path for path in reversed(_step_paths(directory)) if _is_complete(path)), None)
 
 
-def checkpoints(directory: Path | str) -> list[CheckpointInfo]:
-    """The complete checkpoints of a directory, by step. Incomplete ones are left out."""
-    newest = latest(directory)
-    return [_info(path, newest) for path in _step_paths(Path(directory)) if _is_complete(path)]
+def checkpoints(directory: Place | str) -> list[CheckpointInfo]:
+    """The complete checkpoints of a directory, by step. Incomplete ones are left out. Raises as ``latest`` does."""
+    newest, directory = latest(directory), place_of(directory)
+    return [_info(path, newest) for path in _step_paths(directory) if _is_complete(path)]
 
 
-def _named_by_latest(directory: Path) -> Path | None:
-    try:
-        name = (directory / LATEST).read_text("ascii").strip()
-    except (OSError, UnicodeDecodeError):
-        return None
-    if not STEP.fullmatch(name):
+def _named_by_latest(directory: Place) -> Place | None:
+    name = named_by_latest(directory)
+    if name is None:
         return None
     path = directory / name
-    return path if path.exists() else directory / f"{REPLACED}{name}"
+    return path if isinstance(path, ObjectPath) or path.exists() else directory / f"{REPLACED}{name}"
 
 
-def _step_paths(directory: Path) -> list[Path]:
+def _step_paths(directory: Place) -> list[Place]:
     """Step directories by step, and those set aside where the step itself is missing."""
-    found = {path.name: path for path in directory.glob(f"{REPLACED}step-*")}
-    found = {name.removeprefix(REPLACED): path for name, path in found.items()}
-    found |= {path.name: path for path in directory.glob("step-*")}
-    return sorted((path for name, path in found.items() if STEP.fullmatch(name)), key=step_of)
+    found: dict[int, Place] = {}
+    if isinstance(directory, Path):
+        aside = (path for path in directory.glob(f"{REPLACED}step-*"))
+        found = {step_of(path): path for path in aside if STEP.fullmatch(path.name.removeprefix(REPLACED))}
+    found |= committed_steps(directory)
+    return [found[step] for step in sorted(found)]
 
 
-def _is_complete(path: Path) -> bool:
-    """Whether all files have their sizes, or parity makes up for those that do not."""
+def _is_complete(path: Place) -> bool:
+    """Whether all files have their sizes, or parity makes up for those that do not, which it does in a file system."""
     try:
-        manifest = read_manifest(path)
-        return manifest.can_do_without([n for n, size in manifest.sizes.items() if _size(path / n) != size])
+        folder = folder_of(path)
+        manifest, sizes = _manifest(folder), store_of(folder).sizes(folder)
+        lost = [name for name, num_bytes in manifest.sizes.items() if sizes.get(name) != num_bytes]
+        return not lost or (isinstance(folder, Path) and manifest.can_do_without(lost))
+    except StoreUnusable:  # nobody knows
+        raise
     except (CheckpointCorrupt, OSError):
         return False
 
 
-def _size(file: Path) -> int | None:
-    try:
-        return file.stat().st_size
-    except FileNotFoundError:
-        return None
+def _manifest(folder: Place) -> Manifest:
+    file = folder / MANIFEST
+    return Manifest.from_json(store_of(file).read(file), file)
 
 
-def _info(path: Path, newest: Path | None) -> CheckpointInfo:
+def _info(path: Place, newest: Place | None) -> CheckpointInfo:
     manifest = read_manifest(path)
     return CheckpointInfo(
         path=path,

@@ -5,10 +5,12 @@ Needs nothing but the standard library and xxhash, so that the process that writ
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import xxhash
+
+from evermesh.checkpoint.stores.places import Place
+from evermesh.checkpoint.stores.store import store_of
 
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
@@ -100,10 +102,9 @@ def index_payload(
     return json.dumps(head, separators=(",", ":")).encode() + b"\n" + rest
 
 
-def read_index_head(path: Path) -> IndexHead:
-    """The first line of an index that a rank of this save has just written."""
-    with path.open("rb") as file:
-        return index_head(file.readline(_MOST_HEAD_BYTES))
+def read_index_heads(files: Sequence[Place]) -> list[IndexHead]:
+    """The first lines of indexes in one folder, which ranks of this save have just written."""
+    return list(map(index_head, store_of(files[0]).first_lines(files, _MOST_HEAD_BYTES))) if files else []
 
 
 def index_head(line: bytes) -> IndexHead:

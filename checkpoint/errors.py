@@ -4,6 +4,9 @@ EvermeshError
 ├── ShardMapInvalid        (ValueError)         regions leave a gap, overlap or reach outside their tensor
 ├── CheckpointNotSaved     (OSError)            a save failed on some rank; all ranks raise it
 ├── HostMemoryShort        (OSError)            the copy of the state that is written in the background has no room
+├── StoreUnusable          (OSError)            an object store does not do what it is asked
+│   └── StoreRefused       (PermissionError)    it does not permit it, or does not know who asks
+├── ParityUnusable         (ValueError)         parity cannot protect the files of a checkpoint
 ├── CheckpointNotFound     (FileNotFoundError)  there is no complete checkpoint at a path
 ├── CheckpointCorrupt      (ValueError)         bytes are not those that were saved
 ├── ForeignUnusable        (ValueError)         a checkpoint of another project cannot be read
@@ -13,8 +16,8 @@ EvermeshError
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 
+from evermesh.checkpoint.stores.places import ObjectPath, Place
 from evermesh.parallelism.errors import EvermeshError
 
 
@@ -26,16 +29,27 @@ class CheckpointNotSaved(EvermeshError, OSError):
     """A save failed. No temporary directory is left and the checkpoints that existed before are untouched."""
 
     def __init__(
-        self, directory: Path, step: int, rank: int, cause: str, error: int | None, bytes_needed: int, bytes_free: int
+        self,
+        directory: Place,
+        step: int,
+        rank: int,
+        cause: str,
+        error: int | None,
+        bytes_needed: int,
+        bytes_free: int | None,
+        newest: str | None = None,
     ) -> None:
+        free = "" if bytes_free is None else f" and {bytes_free:,} are free there"
+        older = f"; the newest is {newest}" if newest is not None else ""
         super().__init__(
             f"the checkpoint of step {step} was not saved in {directory}: rank {rank}: {cause}. It needs "
-            f"{bytes_needed:,} bytes and {bytes_free:,} are free there. Remove what caused it and save again; "
-            f"earlier checkpoints are untouched."
+            f"{bytes_needed:,} bytes{free}. Remove what caused it and save again; earlier checkpoints are untouched{older}."
         )
         self.directory, self.step, self.rank, self.cause = directory, step, rank, cause
         self.errno = error
         self.bytes_needed, self.bytes_free = bytes_needed, bytes_free
+        self.newest = newest
+        """Name of the newest checkpoint, where it is known."""
 
 
 class HostMemoryShort(EvermeshError, OSError):
@@ -57,12 +71,47 @@ class HostMemoryShort(EvermeshError, OSError):
         return error
 
 
+class StoreUnusable(EvermeshError, OSError):
+    """An object store does not do what it is asked, and was asked often enough. ``file`` names store and key."""
+
+    def __init__(
+        self, file: ObjectPath, what: str, cause: str, attempts: int, seconds: float, way_out: str | None = None
+    ) -> None:
+        times = "once" if attempts == 1 else f"{attempts} times"
+        super().__init__(
+            f"{what} {file} failed, tried {times} in {seconds:.1f} s: {cause}. {way_out or self._way_out(file)}"
+        )
+        self.file, self.cause, self.attempts, self.seconds = file, cause, attempts, seconds
+
+    @staticmethod
+    def _way_out(file: ObjectPath) -> str:
+        return (
+            f"Check that the {file.protocol} endpoint can be reached from here (AWS_ENDPOINT_URL, AWS_REGION, proxies), "
+            "then repeat; checkpoints that were complete stay as they are."
+        )
+
+
+class StoreRefused(StoreUnusable, PermissionError):
+    """A store does not permit a request, or does not know who asks."""
+
+    @staticmethod
+    def _way_out(file: ObjectPath) -> str:
+        return (
+            f"Give this machine credentials that may list, read, write and delete below {file.protocol}://{file.bucket} "
+            f"(AWS_PROFILE, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or the role of the machine)."
+        )
+
+
+class ParityUnusable(EvermeshError, ValueError):
+    """Parity is asked for where it cannot protect the files of a checkpoint. Nothing was written."""
+
+
 class CheckpointNotFound(EvermeshError, FileNotFoundError):
     """There is no complete checkpoint at a path."""
 
-    def __init__(self, path: Path, fact: str) -> None:
+    def __init__(self, path: Place, fact: str) -> None:
         super().__init__(f"no checkpoint at {path}: {fact}. Name a step directory of `evermesh checkpoint ls`.")
-        self.path = path
+        self.path, self.fact = path, fact
 
 
 class CheckpointCorrupt(EvermeshError, ValueError):
@@ -71,7 +120,7 @@ class CheckpointCorrupt(EvermeshError, ValueError):
 
     def __init__(
         self,
-        file: Path,
+        file: Place,
         fact: str,
         *,
         chunk: int | None = None,
@@ -91,7 +140,7 @@ class CheckpointCorrupt(EvermeshError, ValueError):
 class ForeignUnusable(EvermeshError, ValueError):
     """A checkpoint of another project cannot be read. Nothing of it was executed."""
 
-    def __init__(self, path: Path, fact: str, way_out: str) -> None:
+    def __init__(self, path: Place, fact: str, way_out: str) -> None:
         super().__init__(f"{path}: {fact}. {way_out}")
         self.path, self.fact, self.way_out = path, fact, way_out
 
@@ -103,7 +152,7 @@ class WeightsUnusable(ForeignUnusable):
 class CheckpointMismatch(EvermeshError, ValueError):
     """The checkpoint and the caller disagree about tensors; the message lists all of them. Nothing was read."""
 
-    def __init__(self, path: Path, differences: Sequence[str]) -> None:
+    def __init__(self, path: Place, differences: Sequence[str]) -> None:
         lines = "".join(f"\n  {difference}" for difference in differences)
         super().__init__(
             f"{path} does not fit what is to be loaded, {len(differences)} differences:{lines}\n"

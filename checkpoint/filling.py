@@ -9,7 +9,7 @@ from evermesh.checkpoint.coverage import check_cover
 from evermesh.checkpoint.dtypes import DTYPES
 from evermesh.checkpoint.errors import CheckpointCorrupt, ShardMapInvalid
 from evermesh.checkpoint.format import Extent, StoredTensor
-from evermesh.checkpoint.reading import FileRuns, read_runs
+from evermesh.checkpoint.reading import FileRuns, read_files
 from evermesh.checkpoint.regions import Interval, Region, Runs, StoredForm, intersect, join, logical_runs
 from evermesh.checkpoint.sources import Found, Source
 from evermesh.checkpoint.tensors import byte_view, dtype_name
@@ -47,7 +47,7 @@ def fill(
             plan.stage()
             for file, entry in plan.file_runs():
                 runs.setdefault(file, []).append(entry)
-        bytes_read += sum(read_runs(source, file, runs[file]) for file in sorted(runs))
+        bytes_read += read_files(source, runs)
         for plan in group:
             plan.finish()
     return bytes_read

@@ -27,6 +27,7 @@ from evermesh.checkpoint.files import CHUNK_BYTES, DIGITS
 from evermesh.checkpoint.parity import ParityPart, Stripes, payload_sizes
 from evermesh.checkpoint.regions import STRICT, Interval, Padding, Permutation, Region, StoredForm
 from evermesh.checkpoint.shard_map import TensorShards
+from evermesh.checkpoint.stores.places import Place
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,7 +223,7 @@ class Manifest:
         return sealed(_manifest_adapter().dump_python(self, mode="json"))
 
     @classmethod
-    def from_json(cls, payload: bytes, file: Path = Path(MANIFEST)) -> Self:
+    def from_json(cls, payload: bytes, file: Place = Path(MANIFEST)) -> Self:
         """The manifest that ``to_json`` wrote; ``file`` is named in errors.
 
         Raises:

@@ -50,7 +50,7 @@ def read_weights(directory: Path | str, naming: Naming, wanted: Mapping[str, "Se
     from evermesh.checkpoint.filling import fill
 
     source = open_safetensors(Path(directory))
-    _check(source.path, source.tensors, naming)
+    _check(Path(directory), source.tensors, naming)
     found, _ = find(source, naming)
     dtypes = {found[name].dtype for name in wanted}
     return WeightsRead(fill(source, found, wanted, {}), tuple(sorted(dtypes)))

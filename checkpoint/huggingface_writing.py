@@ -12,6 +12,7 @@ from evermesh.checkpoint.naming import ForeignPart, Naming
 from evermesh.checkpoint.opening import open_checkpoint
 from evermesh.checkpoint.safetensors_writing import MOST_FILE_BYTES, WeightsWritten, write_safetensors
 from evermesh.checkpoint.sources import Source
+from evermesh.checkpoint.stores.places import Place
 from evermesh.checkpoint.tensors import dtype_name
 
 
@@ -19,7 +20,7 @@ from evermesh.checkpoint.tensors import dtype_name
 class WeightSource:
     """The weights of a checkpoint under their names there."""
 
-    path: Path
+    path: Place
     """Of the checkpoint."""
     prefix: str
     """What its tensors have before the names of ``Naming``."""

@@ -16,20 +16,24 @@ from evermesh.checkpoint.recovery import Recovery
 from evermesh.checkpoint.regions import Region, StoredForm
 from evermesh.checkpoint.shard_map import ShardMap
 from evermesh.checkpoint.sources import Source
+from evermesh.checkpoint.stores.places import Place
+from evermesh.checkpoint.stores.store import store_of
 from evermesh.checkpoint.write_plan import WritePlan
 
 
 class Indexes:
     """The indexes of one checkpoint; each is read once, and verified against the manifest."""
 
-    def __init__(self, path: Path, manifest: Manifest, *, recovers: bool = True) -> None:
+    def __init__(self, path: Place, manifest: Manifest, *, recovers: bool = True) -> None:
         self.path, self.manifest = path, manifest
         self.plan = WritePlan(ShardMap(manifest.tensors))
         """Who wrote what."""
         self.owners = {name: rank for rank, files in enumerate(manifest.ranks) for name in files.files}
         """The rank that wrote a data file."""
-        self.recovery = Recovery(path, manifest) if recovers and manifest.parity is not None else None
+        self.recovery: Recovery | None = None
         """What makes lost bytes again; None: nothing does."""
+        if recovers and manifest.parity is not None and isinstance(path, Path):
+            self.recovery = Recovery(path, manifest)
         self._known: dict[int, RankIndex] = {}
 
     def of_rank(self, rank: int) -> RankIndex:
@@ -51,7 +55,7 @@ class Indexes:
         """The bytes of an index, verified, and made again where they are lost or damaged. Raises ``CheckpointCorrupt``."""
         name, expected = index_name(rank), self.manifest.ranks[rank]
         try:
-            payload = (self.path / name).read_bytes()
+            payload = store_of(self.path).read(self.path / name)
         except FileNotFoundError:
             payload = None
         if payload is not None and _is_whole(payload, expected):
@@ -67,10 +71,10 @@ class Indexes:
         return _parsed(self.path / index_name(rank), self.payload_of(rank), self.manifest.ranks[rank])
 
 
-def index_of(path: Path, expected: RankFiles) -> RankIndex:
+def index_of(path: Place, expected: RankFiles) -> RankIndex:
     """An index as it is on the disk. Raises ``CheckpointCorrupt`` unless it is what was saved."""
     try:
-        payload = path.read_bytes()
+        payload = store_of(path).read(path)
     except FileNotFoundError as error:
         raise CheckpointCorrupt(path, "the file is missing") from error
     if not _is_whole(payload, expected):
@@ -78,7 +82,7 @@ def index_of(path: Path, expected: RankFiles) -> RankIndex:
     return _parsed(path, payload, expected)
 
 
-def _parsed(path: Path, payload: bytes, expected: RankFiles) -> RankIndex:
+def _parsed(path: Place, payload: bytes, expected: RankFiles) -> RankIndex:
     try:
         index = RankIndex.from_json(payload.partition(b"\n")[2])
     except ValidationError as error:

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from pydantic import JsonValue
@@ -15,6 +14,7 @@ from evermesh.checkpoint.regions import Region, StoredForm
 from evermesh.checkpoint.shard_map import ShardMap
 from evermesh.checkpoint.sharing import JointLoad, fill_together, is_worth_it
 from evermesh.checkpoint.sources import Found, Source, find
+from evermesh.checkpoint.stores.places import Place
 from evermesh.checkpoint.tensors import Held, dtype_name, local_tensors
 from evermesh.parallelism.collectives import Communicator
 
@@ -44,7 +44,7 @@ def wanted_regions(shard_map: ShardMap, rank: int, tensors: Held) -> dict[str, l
 
 
 def load(
-    checkpoint: Path | str | Source,
+    checkpoint: Place | str | Source,
     wanted: Wanted,
     *,
     shard_map: ShardMap | None = None,

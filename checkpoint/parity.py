@@ -5,7 +5,8 @@ laid end to end with its index behind them, are its *payload*; the parity of a s
 its ranks, the shorter ones continued with zeros. It is cut into as many parts as the stripe has ranks, which the ranks of the
 next stripe compute and write: everybody reads about as much as it has written.
 
-Needs nothing but the standard library and xxhash until parity is computed, which takes numpy.
+Only in file systems: object stores keep every object in several places themselves. Needs nothing but the standard library and
+xxhash until parity is computed, which takes numpy.
 """
 
 import os
@@ -78,14 +79,6 @@ class Stripes:
         """Of all ``parts`` of that stripe those that the rank writes."""
         writers = self.members(self.of_rank(rank))
         return [part for part in parts if part.number % len(writers) == writers.index(rank)]
-
-
-def check_width(width: int | None) -> None:
-    """Raise ``ValueError`` unless it is a number of ranks that can protect each other."""
-    if width is not None and width < 1:
-        raise ValueError(
-            f"parity is {width}, but a stripe has at least one rank. Give 1 or more, or None for no parity."
-        )
 
 
 class PayloadFiles:

@@ -9,13 +9,15 @@ from evermesh.checkpoint import committing
 from evermesh.checkpoint.directory import latest
 from evermesh.checkpoint.errors import CheckpointNotFound
 from evermesh.checkpoint.retention import Retention
+from evermesh.checkpoint.stores.places import ObjectPath, Place, place_of
+from evermesh.checkpoint.stores.store import store_of
 
 
 @dataclass(frozen=True, slots=True)
 class Pruning:
     """What a policy keeps and removes of a directory."""
 
-    directory: Path
+    directory: Place
     kept: tuple[int, ...]
     """Steps, ascending; that of ``latest`` is always one."""
     removed: tuple[int, ...]
@@ -23,7 +25,7 @@ class Pruning:
     """On the disk. A file that a kept checkpoint also names, by a hard link, frees nothing."""
 
 
-def prune(directory: Path | str, retention: Retention, *, dry_run: bool = True) -> Pruning:
+def prune(directory: Place | str, retention: Retention, *, dry_run: bool = True) -> Pruning:
     """Remove the checkpoints that ``retention`` does not keep; with ``dry_run`` only tell which.
 
     The checkpoint to resume from always stays. Killed at any moment, every checkpoint is whole or gone. A job that saves
@@ -32,7 +34,7 @@ def prune(directory: Path | str, retention: Retention, *, dry_run: bool = True) 
     Raises:
         CheckpointNotFound: there is no complete checkpoint, so nothing that a removal could leave.
     """
-    directory = Path(directory)
+    directory = place_of(directory)
     newest = latest(directory)
     if newest is None:
         raise CheckpointNotFound(directory, "no complete checkpoint; nothing was removed")
@@ -47,9 +49,16 @@ def prune(directory: Path | str, retention: Retention, *, dry_run: bool = True) 
     return Pruning(directory, tuple(sorted(kept & paths.keys())), tuple(removed), bytes_freed)
 
 
-def _bytes_freed(paths: Iterable[Path]) -> int:
-    """Of the files that have no name outside of ``paths``."""
-    found = [entry.stat() for path in paths for entry in path.iterdir() if entry.is_file()]
+def _bytes_freed(paths: Iterable[Place]) -> int:
+    """Of the files that have no name outside of ``paths``; objects have one name."""
+    places = list(paths)
+    files = [path / name for path in places if isinstance(path, Path) for name in store_of(path).sizes(path)]
+    objects = [path for path in places if isinstance(path, ObjectPath)]
+    return _bytes_unlinked(files) + sum(sum(store_of(path).sizes(path).values()) for path in objects)
+
+
+def _bytes_unlinked(files: Iterable[Path]) -> int:
+    found = [file.stat() for file in files]
     names = Counter((status.st_dev, status.st_ino) for status in found)
     by_file = {(status.st_dev, status.st_ino): status for status in found}
     return sum(by_file[key].st_size for key, count in names.items() if by_file[key].st_nlink <= count)

@@ -1,8 +1,8 @@
 """Reading parts of the files of a checkpoint: coalesced, and verified where there are checksums."""
 
 import itertools
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Self
 
@@ -14,8 +14,11 @@ from evermesh.checkpoint.files import CHUNK_BYTES, ByteArray
 from evermesh.checkpoint.format import StoredFile
 from evermesh.checkpoint.regions import IntArray
 from evermesh.checkpoint.sources import Source
+from evermesh.checkpoint.stores.places import ObjectPath
+from evermesh.checkpoint.stores.store import store_of
 
 _SHORT_RUN_BYTES = 256
+_FILES_IN_FLIGHT = 4
 _MOST_BUFFERS = 1024
 """Of one call (IOV_MAX of Linux)."""
 
@@ -45,33 +48,30 @@ class FileReader:
         self.path, self.bytes_read = source.path / name, 0
         self._num_bytes = source.files[name].num_bytes
         try:
-            self._descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+            self._open = store_of(self.path).open(self.path)
         except FileNotFoundError as error:
             raise CheckpointCorrupt(self.path, "the file is missing") from error
-        num_bytes = os.fstat(self._descriptor).st_size
-        if num_bytes != self._num_bytes:
-            os.close(self._descriptor)
-            raise CheckpointCorrupt(self.path, f"it has {num_bytes:,} bytes, {self._num_bytes:,} were saved")
+        if self._open.num_bytes != self._num_bytes:
+            self._open.close()
+            fact = f"it has {self._open.num_bytes:,} bytes, {self._num_bytes:,} were saved"
+            raise CheckpointCorrupt(self.path, fact)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        os.close(self._descriptor)
+        self._open.close()
+
+    def expect_bytes(self, ranges: Sequence[tuple[int, int]]) -> None:
+        """Tell which bytes [start, stop) will be read, ascending."""
+        self._open.expect(ranges)
 
     def read_at(self, position: int, buffers: Sequence[memoryview]) -> None:
         """Fill ``buffers``, at most ``_MOST_BUFFERS``, one after the other with the bytes from ``position`` on."""
-        rest = list(buffers)
-        while rest:
-            num_bytes = os.preadv(self._descriptor, rest, position)
-            if not num_bytes and any(view.nbytes for view in rest):
-                raise CheckpointCorrupt(self.path, f"it ends at byte {position:,}")
-            position += num_bytes
-            self.bytes_read += num_bytes
-            while rest and num_bytes >= rest[0].nbytes:
-                num_bytes -= rest.pop(0).nbytes
-            if rest:
-                rest[0] = rest[0][num_bytes:]
+        try:
+            self.bytes_read += self._open.read_at(position, buffers)
+        except EOFError as error:
+            raise CheckpointCorrupt(self.path, f"it ends at byte {error.args[0]:,}") from error
 
 
 class ChunkReader(FileReader):
@@ -106,6 +106,11 @@ class ChunkReader(FileReader):
         """Bytes of a chunk."""
         return min(CHUNK_BYTES, self._file.num_bytes - chunk * CHUNK_BYTES)
 
+    def expect(self, chunks: Iterable[int]) -> None:
+        """Tell which chunks will be read, ascending."""
+        if self._lost is None:
+            self.expect_bytes([(chunk * CHUNK_BYTES, chunk * CHUNK_BYTES + self.size(chunk)) for chunk in chunks])
+
     def read(self, chunk: int, buffer: ByteArray) -> None:
         """Fill ``buffer``, which has the size of the chunk, and verify it."""
         begin = chunk * CHUNK_BYTES
@@ -138,6 +143,16 @@ class ChunkReader(FileReader):
         )
 
 
+def read_files(source: Source, runs: Mapping[str, Sequence[FileRuns]]) -> int:
+    """Fill all destinations from the files of ``source``; returns the bytes read from them. From an object store several
+    files are read at a time, because every one begins with a wait."""
+    names = sorted(runs)
+    if not isinstance(source.path, ObjectPath) or len(names) <= 1:
+        return sum(read_runs(source, name, runs[name]) for name in names)
+    with ThreadPoolExecutor(min(len(names), _FILES_IN_FLIGHT)) as pool:
+        return sum(pool.map(lambda name: read_runs(source, name, runs[name]), names))
+
+
 def read_runs(source: Source, name: str, runs: Sequence[FileRuns]) -> int:
     """Fill all destinations from a file of ``source``; returns the bytes read from it.
 
@@ -163,7 +178,9 @@ def _read_exactly(reader: FileReader, runs: Sequence[FileRuns]) -> None:
     position, length, offsets, owner = position[order], length[order], offsets[order], owner[order]
     views = [r.destination.data for r in runs]
     heads = np.flatnonzero(np.concatenate([[True], position[1:] != position[:-1] + length[:-1]]))
-    for low, high in itertools.pairwise([*heads.tolist(), len(position)]):
+    together = list(itertools.pairwise([*heads.tolist(), len(position)]))
+    reader.expect_bytes([(int(position[low]), int(position[high - 1] + length[high - 1])) for low, high in together])
+    for low, high in together:
         for begin in range(low, high, _MOST_BUFFERS):
             part = slice(begin, min(begin + _MOST_BUFFERS, high))
             places = zip(owner[part].tolist(), offsets[part].tolist(), length[part].tolist(), strict=True)
@@ -172,6 +189,7 @@ def _read_exactly(reader: FileReader, runs: Sequence[FileRuns]) -> None:
 
 def _read_chunks(reader: ChunkReader, runs: Sequence[FileRuns]) -> None:
     by_chunk = sorted(itertools.chain.from_iterable(_by_chunk(r) for r in runs), key=lambda piece: piece[0])
+    reader.expect(sorted({chunk for chunk, _ in by_chunk}))
     buffer = np.empty(CHUNK_BYTES, np.uint8)
     for chunk, group in itertools.groupby(by_chunk, key=lambda piece: piece[0]):
         pieces = [piece for _, piece in group]

@@ -9,12 +9,13 @@ import numpy as np
 
 from evermesh.checkpoint.directory import read_manifest
 from evermesh.checkpoint.encoding import index_payload
-from evermesh.checkpoint.errors import CheckpointCorrupt
+from evermesh.checkpoint.errors import CheckpointCorrupt, ParityUnusable
 from evermesh.checkpoint.files import CHUNK_BYTES, sync_directory, write_checksummed
 from evermesh.checkpoint.format import Manifest
 from evermesh.checkpoint.indexed import Indexes, source_of
 from evermesh.checkpoint.parity import ParityPart, Stripes, parity_blocks
 from evermesh.checkpoint.reading import ChunkReader
+from evermesh.checkpoint.stores.places import ObjectPath, Place, place_of
 from evermesh.checkpoint.verifying import Problem, verify
 
 _WRITING = ".repairing-"
@@ -31,7 +32,7 @@ class RepairReport:
     """What is still wrong."""
 
 
-def repair(path: Path | str) -> RepairReport:
+def repair(path: Place | str) -> RepairReport:
     """Write every file of a checkpoint again that is lost or damaged, as far as parity makes it possible.
 
     Not collective; nobody may save to the checkpoint meanwhile, but anybody may load it. Reads the whole checkpoint twice.
@@ -40,8 +41,14 @@ def repair(path: Path | str) -> RepairReport:
 
     Raises:
         CheckpointNotFound: there is no manifest at ``path``.
+        ParityUnusable: it is in an object store.
     """
-    path = Path(path)
+    path = place_of(path)
+    if isinstance(path, ObjectPath):
+        raise ParityUnusable(
+            f"{path} is in an object store, where checkpoints have no parity to make lost files from: the store keeps every "
+            "object in several places itself. Have it restore an older version of what is damaged, or load another step."
+        )
     before = verify(path)
     for leftover in path.glob(f"{_WRITING}*"):
         leftover.unlink()

@@ -20,6 +20,7 @@ from evermesh.checkpoint.format import Extent, StoredFile, StoredTensor
 from evermesh.checkpoint.naming import ForeignPart, Naming
 from evermesh.checkpoint.recovery import Recovery
 from evermesh.checkpoint.regions import Box
+from evermesh.checkpoint.stores.places import Place
 
 Kind = Literal["evermesh", "safetensors", "deepspeed", "deepspeed-universal", "torch-distributed", "megatron"]
 
@@ -35,7 +36,7 @@ class PlainFile:
 class Source:
     """A checkpoint of any format, indexed: nothing of its tensors was read yet, and nothing is ever executed."""
 
-    path: Path
+    path: Place
     kind: Kind
     tensors: Mapping[str, StoredTensor]
     """By the names that the format gives them; a tensor with two names is here twice, with the same extents."""
@@ -59,6 +60,12 @@ class Source:
     """The extents of a file, with the names of their tensors; None: whoever asks looks at all."""
     recovery: Recovery | None = None
     """What makes lost or damaged bytes again; None: nothing does."""
+
+    @property
+    def directory(self) -> Path:
+        """``path`` in a file system, where all checkpoints of other projects are."""
+        assert isinstance(self.path, Path), self.path
+        return self.path
 
     def tensors_in(self, file: str, start: int, stop: int) -> list[str]:
         """Names of the tensors that have elements in bytes [start, stop) of a file."""

@@ -1,6 +1,7 @@
 """Verifying and describing a checkpoint without loading it."""
 
 from collections import Counter
+from collections.abc import Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -18,6 +19,9 @@ from evermesh.checkpoint.opening import open_checkpoint
 from evermesh.checkpoint.parity import ParityPart
 from evermesh.checkpoint.reading import ChunkReader
 from evermesh.checkpoint.sources import Source
+from evermesh.checkpoint.stores.attempts import folder_of
+from evermesh.checkpoint.stores.places import ObjectPath, Place, place_of
+from evermesh.checkpoint.stores.store import store_of
 
 Kind = Literal["format", "manifest", "index", "missing file", "extra file", "size", "checksum", "coverage"]
 
@@ -38,7 +42,7 @@ class Problem:
 class VerifyReport:
     """What ``verify`` found."""
 
-    path: Path
+    path: Place
     problems: tuple[Problem, ...]
     num_files: int
     bytes_read: int
@@ -57,18 +61,21 @@ class VerifyReport:
         return all(problem.repairable for problem in self.problems)
 
 
-def verify(path: Path | str) -> VerifyReport:
+def verify(path: Place | str) -> VerifyReport:
     """Check every chunk of every file and the set of files, and that the rules of every tensor give each element to one
     place, and every rank wrote what they say.
 
     Of checkpoints of other projects too; see ``evermesh.checkpoint.foreign.verifying`` for what can be told about them.
-    Not collective; reads the whole checkpoint once. What is wrong is reported, not raised.
+    Not collective; reads the whole checkpoint once. What is wrong is reported, not raised. In an object store, checkpoints
+    of our own format only.
 
     Raises:
         CheckpointNotFound: there is no checkpoint at ``path``.
+        StoreUnusable: it is in an object store that does not answer.
     """
-    path = Path(path)
-    if not (path / MANIFEST).exists():
+    path = place_of(path)
+    folder = folder_of(path)
+    if not isinstance(path, ObjectPath) and not isinstance(folder, ObjectPath) and not (folder / MANIFEST).exists():
         from evermesh.checkpoint.foreign.verifying import verify_foreign
 
         return verify_foreign(path)
@@ -76,21 +83,23 @@ def verify(path: Path | str) -> VerifyReport:
         manifest = read_manifest(path)
     except CheckpointCorrupt as error:
         return VerifyReport(path, (Problem("manifest", MANIFEST, error.fact),), 0, 0)
-    problems = _extra_files(path, manifest) + _rules(manifest)
-    as_they_are, mended = Indexes(path, manifest, recovers=False), Indexes(path, manifest)
+    sizes = store_of(folder).sizes(folder)
+    extra = sorted(sizes.keys() - manifest.sizes.keys() - {MANIFEST})
+    problems = [Problem("extra file", name, "the manifest does not list it") for name in extra] + _rules(manifest)
+    as_they_are, mended = Indexes(folder, manifest, recovers=False), Indexes(folder, manifest)
     bytes_read = 0
     for rank, files in enumerate(manifest.ranks):
-        problems += _check_index(as_they_are, mended, rank)
+        problems += _check_index(as_they_are, mended, rank, sizes.keys())
         for name in sorted(files.files) if _is_known(mended, rank) else ():
-            found, num_bytes = _check_file(mended, name)
+            found, num_bytes = _check_file(mended, name, sizes.keys())
             problems += found
             bytes_read += num_bytes
     for part, entry in zip(manifest.parity_parts, manifest.parity.parts if manifest.parity else (), strict=True):
-        problems += _check_parity(path, part, entry)
+        problems += _check_parity(folder, part, entry, sizes.keys())
     return VerifyReport(path, tuple(problems), len(manifest.data_sizes), bytes_read)
 
 
-def describe(path: Path | str) -> dict[str, JsonValue]:
+def describe(path: Place | str) -> dict[str, JsonValue]:
     """What is in a checkpoint of any format, as JSON: sizes, description, objects by name, every tensor and its files.
 
     Raises:
@@ -125,11 +134,6 @@ def describe(path: Path | str) -> dict[str, JsonValue]:
     }
 
 
-def _extra_files(path: Path, manifest: Manifest) -> list[Problem]:
-    names = {entry.name for entry in path.iterdir()} - manifest.sizes.keys() - {MANIFEST}
-    return [Problem("extra file", name, "the manifest does not list it") for name in sorted(names)]
-
-
 def _rules(manifest: Manifest) -> list[Problem]:
     problems = []
     for name, tensor in manifest.tensors.items():
@@ -140,13 +144,13 @@ def _rules(manifest: Manifest) -> list[Problem]:
     return problems
 
 
-def _check_index(as_it_is: Indexes, mended: Indexes, rank: int) -> list[Problem]:
+def _check_index(as_it_is: Indexes, mended: Indexes, rank: int, there: Set[str]) -> list[Problem]:
     """Whether an index is what was saved, and lists what the rank had to write."""
     name = index_name(rank)
     try:
         index = as_it_is.of_rank(rank)
     except CheckpointCorrupt as error:
-        kind: Kind = "index" if (as_it_is.path / name).exists() else "missing file"
+        kind: Kind = "index" if name in there else "missing file"
         return [Problem(kind, name, error.fact, repairable=_is_known(mended, rank))]
     wanted = Counter((part.name, part.region, part.start, part.stop) for part in as_it_is.plan.of_rank(rank))
     found = Counter((n, e.region, e.start, e.stop) for n, extents in index.extents.items() for e in extents)
@@ -166,7 +170,7 @@ def _is_known(mended: Indexes, rank: int) -> bool:
     return True
 
 
-def _check_file(mended: Indexes, name: str) -> tuple[list[Problem], int]:
+def _check_file(mended: Indexes, name: str, there: Set[str]) -> tuple[list[Problem], int]:
     """The problems of one data file, and the bytes read to find them."""
     source = source_of(mended)
     plain = replace(source, recovery=None)
@@ -175,10 +179,11 @@ def _check_file(mended: Indexes, name: str) -> tuple[list[Problem], int]:
     except CheckpointCorrupt as error:
         num_chunks = -(-source.files[name].num_bytes // CHUNK_BYTES)
         repairable = all(_is_mended(source, name, chunk) for chunk in range(num_chunks))
-        kind: Kind = "size" if (source.path / name).exists() else "missing file"
+        kind: Kind = "size" if name in there else "missing file"
         return [Problem(kind, name, error.fact, repairable=repairable)], 0
     problems, buffer = [], np.empty(CHUNK_BYTES, np.uint8)
     with reader:
+        reader.expect(range(reader.num_chunks))
         for chunk in range(reader.num_chunks):
             try:
                 reader.read(chunk, buffer[: reader.size(chunk)])
@@ -200,20 +205,20 @@ def _is_mended(source: Source, name: str, chunk: int) -> bool:
     return True
 
 
-def _check_parity(path: Path, part: ParityPart, expected: RankFiles) -> list[Problem]:
+def _check_parity(folder: Place, part: ParityPart, expected: RankFiles, there: Set[str]) -> list[Problem]:
     """Whether a part of the parity is what was saved; it can be made again while the files that it protects are there."""
     problems = []
     try:
-        index = index_of(path / part.index_name, expected)
+        index = index_of(folder / part.index_name, expected)
     except CheckpointCorrupt as error:
-        kind: Kind = "index" if (path / part.index_name).exists() else "missing file"
-        return [Problem(kind, part.index_name, error.fact, repairable=True)]
+        kind: Kind = "index" if part.index_name in there else "missing file"
+        return [Problem(kind, part.index_name, error.fact, repairable=isinstance(folder, Path))]
     sums = {part.name: StoredFile(expected.files[part.name], index.checksums[part.name])}
     try:
-        with ChunkReader(Source(path, "evermesh", {}, sums), part.name) as reader:
+        with ChunkReader(Source(folder, "evermesh", {}, sums), part.name) as reader:
             for chunk in range(reader.num_chunks):
                 reader.read(chunk, np.empty(reader.size(chunk), np.uint8))
     except CheckpointCorrupt as error:
-        kind = "missing file" if not (path / part.name).exists() else "checksum" if error.chunk is not None else "size"
-        problems.append(Problem(kind, part.name, error.fact, repairable=True))
+        kind = "missing file" if part.name not in there else "checksum" if error.chunk is not None else "size"
+        problems.append(Problem(kind, part.name, error.fact, repairable=isinstance(folder, Path)))
     return problems

@@ -2,13 +2,14 @@
 
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 from evermesh import checkpoint
 from evermesh.checkpoint import CheckpointInfo
+from evermesh.checkpoint.committing import committed_steps
+from evermesh.checkpoint.stores.places import Place
 from evermesh.launcher.config import JobConfig
-from evermesh.launcher.errors import ClusterMissing, DevicesMissing, ResumeRefused
+from evermesh.launcher.errors import ClusterMissing, DevicesMissing, ResumeRefused, RunUnusable
 from evermesh.launcher.job_file import load_job
 from evermesh.launcher.run_directory import Run
 from evermesh.parallelism.errors import LayoutDoesNotFit
@@ -88,10 +89,28 @@ def _fitted(before: JobConfig, workers: int | None, overrides: Sequence[str]) ->
     return [f"workers={workers}", f"train.layout.hdp={hdp}"]
 
 
-def incomplete(directory: Path) -> list[Path]:
+def check_store(run: Run) -> None:
+    """Raise what is wrong with the place of the checkpoints of a new run, if that is not its own directory.
+
+    Raises:
+        StoreUnusable: it is in an object store that does not answer, or refuses.
+        RunUnusable: there are checkpoints of another run of this name.
+    """
+    if run.config().train.checkpoint.store is None:
+        return
+    newest = checkpoint.latest(run.checkpoints)
+    if newest is not None:
+        raise RunUnusable(
+            f"{newest} is a checkpoint of another run of the name {run.name}. Give this one another name, or remove "
+            f"what is in {run.checkpoints}."
+        )
+
+
+def incomplete(directory: Place) -> list[Place]:
     """Checkpoints in a folder of checkpoints that are not complete, oldest first."""
     complete = {info.path.name for info in checkpoint.checkpoints(directory)}
-    return [path for path in sorted(directory.glob("step-*")) if path.name not in complete]
+    found = committed_steps(directory)
+    return [found[step] for step in sorted(found) if found[step].name not in complete]
 
 
 def _check_same_run(before: JobConfig, after: JobConfig) -> None:

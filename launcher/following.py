@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from evermesh import checkpoint
+from evermesh.checkpoint.stores.places import Place
 from evermesh.fault.events import Event
 from evermesh.launcher.agent.revival import Revival
 from evermesh.launcher.client import Client
@@ -45,7 +46,7 @@ class JobResult:
     """Steps finished by the run."""
     reason: Literal["finished", "stop_at", "asked", "left"]
     """``left``: it goes on, but nobody watches any more."""
-    checkpoint: Path | None
+    checkpoint: Place | None
     """The newest checkpoint."""
     exit_code: int
     """0, or 128 + the signal that asked for the end."""

@@ -1,16 +1,18 @@
 """What the commands do with runs: launch a job, resume a run, and close either with a summary and a picture."""
 
 import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rich.console import Console
 
 from evermesh import checkpoint
-from evermesh.launcher.admission import check_devices, check_longest, check_place, resumed_config
+from evermesh.checkpoint.errors import StoreUnusable
+from evermesh.launcher.admission import check_devices, check_longest, check_place, check_store, resumed_config
 from evermesh.launcher.config import JobConfig
 from evermesh.launcher.corpora import open_corpora
-from evermesh.launcher.errors import RunAlive, StoppedAtOnce, WorkersFailed
+from evermesh.launcher.errors import RunAlive, RunUnusable, StoppedAtOnce, WorkersFailed
 from evermesh.launcher.following import Follower, JobResult, Watch
 from evermesh.launcher.processes import start_controller
 from evermesh.launcher.run_directory import Run, RunState
@@ -41,6 +43,11 @@ def launch_job(config: JobConfig, console: Console, *, detach: bool = False, wat
     check_devices(config)
     vocabulary = open_data(config, console)[0].vocabulary
     run = Run.create(config)
+    try:
+        check_store(run)
+    except (StoreUnusable, RunUnusable):
+        shutil.rmtree(run.directory)
+        raise
     return _train(run, run.config(), vocabulary, Follower(run, console, watch), resume=False, detach=detach)
 
 

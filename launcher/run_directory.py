@@ -23,8 +23,9 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError
 
+from evermesh.checkpoint.stores.places import Place
 from evermesh.launcher.config import JobConfig
-from evermesh.launcher.errors import RunAlive, RunNotFound, RunUnusable
+from evermesh.launcher.errors import JobFileInvalid, RunAlive, RunNotFound, RunUnusable
 from evermesh.launcher.job_file import load_job, write_job
 
 _LOCK_WAIT_S = 0.5
@@ -155,9 +156,12 @@ class Run:
         return self.directory / "events.jsonl"
 
     @property
-    def checkpoints(self) -> Path:
-        """Folder of the checkpoints."""
-        return self.directory / "checkpoints"
+    def checkpoints(self) -> Place:
+        """Folder of the checkpoints, in an object store perhaps."""
+        try:
+            return self.config().train.checkpoint.directory(self.directory)
+        except (RunNotFound, JobFileInvalid):  # whoever trains it refuses; what lies here can be looked at all the same
+            return self.directory / "checkpoints"
 
     @property
     def journal(self) -> Path:

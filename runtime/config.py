@@ -17,6 +17,7 @@ from pydantic import (
 )
 
 from evermesh.checkpoint.retention import Retention
+from evermesh.checkpoint.stores.places import ObjectPath, Place, place_of
 from evermesh.parallelism.calibration.policy import CalibrationPolicy
 from evermesh.parallelism.cost import CostModel
 from evermesh.parallelism.layout import Layout
@@ -56,6 +57,37 @@ class CheckpointConfig(_Frozen):
     parity: PositiveInt | None = None
     """So many ranks protect each other's files: those of any one of them can be made again, for one part of parity more.
     null: nothing protects them."""
+
+    store: str | None = None
+    """Where checkpoints are written instead of into the directory of the run: the URL of an object store such as
+    ``s3://BUCKET/PREFIX``, or an absolute path. A folder with the name of the run is made there. Endpoint and credentials
+    are those of the environment of the workers, never of this file."""
+    store_patience_s: PositiveFloat = 120.0
+    """How long a request to an object store is tried again before a save or a load has failed, seconds."""
+
+    @model_validator(mode="after")
+    def _store_is_a_place(self) -> Self:
+        if self.store is not None:
+            place = place_of(self.store)
+            if isinstance(place, Path) and not place.is_absolute():
+                raise ValueError(
+                    f"store {self.store!r} is neither a URL such as s3://BUCKET/PREFIX nor an absolute path"
+                )
+            if isinstance(place, ObjectPath) and "@" in place.bucket:
+                raise ValueError("store has a user or a password in its URL; leave them to the environment")
+            if isinstance(place, ObjectPath) and self.parity is not None:
+                raise ValueError(
+                    f"parity is {self.parity}, but store is an object store, which keeps every object in several places "
+                    "itself. Leave parity out."
+                )
+        return self
+
+    def directory(self, run: Path) -> Place:
+        """Where the checkpoints of the run whose directory is ``run`` are."""
+        if self.store is None:
+            return run / "checkpoints"
+        place = place_of(self.store) / run.name
+        return place.with_patience(self.store_patience_s) if isinstance(place, ObjectPath) else place
 
     @property
     def retention(self) -> Retention:

@@ -4,11 +4,11 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from evermesh.checkpoint.background.saver import BackgroundSaver, SaveReport
 from evermesh.checkpoint.errors import HostMemoryShort
+from evermesh.checkpoint.stores.places import Place
 
 if TYPE_CHECKING:
     from evermesh.runtime.trainer import Trainer
@@ -19,7 +19,7 @@ end."""
 
 
 class Saves:
-    """Saves the state of a trainer below ``DIRECTORY/checkpoints``, and logs every checkpoint when ``latest`` names it."""
+    """Saves the state of a trainer where its configuration says, and logs every checkpoint when ``latest`` names it."""
 
     def __init__(self, trainer: "Trainer") -> None:
         self._trainer = trainer
@@ -47,7 +47,7 @@ class Saves:
                 self._saver.close()
                 self._saver = None
 
-    def save(self, *, wait: bool) -> Path | None:
+    def save(self, *, wait: bool) -> Place | None:
         """Save the state as it is now; returns where, None when the trainer writes nothing. Collective.
 
         With ``wait`` the checkpoint is durable when this returns; without, it may become so while training goes on.
@@ -96,9 +96,9 @@ class Saves:
         return times
 
     @property
-    def _directory(self) -> Path:
+    def _directory(self) -> Place:
         assert self._trainer.directory is not None
-        return self._trainer.directory / "checkpoints"
+        return self._trainer.config.checkpoint.directory(self._trainer.directory)
 
     def _background(self, last: int) -> BackgroundSaver | None:
         """What saves while training goes on, if a checkpoint is due before the last step. Collective."""

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from pydantic import JsonValue, ValidationError
@@ -16,6 +15,7 @@ from evermesh.checkpoint.registry import Replicated, StateRegistry
 from evermesh.checkpoint.relayout import Carrier, Holding, Moved, relayout
 from evermesh.checkpoint.retention import Retention
 from evermesh.checkpoint.shard_map import ShardMap
+from evermesh.checkpoint.stores.places import Place
 from evermesh.parallelism.collectives import Communicator
 from evermesh.runtime.errors import OtherRun
 from evermesh.runtime.model.config import ModelConfig
@@ -77,7 +77,9 @@ class TrainingState:
         for name in ("step", "updates", "skipped_in_a_row", "router_biases", "expert_loads", "sampler", "calibration"):
             self.registry.register(name, Replicated(), *_attribute(progress, name))
 
-    def saver(self, directory: Path, retention: Retention, *, incremental: bool, parity: int | None) -> BackgroundSaver:
+    def saver(
+        self, directory: Place, retention: Retention, *, incremental: bool, parity: int | None
+    ) -> BackgroundSaver:
         """What saves this state below ``directory`` while training goes on. Collective.
 
         Raises:
@@ -93,7 +95,7 @@ class TrainingState:
             parity=parity,
         )
 
-    def begin_save(self, saver: BackgroundSaver, tell: Callable[[SaveReport | None], None]) -> Path:
+    def begin_save(self, saver: BackgroundSaver, tell: Callable[[SaveReport | None], None]) -> Place:
         """Copy the current step for ``saver`` to write; returns where it will be. ``tell`` takes the report of the save
         before, if that was still under way. Collective.
 
@@ -103,7 +105,7 @@ class TrainingState:
         tell(saver.begin(self.progress.step, self.registry.objects(self.communicator), self.identity))
         return saver.path_of(self.progress.step)
 
-    def save(self, directory: Path, keep: int | Retention, parity: int | None = None) -> Path:
+    def save(self, directory: Place, keep: int | Retention, parity: int | None = None) -> Place:
         """Write a checkpoint of the current step below ``directory``; returns its path. Collective.
 
         Raises:
@@ -121,7 +123,7 @@ class TrainingState:
             parity=parity,
         )
 
-    def restore(self, path: Path) -> checkpoint.LoadResult:
+    def restore(self, path: Place) -> checkpoint.LoadResult:
         """Take over the state saved at ``path`` by any number of ranks. Collective.
 
         Raises:
@@ -187,7 +189,7 @@ class TrainingState:
         self.optimizer.publish()
         return loaded
 
-    def _check_identity(self, path: Path) -> None:
+    def _check_identity(self, path: Place) -> None:
         saved = dict(read_manifest(path).description)
         if "model" in saved:
             saved["model"] = _with_defaults(saved["model"])  # an older version knew fewer fields

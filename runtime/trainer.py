@@ -13,6 +13,7 @@ from torch import Tensor
 from evermesh import checkpoint
 from evermesh.checkpoint.errors import CheckpointNotFound
 from evermesh.checkpoint.relayout import Moved
+from evermesh.checkpoint.stores.places import Place
 from evermesh.parallelism.batch_plan import BatchPlan
 from evermesh.parallelism.planner import HybridPlanner, Planner
 from evermesh.runtime import process_group
@@ -50,7 +51,7 @@ class FitResult:
 
     step: int
     reason: Reason
-    checkpoint: Path | None
+    checkpoint: Place | None
 
 
 class Trainer:
@@ -282,7 +283,7 @@ class Trainer:
         self._log("evaluated", text, loss=result.loss, num_tokens=result.num_tokens)
         return result.loss
 
-    def save(self) -> Path | None:
+    def save(self) -> Place | None:
         """Write a checkpoint of this step and return when it is durable: its directory, None when the trainer writes
         nothing. Collective."""
         return self.saves.save(wait=True)
@@ -332,7 +333,8 @@ class Trainer:
         path = self._newest_checkpoint()
         if path is None:
             raise CheckpointNotFound(
-                (self.directory or Path()) / "checkpoints", "no complete checkpoint to resume from; launch the run anew"
+                self.config.checkpoint.directory(self.directory or Path()),
+                "no complete checkpoint to resume from; launch the run anew",
             )
         started_s = time.monotonic()
         loaded = self.state.restore(path)
@@ -365,10 +367,10 @@ class Trainer:
         text = f"from {config.path}, after {self.progress.updates:,} updates, {read.bytes_read:,} bytes by rank 0"
         self._log("weights", text, load_s=time.monotonic() - started_s, bytes_read=read.bytes_read)
 
-    def _newest_checkpoint(self) -> Path | None:
-        return checkpoint.latest(self.directory / "checkpoints") if self.directory else None
+    def _newest_checkpoint(self) -> Place | None:
+        return checkpoint.latest(self.config.checkpoint.directory(self.directory)) if self.directory else None
 
-    def _end(self, reason: Reason, saved: Path | None) -> FitResult:
+    def _end(self, reason: Reason, saved: Place | None) -> FitResult:
         """Collective: says how the run ended, and with which parameters."""
         self.reporter.end()
         digest = parameters_digest(self.optimizer.owned_state(), self.groups.host)

@@ -20,6 +20,7 @@ from evermesh.checkpoint.huggingface_writing import WeightSource, write_weights
 from evermesh.checkpoint.naming import Naming
 from evermesh.checkpoint.regions import Box
 from evermesh.checkpoint.safetensors_writing import MOST_FILE_BYTES, WeightsWritten
+from evermesh.checkpoint.stores.places import Place
 from evermesh.parallelism.collectives import Communicator
 from evermesh.runtime.errors import UnsupportedModel
 from evermesh.runtime.model.config import ModelConfig
@@ -108,7 +109,7 @@ class Exported:
     dtype: str
 
 
-def export_checkpoint(path: Path, directory: Path, options: ExportOptions) -> Exported:
+def export_checkpoint(path: Place, directory: Path, options: ExportOptions) -> Exported:
     """Write the checkpoint at ``path`` as a Hugging Face directory, which appears when it is complete. Not collective.
 
     Raises:

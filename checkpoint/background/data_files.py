@@ -15,6 +15,7 @@ from evermesh.checkpoint.background.orders import WriterPlan
 from evermesh.checkpoint.committing import data_name
 from evermesh.checkpoint.encoding import extents_in_order, safetensors_head
 from evermesh.checkpoint.files import write_checksummed
+from evermesh.checkpoint.stores.places import Place
 
 _SLICE_BYTES = 16 << 20
 _FIRST_LOOK_BYTES, _LOOK_BYTES = 1 << 16, 1 << 20
@@ -45,12 +46,14 @@ class DataFiles:
     _previous: list[WrittenFile] = field(default_factory=list)
     _previous_path: Path | None = None
 
-    def write(self, temporary: Path, committed: Path) -> list[WrittenFile]:
-        """Fill ``temporary``, which will be renamed to ``committed``; return when all bytes are on the disk."""
+    def write(self, temporary: Place, committed: Place) -> list[WrittenFile]:
+        """Fill ``temporary``, which will be renamed to ``committed``; return when all bytes are durable."""
         if not self.plan.parts:
             return []
         if not self.plan.incremental:
             return [self._write(temporary, data_name(self.plan.rank), tuple(range(len(self.plan.parts))))]
+        assert isinstance(temporary, Path), "objects have no links"
+        assert isinstance(committed, Path)
         files: list[WrittenFile] = []
         for parts, old in self._grouped():
             name = data_name(self.plan.rank, len(files))
@@ -148,7 +151,7 @@ class DataFiles:
         assert self._previous_path is not None
         return self._previous_path / old.name
 
-    def _write(self, temporary: Path, name: str, parts: tuple[int, ...]) -> WrittenFile:
+    def _write(self, temporary: Place, name: str, parts: tuple[int, ...]) -> WrittenFile:
         num_bytes, checksums = write_checksummed(temporary / name, self._payloads(parts))
         return WrittenFile(parts, name, num_bytes, checksums, linked=False)
 

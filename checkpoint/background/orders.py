@@ -14,6 +14,8 @@ from typing import Any, Literal
 from evermesh.checkpoint.encoding import HeaderEntry, PlacedPart
 from evermesh.checkpoint.merging import SavedMap
 from evermesh.checkpoint.retention import Retention
+from evermesh.checkpoint.stores.places import ObjectPath, Place, place_of
+from evermesh.checkpoint.stores.store import objects_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,10 +60,18 @@ class WriterPlan:
     incremental: bool
     """Whether files that an older checkpoint holds are linked instead of written."""
     world_size: int
+    patience_s: float | None = None
+    """With an object store: how long a request is tried again, seconds."""
     parity: int | None = None
     """Ranks of a stripe; None: nothing protects their files."""
     saved: SavedMap | None = None
     """On rank 0."""
+
+    @property
+    def place(self) -> Place:
+        """Of ``directory``."""
+        place = place_of(self.directory)
+        return place if self.patience_s is None or isinstance(place, Path) else place.with_patience(self.patience_s)
 
     @cached_property
     def offsets(self) -> list[int]:
@@ -93,6 +103,8 @@ class SaveOrder:
     """On rank 0."""
     description: dict[str, Any] | None = None
     """On rank 0."""
+    is_repeated: bool = False
+    """Whether a writer that has ended had it before; what it had done, committed perhaps, is used."""
 
     def to_json(self) -> bytes:
         """One line."""
@@ -133,9 +145,12 @@ def marker_name(identity: str) -> str:
     return f"begun-{identity}"
 
 
-def temporary_names(directory: Path) -> Iterator[str]:
+def temporary_names(directory: Place) -> Iterator[str]:
     """Names in a directory, none if it is missing. Read anew each time: file systems of several machines remember for long
     that a single name was absent."""
+    if isinstance(directory, ObjectPath):
+        yield from objects_of(directory).names(directory)
+        return
     try:
         yield from (entry.name for entry in directory.iterdir())
     except FileNotFoundError:

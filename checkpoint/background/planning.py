@@ -1,13 +1,13 @@
 """What a writer must know of the state that it saves: computed once, by every rank alone."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from evermesh.checkpoint.background.orders import ArenaPart, WriterPlan
 from evermesh.checkpoint.file_plan import PlannedPart, placed_part, saved_map
 from evermesh.checkpoint.format import safetensors_header
 from evermesh.checkpoint.retention import Retention
 from evermesh.checkpoint.shard_map import ShardMap
+from evermesh.checkpoint.stores.places import ObjectPath, Place
 
 
 def writer_plan(
@@ -15,7 +15,7 @@ def writer_plan(
     planned: Sequence[PlannedPart],
     rank: int,
     size: int,
-    directory: Path,
+    directory: Place,
     retention: Retention,
     incremental: bool,
     parity: int | None = None,
@@ -33,8 +33,9 @@ def writer_plan(
         digest=shard_map.digest(),
         parts=tuple(map(_arena_part, planned)),
         retention=retention,
-        incremental=incremental,
+        incremental=incremental and not isinstance(directory, ObjectPath),  # objects have no links
         world_size=size,
+        patience_s=directory.patience_s if isinstance(directory, ObjectPath) else None,
         parity=parity,
         saved=saved_map(shard_map) if rank == 0 else None,
     )

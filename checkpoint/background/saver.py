@@ -5,34 +5,34 @@ writer     └─ write, checksum, fsync, index ─ (rank 0: all indexes? manife
 """
 
 import math
-import secrets
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Self
 
 import torch
 from pydantic import JsonValue, TypeAdapter, ValidationError
 
-from evermesh.checkpoint import committing
 from evermesh.checkpoint.agreement import RankFailure, together
 from evermesh.checkpoint.background.arena import Arena
 from evermesh.checkpoint.background.copying import ArenaCopy
 from evermesh.checkpoint.background.orders import Answer, SaveOrder
 from evermesh.checkpoint.background.planning import writer_plan
 from evermesh.checkpoint.background.process import WriterProcess
+from evermesh.checkpoint.committing import Attempt, step_name
 from evermesh.checkpoint.errors import HostMemoryShort, ShardMapInvalid
 from evermesh.checkpoint.file_plan import planned_parts
-from evermesh.checkpoint.parity import check_width
 from evermesh.checkpoint.retention import Retention, as_retention
-from evermesh.checkpoint.saving import rolled_back
+from evermesh.checkpoint.saving import agreed_token, check_parity, rolled_back
 from evermesh.checkpoint.shard_map import ShardMap
+from evermesh.checkpoint.stores.places import ObjectPath, Place, place_of
 from evermesh.checkpoint.tensors import Held, local_tensors
 from evermesh.parallelism.collectives import Communicator
 
 _LOOK_S = 5.0
 """Ranks that wait for their writers tell each other so often that one has failed."""
+_MOST_RESTARTS = 2
+"""Of the writer in one save to an object store: what it had sent is there, and its successor goes on after it."""
 _CALL_SITE = "checkpoint"
 _JSON_OBJECTS = TypeAdapter(dict[str, JsonValue])
 
@@ -42,7 +42,7 @@ class SaveReport:
     """A checkpoint that was written while training went on, as one rank saw it."""
 
     step: int
-    path: Path
+    path: Place
     stop_s: float
     """For which training stood still: a save before it that was not finished, and the copy."""
     write_s: float
@@ -66,11 +66,12 @@ class BackgroundSaver:
     Raises:
         HostMemoryShort: on every rank, if any of them has no room for its copy.
         ShardMapInvalid: the tensors do not fit the map.
+        ParityUnusable: ``parity`` is no number of ranks, or ``directory`` is in an object store.
     """
 
     def __init__(
         self,
-        directory: Path | str,
+        directory: Place | str,
         shard_map: ShardMap,
         tensors: Held,
         *,
@@ -79,16 +80,15 @@ class BackgroundSaver:
         incremental: bool = False,
         parity: int | None = None,
     ) -> None:
-        check_width(parity)
-        self.directory, self._shard_map = Path(directory), shard_map
+        check_parity(parity, place_of(directory))
+        self.directory, self._shard_map = place_of(directory), shard_map
         self._communicator = communicator or Communicator()
         self._arena: Arena | None = None
         self._copy: ArenaCopy | None = None
         self._writer: WriterProcess | None = None
         self._pending: _Pending | None = None
         self._num_saves = 0
-        token = secrets.token_bytes(8) if self._communicator.rank == 0 else None
-        self._token = self._communicator.broadcast_bytes(token, 0, _CALL_SITE).hex()
+        self._token = agreed_token(self._communicator)
         try:
             together(self._communicator, lambda: self._prepare(tensors, as_retention(keep), incremental, parity))
         except RankFailure as failure:
@@ -125,16 +125,17 @@ class BackgroundSaver:
         assert self._copy is not None
         self._copy.run()
         self._num_saves += 1
-        self._pending = _Pending(step)
+        identity = f"{self._token}-{self._num_saves}"
+        order = SaveOrder(identity, step, dict(objects), dict(description or {}))
+        self._pending = _Pending(order)
         if self._writer is not None:
-            identity = f"{self._token}-{self._num_saves}"
-            self._order(self._pending, SaveOrder(identity, step, dict(objects), dict(description or {})))
+            self._order(self._pending)
         self._pending.stop_s = time.monotonic() - began_s
         return before
 
-    def path_of(self, step: int) -> Path:
+    def path_of(self, step: int) -> Place:
         """Where the checkpoint of a step is, or will be."""
-        return self.directory / committing.step_name(step)
+        return self.directory / step_name(step)
 
     @property
     def visible(self) -> SaveReport | None:
@@ -170,8 +171,8 @@ class BackgroundSaver:
         except RankFailure as failure:
             self._pending = None
             together(self._communicator, self._kill_writer)  # before the first rank removes what they write
-            num_bytes = self._shard_map.num_bytes
-            raise rolled_back(self._communicator, self.directory, pending.step, failure, num_bytes) from failure
+            attempt = Attempt(self.directory, pending.step, pending.order.identity)
+            raise rolled_back(self._communicator, attempt, failure, self._shard_map.num_bytes) from failure
         self._pending = None
         return self._report(pending)
 
@@ -220,18 +221,30 @@ class BackgroundSaver:
             assert self._arena is not None
             self._writer = WriterProcess(self._plan, self._arena)
 
-    def _order(self, pending: "_Pending", order: SaveOrder) -> None:
+    def _order(self, pending: "_Pending") -> None:
         """Have it written; what is no JSON is an error of this save, which all ranks learn of."""
         assert self._writer is not None
         if self._plan.rank != 0:
-            order = SaveOrder(order.identity, order.step)
+            pending.order = SaveOrder(pending.order.identity, pending.step)
         try:
-            for values in (order.objects, order.description):
+            for values in (pending.order.objects, pending.order.description):
                 _JSON_OBJECTS.validate_python(values or {})
         except ValidationError as error:
             pending.error = WriterFailed(str(error))
             return
-        self._writer.order(order)
+        self._writer.order(pending.order)
+
+    def _go_on(self, pending: "_Pending", error: ChildProcessError) -> None:
+        """Have another writer finish a save to an object store. Raises ``error`` where that is not to be."""
+        if isinstance(self.directory, ObjectPath) and pending.restarts < _MOST_RESTARTS:
+            pending.restarts += 1
+            pending.order = replace(pending.order, is_repeated=True)
+            self._kill_writer()
+            self._start_writer()
+            assert self._writer is not None
+            self._writer.order(pending.order)
+            return
+        raise error
 
     @property
     def _last_answer(self) -> str:
@@ -258,13 +271,17 @@ class BackgroundSaver:
 
     def _take(self, pending: "_Pending", timeout_s: float) -> None:
         """Note what the writer has told; waits for one answer at most. Raises ``OSError`` if it failed."""
-        answer = self._writer.answer(timeout_s) if self._writer is not None else None
-        while answer is not None:
-            if answer.kind == "failed":
-                raise WriterFailed(answer.cause, answer.errno)
-            pending.answers[answer.kind] = answer
-            assert self._writer is not None
-            answer = self._writer.answer(0.0) if answer.kind != "committed" else None
+        if self._writer is None:
+            return
+        try:
+            answer = self._writer.answer(timeout_s)
+            while answer is not None:
+                if answer.kind == "failed":
+                    raise WriterFailed(answer.cause, answer.errno)
+                pending.answers[answer.kind] = answer
+                answer = self._writer.answer(0.0) if answer.kind != self._last_answer else None
+        except ChildProcessError as error:
+            self._go_on(pending, error)
 
     def _kill_writer(self) -> None:
         if self._writer is not None:
@@ -288,8 +305,8 @@ class WriterFailed(OSError):
 class _Pending:
     """A save under way."""
 
-    def __init__(self, step: int) -> None:
-        self.step, self.stop_s = step, math.nan
+    def __init__(self, order: SaveOrder) -> None:
+        self.order, self.step, self.stop_s, self.restarts = order, order.step, math.nan, 0
         self.answers: dict[str, Answer] = {}
         self.error: OSError | None = None
 

@@ -1,8 +1,9 @@
 """The process that writes the checkpoints of one rank: ``python -m evermesh.checkpoint.background.writer DESCRIPTOR``.
 
 It reads orders from standard input and answers on standard output (``orders``). All ranks meet in the temporary directory
-of the step: rank 0 makes it and marks it as ready, every rank writes its files and then its index, and when all indexes
-are there rank 0 writes the manifest and commits. No collective is involved, so training goes on.
+of the step, which rank 0 makes and marks as ready, or in the folder of the attempt in an object store, where none is made.
+Every rank writes its files and then its index, and when all indexes are there rank 0 writes the manifest and commits. No
+collective is involved, so training goes on.
 
 It ends when standard input does, that is with its trainer, however that ends; only a commit that has begun is finished.
 It loads no torch and no numpy, so that it is there within a tenth of a second.
@@ -24,13 +25,16 @@ from typing import Any
 from evermesh.checkpoint import committing
 from evermesh.checkpoint.background.data_files import DataFiles
 from evermesh.checkpoint.background.orders import Answer, SaveOrder, WriterPlan, marker_name, temporary_names
-from evermesh.checkpoint.committing import index_name
-from evermesh.checkpoint.encoding import MANIFEST, IndexHead, index_payload, read_index_head, sealed
+from evermesh.checkpoint.committing import Attempt, index_name
+from evermesh.checkpoint.encoding import MANIFEST, IndexHead, index_payload, read_index_heads, sealed
 from evermesh.checkpoint.files import write_durably
 from evermesh.checkpoint.merging import merged_manifest, told_of
 from evermesh.checkpoint.parity import Stripes, parts_of, protect
+from evermesh.checkpoint.stores.places import Place
 
 _FIRST_LOOK_S, _LAST_LOOK_S = 0.001, 0.05
+_LAST_STORE_LOOK_S = 1.0
+"""A look into an object store is a request that is paid for."""
 
 
 class Writer:
@@ -44,7 +48,7 @@ class Writer:
     def __init__(self, plan: WriterPlan, arena: memoryview, tell: Callable[[bytes], None]) -> None:
         self.plan, self._tell = plan, tell
         self.files = DataFiles(plan, arena)
-        self.directory = Path(plan.directory)
+        self.directory = plan.place
         self.committing = threading.Lock()
         """Held while a checkpoint becomes visible and old ones go: a process that ends then would leave them half deleted."""
 
@@ -56,12 +60,13 @@ class Writer:
             self._tell(Answer(kind, order.identity, time.monotonic() - began_s, **fields).to_json())
 
         try:
+            if order.is_repeated and self._was_committed(order, answer):
+                return
             self._begin(order)
             answer("written", bytes_written=self._write(order))
             if self.plan.rank == 0:
-                temporary = committing.temporary_path(self.directory, order.step)
-                heads = _heads(temporary, [index_name(rank) for rank in range(self.plan.world_size)])
-                parity = self._parity(temporary, heads)
+                heads = _heads(self._attempt(order).files, [index_name(rank) for rank in range(self.plan.world_size)])
+                parity = self._parity(order, heads)
                 with self.committing:
                     self._commit(order, heads, parity)
                     answer("committed", bytes_written=sum(head.told["bytes_written"] for head in heads))
@@ -70,50 +75,63 @@ class Writer:
             number = error.errno if isinstance(error, OSError) else None
             answer("failed", cause=f"{type(error).__name__}: {error}", errno=number)
 
+    def _was_committed(self, order: SaveOrder, answer: Callable[..., None]) -> bool:
+        """Whether the writer before this one had made the checkpoint visible; the end of it is then made sure of."""
+        attempt = self._attempt(order)
+        if self.plan.rank != 0 or not committing.is_committed(attempt):
+            return False
+        with self.committing:
+            committing.commit(attempt)
+        answer("written")
+        answer("committed")
+        return True
+
+    def _attempt(self, order: SaveOrder) -> Attempt:
+        return Attempt(self.directory, order.step, order.identity)
+
     def _begin(self, order: SaveOrder) -> None:
-        """Return when the temporary directory is there, made for this save by rank 0."""
-        temporary, marker = committing.temporary_path(self.directory, order.step), marker_name(order.identity)
+        """Return when there is a folder for the files of this save, made by rank 0 where folders are made."""
+        attempt, marker = self._attempt(order), marker_name(order.identity)
         if self.plan.rank == 0:
-            committing.prepare(self.directory, order.step)
-            write_durably(temporary / marker, [])
-        else:
-            _await(lambda: marker in temporary_names(temporary))
+            committing.prepare(attempt)
+            if attempt.is_renamed:
+                write_durably(attempt.files / marker, [])
+        elif attempt.is_renamed:
+            _await(lambda: marker in temporary_names(attempt.files), _LAST_LOOK_S)
 
     def _write(self, order: SaveOrder) -> int:
         """The data files of this rank, then the index of them, then its share of the parity of others; returns the bytes of
         data files that were written."""
-        temporary = committing.temporary_path(self.directory, order.step)
-        files = self.files.write(temporary, self.directory / committing.step_name(order.step))
+        attempt = self._attempt(order)
+        files = self.files.write(attempt.files, attempt.path)
         bytes_written = sum(file.num_bytes for file in files if not file.linked)
         payload = index_payload(
             {file.name: (file.num_bytes, file.checksums) for file in files},
             self.files.extents(files),
             told_of(self.plan.digest, self.plan.offsets[-1], bytes_written),
         )
-        path = temporary / index_name(self.plan.rank)
-        write_durably(path.with_suffix(".part"), [payload])
-        os.rename(path.with_suffix(".part"), path)  # other writers see it as soon as it is there, and see all of it
+        committing.put_index(attempt, self.plan.rank, payload)
         if self._stripes is not None:
+            assert isinstance(attempt.files, Path), "parity is for file systems"
             members = self._stripes.members(self._stripes.protected_by(self.plan.rank))
-            heads = _heads(temporary, [index_name(rank) for rank in members])
-            protect(temporary, self._stripes, self.plan.rank, dict(zip(members, heads, strict=True)))
+            heads = _heads(attempt.files, [index_name(rank) for rank in members])
+            protect(attempt.files, self._stripes, self.plan.rank, dict(zip(members, heads, strict=True)))
         return bytes_written
 
     @property
     def _stripes(self) -> Stripes | None:
         return None if self.plan.parity is None else Stripes(self.plan.world_size, self.plan.parity)
 
-    def _parity(self, temporary: Path, heads: list[IndexHead]) -> tuple[int, list[IndexHead]] | None:
+    def _parity(self, order: SaveOrder, heads: list[IndexHead]) -> tuple[int, list[IndexHead]] | None:
         """The heads of the indexes of all parity, as soon as all is there. On rank 0."""
         stripes, by_rank = self._stripes, dict(enumerate(heads))
         if stripes is None:
             return None
         parts = [part for stripe in range(stripes.number) for part in parts_of(stripes, stripe, by_rank)]
-        return stripes.width, _heads(temporary, [part.index_name for part in parts])
+        return stripes.width, _heads(self._attempt(order).files, [part.index_name for part in parts])
 
     def _commit(self, order: SaveOrder, heads: list[IndexHead], parity: tuple[int, list[IndexHead]] | None) -> None:
         assert self.plan.saved is not None, "rank 0 knows the map"
-        temporary = committing.temporary_path(self.directory, order.step)
         values = {
             "step": order.step,
             "time_s": time.time(),
@@ -121,10 +139,10 @@ class Writer:
             "description": order.description,
             "objects": order.objects,
         }
+        attempt = self._attempt(order)
         manifest = merged_manifest(self.plan.saved, heads, values, parity)
-        write_durably(temporary / MANIFEST, [sealed(manifest)])
-        os.unlink(temporary / marker_name(order.identity))
-        committing.commit(self.directory, order.step)
+        write_durably(attempt.files / MANIFEST, [sealed(manifest)])
+        committing.commit(attempt, (marker_name(order.identity),))
 
 
 def serve(orders: int, answers: int, arena: memoryview) -> None:
@@ -164,26 +182,25 @@ def _send(descriptor: int, line: bytes) -> None:
             line = line[os.write(descriptor, line) :]
 
 
-def _heads(temporary: Path, names: Sequence[str]) -> list[IndexHead]:
+def _heads(folder: Place, names: Sequence[str]) -> list[IndexHead]:
     """The heads of indexes, read as they come, as soon as all are there."""
     wanted, heads = set(names), dict[str, IndexHead]()
 
     def are_all_there() -> bool:
-        for name in temporary_names(temporary):
-            if name in wanted and name not in heads:
-                heads[name] = read_index_head(temporary / name)
+        new = [name for name in temporary_names(folder) if name in wanted and name not in heads]
+        heads.update(zip(new, read_index_heads([folder / name for name in new]), strict=True))
         return len(heads) == len(wanted)
 
-    _await(are_all_there)
+    _await(are_all_there, _LAST_LOOK_S if isinstance(folder, Path) else _LAST_STORE_LOOK_S)
     return [heads[name] for name in names]
 
 
-def _await(condition: Callable[[], bool]) -> None:
+def _await(condition: Callable[[], bool], last_look_s: float) -> None:
     """Return when it holds. Without a limit of its own: if another rank fails, this one's trainer ends this process."""
     look_s = _FIRST_LOOK_S
     while not condition():
         time.sleep(look_s)
-        look_s = min(2 * look_s, _LAST_LOOK_S)
+        look_s = min(2 * look_s, last_look_s)
 
 
 if __name__ == "__main__":

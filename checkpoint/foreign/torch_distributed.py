@@ -107,7 +107,7 @@ def archives(source: Source) -> Iterator[Part]:
     """The files inside the files of a checkpoint that ``open_torch_distributed`` opened."""
     assert isinstance(source.locate, _Locator)
     for chunk in dict.fromkeys(place.chunk for place in source.locate.places.values()):
-        yield Part(inside(source.path, chunk.file), chunk.start, chunk.num_bytes)
+        yield Part(inside(source.directory, chunk.file), chunk.start, chunk.num_bytes)
 
 
 class _Index:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from evermesh.checkpoint.stores.places import Place
 from evermesh.launcher.commands.jobs import Runs
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ def export(
     place: Annotated[
         str, typer.Argument(metavar="RUN|CHECKPOINT", help="A run (its newest checkpoint), or a checkpoint.")
     ],
-    directory: Annotated[Path, typer.Argument(metavar="DIRECTORY", help="The new Hugging Face directory.")],
+    directory: Annotated[str, typer.Argument(metavar="DIRECTORY", help="The new Hugging Face directory.")],
     dtype: Annotated[
         Dtype | None, typer.Option("--dtype", help="Type of the weights; default: that of the run.")
     ] = None,
@@ -45,7 +46,7 @@ def export(
 ) -> None:
     """Write a checkpoint as a Hugging Face directory: config.json, safetensors, tokenizer.json."""
     from evermesh.checkpoint.directory import read_manifest
-    from evermesh.launcher.commands.checkpoint.places import newest_checkpoint
+    from evermesh.launcher.commands.checkpoint.places import local_path, newest_checkpoint
     from evermesh.runtime.weights import ExportOptions, export_checkpoint
 
     path = newest_checkpoint(place, runs)
@@ -59,7 +60,7 @@ def export(
         end_token=corpus.end_token if corpus else None,
         most_file_bytes=int(shard_size * 1e9),
     )
-    written = export_checkpoint(path, directory, options)
+    written = export_checkpoint(path, local_path(directory), options)
     console = Console()
     files = len(written.weights.files)
     text = (
@@ -71,10 +72,12 @@ def export(
         console.print("without a tokenizer: the corpus of the run is not here; copy its tokenizer.json", soft_wrap=True)
 
 
-def _run_of(path: Path) -> "Run | None":
+def _run_of(path: Place) -> "Run | None":
     """The run that a checkpoint belongs to, if it lies in one."""
     from evermesh.launcher.run_directory import Run
 
+    if not isinstance(path, Path):
+        return None
     directory = path.absolute().parent.parent
     return Run(directory) if (directory / "state.json").is_file() else None
 

@@ -1,13 +1,13 @@
 """A model of transformers on the ranks of a layout: plans, micro-batches, gradients."""
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from evermesh.checkpoint.retention import Retention
+from evermesh.checkpoint.stores.places import Place, place_of
 from evermesh.parallelism.attention.kernels import kernel_for
 from evermesh.parallelism.attention.micro_batch import MicroBatchAttention
 from evermesh.parallelism.batch_plan import BatchPlan
@@ -26,7 +26,7 @@ from evermesh.runtime.own_model.cost import model_shape
 from evermesh.runtime.own_model.documents import Documents
 from evermesh.runtime.own_model.examining import check_layout, decoder_layers, examine, text_config
 from evermesh.runtime.own_model.gradients import Gradients
-from evermesh.runtime.own_model.saving import ModelSaves, Place
+from evermesh.runtime.own_model.saving import Destination, ModelSaves
 from evermesh.runtime.own_model.sharding import ShardedModel, device_mesh
 from evermesh.runtime.own_model.state import load_state, state_to_save
 from evermesh.runtime.own_model.tensor import TensorParallelModel
@@ -163,13 +163,13 @@ class ParallelModule:
 
     def save(
         self,
-        directory: Path | str,
+        directory: Place | str,
         step: int,
         optimizer: torch.optim.Optimizer | None = None,
         *,
         keep: int | Retention | None = 2,
         wait: bool = True,
-    ) -> Path:
+    ) -> Place:
         """Write a checkpoint of ``step`` below ``directory`` and return its path; every rank writes its own part.
 
         ``keep`` newest checkpoints stay, or those that a policy keeps; None keeps all. Without ``wait`` it returns when
@@ -182,7 +182,7 @@ class ParallelModule:
             HostMemoryShort: on every rank, if without ``wait`` any has no room for its copy.
         """
         state = state_to_save(self._parameters, self._tensor, self.model, optimizer, self.mesh)
-        place = Place(Path(directory), keep)
+        place = Destination(place_of(directory), keep)
         return self._saves.save(place, step, state) if wait else self._saves.begin(place, step, state)
 
     def finish_saving(self) -> None:
@@ -193,13 +193,13 @@ class ParallelModule:
         """
         self._saves.finish()
 
-    def load(self, directory: Path | str, optimizer: torch.optim.Optimizer | None = None) -> int:
+    def load(self, directory: Place | str, optimizer: torch.optim.Optimizer | None = None) -> int:
         """Take over the newest checkpoint below ``directory``, of any number of ranks and any tp; returns its step.
 
         Raises:
             CheckpointNotFound, CheckpointMismatch, CheckpointCorrupt: see ``evermesh.checkpoint.load``.
         """
-        return load_state(Path(directory), self._parameters, self._tensor, self.model, optimizer, self.mesh)
+        return load_state(place_of(directory), self._parameters, self._tensor, self.model, optimizer, self.mesh)
 
     def _planned(self, documents: Documents) -> LocalBatch:
         self.plan = self.planner.plan(documents.lengths)

@@ -1,7 +1,6 @@
 """Saving a model of transformers: at once, or while its owner trains on."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -10,14 +9,15 @@ from torch import Tensor
 from evermesh import checkpoint
 from evermesh.checkpoint.background.saver import BackgroundSaver
 from evermesh.checkpoint.retention import Retention, as_retention
+from evermesh.checkpoint.stores.places import Place
 from evermesh.runtime.own_model.state import SavedState
 from evermesh.runtime.process_group import Groups
 
 
-class Place(NamedTuple):
+class Destination(NamedTuple):
     """Where checkpoints go, and which of them stay."""
 
-    directory: Path
+    directory: Place
     keep: int | Retention | None
 
 
@@ -27,11 +27,11 @@ class ModelSaves:
     def __init__(self, groups: Groups) -> None:
         self._groups = groups
         self._saver: BackgroundSaver | None = None
-        self._place: Place | None = None
+        self._place: Destination | None = None
         self._known: dict[str, _Identity] = {}
         """Of the tensors that the saver copies."""
 
-    def save(self, place: Place, step: int, state: SavedState) -> Path:
+    def save(self, place: Destination, step: int, state: SavedState) -> Place:
         """Write a checkpoint and return its path when it is durable.
 
         Raises:
@@ -52,7 +52,7 @@ class ModelSaves:
         moment.phase = phase
         return path
 
-    def begin(self, place: Place, step: int, state: SavedState) -> Path:
+    def begin(self, place: Destination, step: int, state: SavedState) -> Place:
         """Copy the state, and return the path where it will be while it is being written.
 
         Raises:
@@ -77,7 +77,7 @@ class ModelSaves:
             with saver:
                 saver.finish()
 
-    def _saver_of(self, place: Place, state: SavedState) -> BackgroundSaver:
+    def _saver_of(self, place: Destination, state: SavedState) -> BackgroundSaver:
         """The one there is, unless the optimizer has made other tensors meanwhile, as it does in its first step."""
         known = {name: _identity(tensor) for name, tensor in state.tensors.items()}
         if self._saver is None or self._is_other(place, known):
@@ -92,7 +92,7 @@ class ModelSaves:
             self._place, self._known = place, known
         return self._saver
 
-    def _is_other(self, place: Place, known: Mapping[str, "_Identity"]) -> bool:
+    def _is_other(self, place: Destination, known: Mapping[str, "_Identity"]) -> bool:
         """Whether any rank would save elsewhere or other tensors; the same answer on all."""
         differs = torch.tensor([place != self._place or known != self._known], dtype=torch.int64)
         self._groups.host.all_reduce(differs, "checkpoint", maximum=True)

@@ -5,7 +5,6 @@ holds is a box of it: its part over tp, and of that its rows over hdp.
 """
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +16,7 @@ from evermesh.checkpoint.errors import CheckpointMismatch, CheckpointNotFound
 from evermesh.checkpoint.regions import Box
 from evermesh.checkpoint.rules import DimCut, RankGrid, ShardingRule
 from evermesh.checkpoint.shard_map import ShardMap, TensorShards
+from evermesh.checkpoint.stores.places import Place, place_of
 from evermesh.parallelism.tensor.sharding import Cut
 from evermesh.runtime.own_model.tensor import TensorParallelModel
 from evermesh.runtime.process_group import Groups
@@ -62,7 +62,7 @@ def state_to_save(
 
 
 def load_state(
-    directory: Path,
+    directory: Place,
     parameters: Mapping[str, nn.Parameter],
     tensor: TensorParallelModel,
     model: nn.Module,
@@ -88,7 +88,7 @@ def load_state(
     return loaded.step
 
 
-def read_weights(directory: Path | str, model: nn.Module) -> int:
+def read_weights(directory: Place | str, model: nn.Module) -> int:
     """Read the weights of the newest checkpoint below ``directory`` into a whole model, in one process; returns its step.
 
     Not collective. ``model.save_pretrained`` then writes them as transformers does.
@@ -99,12 +99,12 @@ def read_weights(directory: Path | str, model: nn.Module) -> int:
     named = {f"parameter.{name}": parameter.detach() for name, parameter in model.named_parameters()}
     named |= {f"buffer.{name}": buffer for name, buffer in _persistent_buffers(model)}
     wanted = {name: (Box((0,) * value.dim(), tuple(value.shape)), value) for name, value in named.items()}
-    step = checkpoint.load(_newest(Path(directory)), wanted, strict=False).step
+    step = checkpoint.load(_newest(place_of(directory)), wanted, strict=False).step
     assert step is not None, "ours says it"
     return step
 
 
-def _newest(directory: Path) -> Path:
+def _newest(directory: Place) -> Place:
     found = checkpoint.latest(directory)
     if found is None:
         raise CheckpointNotFound(directory, "no step is complete there")
@@ -149,7 +149,7 @@ def _add_optimizer(
     return scalars
 
 
-def _empty_states(path: Path, parameters: Mapping[str, nn.Parameter]) -> dict[str, dict[str, Any]]:
+def _empty_states(path: Place, parameters: Mapping[str, nn.Parameter]) -> dict[str, dict[str, Any]]:
     """Tensors for what the checkpoint has of an optimizer, by parameter; a new optimizer has none yet.
 
     Raises:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from evermesh.checkpoint import latest, verify
+from evermesh.checkpoint.stores.places import Place
 from tests.checkpoint.states import load_and_compare, save_step
 
 CHANGES_DISK = ("mkdir", "open", "write", "fsync", "rename", "link", "unlink", "rmdir")
@@ -91,7 +92,7 @@ def _copy(base: Path, name: str) -> Path:
     return Path(shutil.copytree(base, base.parent / name))
 
 
-def state_of_latest(directory: Path) -> int:
+def state_of_latest(directory: Place) -> int:
     """Which of the two states the latest checkpoint holds, all of it."""
     path = latest(directory)
     assert path is not None

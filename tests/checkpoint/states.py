@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from pydantic import JsonValue
@@ -23,7 +24,10 @@ from evermesh.checkpoint import (
     wanted_regions,
 )
 from evermesh.checkpoint.regions import logical_runs
+from evermesh.checkpoint.stores.places import ObjectPath, Place
 from evermesh.parallelism.collectives import Communicator
+
+PlaceT = TypeVar("PlaceT", Path, ObjectPath)
 
 QKV = Permutation(0, ((0, 0, 8), (16, 8, 4), (24, 12, 4), (8, 16, 8), (20, 24, 4), (28, 28, 4)))
 SHAPES: dict[str, tuple[str, tuple[int, ...]]] = {
@@ -90,18 +94,18 @@ def held_by(rank: int, world_size: int, state: Mapping[str, torch.Tensor]) -> di
 
 
 def save_step(
-    directory: Path,
+    directory: PlaceT,
     step: int,
     communicator: Communicator | None = None,
     keep: int | None = 2,
     state: int | None = None,
     parity: int | None = None,
-) -> Path:
+) -> PlaceT:
     """Save the state of ``step`` (or of another step, ``state``) on the ranks of ``communicator``."""
     tap = communicator or Communicator()
     held = held_by(tap.rank, tap.size, logical_state(step if state is None else state))
     objects: dict[str, JsonValue] = {"cursor": {"samples": step * 8}, "best": float("inf"), "rng": [2**70, 1]}
-    return save(
+    path = save(
         directory,
         step,
         shard_map(tap.size),
@@ -112,9 +116,11 @@ def save_step(
         description={"model": "test"},
         parity=parity,
     )
+    assert isinstance(path, type(directory))
+    return path
 
 
-def load_and_compare(path: Path, step: int, world_size: int) -> list[LoadResult]:
+def load_and_compare(path: Place, step: int, world_size: int) -> list[LoadResult]:
     """Load ``path`` as each of ``world_size`` ranks would, and compare bit for bit with the state of ``step``."""
     results = []
     for rank in range(world_size):

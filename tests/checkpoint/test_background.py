@@ -25,6 +25,7 @@ from evermesh.checkpoint import (
     verify,
 )
 from evermesh.checkpoint.background import arena
+from evermesh.checkpoint.stores.places import Place
 from evermesh.parallelism.collectives import Communicator
 from tests.checkpoint.states import held_by, load_and_compare, logical_state, save_step, shard_map
 from tests.checkpoint.test_full_disk import can_mount
@@ -34,7 +35,7 @@ OBJECTS: dict[str, Any] = {"cursor": {"samples": 8}, "best": float("inf")}
 
 
 def _saver(
-    directory: Path, rank: int, size: int, **options: Any
+    directory: Place, rank: int, size: int, **options: Any
 ) -> tuple[BackgroundSaver, dict[str, list[torch.Tensor]]]:
     held = held_by(rank, size, logical_state(1))
     communicator = Communicator(dist.group.WORLD) if size > 1 else None

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evermesh.checkpoint import BackgroundSaver, CheckpointCorrupt, latest, repair, save, verify
+from evermesh.checkpoint import BackgroundSaver, CheckpointCorrupt, ParityUnusable, latest, repair, save, verify
 from evermesh.checkpoint.directory import read_manifest
 from evermesh.checkpoint.parity import Stripes
 from evermesh.parallelism.collectives import Communicator
@@ -158,7 +158,7 @@ def test_without_parity_nothing_is_repairable(tmp_path: Path) -> None:
     (path / "rank-00000.index").unlink()
     assert not verify(path).repairable
     assert repair(path).repaired == ()
-    with pytest.raises(ValueError, match="parity is 0, but a stripe has at least one rank"):
+    with pytest.raises(ParityUnusable, match="parity is 0, but a stripe has at least one rank"):
         save(tmp_path, 2, shard_map(1), held, {}, parity=0)
 
 

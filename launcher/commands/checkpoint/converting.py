@@ -23,7 +23,9 @@ _MOST_TOLD = 10
 
 def convert(
     place: OnePlace,
-    directory: Annotated[Path, typer.Argument(metavar="DIRECTORY", help="The new one.")],
+    directory: Annotated[
+        str, typer.Argument(metavar="DIRECTORY", help="The new one; a URL of an object store, too, to evermesh.")
+    ],
     to: Annotated[Format, typer.Option("--to", help="What to write.")],
     ranks: Annotated[int, typer.Option("--ranks", min=1, help="Ranks that are to load it, of DeepSpeed's.")] = 1,
     dtype: Annotated[

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from evermesh.launcher.commands.checkpoint.places import AsJson, OnePlace, newest_checkpoint
+from evermesh.launcher.commands.checkpoint.places import AsJson, OnePlace, local_path, newest_checkpoint
 from evermesh.launcher.commands.jobs import Runs
 
 EXTRACT_EXAMPLES = """[bold]Examples[/]
@@ -18,7 +18,7 @@ EXTRACT_EXAMPLES = """[bold]Examples[/]
 
 def extract(
     place: OnePlace,
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A new .safetensors or .npy file.")],
+    file: Annotated[str, typer.Argument(metavar="FILE", help="A new .safetensors or .npy file.")],
     tensor: Annotated[
         list[str], typer.Option("--tensor", "-t", help="A name, a pattern, or a name with a box: 'w[0:4, :]'.")
     ],
@@ -35,7 +35,7 @@ def extract(
     from evermesh.launcher.commands.checkpoint.progress import megabytes
 
     source = checkpoint.open_checkpoint(newest_checkpoint(place, runs))
-    written = extracting.extract(source, tensor, file, dtype=dtype)
+    written = extracting.extract(source, tensor, local_path(file), dtype=dtype)
     if as_json:
         tensors = {name: {"dtype": content.dtype, "shape": content.shape} for name, content in written.items()}
         print(json.dumps({"path": str(file), "from": str(source.path), "tensors": tensors}))

@@ -7,14 +7,15 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from evermesh.launcher.commands.checkpoint.places import AsJson, Place, directory_of, newest_checkpoint
+from evermesh.checkpoint.stores.places import Place
+from evermesh.launcher.commands.checkpoint.places import AsJson, PlaceArgument, directory_of, newest_checkpoint
 from evermesh.launcher.commands.jobs import Runs
 
 LS_EXAMPLES = "[bold]Example[/]\n\n  evermesh checkpoint ls quickstart"
 SHOW_EXAMPLES = "[bold]Example[/]\n\n  evermesh checkpoint show runs/quickstart/checkpoints/step-00000030"
 
 
-def ls(place: Place = None, runs: Runs = Path("runs"), as_json: AsJson = False) -> None:
+def ls(place: PlaceArgument = None, runs: Runs = Path("runs"), as_json: AsJson = False) -> None:
     """List the complete checkpoints of a run."""
     from evermesh import checkpoint
     from evermesh.launcher.terminal import print_table
@@ -47,7 +48,7 @@ def ls(place: Place = None, runs: Runs = Path("runs"), as_json: AsJson = False) 
     _print_incomplete(directory)
 
 
-def show(place: Place = None, runs: Runs = Path("runs"), as_json: AsJson = False) -> None:
+def show(place: PlaceArgument = None, runs: Runs = Path("runs"), as_json: AsJson = False) -> None:
     """Show what is in a checkpoint, ours or one of DeepSpeed, torch.distributed or safetensors; of a run the newest one."""
     from evermesh import checkpoint
     from evermesh.launcher.terminal import print_table
@@ -70,7 +71,7 @@ def show(place: Place = None, runs: Runs = Path("runs"), as_json: AsJson = False
     print_table(table)
 
 
-def _print_incomplete(directory: Path) -> None:
+def _print_incomplete(directory: Place) -> None:
     from evermesh.launcher.admission import incomplete
 
     for path in incomplete(directory):

@@ -6,14 +6,14 @@ from typing import Annotated
 
 import typer
 
-from evermesh.launcher.commands.checkpoint.places import AsJson, Place, directory_of
+from evermesh.launcher.commands.checkpoint.places import AsJson, PlaceArgument, directory_of
 from evermesh.launcher.commands.jobs import Runs
 
 PRUNE_EXAMPLES = "[bold]Example[/]\n\n  evermesh checkpoint prune quickstart --keep-last 3 --keep-every 1000 --yes"
 
 
 def prune(
-    place: Place = None,
+    place: PlaceArgument = None,
     runs: Runs = Path("runs"),
     keep_last: Annotated[int, typer.Option(min=1, help="The newest so many stay.")] = 2,
     keep_every: Annotated[int | None, typer.Option(min=1, help="So do those of every so many steps.")] = None,

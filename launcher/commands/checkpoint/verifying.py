@@ -5,14 +5,14 @@ from pathlib import Path
 
 import typer
 
-from evermesh.launcher.commands.checkpoint.places import AsJson, Place, newest_checkpoint
+from evermesh.launcher.commands.checkpoint.places import AsJson, PlaceArgument, newest_checkpoint
 from evermesh.launcher.commands.jobs import Runs
 
 VERIFY_EXAMPLES = "[bold]Example[/]\n\n  evermesh checkpoint verify quickstart"
 REPAIR_EXAMPLES = "[bold]Example[/]\n\n  evermesh checkpoint repair runs/quickstart"
 
 
-def verify(place: Place = None, runs: Runs = Path("runs"), as_json: AsJson = False) -> None:
+def verify(place: PlaceArgument = None, runs: Runs = Path("runs"), as_json: AsJson = False) -> None:
     """Read a checkpoint of any format (of a run the newest one) and check every byte; exit code 1 if something is wrong."""
     from evermesh import checkpoint
 
@@ -39,7 +39,7 @@ def verify(place: Place = None, runs: Runs = Path("runs"), as_json: AsJson = Fal
     raise typer.Exit(0 if report.ok else 1)
 
 
-def repair(place: Place = None, runs: Runs = Path("runs"), as_json: AsJson = False) -> None:
+def repair(place: PlaceArgument = None, runs: Runs = Path("runs"), as_json: AsJson = False) -> None:
     """Write lost and damaged files of a checkpoint again, from its parity; exit code 1 if something stays wrong."""
     from evermesh import checkpoint
 

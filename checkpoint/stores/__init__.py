@@ -1,0 +1,1 @@
+"""Where checkpoints are: file systems and object stores behind one small interface."""
