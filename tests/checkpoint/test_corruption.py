@@ -65,7 +65,7 @@ def test_the_error_names_file_chunk_bytes_and_tensors_of_the_damage_and_spares_t
     values = torch.arange(size, dtype=torch.int32)
     path = save(tmp_path, 1, whole, dict.fromkeys(names, values), {})
     extent = read_manifest(path).tensors["b"].extents[0]
-    _flip(path / DATA, extent.offset + (2 << 20), 3)
+    _flip(tmp_path / path.name / DATA, extent.offset + (2 << 20), 3)
     got = torch.zeros_like(values)
     with pytest.raises(
         CheckpointCorrupt, match=r"rank-00000\.safetensors: chunk 6, bytes 6,291,456 to 7,340,032.*hold b\."

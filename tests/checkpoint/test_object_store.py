@@ -198,8 +198,9 @@ def test_a_load_fetches_the_chunks_that_it_needs_and_neighbours_by_one_request(s
 
 def test_whatever_fsspec_knows_is_a_store(tmp_path: Path) -> None:
     for url in ("memory://checkpoints/run", f"file://{tmp_path}/run"):
+        place = place_of(url)
         for step in (1, 2, 2):
-            save_step(place_of(url), step, keep=1)
+            save_step(place, step, keep=1) if isinstance(place, Path) else save_step(place, step, keep=1)
         path = checkpoint.latest(url)
         assert path is not None
         load_and_compare(path, 2, 3)
@@ -214,3 +215,10 @@ def test_what_a_store_cannot_hold_is_refused_with_the_reason(store: TestStore) -
         checkpoint.open_checkpoint(place)
     with pytest.raises(StoreUnusable, match="Write s3://BUCKET/PREFIX"):
         checkpoint.latest("s4://bucket/run")
+
+
+def test_a_path_that_was_a_url_is_refused_before_a_folder_of_that_name_is_made() -> None:
+    with pytest.raises(ValueError, match="has lost a slash"):
+        checkpoint.latest(Path("s3://bucket/run"))
+    assert place_of("file:///a/b") == Path("/a/b")
+    assert place_of("relative/folder") == Path("relative/folder")
