@@ -47,7 +47,7 @@ class Writer:
         self.files = DataFiles(plan, arena)
         self.directory = plan.place
         self.committing = threading.Lock()
-        """Held while a checkpoint becomes visible."""
+        """Held while a checkpoint becomes visible, and while those are removed that it replaces."""
 
     def save(self, order: SaveOrder) -> None:
         """Write the files of this rank and, on rank 0, commit. What fails is told."""
@@ -64,9 +64,10 @@ class Writer:
             answer("written", bytes_written=bytes_written)
             if self.plan.rank == 0:
                 records = self._records(order)
-                self._commit(order, records)
-                answer("committed", bytes_written=sum(record["bytes_written"] for record in records.values()))
-                committing.retain(self.directory, order.step, self.plan.retention)
+                with self.committing:
+                    self._commit(order, records)
+                    answer("committed", bytes_written=sum(record["bytes_written"] for record in records.values()))
+                    committing.retain(self.directory, order.step, self.plan.retention)
         except Exception as error:  # noqa: BLE001  supervision boundary: the trainer raises it on all ranks
             number = error.errno if isinstance(error, OSError) else None
             answer("failed", cause=f"{type(error).__name__}: {error}", errno=number)
@@ -120,10 +121,9 @@ class Writer:
 
     def _commit(self, order: SaveOrder, records: dict[int, dict[str, Any]]) -> None:
         attempt = self._attempt(order)
-        with self.committing:
-            manifest = merged_manifest(self.plan, order, records, time.time())
-            write_durably(attempt.files / MANIFEST, [sealed(manifest)])
-            committing.commit(attempt, (marker_name(order.identity), *map(record_name, self.plan.writers)))
+        manifest = merged_manifest(self.plan, order, records, time.time())
+        write_durably(attempt.files / MANIFEST, [sealed(manifest)])
+        committing.commit(attempt, (marker_name(order.identity), *map(record_name, self.plan.writers)))
 
 
 def serve(orders: int, answers: int, arena: memoryview) -> None:

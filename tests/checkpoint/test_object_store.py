@@ -198,9 +198,8 @@ def test_a_load_fetches_the_chunks_that_it_needs_and_neighbours_by_one_request(s
 
 def test_whatever_fsspec_knows_is_a_store(tmp_path: Path) -> None:
     for url in ("memory://checkpoints/run", f"file://{tmp_path}/run"):
-        place = place_of(url)
         for step in (1, 2, 2):
-            save_step(place, step, keep=1) if isinstance(place, Path) else save_step(place, step, keep=1)
+            save_step(place_of(url), step, keep=1)
         path = checkpoint.latest(url)
         assert path is not None
         load_and_compare(path, 2, 3)

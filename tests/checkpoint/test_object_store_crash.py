@@ -178,7 +178,7 @@ def test_an_upload_whose_connections_are_cut_repeats_single_parts(store: TestSto
         if "uploadId" not in target or len(cut) == 5 or target in cut:
             return None
         cut.append(target)
-        return ("cut request", "lose answer", "503")[len(cut) % 3]  # type: ignore[return-value]
+        return ("cut request", "lose answer", "503")[len(cut) % 3]
 
     store.proxy.weather = Weather(choose=choose)
     checkpoint.save(place, 1, _large_map(), {"w": values}, {})
