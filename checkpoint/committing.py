@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from evermesh.checkpoint.encoding import MANIFEST
-from evermesh.checkpoint.errors import StoreUnusable
 from evermesh.checkpoint.files import sync_directory, write_durably
 from evermesh.checkpoint.retention import Retention
 from evermesh.checkpoint.stores import attempts
@@ -192,11 +191,14 @@ def named_by_latest(directory: Place) -> str | None:
         StoreUnusable: it is in an object store that does not answer.
     """
     try:
-        name = store_of(directory).read(directory / LATEST).decode("ascii").strip()
-    except StoreUnusable:
-        raise
-    except (OSError, UnicodeDecodeError):
+        payload = store_of(directory).read(directory / LATEST)
+    except FileNotFoundError:
         return None
+    except OSError:
+        if isinstance(directory, ObjectPath):  # nobody knows
+            raise
+        return None
+    name = payload.decode("ascii", "replace").strip()
     return name if STEP.fullmatch(name) else None
 
 

@@ -12,6 +12,7 @@ One job at a time saves in a directory; ``committing`` tells how.
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import overload
 
 from evermesh.checkpoint.committing import REPLACED, STEP, committed_steps, named_by_latest, step_of
 from evermesh.checkpoint.errors import CheckpointCorrupt, CheckpointNotFound, StoreUnusable
@@ -59,6 +60,10 @@ def instead_of(path: Place) -> str:
     return f"; the newest complete one beside it is {newest}" if newest is not None else ""
 
 
+@overload
+def latest(directory: Path) -> Path | None: ...
+@overload
+def latest(directory: Place | str) -> Place | None: ...
 def latest(directory: Place | str) -> Place | None:
     """The checkpoint to resume from, or None: the one that ``latest`` names; if that is missing or incomplete, the
     newest complete one. Checks the manifest and the sizes of files, not their checksums.

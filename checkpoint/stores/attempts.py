@@ -11,11 +11,9 @@ replace an object as a whole, so a reader sees the attempt before or this one, w
 there is no checkpoint, whatever else is there.
 """
 
-import logging
 import re
 
 from evermesh.checkpoint.encoding import MANIFEST
-from evermesh.checkpoint.errors import StoreUnusable
 from evermesh.checkpoint.stores.places import ObjectPath, Place
 from evermesh.checkpoint.stores.store import objects_of, store_of
 
@@ -23,7 +21,6 @@ STEP = re.compile(r"step-(\d{8,})")
 COMMITTED = "committed"
 ATTEMPT = "attempt-"
 _KEY = re.compile(rf"(.*/)?{STEP.pattern}/{ATTEMPT}[^/]+/[^/]+")
-_log = logging.getLogger(__name__)
 
 
 def folder_of(path: Place) -> Place:
@@ -91,7 +88,4 @@ def remove(path: ObjectPath) -> None:
 def _abort_uploads(directory: ObjectPath, identity: str) -> None:
     """Those of other attempts to save; whatever else is uploaded below the same prefix is none of ours."""
     own = f"/{ATTEMPT}{identity}/"
-    try:
-        objects_of(directory).abort_uploads(directory, lambda key: _KEY.fullmatch(key) is not None and own not in key)
-    except StoreUnusable as error:
-        _log.warning("unfinished uploads below %s were not given up; a lifecycle rule can: %s", directory, error)
+    objects_of(directory).abort_uploads(directory, lambda key: _KEY.fullmatch(key) is not None and own not in key)

@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeAlias
 
-_URL = re.compile(r"([a-z][a-z0-9+.-]+):/{1,2}(?=[^/])")
-"""One slash is what a ``Path`` leaves of the two."""
-_FILE = "file://"
+_URL = re.compile(r"([a-z][a-z0-9+.-]+):/{1,3}(?=[^/])")
+"""One slash is what a ``Path`` leaves of two, three are those of ``file:///``."""
+_FILE = "file"
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,13 +67,17 @@ Place: TypeAlias = Path | ObjectPath
 
 def place_of(place: "Place | str") -> Place:
     """The place that a text names: a path, ``file://`` and a path, or the URL of an object store such as
-    ``s3://BUCKET/PREFIX``."""
+    ``s3://BUCKET/PREFIX``.
+
+    Raises:
+        ValueError: it is a ``Path`` that was made of a URL.
+    """
     if isinstance(place, ObjectPath):
         return place
-    text = str(place)
-    if text.startswith(_FILE):
-        return Path(text.removeprefix(_FILE))
-    found = _URL.match(text)
+    found = _URL.match(str(place))
     if found is None:
         return Path(place)
-    return ObjectPath(f"{found[1]}://{text[found.end() :].rstrip('/')}")
+    if not isinstance(place, str):
+        raise ValueError(f"{place} is a path that was made of a URL and has lost a slash. Give the URL as text.")
+    rest = place[found.end() :]
+    return Path(f"/{rest}") if found[1] == _FILE else ObjectPath(f"{found[1]}://{rest.rstrip('/')}")

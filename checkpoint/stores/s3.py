@@ -52,7 +52,7 @@ class S3Store(ObjectStore):
                 file = ObjectPath(f"{folder.protocol}://{folder.bucket}/{upload['Key']}", folder.patience_s)
                 if concerns(upload["Key"]):
                     self._abort(file, upload["UploadId"])
-        except StoreRefused as error:
+        except StoreRefused as error:  # to list uploads is a right of its own
             _log.warning("unfinished uploads were not looked for; a lifecycle rule can remove them: %s", error)
 
     def uploads(self, place: ObjectPath) -> Iterator[dict[str, Any]]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import pytest
 
 from evermesh.checkpoint.stores.places import ObjectPath, place_of
-from evermesh.checkpoint.stores.store import objects_of
+from evermesh.checkpoint.stores.store import _object_store, objects_of
 from tests.checkpoint.fault_proxy import FaultProxy, Weather
 
 _SERVER = """
@@ -67,6 +67,7 @@ def object_store() -> Iterator[TestStore]:
             store = TestStore(proxy)
             for name, value in store.environment.items():
                 patch.setenv(name, value)
+            _object_store.cache_clear()  # of the endpoint of an earlier one
             client = objects_of(store.place())
             client.fs.call_s3("create_bucket", Bucket=BUCKET)
             yield store

@@ -27,7 +27,7 @@ from evermesh.checkpoint.regions import logical_runs
 from evermesh.checkpoint.stores.places import ObjectPath, Place
 from evermesh.parallelism.collectives import Communicator
 
-PlaceT = TypeVar("PlaceT", Path, ObjectPath)
+PlaceT = TypeVar("PlaceT", Path, ObjectPath, Place)
 
 QKV = Permutation(0, ((0, 0, 8), (16, 8, 4), (24, 12, 4), (8, 16, 8), (20, 24, 4), (28, 28, 4)))
 SHAPES: dict[str, tuple[str, tuple[int, ...]]] = {

@@ -223,9 +223,10 @@ def test_a_writer_outlives_signals_to_its_group_but_not_its_trainer(tmp_path: Pa
     assert latest(tmp_path) == tmp_path / "step-00000002"
 
 
-def test_the_writer_loads_neither_torch_nor_numpy() -> None:
+def test_the_writer_loads_neither_torch_nor_numpy_nor_a_client_of_stores() -> None:
     program = (
-        "import sys, evermesh.checkpoint.background.writer; print({'torch', 'numpy', 'pydantic'} & sys.modules.keys())"
+        "import sys, evermesh.checkpoint.background.writer; "
+        "print({'torch', 'numpy', 'pydantic', 'fsspec', 's3fs'} & sys.modules.keys())"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"

@@ -214,3 +214,10 @@ def test_what_a_store_cannot_hold_is_refused_with_the_reason(store: TestStore) -
         checkpoint.open_checkpoint(place)
     with pytest.raises(StoreUnusable, match="Write s3://BUCKET/PREFIX"):
         checkpoint.latest("s4://bucket/run")
+
+
+def test_a_path_that_was_a_url_is_refused_before_a_folder_of_that_name_is_made() -> None:
+    with pytest.raises(ValueError, match="has lost a slash"):
+        checkpoint.latest(Path("s3://bucket/run"))
+    assert place_of("file:///a/b") == Path("/a/b")
+    assert place_of("relative/folder") == Path("relative/folder")

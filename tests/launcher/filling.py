@@ -28,7 +28,7 @@ def main(job: str, mountpoint: str) -> None:
         "code": failed.returncode,
         "error": failed.stderr,
         "status": run.status(),
-        "checkpoints": sorted(path.name for path in run.checkpoints.iterdir()),
+        "checkpoints": sorted(path.name for path in (run.directory / "checkpoints").iterdir()),
         "verified": evermesh("checkpoint", "verify", run.directory).returncode,
         "steps": [report.step for report in read_telemetry(run.telemetry)],
     }

@@ -64,13 +64,13 @@ def test_a_model_that_was_edited_by_hand_is_refused_with_both_values(run: Run) -
     before = (run.directory / "state.json").read_bytes()
     found = evermesh("resume", run.directory)
     assert found.returncode == 2
-    path, job = run.checkpoints / "step-00000004", run.directory / "job.yaml"
+    path, job = run.directory / "checkpoints" / "step-00000004", run.directory / "job.yaml"
     assert f"error: {path} was not made with {job}: train.model.layers was 1 and is now 3. Put" in found.stderr
     assert (run.directory / "state.json").read_bytes() == before
 
 
 def test_a_run_without_a_checkpoint_says_how_to_start_again(run: Run) -> None:
-    shutil.rmtree(run.checkpoints)
+    shutil.rmtree(run.directory / "checkpoints")
     with pytest.raises(ResumeRefused, match=r"run small has no checkpoint in .* Start again: evermesh launch"):
         resumed_config(run, None, [])
 
@@ -98,7 +98,7 @@ def test_a_resume_may_change_the_tensor_parallel_degree(
 
 
 def test_a_flipped_bit_is_found_and_the_file_named(run: Run) -> None:
-    path = run.checkpoints / "step-00000004" / "rank-00000.safetensors"
+    path = run.directory / "checkpoints" / "step-00000004" / "rank-00000.safetensors"
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
@@ -112,16 +112,16 @@ def test_a_flipped_bit_is_found_and_the_file_named(run: Run) -> None:
 
 
 def test_a_checkpoint_that_lost_bytes_is_listed_as_not_complete_and_the_one_before_it_is_used(run: Run) -> None:
-    damaged = run.checkpoints / "step-00000004"
+    damaged = run.directory / "checkpoints" / "step-00000004"
     (damaged / "rank-00000.safetensors").write_bytes(b"")
-    assert incomplete(run.checkpoints) == [damaged]
+    assert incomplete(run.directory / "checkpoints") == [damaged]
     assert f"evermesh checkpoint verify {damaged}" in evermesh("checkpoint", "ls", run.directory).stdout
     found = evermesh("checkpoint", "verify", damaged)
     assert found.returncode == 1
     assert "it has 0 bytes" in found.stdout
     assert resumed_config(run, None, ["train.stop_at=3"]).train.stop_at == 3
 
-    shutil.rmtree(run.checkpoints / "step-00000002")
+    shutil.rmtree(run.directory / "checkpoints" / "step-00000002")
     with pytest.raises(ResumeRefused, match="has only step-00000004, which is not complete"):
         resumed_config(run, None, [])
 
@@ -133,14 +133,14 @@ def test_the_way_on_is_the_newest_checkpoint_unless_the_error_is_about_that(run:
     assert _way_on(run, "step-00000004/rank-00000: wrong checksum").startswith(
         "To go on from step-00000002, move step-00000004 out of"
     )
-    shutil.rmtree(run.checkpoints / "step-00000002")
+    shutil.rmtree(run.directory / "checkpoints" / "step-00000002")
     assert "There is no checkpoint but step-00000004" in _way_on(run, "step-00000004/rank-00000: wrong checksum")
-    shutil.rmtree(run.checkpoints)
+    shutil.rmtree(run.directory / "checkpoints")
     assert "There is no checkpoint yet; start again with: evermesh launch" in _way_on(run)
 
 
 def test_what_is_shown_of_a_checkpoint_is_json_on_request(run: Run) -> None:
     assert [row["step"] for row in json.loads(evermesh("checkpoint", "ls", run.directory, "--json").stdout)] == [2, 4]
-    newest = run.checkpoints / "step-00000004"
+    newest = run.directory / "checkpoints" / "step-00000004"
     shown = json.loads(evermesh("checkpoint", "show", newest / "manifest.json", "--json").stdout)
     assert (shown["step"], shown["world_size"]) == (4, 1)
