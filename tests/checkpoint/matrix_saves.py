@@ -18,9 +18,8 @@ from evermesh.checkpoint import ShardMap, TensorShards, save
 from evermesh.parallelism import MicroBatch, Piece
 from evermesh.parallelism.collectives import Communicator
 from evermesh.parallelism.experts.documents import TokenContext
-from evermesh.parallelism.mesh import Mesh
 from evermesh.runtime import TrainConfig
-from evermesh.runtime.model.building import _held
+from evermesh.runtime.model.building import held_sets
 from evermesh.runtime.model.decoder import Decoder
 from evermesh.runtime.model.stages import nominal_costs, stage_parts
 from evermesh.runtime.optimizer import shard_map
@@ -87,9 +86,8 @@ def config(model: str, layout: str) -> TrainConfig:
 def shards(model: str, layout: str) -> ShardMap:
     """Which rank holds what of the weights and moments of a model: what a trainer of this layout registers."""
     values = config(model, layout)
-    mesh = Mesh.of(values.layout)
     parts = stage_parts(values.model, values.layout, nominal_costs(values.model, VOCABULARY))
-    held = [of for pp in range(mesh.pp) for of in _held(values, VOCABULARY, mesh, parts, pp)]
+    held = [of for pp in range(values.layout.pp) for of in held_sets(values, VOCABULARY, parts, pp)]
     return shard_map(held, torch.float32)
 
 
