@@ -45,7 +45,7 @@ def export(
 ) -> None:
     """Write a checkpoint as a Hugging Face directory: config.json, safetensors, tokenizer.json."""
     from evermesh.checkpoint.directory import read_manifest
-    from evermesh.launcher.commands.checkpoint import newest_checkpoint
+    from evermesh.launcher.commands.checkpoint.places import newest_checkpoint
     from evermesh.runtime.weights import ExportOptions, export_checkpoint
 
     path = newest_checkpoint(place, runs)

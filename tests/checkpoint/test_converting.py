@@ -117,10 +117,10 @@ def _go_on(saves: Saves, plan: list[tuple[Case, Format, int]], folder: Path, ran
 @pytest.mark.parametrize("case", WIDE, ids=lambda case: case.name)
 def test_every_kind_of_save_goes_on_in_every_stage(all_saves: Saves, case: Case, ranks: int, tmp_path: Path) -> None:
     plan: list[tuple[Case, Format, int]] = [(case, to, stage) for stage, to in enumerate(NATIVE, start=1)]
-    # in stage 3 its universal loader asks for the states of Adam
-    last = 3 if case.optimizer == "adamw" and case.steps else 2
-    if case.steps:
-        plan += [(case, "deepspeed-universal", stage) for stage in range(1, last + 1)]
+    # its universal loader cannot load what was never updated, in stage 3 asks for the states of Adam, and in the others
+    # fails on a rank whose part of a group is padding
+    stages = [1, 2] * (case.steps > 0 and ranks < 4) + [3] * (case.steps > 0 and case.optimizer == "adamw")
+    plan += [(case, "deepspeed-universal", stage) for stage in stages]
     _go_on(all_saves, plan, tmp_path, ranks)
 
 
