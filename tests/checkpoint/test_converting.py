@@ -265,6 +265,38 @@ def test_what_an_engine_needs_and_a_checkpoint_lacks_is_asked_for(tmp_path: Path
     assert found["client"] == {"evermesh": {"cursor": 9}}
 
 
+def test_parameters_dealt_out_to_ranks_are_read_as_its_consolidation_reads_them(tmp_path: Path) -> None:
+    """Five parameters on two ranks: with ``round_robin_gradients`` they lie in another order."""
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    names = "abcde"
+    tensors = {
+        f"{kind}.{n}": torch.randn(3, 4 + ord(n) % 7) for kind in ("parameter", "momentum_buffer") for n in names
+    }
+    shards = {
+        n: TensorShards("float32", tuple(t.shape), (Shard(Interval(0, t.numel()), (0,)),)) for n, t in tensors.items()
+    }
+    groups = [{"names": list(names), "settings": {"lr": 0.1}, "numbers": {}}]
+    objects = {"config": {"zero_optimization": {"round_robin_gradients": True}}, "groups": groups}
+    source = open_checkpoint(save(tmp_path / "ours", 5, ShardMap(shards), tensors, cast(Any, objects)))
+    convert(source, tmp_path / "dealt", Conversion("deepspeed-zero2", ranks=2))
+    back = open_checkpoint(tmp_path / "dealt")
+    assert cast(Any, back.objects)["groups"][0]["names"] == ["a", "c", "e", "b", "d"]
+    for name, tensor in read(back).items():
+        assert torch.equal(tensor, tensors[name]), name
+    oracle = get_fp32_state_dict_from_zero_checkpoint(str(tmp_path / "dealt"))
+    assert all(torch.equal(oracle[name], tensors[f"parameter.{name}"]) for name in names)
+    convert(back, tmp_path / "again", Conversion("deepspeed-zero1", ranks=3))
+    assert cast(Any, open_checkpoint(tmp_path / "again").objects)["groups"][0]["names"] == ["a", "d", "b", "e", "c"]
+
+
+@pytest.mark.parity
+def test_what_an_engine_has_dealt_out_goes_on_in_another_stage(tmp_path: Path) -> None:
+    """Saved by two ranks, where dealing changes the order: states too are those of their parameters."""
+    saves = Saves(tmp_path / "saves", (ROUND_ROBIN,), ranks=2)
+    _go_on(saves, [(ROUND_ROBIN, "deepspeed-zero3", 3), (ROUND_ROBIN, "deepspeed-zero2", 2)], tmp_path, ranks=1)
+
+
 def test_memory_does_not_grow_with_the_tensors(tmp_path: Path) -> None:
     """A tensor of 384 MiB on its way from one library's format to another's takes a fraction of that."""
     tensor = torch.arange(96 << 20, dtype=torch.int32).view(torch.float32)
