@@ -176,7 +176,7 @@ def test_torch_loads_what_it_has_not_written_into_other_shardings(tmp_path: Path
 
 def _load_sharded(rank: int, ranks: int, path: str) -> dict[str, Tensor]:
     """Load by columns where there are any, with the library alone, and gather."""
-    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
@@ -185,7 +185,7 @@ def _load_sharded(rank: int, ranks: int, path: str) -> dict[str, Tensor]:
         name: distribute_tensor(torch.zeros_like(t), mesh, [Shard(t.dim() - 1) if t.dim() > 1 else Replicate()])
         for name, t in logical_state(0).items()
     }
-    dcp.load(state, checkpoint_id=path)
+    dcp_load(state, checkpoint_id=path)
     return {name: tensor.full_tensor() for name, tensor in state.items() if isinstance(tensor, DTensor)}
 
 
