@@ -28,10 +28,10 @@ from tests.checkpoint.states import local_storage
 
 
 def load_whole(source: Source) -> dict[str, Tensor]:
-    """All tensors, each read once and by its bytes alone."""
+    """All tensors, each read once, and by its bytes alone where there are no checksums."""
     found = {name: torch.empty(t.shape, dtype=getattr(torch, t.dtype)) for name, t in source.tensors.items()}
     result = load(source, {name: (Interval(0, tensor.numel()), tensor) for name, tensor in found.items()})
-    assert result.bytes_read == sum(tensor.nbytes for tensor in found.values())
+    assert result.bytes_read == sum(tensor.nbytes for tensor in found.values()) or not source.is_foreign
     return found
 
 

@@ -85,7 +85,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReque
 
 
 def _params(item: Any) -> dict[str, Any]:
-    return item.callspec.params if hasattr(item, "callspec") else {}
+    return getattr(getattr(item, "callspec", None), "params", {})
 
 
 def _form(path: Path, source: Save) -> Path:
