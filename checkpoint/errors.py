@@ -20,6 +20,9 @@ from collections.abc import Sequence
 from evermesh.checkpoint.stores.places import ObjectPath, Place
 from evermesh.parallelism.errors import EvermeshError
 
+DAMAGE = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+"""What Python raises where bytes are not what their format says."""
+
 
 class ShardMapInvalid(EvermeshError, ValueError):
     """Regions leave a gap, overlap or reach outside their tensor; the message names the tensor and the place."""

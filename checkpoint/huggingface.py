@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from evermesh.checkpoint.errors import WeightsUnusable
+from evermesh.checkpoint.errors import DAMAGE, WeightsUnusable
 from evermesh.checkpoint.format import Extent, StoredTensor
 from evermesh.checkpoint.naming import Naming
 from evermesh.checkpoint.regions import Box
@@ -80,9 +80,9 @@ def tensors_in(directory: Path) -> dict[str, FileTensor]:
     try:
         places: dict[str, str] = json.loads(index.read_bytes())["weight_map"]
         files = sorted(set(places.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise WeightsUnusable(index, f"it holds no weight_map: {error!r}", "Fetch the file again.") from error
-    outside = [file for file in files if Path(file).name != file]
+    except DAMAGE as error:
+        raise WeightsUnusable(index, f"it holds no weight_map: {repr(error)[:200]}", "Fetch the file again.") from error
+    outside = [file for file in files if Path(file).name != file or "\0" in file]
     if outside:
         raise WeightsUnusable(index, f"it names {outside[0]!r}, which is not in its directory", "Fetch the file again.")
     found = {file: read_header(directory / file) for file in files}

@@ -182,7 +182,7 @@ def intersect(source: Region, source_form: StoredForm, destination: Region, dest
     Padding belongs to nobody and is in no run. Memory and time are linear in the number of rows of the two regions.
     """
     assert source_form.shape == destination_form.shape, "two forms of the same logical tensor"
-    if source_form == destination_form and _are_apart(source, destination):
+    if source_form == destination_form and are_apart(source, destination):
         return _EMPTY
     return join(logical_runs(source, source_form), logical_runs(destination, destination_form))
 
@@ -289,7 +289,7 @@ def _coalesce(runs: Runs) -> Runs:
     return Runs(source[heads], destination[heads], np.add.reduceat(length, heads) if len(heads) else length)
 
 
-def _are_apart(a: Region, b: Region) -> bool:
+def are_apart(a: Region, b: Region) -> bool:
     """Whether two regions of the same form are disjoint at first sight."""
     if isinstance(a, Interval) and isinstance(b, Interval):
         return a.stop <= b.start or b.stop <= a.start

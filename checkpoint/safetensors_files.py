@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from evermesh.checkpoint.dtypes import DTYPES
-from evermesh.checkpoint.errors import WeightsUnusable
+from evermesh.checkpoint.errors import DAMAGE, WeightsUnusable
 
 _MOST_HEADER_BYTES = 100_000_000
 """The limit of the safetensors library."""
@@ -54,7 +54,7 @@ def read_notes(file: Path) -> tuple[dict[str, FileTensor], dict[str, Any]]:
         raise WeightsUnusable(file, f"it cannot be read: {error.strerror}", _AGAIN) from error
     except WeightsUnusable:
         raise
-    except (ValueError, RecursionError) as error:  # not JSON, or not text
+    except DAMAGE as error:  # not JSON, or not text
         raise WeightsUnusable(file, f"its header is no JSON: {error}", _AGAIN) from error
     return {name: _tensor(file, name, entry, 8 + length, num_bytes) for name, entry in header.items()}, notes
 
@@ -64,10 +64,12 @@ _AGAIN = "Fetch the file again."
 
 def _tensor(file: Path, name: str, entry: Any, data: int, num_bytes: int) -> FileTensor:
     try:
-        code, shape, (start, stop) = entry["dtype"], tuple(map(int, entry["shape"])), entry["data_offsets"]
-    except (KeyError, TypeError, ValueError) as error:
-        raise WeightsUnusable(file, f"its entry of {name} is {entry!r}", _AGAIN) from error
-    dtype = _DTYPES.get(code)
+        code, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        if any(type(number) is not int or number < 0 for number in (*shape, start, stop)):
+            raise ValueError("sizes and places are whole numbers")
+    except DAMAGE as error:
+        raise WeightsUnusable(file, f"its entry of {name[:100]} is {str(entry)[:200]}", _AGAIN) from error
+    dtype = _DTYPES.get(code) if isinstance(code, str) else None
     if dtype is None:
         raise WeightsUnusable(file, f"{name} is of type {code}", f"Convert it to one of {', '.join(_DTYPES)}.")
     expected = math.prod(shape) * DTYPES[dtype].num_bytes

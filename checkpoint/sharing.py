@@ -97,6 +97,7 @@ def fill_together(source: Source, wanted: JointLoad) -> int:
             Holding(part.shard_map, part.staged),
             Holding(target, held),
             Carrier(communicator, most_staged_bytes=_STAGED_BYTES),
+            part.staged.pop,
         )
     return bytes_read
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from evermesh.checkpoint.balance import quotas
 from evermesh.checkpoint.dtypes import DTYPES
 from evermesh.checkpoint.locating import Sought, holders_near
-from evermesh.checkpoint.regions import Region, StoredForm
+from evermesh.checkpoint.regions import Region, StoredForm, are_apart
 from evermesh.checkpoint.rules import Held, ShardingRule
 from evermesh.checkpoint.shard_map import ShardMap, TensorShards
 
@@ -62,7 +62,9 @@ class WritePlan:
         tensor = self.shard_map.tensors[name]
         rule = tensor.placement
         if not isinstance(rule, ShardingRule):
-            yield from self._writers_listed.get(name, ())
+            for rank, written in self._writers_listed.get(name, ()):
+                if form != tensor.form or not are_apart(written, region):
+                    yield rank
             return
         for coordinates, start, stop in holders_near(rule, tensor.form, Sought.of(region, form, tensor.form)):
             held = rule.held(tensor.form, coordinates)
@@ -140,12 +142,13 @@ class WritePlan:
         return {name: _Slot(begin, totals[alike]) for name, (alike, begin) in begins.items()}
 
     @cached_property
-    def _writers_listed(self) -> Mapping[str, tuple[int, ...]]:
-        writers: dict[str, set[int]] = {}
+    def _writers_listed(self) -> Mapping[str, list[tuple[int, Region]]]:
+        """By tensor: who writes of which region."""
+        writers: dict[str, list[tuple[int, Region]]] = {}
         for rank, parts in self._listed.items():
             for part in parts:
-                writers.setdefault(part.name, set()).add(rank)
-        return {name: tuple(sorted(ranks)) for name, ranks in writers.items()}
+                writers.setdefault(part.name, []).append((rank, part.region))
+        return writers
 
     @cached_property
     def _listed(self) -> Mapping[int, tuple[WritePart, ...]]:

@@ -37,6 +37,24 @@ def certificate_line(plan: BatchPlan) -> str:
     )
 
 
+def offload_line(plan: BatchPlan) -> str | None:
+    """Which fractions of their tokens micro-batches offload; None: nothing waits in host memory."""
+    moved = [
+        (micro_batch.offload, micro_batch.num_tokens)
+        for of_rank in plan.ranks
+        for micro_batch in of_rank
+        if micro_batch.recompute == "block" and micro_batch.pieces
+    ]
+    if not any(fraction for fraction, _ in moved):
+        return None
+    fractions = [fraction for fraction, _ in moved]
+    mean = sum(fraction * tokens for fraction, tokens in moved) / plan.num_tokens
+    return (
+        f"offloaded: the products of {mean:.0%} of all tokens; of {min(fractions):.0%} to {max(fractions):.0%} of those of "
+        f"each of {len(moved):,} micro-batches"
+    )
+
+
 def headline(plan: BatchPlan) -> str:
     """What is in the batch and how it was cut."""
     rings = ", ".join(_rings(plan.ring_sizes()))

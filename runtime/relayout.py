@@ -146,7 +146,7 @@ class Relayout:
             "layout moved",
             text,
             before=fields_of(before),
-            after=fields_of(move.layout),
+            layout=fields_of(move.layout),
             seconds=seconds,
             bytes_moved=moved.total_bytes,
         )

@@ -15,6 +15,7 @@ from evermesh.checkpoint.errors import CheckpointNotFound
 from evermesh.checkpoint.relayout import Moved
 from evermesh.checkpoint.stores.places import Place
 from evermesh.parallelism.batch_plan import BatchPlan
+from evermesh.parallelism.layout.explain import fields_of
 from evermesh.parallelism.planner import HybridPlanner, Planner
 from evermesh.runtime import process_group
 from evermesh.runtime.adopting import adopt_checkpoint
@@ -164,7 +165,8 @@ class Trainer:
         """Train to ``stop_at``, to the end of the run, or until asked to stop; then save. Collective."""
         last = min(self.config.steps, self.config.stop_at or self.config.steps)
         reason: Reason = "finished" if last == self.config.steps else "stop_at"
-        self._log("started", f"step {self.progress.step} of {self.config.steps}, {self.workers} workers")
+        text = f"step {self.progress.step} of {self.config.steps}, {self.workers} workers"
+        self._log("started", text, layout=fields_of(self.config.layout))
         if (memory := self.engine.memory) is not None:
             self._log("memory", f"{memory}", **dataclasses.asdict(memory))
         if self.progress.step >= last:

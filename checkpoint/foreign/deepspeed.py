@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import JsonValue
 
-from evermesh.checkpoint.errors import ForeignUnusable
+from evermesh.checkpoint.errors import DAMAGE, ForeignUnusable
 from evermesh.checkpoint.foreign.deepspeed_files import find_files
 from evermesh.checkpoint.foreign.deepspeed_grid import Grid
 from evermesh.checkpoint.foreign.deepspeed_model import AGAIN, PARAMETER, SCALER, read
@@ -34,7 +34,7 @@ def open_deepspeed(path: Path) -> Source:
         values = Values(path)
         shards = [[read(file)["optimizer_state_dict"] for file in of_rank] for of_rank in files.optimizers]
         return _Reader(Grid(path, files, values), shards).source()
-    except (AttributeError, LookupError, TypeError, ValueError) as error:
+    except DAMAGE as error:
         if isinstance(error, ForeignUnusable):
             raise
         fact = f"its files are not as DeepSpeed writes them ({type(error).__name__}: {str(error)[:100]})"

@@ -14,7 +14,7 @@ from typing import Any
 
 from pydantic import JsonValue
 
-from evermesh.checkpoint.errors import ForeignUnusable
+from evermesh.checkpoint.errors import DAMAGE, ForeignUnusable
 from evermesh.checkpoint.foreign.deepspeed_files import find_files
 from evermesh.checkpoint.foreign.deepspeed_grid import Grid
 from evermesh.checkpoint.foreign.deepspeed_model import (
@@ -44,7 +44,7 @@ def open_universal(path: Path) -> Source:
     files = find_files(path, universal=True)
     try:
         return _source(path, Grid(path, files, Values(path)), has_layers=bool(files.layers))
-    except (AttributeError, LookupError, TypeError, ValueError) as error:
+    except DAMAGE as error:
         if isinstance(error, ForeignUnusable):
             raise
         fact = f"its files are not as DeepSpeed converts them ({type(error).__name__}: {str(error)[:100]})"

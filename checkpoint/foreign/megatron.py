@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from evermesh.checkpoint.errors import ForeignUnusable
+from evermesh.checkpoint.errors import DAMAGE, ForeignUnusable
 from evermesh.checkpoint.foreign.fragments import whole
 from evermesh.checkpoint.foreign.pickle_machine import Class
 from evermesh.checkpoint.foreign.torch_distributed import open_torch_distributed
@@ -66,5 +66,5 @@ def _backend(file: Path) -> Any:
         return json.loads(file.read_bytes())["sharded_backend"]
     except FileNotFoundError as error:
         raise ForeignUnusable(file.parent, f"it has no {COMPLETE}, which is written last", _AGAIN) from error
-    except (LookupError, OSError, RecursionError, TypeError, ValueError) as error:
+    except (OSError, *DAMAGE) as error:
         raise ForeignUnusable(file, f"it names no backend ({type(error).__name__})", _AGAIN) from error

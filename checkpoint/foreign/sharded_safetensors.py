@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from evermesh.checkpoint.errors import ForeignUnusable
+from evermesh.checkpoint.errors import DAMAGE, ForeignUnusable
 from evermesh.checkpoint.format import Extent, StoredTensor
 from evermesh.checkpoint.regions import Box
 from evermesh.checkpoint.safetensors_files import FileTensor, read_notes
@@ -32,7 +32,7 @@ def open_sharded_safetensors(path: Path) -> Source:
                 if any(type(offset) is not int for offset in offsets):
                     raise TypeError(f"offsets {offsets}")
                 chunks.setdefault(name, []).append((tensor, Box(tuple(offsets), tensor.shape)))
-        except (LookupError, RecursionError, TypeError, ValueError) as error:
+        except DAMAGE as error:
             fact = f"it does not say where its tensors belong ({type(error).__name__}: {str(error)[:100]})"
             raise ForeignUnusable(file, fact, _AGAIN) from error
     tensors = {name: _assembled(path, name, of_tensor) for name, of_tensor in chunks.items()}
@@ -48,6 +48,6 @@ def _assembled(path: Path, name: str, chunks: list[tuple[FileTensor, Box]]) -> S
     try:
         stored = StoredTensor(dtypes[0], tuple(map(max, zip(*ends, strict=True))), extents)
         stored.check_cover(name)
-    except ValueError as error:
+    except DAMAGE as error:
         raise ForeignUnusable(path, f"its files do not fit together: {error}", _AGAIN) from error
     return stored

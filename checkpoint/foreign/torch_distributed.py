@@ -15,7 +15,7 @@ from pydantic import JsonValue
 
 from evermesh.checkpoint.cutting import regions_of_interval
 from evermesh.checkpoint.dtypes import DTYPES
-from evermesh.checkpoint.errors import ForeignUnusable, ShardMapInvalid
+from evermesh.checkpoint.errors import DAMAGE, ForeignUnusable, ShardMapInvalid
 from evermesh.checkpoint.foreign.fragments import whole
 from evermesh.checkpoint.foreign.pickle_machine import MOST_PICKLE_BYTES, Class, Constant, Maker, PickleRefused
 from evermesh.checkpoint.foreign.pickle_machine import Record as Made
@@ -79,13 +79,17 @@ def open_torch_distributed(path: Path) -> Source:
     """
     try:
         read = _Index(path)
-    except (AttributeError, LookupError, TypeError, ValueError) as error:
+    except DAMAGE as error:
         if isinstance(error, ForeignUnusable):
             raise
         fact = f"it is not as torch writes it ({type(error).__name__}: {str(error)[:200]})"
         raise ForeignUnusable(path / METADATA, fact, _AGAIN) from error
     values, tensors = Values(path), read.tensors
     files = plain_files(path, tensors)
+    for place in read.places.values():
+        if place.chunk.start + place.chunk.num_bytes > files[place.chunk.file].num_bytes:
+            fact = f"it ends at byte {files[place.chunk.file].num_bytes:,}, in the middle of a chunk"
+            raise ForeignUnusable(path / place.chunk.file, fact, _AGAIN)
     found: dict[str, JsonValue] = {}
     for name, chunk in read.objects:
         place = Part(inside(path, chunk.file), chunk.start, chunk.num_bytes)
@@ -149,6 +153,8 @@ class _Index:
     ) -> StoredTensor:
         extents, dtype, size = [], entry.get("properties").state[0], tuple(entry.get("size"))
         for box, chunk in parts:
+            if box.num_elements * DTYPES[dtype].num_bytes > chunk.num_bytes:
+                raise ShardMapInvalid(f"{name} {box} of {dtype} is said to be in {chunk.num_bytes:,} bytes")
             position = chunk.start
             for region in (box,) if flattened is None else _flat_regions(box, size, flattened):
                 extents.append(Extent(chunk.file, position, region, 0, region.num_elements))

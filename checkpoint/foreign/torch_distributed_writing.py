@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.metadata import (
 from evermesh.checkpoint.contents import Content, Stream, Tell, shard, whole
 from evermesh.checkpoint.foreign.torch_distributed import METADATA
 from evermesh.checkpoint.foreign.torch_writing import TorchFile, contents_of
-from evermesh.checkpoint.foreign.training import BUFFER_NAMES, CLIENT, GROUPS, MODEL, STATE, Training
+from evermesh.checkpoint.foreign.training import AS_THEY_ARE, BUFFER_NAMES, CLIENT, GROUPS, MODEL, STATE, Training
 from evermesh.checkpoint.regions import Box
 
 _VERSION = "1.0.0"
@@ -86,6 +86,8 @@ def _objects(training: Training) -> Iterator[tuple[str, Any]]:
     yield from training.objects.items()
     if training.source.step is not None:
         yield "step", training.source.step
+    if not training.parameters:
+        yield AS_THEY_ARE, True
     if training.buffers:
         yield BUFFER_NAMES, list(training.buffers)
     for index, group in enumerate(training.groups):

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from evermesh.checkpoint.dtypes import DTYPES
-from evermesh.checkpoint.errors import ForeignUnusable
+from evermesh.checkpoint.errors import DAMAGE, ForeignUnusable
 from evermesh.checkpoint.foreign.pickle_machine import MOST_PICKLE_BYTES, Class, Constant, Maker, PickleRefused
 from evermesh.checkpoint.foreign.pickles import read_pickle
 
@@ -151,7 +151,7 @@ class _Archive:
         try:
             self.zip = zipfile.ZipFile(io.BufferedReader(self.view))
             names = self.zip.namelist()
-        except (zipfile.BadZipFile, EOFError, LookupError, NotImplementedError, ValueError, struct.error) as error:
+        except (zipfile.BadZipFile, EOFError, NotImplementedError, struct.error, *DAMAGE) as error:
             raise self.unusable(
                 f"it is no file of torch.save since 1.6, or damaged ({str(error)[:100] or type(error).__name__})"
             ) from error

@@ -26,6 +26,8 @@ MODEL, STATE, GROUPS = "model.", "optimizer.state.", "optimizer.param_groups."
 """How torch.distributed is used by convention: ``get_state_dict(model, optimizer)`` under these names."""
 BUFFER_NAMES = "buffer_names"
 """An object that tells buffers from weights where both are called alike."""
+AS_THEY_ARE = "names_as_they_are"
+"""An object of a checkpoint that we have written for torch.distributed: names do not follow the convention."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +113,9 @@ def training_of(source: Source, groups: Sequence[Mapping[str, Any]] | None = Non
 
 def in_our_names(source: Source) -> Source:
     """``source`` under the names above, if its format has others by convention; else as it is."""
+    if source.kind == "torch-distributed" and AS_THEY_ARE in source.objects:
+        objects = {key: value for key, value in source.objects.items() if key not in (AS_THEY_ARE, "step")}
+        return replace(source, objects=objects, step=_step(source.objects.get("step")))
     if source.kind == "torch-distributed" and any(name.startswith(MODEL) for name in source.tensors):
         return _of_torch_distributed(source)
     if source.kind == "deepspeed":
@@ -154,13 +159,12 @@ def _of_torch_distributed(source: Source) -> Source:
         weight, _, kind = name.removeprefix(STATE).rpartition(".")
         numbers.setdefault(weight, {})[kind] = objects.pop(name)
     groups: list[JsonValue] = list(_torch_groups(source, objects, numbers))
-    step = objects.pop("step", None)
-    return replace(
-        source,
-        tensors=tensors,
-        objects={**objects, "groups": groups} if groups else objects,
-        step=step if isinstance(step, int) else source.step,
-    )
+    step = _step(objects.pop("step", None))
+    return replace(source, tensors=tensors, objects={**objects, "groups": groups} if groups else objects, step=step)
+
+
+def _step(found: JsonValue) -> int | None:
+    return found if isinstance(found, int) else None
 
 
 def _scalars(source: Source, names: Sequence[str]) -> dict[str, Any]:

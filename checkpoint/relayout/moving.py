@@ -99,15 +99,15 @@ def relayout(
     return Moved(plan.sent_bytes, plan.received_bytes, copied)
 
 
-def move_part(source: Holding, target: Holding, carrier: Carrier) -> None:
+def move_part(source: Holding, target: Holding, carrier: Carrier, release: Callable[[str], object]) -> None:
     """``relayout`` of what ``source`` holds, which may be a part of the tensors only; the rest of the target stays as it is.
 
-    Collective. Both are known to fit: nothing is checked. Entries of ``source.tensors`` are removed.
+    Collective. Both are known to fit: nothing is checked.
     """
     communicator = carrier.communicator
     room_bytes = carrier.most_staged_bytes // _IN_FLIGHT
     plan = make_plan(source.shard_map, target.shard_map, communicator.rank, communicator.nodes, room_bytes)
-    _Move(source, target, carrier, plan, source.tensors.pop).run()
+    _Move(source, target, carrier, plan, release).run()
 
 
 class _Move:

@@ -105,7 +105,7 @@ def _hdp(source: Path | None, hdp: int | None, workers: int | None, share_a_mode
 
 
 def _print(case: "Case", why: int | None, convention: Literal["causal", "full"]) -> None:
-    from evermesh.launcher.plan_picture import certificate_line, headline, plan_text
+    from evermesh.launcher.plan_picture import certificate_line, headline, offload_line, plan_text
     from evermesh.parallelism.planner.why import why_this_ring
 
     console = Console()
@@ -121,6 +121,8 @@ def _print(case: "Case", why: int | None, convention: Literal["causal", "full"])
         console.print(plan_text(case.plan, case.timeline(), width=console.width), soft_wrap=True)
     name = case.plan.planner
     say(("" if name == "hybrid" else f"{name}: ") + certificate_line(case.plan))
+    if (moved := offload_line(case.plan)) is not None:
+        say(moved)
     if case.shape is not None:
         flops = case.shape.training_flops(case.plan.lengths, convention)
         say(f"{flops / 1e15:.4g} PFLOP in the {convention} convention; all times are planned, not measured")

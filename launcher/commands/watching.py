@@ -151,8 +151,8 @@ def relayout(
 ) -> None:
     """Have a running job go on with another layout: behind its step its state moves through memory, nothing restarts.
 
-    Without hdp among the changes, HDP ranks are what the other degrees leave. An attempt that begins anew, after a failure
-    or a resume, has the layout of the job file again.
+    Without hdp among the changes, HDP ranks are what the other degrees leave. After a failure the job goes on with the layout
+    in which its newest checkpoint was written, after a resume with that of its job file.
     """
     from evermesh.launcher.finding import find_run
     from evermesh.launcher.relayout import change_layout, read_changes

@@ -278,7 +278,7 @@ class Controller:
         if self.life is None or self.state != "starting":
             return
         self.life.is_started = True
-        work = training_work(self.run, self.config)
+        work = training_work(self.run, self.config, self.record.started_s)
         for number, name in enumerate(self.life.nodes):
             place = self.life.place(number)
             self.nodes[name].send(Start(generation=self.generation, place=place, store=store, work=work))

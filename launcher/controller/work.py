@@ -7,22 +7,43 @@ from pathlib import Path
 from typing import Any
 
 from evermesh import checkpoint
+from evermesh.fault.events import read_events
 from evermesh.launcher.config import JobConfig
 from evermesh.launcher.messages import TrainingWork
 from evermesh.launcher.run_directory import Run
+from evermesh.parallelism.layout import Layout
 from evermesh.runtime.telemetry import StepReport
 
 ENTRY = "evermesh.launcher.agent.training:train"
 
 
-def training_work(run: Run, config: JobConfig) -> TrainingWork:
-    """Train on from the newest checkpoint, or from the beginning where there is none."""
+def training_work(run: Run, config: JobConfig, since_s: float) -> TrainingWork:
+    """Train on from the newest checkpoint, or from the beginning where there is none.
+
+    ``since_s`` is when the job was launched, or resumed, with ``config``.
+    """
+    train = config.train.model_copy(update={"layout": layout_of_newest(run, config.train.layout, since_s)})
     arguments = {
-        "config": config.train.model_dump(mode="json"),
+        "config": train.model_dump(mode="json"),
         "directory": str(run.directory.absolute()),
         "resume": newest_step(run) is not None,
     }
     return TrainingWork(entry=ENTRY, arguments=arguments, logs=str(run.logs.absolute()))
+
+
+def layout_of_newest(run: Run, given: Layout, since_s: float) -> Layout:
+    """The layout in which the newest checkpoint was written; ``given`` where none was since then.
+
+    So a job that has moved goes on where it was, unless it failed before the new layout has proved itself.
+    """
+    newest = newest_step(run) or 0
+    events = read_events(run.events) if run.events.is_file() else []
+    told = [
+        event.fields["layout"]
+        for event in events
+        if event.kind in ("started", "layout moved") and event.time_s >= since_s and (event.step or 0) < newest
+    ]
+    return Layout.model_validate(told[-1]) if told else given
 
 
 def newest_step(run: Run) -> int | None:

@@ -31,7 +31,7 @@ def why_this_ring(plan: BatchPlan, sequence: int, layout: Layout, cost: CostMode
     if not 0 <= sequence < len(plan.lengths):
         raise LayoutDoesNotFit(f"there is no sequence {sequence}; the batch has 0 to {len(plan.lengths) - 1}.")
     length, (rank, micro_batch, piece) = plan.lengths[sequence], _holder(plan, sequence)
-    smallest, own = -(-length // layout.capacity), _choice(piece, length, cost, pool, micro_batch.recompute == "block")
+    smallest, own = -(-length // layout.capacity), _choice(piece, length, cost, pool, micro_batch)
     step_s = plan.certificate.makespan_s
     lines = [
         f"sequence {sequence} has {length:,} tokens; ranks hold {layout.capacity:,} at a time, so it needs at least "
@@ -66,15 +66,23 @@ def _holder(plan: BatchPlan, sequence: int) -> tuple[int, MicroBatch, Piece]:
     raise LayoutDoesNotFit(f"the plan leaves sequence {sequence} out.")
 
 
-def _choice(piece: Piece, length: int, cost: CostModel, pool: Pool, recomputed: bool) -> _Choice:
+def _choice(piece: Piece, length: int, cost: CostModel, pool: Pool, micro_batch: MicroBatch) -> _Choice:
     sharing = Sharing(len(piece.ring), piece.heads, piece.gathers, pool.crosses_nodes(piece.ring))
-    return _Choice(len(piece.ring), cost.shared_s(length, sharing, recomputed=recomputed))
+    recomputed = micro_batch.recompute == "block"
+    seconds = cost.shared_s(length, sharing, recomputed=recomputed)
+    if recomputed:  # as if it hid its copies behind its own work alone
+        seconds += cost.offload_s(cost.work(length, sharing), micro_batch.offload)
+    return _Choice(len(piece.ring), seconds)
 
 
 def _other(ring: int, length: int, own: _Choice, step_s: float, layout: Layout, cost: CostModel, pool: Pool) -> str:
     keep = layout.capacity if layout.recompute == "none" else layout.keep_capacity or 0
     sharing = Sharing(ring, crosses_nodes=ring > pool.largest_node)
-    other = _Choice(ring, cost.shared_s(length, sharing, recomputed=-(-length // ring) > keep))
+    recomputed, work = -(-length // ring) > keep, cost.work(length, sharing)
+    seconds = cost.shared_s(length, sharing, recomputed=recomputed)
+    if recomputed:
+        seconds += cost.offload_s(work, cost.best_offload(work) if layout.offload == "auto" else layout.offload)
+    other = _Choice(ring, seconds)
     if other.seconds > step_s:
         verdict = f"longer than the step by {other.seconds / step_s - 1.0:.1%}"
     else:

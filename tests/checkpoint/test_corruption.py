@@ -125,7 +125,7 @@ def test_the_error_names_file_chunk_bytes_and_tensors_of_the_damage_and_spares_t
     values = torch.arange(size, dtype=torch.int32)
     path = save(tmp_path, 1, whole, dict.fromkeys(names, values), {})
     extent = open_checkpoint(path).tensors["b"].extents[0]
-    _flip(path / DATA, extent.offset + (2 << 20), 3)
+    _flip(tmp_path / path.name / DATA, extent.offset + (2 << 20), 3)
     got = torch.zeros_like(values)
     with pytest.raises(
         CheckpointCorrupt,

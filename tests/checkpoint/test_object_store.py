@@ -14,6 +14,7 @@ from evermesh.checkpoint import (
     CheckpointCorrupt,
     CheckpointNotFound,
     CheckpointNotSaved,
+    ParityUnusable,
     Retention,
     Shard,
     ShardMap,
@@ -221,3 +222,42 @@ def test_a_path_that_was_a_url_is_refused_before_a_folder_of_that_name_is_made()
         checkpoint.latest(Path("s3://bucket/run"))
     assert place_of("file:///a/b") == Path("/a/b")
     assert place_of("relative/folder") == Path("relative/folder")
+
+
+def test_parity_and_repair_are_refused_with_the_reason(store: TestStore) -> None:
+    place = store.place()
+    with pytest.raises(ParityUnusable, match="keeps every object in several places itself"):
+        save_step(place, 1, parity=2)
+    assert objects_of(place).sizes(place) == {}
+    with pytest.raises(ParityUnusable, match="the store keeps every object in several places itself"):
+        checkpoint.repair(save_step(place, 1))
+
+
+def test_a_checkpoint_with_parity_that_was_copied_there_is_read_and_is_complete_with_all_its_files(
+    store: TestStore, tmp_path: Path
+) -> None:
+    here, there = save_step(tmp_path, 3, parity=2), store.place() / "step-00000003"
+    for file in here.iterdir():
+        objects_of(there).put(there / file.name, file.read_bytes())
+    load_and_compare(there, 3, 2)
+    assert checkpoint.verify(there).ok
+    assert checkpoint.latest(there.parent) == there
+    objects_of(there).delete([there / "parity-00000-00.xor"])
+    problems = checkpoint.verify(there).problems
+    assert [(problem.kind, problem.repairable) for problem in problems] == [("missing file", False)]
+    assert checkpoint.latest(there.parent) is None
+
+
+def test_an_index_that_is_damaged_or_gone_is_told(store: TestStore) -> None:
+    place = store.place()
+    path = save_step(place, 1)
+    file = folder_of(path) / "rank-00000.index"
+    assert isinstance(file, ObjectPath)
+    whole = objects_of(place).read(file)
+    objects_of(place).put(file, whole[:-2] + b" }")
+    assert [problem.kind for problem in checkpoint.verify(path).problems] == ["index"]
+    with pytest.raises(CheckpointCorrupt, match=f"{file}: the index is not what was saved"):
+        load_and_compare(path, 1, 1)
+    objects_of(place).delete([file])
+    assert [problem.kind for problem in checkpoint.verify(path).problems] == ["missing file"]
+    assert checkpoint.latest(place) is None

@@ -155,7 +155,7 @@ def test_what_cannot_be_made_again_is_left_as_it_is(path: Path) -> None:
 def test_without_parity_nothing_is_repairable(tmp_path: Path) -> None:
     held = held_by(0, 1, logical_state(1))
     path = save(tmp_path, 1, shard_map(1), held, {})
-    (path / "rank-00000.index").unlink()
+    (tmp_path / path.name / "rank-00000.index").unlink()
     assert not verify(path).repairable
     assert repair(path).repaired == ()
     with pytest.raises(ParityUnusable, match="parity is 0, but a stripe has at least one rank"):
@@ -163,7 +163,8 @@ def test_without_parity_nothing_is_repairable(tmp_path: Path) -> None:
 
 
 def test_a_stripe_of_one_rank_is_a_second_copy(tmp_path: Path) -> None:
-    path = save(tmp_path, 1, shard_map(1), held_by(0, 1, logical_state(1)), {}, parity=4)
+    save(tmp_path, 1, shard_map(1), held_by(0, 1, logical_state(1)), {}, parity=4)
+    path = tmp_path / "step-00000001"
     files = _files(path)
     for file in path.glob("rank-*"):
         file.unlink()

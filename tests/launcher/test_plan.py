@@ -1,12 +1,14 @@
 """``evermesh plan`` for clusters that are not there: coefficients from a file, peers, reasons, what it writes and refuses."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner, Result
 
 from evermesh.launcher.commands.app import app
+from evermesh.launcher.plan_picture import offload_line
 from evermesh.parallelism import BatchPlan, CostModel, Layout, Pool, plan_batch, verify_plan
 from evermesh.parallelism.errors import EvermeshError
 from evermesh.parallelism.planner.restated import RESTATED
@@ -70,6 +72,22 @@ def test_it_says_why_a_sequence_got_its_ranks(files: tuple[str | Path, ...]) -> 
     assert "It is whole on rank" in plan(*files, *CLUSTER, "--why", str(whole)).stdout
     with pytest.raises(EvermeshError, match="there is no sequence 65; the batch has 0 to 64"):
         raise plan(*files, *CLUSTER, "--why", "65").exception or AssertionError
+
+
+def test_it_says_what_is_offloaded() -> None:
+    cost = CostModel(
+        **COST, recompute_token_s=3e-6, offload_saves_token_s=3e-6, host_token_s=1e-6, host_products_token_s=6e-6
+    )
+    layout = Layout(hdp=4, capacity=32_768, activations="offload", offload="auto")
+    line = offload_line(plan_batch(LENGTHS, layout, cost))
+    assert line is not None
+    found = re.fullmatch(
+        r"offloaded: the products of (\d+)% of all tokens; of (\d+)% to (\d+)% of those of each of .*", line
+    )
+    assert found is not None
+    mean, least, most = map(int, found.groups())
+    assert 30 < least < mean < most <= 100
+    assert offload_line(plan_batch(LENGTHS, Layout(hdp=4, capacity=32_768), cost)) is None
 
 
 @pytest.mark.parametrize(

@@ -208,6 +208,23 @@ def test_a_device_that_becomes_slower_is_followed() -> None:
     assert calibration.model.pair_s == pytest.approx(1.5 * TRUE.pair_s, rel=0.1)
 
 
+def test_what_offloading_saves_keeps_its_ratio_and_what_copies_add_is_taken_off() -> None:
+    """Times of a machine that computes half as fast; copies hide there as they do in the model in use."""
+    layout = LAYOUT.model_copy(update={"activations": "offload", "offload": "auto"})
+    offloading = {"recompute_token_s": 6e-7, "offload_saves_token_s": 4.5e-7, "host_products_token_s": 1e-6}
+    cost = TRUE.model_copy(update=offloading)
+    plan = plan_batch(_batch(np.random.default_rng(5)), layout, cost, pool=POOL)
+    own = [micro_batch_s(mb, plan.lengths, cost, POOL) for of_rank in plan.ranks for mb in of_rank]
+    assert len({mb.offload for of_rank in plan.ranks for mb in of_rank}) > 3
+    found = observations(plan, own, layout, cost, pool=POOL, most=10_000)
+    assert predicted_s(cost, found) == pytest.approx([one.seconds for one in found], rel=1e-9)
+    fitted = fit([one._replace(seconds=2.0 * one.seconds) for one in found], cost).model
+    assert fitted.token_s > 1.3 * cost.token_s
+    ratio = fitted.offload_saves_token_s / fitted.recompute_token_s
+    assert ratio == pytest.approx(cost.offload_saves_token_s / cost.recompute_token_s)
+    assert fitted.host_products_token_s == cost.host_products_token_s
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_what_data_cannot_tell_is_never_wild(seed: int) -> None:
     """Equal micro-batches, or a few kinds: only sums of coefficients can be known."""

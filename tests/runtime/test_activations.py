@@ -173,16 +173,25 @@ EXPERTS = {"experts": 4, "ffn": 16, "shared_ffn": 16, "shared_gate": True, "firs
 SIZES = {"hidden": 32, "layers": 4, "heads": 4, "kv_heads": 2, "ffn": 48, "initial_std": 0.2}
 
 
+CHOOSING = COST.model_copy(
+    update={"recompute_token_s": 3e-6, "offload_saves_token_s": 3e-6, "host_products_token_s": 2e-5}
+)
+"""Copies of a few documents' products hide, those of others do not."""
+
+
 def _cases(*choices: tuple[dict[str, Any], dict[str, Any]]) -> list[Case]:
     cases = []
     for model, values in choices:
         layout = Layout.model_validate({"activations": "offload", "capacity": 60} | values)
-        cases.append(Case(plan_batch(ODD, layout, COST), "float64", ModelConfig.model_validate(SIZES | model), layout))
+        cases.append(
+            Case(plan_batch(ODD, layout, CHOOSING), "float64", ModelConfig.model_validate(SIZES | model), layout)
+        )
     return cases
 
 
 FOUR_RANKS = _cases(
     ({}, {"hdp": 4, "offload": 0.5}),
+    ({}, {"hdp": 4, "offload": "auto"}),
     ({"sliding_window": 20}, {"hdp": 2, "tp": 2, "offload": 0.4}),
     ({"qkv_bias": True}, {"pp": 2, "hdp": 2, "schedule": "zero-bubble", "offload": 0.3}),
     (
@@ -194,6 +203,14 @@ FOUR_RANKS = _cases(
 
 def test_gradients_on_four_ranks_equal_one_process_without_parallelism() -> None:
     assert max(size for case in FOUR_RANKS for size in case.plan.ring_sizes()) > 1
+    chosen = {
+        mb.offload
+        for case in FOUR_RANKS
+        if case.layout.offload == "auto"
+        for of_rank in case.plan.ranks
+        for mb in of_rank
+    }
+    assert len(chosen) > 2
     assert max(worst_errors(FOUR_RANKS)) <= 1e-9
 
 
@@ -227,6 +244,7 @@ def test_offloading_on_the_wide_matrix(model: dict[str, Any], fraction: float, p
     ("values", "text"),
     [
         ({"offload": 0.5}, "layout.offload is 0.5, but no block offloads: layout.activations is keep. Set"),
+        ({"offload": "auto"}, "layout.offload is auto, but no block offloads: layout.activations is keep. Set"),
         ({"offload": 0.5, "activations": ["keep", "recompute"]}, "but no block offloads"),
     ],
 )

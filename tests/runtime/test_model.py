@@ -5,8 +5,9 @@ import torch
 from torch import Tensor
 
 from evermesh.parallelism import CostModel, Layout
+from evermesh.parallelism.cost import Sharing
 from evermesh.runtime.config import TrainConfig
-from evermesh.runtime.cost import nominal_cost, pool_of
+from evermesh.runtime.cost import cost_of_shape, nominal_cost, pool_of
 from evermesh.runtime.memory.policy import recompute_activations
 from evermesh.runtime.model.config import ModelConfig
 from evermesh.runtime.model.decoder import Decoder, keep_activations
@@ -120,6 +121,21 @@ def test_the_nominal_cost_of_an_hdp_rank_is_shared_by_its_devices() -> None:
     assert one.pair_s == 2 * two.pair_s
     assert one.ring_token_s == 2 * two.ring_token_s
     assert one.micro_batch_s == two.micro_batch_s
+
+
+def test_nominal_copies_hide_on_a_gpu_and_are_work_on_a_cpu() -> None:
+    shape, layout = CONFIG.shape(50), Layout(activations="offload", offload="auto")
+    on_gpu, on_cpu = (cost_of_shape(shape, layout, threads, 4) for threads in (None, 2))
+    assert on_gpu.host_token_s > 0
+    assert on_gpu.host_products_token_s > 0
+    assert on_gpu.offload_saves_token_s == on_gpu.recompute_token_s > 0
+    assert on_cpu.host_token_s == on_cpu.host_products_token_s == 0.0
+    # nothing hides: all products are moved where that is less work than computing them, or none
+    work = on_cpu.work(100, Sharing())
+    assert on_cpu.best_offload(work) == float(on_cpu.offload_saves_token_s > 0)
+    whole = cost_of_shape(shape, Layout(activations="recompute"), None, 4)
+    assert not whole.offloads
+    assert 0 < on_gpu.recompute_token_s < whole.recompute_token_s
 
 
 def test_nodes_count_for_the_planner_where_networks_cost_more() -> None:

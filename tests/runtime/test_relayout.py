@@ -226,10 +226,10 @@ def test_a_run_that_is_advised_to_moves_by_itself(odd_corpus: Path, tmp_path: Pa
     assert all(len(one.maps) == 2 for one in ended)
     (moved,) = _events(tmp_path, "layout moved")
     assert "tp" in moved.fields["before"]  # type: ignore[operator]
-    assert "tp" not in moved.fields["after"]  # type: ignore[operator]
+    assert "tp" not in moved.fields["layout"]  # type: ignore[operator]
     assert "instead of" in moved.text
     (advice,) = _events(tmp_path, "layout advice")
-    assert advice.fields["layout"] == moved.fields["after"]
+    assert advice.fields["layout"] == moved.fields["layout"]
 
 
 def _calibrated(rank: int, workers: int, config: TrainConfig) -> list[tuple[dict[str, Any], dict[str, Any]]]:

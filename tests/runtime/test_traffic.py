@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from evermesh.parallelism import BatchPlan, ByteLedger, CollectiveRecord, Traffic
+from evermesh.parallelism import BatchPlan, ByteLedger, CollectiveRecord, CostModel, Traffic
 from evermesh.parallelism.experts import Placement
 from evermesh.parallelism.traffic import Choices, TrainedModel
 from evermesh.runtime import StepReport, TrainConfig
@@ -129,6 +129,26 @@ def test_the_ledger_of_every_step_equals_the_formula(
     for report in reports:
         assert {part.tier for part in report.traffic} == tiers
         assert StepReport.from_json(report.to_json()) == report
+
+
+def test_fractions_that_the_planner_chooses_change_no_loss_and_move_what_the_formula_says(corpus: Path) -> None:
+    """The plan of every step has fractions of its own; the oracle is one process that keeps everything."""
+    cost = CostModel(
+        token_s=1e-5,
+        pair_s=2e-7,
+        recompute_token_s=3e-6,
+        offload_saves_token_s=3e-6,
+        host_token_s=1e-6,
+        host_products_token_s=1.5e-5,
+    )
+    config = _config(corpus, "float64", hdp=3, activations="offload", offload="auto")
+    steps = list(_checked(config.model_copy(update={"cost": cost})))
+    alone = [report.loss for _, report in _checked(_config(corpus, "float64", hdp=1))]
+    assert [report.loss for _, report in steps] == pytest.approx(alone, rel=1e-9)
+    for plan, report in steps:
+        chosen = {micro_batch.offload for of_rank in plan.ranks for micro_batch in of_rank}
+        assert len(chosen) > 2
+        assert report.offloaded_bytes > 0
 
 
 @pytest.mark.parametrize(

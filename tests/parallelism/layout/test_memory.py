@@ -120,8 +120,7 @@ def test_no_order_has_more_in_flight_than_the_formula_says(name: ScheduleName, v
 )
 @pytest.mark.parametrize("model", [MODEL, MOE], ids=["dense", "experts"])
 def test_sets_are_those_that_the_runtime_makes(layout: dict[str, object], model: ModelConfig) -> None:
-    from evermesh.parallelism.mesh import Mesh
-    from evermesh.runtime.model.building import _held
+    from evermesh.runtime.model.building import held_sets
     from evermesh.runtime.model.stages import nominal_costs, stage_parts
     from tests.runtime.parity import train_config
 
@@ -131,7 +130,7 @@ def test_sets_are_those_that_the_runtime_makes(layout: dict[str, object], model:
     config = train_config("float32", model, degrees)
     parts = stage_parts(model, degrees, nominal_costs(model, VOCABULARY))
     for pp in range(degrees.pp):
-        held = _held(config, VOCABULARY, Mesh.of(degrees), parts, pp)
+        held = held_sets(config, VOCABULARY, parts, pp)
         ours = rank_sets(model.shape(VOCABULARY), degrees, pp)
         assert sorted(sizes.padded for sizes in ours) == sorted(one.layout.padded for one in held)
 

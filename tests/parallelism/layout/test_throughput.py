@@ -212,6 +212,32 @@ def test_parts_of_a_step_add_up_and_none_is_negative() -> None:
         assert min(step.parts.values()) >= 0
 
 
+@pytest.mark.parametrize("offload", ["auto", 0.0, 0.5, 1.0])
+def test_a_step_that_offloads_is_that_of_its_plan_and_auto_is_never_slower(offload: float | str) -> None:
+    """The formula takes all micro-batches as one, so it is never above the plan; its parts add up."""
+    fields = {"hdp": 16, "capacity": 16_384, "activations": "offload"}
+    layout = Layout.model_validate(fields | {"offload": offload})
+    setup, batch = _setup(layout, 2), Batch(LENGTHS)
+    found, planned_step = estimate(setup, [batch]), planned(setup, [batch])
+    assert sum(found.parts.values()) == found.total
+    assert min(found.parts.values()) >= 0
+    assert setup.least([batch], layout.capacity) <= found.total * (1 + 1e-12) <= planned_step.total * 1.02
+    plan = plan_batch(LENGTHS, layout, setup.rates.cost_model(), pool=Pool.of(layout.hdp, 8))
+    assert planned_step.total >= plan.certificate.makespan_s
+    chosen = _setup(Layout.model_validate(fields | {"offload": "auto"}), 2)
+    assert estimate(chosen, [batch]).total <= found.total * (1 + 1e-12)
+    assert planned(chosen, [batch]).total <= planned_step.total
+
+
+def test_rates_of_a_block_that_offloads_are_those_of_its_matrices_and_bytes() -> None:
+    """Of LLaMA 3 8B on an H100, by hand: what is computed again at a fraction of 0 is what a fraction of 1 saves."""
+    rates = _setup(Layout(hdp=16, activations="offload", offload="auto"), 2).rates
+    elements = 32 * 4096 * ((32 + 16) * 128 + 2 * 14_336)
+    assert rates.saved == rates.recompute == pytest.approx(2 * elements / 600e12)
+    assert rates.host == pytest.approx(32 * (3 * 4096 * 2 + 32 * 4) / 50e9)
+    assert rates.host_products == pytest.approx(32 * 2 * ((32 + 16) * 128 + 2 * 14_336) / 50e9)
+
+
 def test_a_group_across_nodes_is_as_fast_as_its_share_of_the_cards() -> None:
     device = DEVICES["h100"]
     network = Network(device.topology(4, 8))

@@ -188,7 +188,12 @@ def test_restated_planners_choose_fractions_too() -> None:
 
 def digest() -> str:
     """Of plans of all planners that choose fractions."""
-    cases = ((24, 60, {}), (24, 60, {"keep_capacity": 200}), (4, 20, {"sharding": ZERO_3}), (2, 8, {"pp": 2}))
+    cases: tuple[tuple[int, int, dict[str, Any]], ...] = (
+        (24, 60, {}),
+        (24, 60, {"keep_capacity": 200}),
+        (4, 20, {"sharding": ZERO_3}),
+        (2, 8, {"pp": 2}),
+    )
     payloads = [
         plan_batch(
             _drawn(5, number), _layout("auto", hdp=hdp, capacity=900, **form), COST, pool=Pool.of(hdp, 4)
