@@ -91,7 +91,9 @@ def _is_in_order(place: ObjectPath) -> None:
     files = folder_of(path)
     client = objects_of(place)
     expected = {"latest", "step-00000003/committed"}
-    expected |= {f"step-00000003/{files.name}/{name}" for name in ("manifest.json", "rank-00000.safetensors")}
+    expected |= {
+        f"step-00000003/{files.name}/{name}" for name in ("manifest.json", "rank-00000.index", "rank-00000.safetensors")
+    }
     assert set(client.sizes(place)) == expected
     assert isinstance(client, S3Store)
     assert not list(client.uploads(place))
