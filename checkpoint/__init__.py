@@ -14,6 +14,8 @@ if TYPE_CHECKING:
         HostMemoryShort,
         RegistryMismatch,
         ShardMapInvalid,
+        StoreRefused,
+        StoreUnusable,
     )
     from evermesh.checkpoint.loading import LoadResult, load, wanted_regions
     from evermesh.checkpoint.opening import open_checkpoint
@@ -48,6 +50,8 @@ _MODULES = {
         "HostMemoryShort",
         "RegistryMismatch",
         "ShardMapInvalid",
+        "StoreRefused",
+        "StoreUnusable",
     ),
     "loading": ("LoadResult", "load", "wanted_regions"),
     "opening": ("open_checkpoint",),
@@ -101,6 +105,8 @@ __all__ = [
     "Source",
     "StateDescription",
     "StateRegistry",
+    "StoreRefused",
+    "StoreUnusable",
     "StoredForm",
     "TensorShards",
     "VerifyReport",

@@ -56,10 +56,12 @@ def load(
     are compared, and tensors of other ranks do not count as extra. ``names`` is a table of how the tensors of the
     caller are called and cut in the checkpoint; None: by the same names. Floating values of a foreign checkpoint are
     converted to the types of the tensors; other types must be equal. Extra memory is one chunk per call, and copies of
-    tensors that are converted, on a device or not contiguous (of a foreign checkpoint 256 MiB at a time).
+    tensors that are converted, on a device or not contiguous (of a foreign checkpoint 256 MiB at a time); from an object
+    store 128 MiB more.
 
     Raises:
         CheckpointNotFound: there is no checkpoint at a path.
+        StoreUnusable: it is in an object store that does not answer, or refuses.
         ForeignUnusable: it is one of another project, and cannot be read.
         CheckpointMismatch: tensors are missing, extra (when ``strict``), or differ in dtype or shape; names all of
             them. Nothing was read.

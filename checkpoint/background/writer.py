@@ -4,7 +4,8 @@ It reads orders from standard input and answers on standard output (``orders``).
 of the step: rank 0 makes it and marks it as ready, every rank writes its files and then its record, and when all records
 are there rank 0 writes the manifest and commits. No collective is involved, so training goes on.
 
-It ends when standard input does, that is with its trainer, however that ends; only a commit that has begun is finished.
+It ends when standard input does, that is with its trainer, however that ends; only a commit that has begun is finished,
+with the removal of what it replaces.
 It loads no torch and no numpy, so that it is there within a tenth of a second.
 """
 

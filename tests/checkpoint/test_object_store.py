@@ -60,7 +60,7 @@ def test_it_has_the_bytes_of_one_in_a_directory_and_loads_into_any_topology(stor
     assert isinstance(there, ObjectPath)
     assert str(there) == f"{place}/step-00000003"
     client, files = objects_of(there), folder_of(there)
-    assert client.sizes(files) == {file.name: file.stat().st_size for file in here.iterdir()}
+    assert client.sizes(files).keys() == {file.name for file in here.iterdir()}
     for file in here.glob("*.safetensors"):
         assert client.read(files / file.name) == file.read_bytes()
     assert _manifest(client.read(files / "manifest.json")) == _manifest((here / "manifest.json").read_bytes())
