@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         ParityUnusable,
         RegistryMismatch,
         ShardMapInvalid,
+        StoreRefused,
         StoreUnusable,
     )
     from evermesh.checkpoint.loading import LoadResult, load, wanted_regions
@@ -53,6 +54,7 @@ _MODULES = {
         "ParityUnusable",
         "RegistryMismatch",
         "ShardMapInvalid",
+        "StoreRefused",
         "StoreUnusable",
     ),
     "loading": ("LoadResult", "load", "wanted_regions"),
@@ -115,6 +117,7 @@ __all__ = [
     "Source",
     "StateDescription",
     "StateRegistry",
+    "StoreRefused",
     "StoreUnusable",
     "StoredForm",
     "TensorShards",

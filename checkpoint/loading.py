@@ -59,7 +59,7 @@ def load(
     tensors of other ranks do not count as extra. ``names`` is a table of how the tensors of the caller are called and cut
     in the checkpoint; None: by the same names. Floating values of a foreign checkpoint are converted to the types of the
     tensors; other types must be equal. Extra memory is one chunk per call, and copies of tensors that are converted, on a
-    device or not contiguous (of a foreign checkpoint 256 MiB at a time).
+    device or not contiguous (of a foreign checkpoint 256 MiB at a time); from an object store 128 MiB more.
 
     Not collective, unless ``communicator`` is given, which takes tensors on the host: then all its ranks call it, with the
     ``shard_map`` of them all. Where they want parts of the same chunks, each chunk is read by one of them, if that saves
@@ -67,6 +67,7 @@ def load(
 
     Raises:
         CheckpointNotFound: there is no checkpoint at a path.
+        StoreUnusable: it is in an object store that does not answer, or refuses.
         ForeignUnusable: it is one of another project, and cannot be read.
         CheckpointMismatch: tensors are missing, extra (when ``strict``), or differ in dtype or shape; names all of
             them. Nothing was read.

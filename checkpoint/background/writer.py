@@ -5,7 +5,8 @@ of the step, which rank 0 makes and marks as ready, or in the folder of the atte
 Every rank writes its files and then its index, and when all indexes are there rank 0 writes the manifest and commits. No
 collective is involved, so training goes on.
 
-It ends when standard input does, that is with its trainer, however that ends; only a commit that has begun is finished.
+It ends when standard input does, that is with its trainer, however that ends; only a commit that has begun is finished,
+with the removal of what it replaces.
 It loads no torch and no numpy, so that it is there within a tenth of a second.
 """
 
