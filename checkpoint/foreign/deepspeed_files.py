@@ -45,7 +45,8 @@ def find_files(path: Path, *, universal: bool = False) -> Files:
     experts: dict[tuple[int, int], Path] = {}
     for file in sorted(path.iterdir()):
         if match := _MODEL.fullmatch(file.name):
-            models.setdefault(int(match[2]), {})[int(match[1] or 0)] = file
+            # where both forms are there, as in what this project writes, the first one has all weights
+            models.setdefault(int(match[2]), {}).setdefault(int(match[1] or 0), file)
         elif match := _OPTIMIZER.fullmatch(file.name):
             optimizers.setdefault(int(match[2]), {})[int(match[1])] = file
         elif match := _LAYER.fullmatch(file.name):
