@@ -1,6 +1,7 @@
 """Our own format as a source: the index of a rank is read when something that it wrote is first asked for."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from typing import overload
@@ -16,9 +17,11 @@ from evermesh.checkpoint.recovery import Recovery
 from evermesh.checkpoint.regions import Region, StoredForm
 from evermesh.checkpoint.shard_map import ShardMap
 from evermesh.checkpoint.sources import Source
-from evermesh.checkpoint.stores.places import Place
+from evermesh.checkpoint.stores.places import ObjectPath, Place
 from evermesh.checkpoint.stores.store import store_of
 from evermesh.checkpoint.write_plan import WritePlan
+
+_INDEXES_IN_FLIGHT = 8
 
 
 class Indexes:
@@ -41,6 +44,14 @@ class Indexes:
         if rank not in self._known:
             self._known[rank] = self._read(rank)
         return self._known[rank]
+
+    def of_ranks(self, ranks: Sequence[int]) -> list[RankIndex]:
+        """What ranks wrote. From an object store several are read at a time. Raises ``CheckpointCorrupt``."""
+        unknown = [rank for rank in ranks if rank not in self._known]
+        if isinstance(self.path, ObjectPath) and len(unknown) > 1:
+            with ThreadPoolExecutor(min(len(unknown), _INDEXES_IN_FLIGHT)) as pool:
+                self._known.update(zip(unknown, pool.map(self._read, unknown), strict=True))
+        return [self.of_rank(rank) for rank in ranks]
 
     def rank_of_index(self, name: str) -> int:
         """The rank whose index has this name."""
@@ -109,7 +120,7 @@ class WrittenExtents(LocatedExtents):
     def near(self, region: Region, form: StoredForm) -> tuple[Extent, ...]:
         """Those that may hold elements of ``region``, which is given in ``form``; reads the indexes of their ranks."""
         writers = sorted(set(self._indexes.plan.writers_near(self._name, region, form)))
-        return self._of_ranks(rank for rank in writers if rank < len(self._indexes.manifest.ranks))
+        return self._of_ranks([rank for rank in writers if rank < len(self._indexes.manifest.ranks)])
 
     def __len__(self) -> int:
         return len(self._all)
@@ -125,8 +136,8 @@ class WrittenExtents(LocatedExtents):
     def _all(self) -> tuple[Extent, ...]:
         return self._of_ranks(range(len(self._indexes.manifest.ranks)))
 
-    def _of_ranks(self, ranks: Iterable[int]) -> tuple[Extent, ...]:
-        return tuple(extent for rank in ranks for extent in self._indexes.of_rank(rank).extents.get(self._name, ()))
+    def _of_ranks(self, ranks: Sequence[int]) -> tuple[Extent, ...]:
+        return tuple(extent for index in self._indexes.of_ranks(ranks) for extent in index.extents.get(self._name, ()))
 
 
 class IndexedFiles(Mapping[str, StoredFile]):

@@ -5,15 +5,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 from typer.testing import CliRunner
 
 from evermesh.checkpoint.errors import StoreUnusable
 from evermesh.checkpoint.stores.places import ObjectPath
+from evermesh.checkpoint.stores.store import objects_of
 from evermesh.launcher.admission import check_store
 from evermesh.launcher.commands.checkpoint import app
 from evermesh.launcher.config import JobConfig
 from evermesh.launcher.errors import RunUnusable
 from evermesh.launcher.run_directory import Run
+from evermesh.parallelism.errors import EvermeshError
+from evermesh.runtime.config import CheckpointConfig
 from tests.checkpoint.fault_proxy import Weather
 from tests.checkpoint.object_store import TestStore, object_store
 from tests.checkpoint.states import save_step
@@ -74,3 +78,34 @@ def test_a_new_run_is_refused_where_another_of_its_name_has_checkpoints_or_nobod
             check_store(_run(tmp_path, place.parent, "third"))
     finally:
         store.clear_up()
+
+
+def test_checkpoints_at_a_url_are_compared_extracted_planned_and_converted(place: ObjectPath, tmp_path: Path) -> None:
+    step, other = f"{place}/step-00000010", save_step(tmp_path, 10)
+    assert _told("diff", step, str(other)).splitlines()[-1].startswith("the same")
+    plan = [json.loads(_told("plan-load", one, "--ranks", "3", "--json"))["ranks"] for one in (step, str(other))]
+    assert plan[0] == plan[1]
+    files = []
+    for one in (step, str(other)):
+        files.append(tmp_path / f"{len(files)}.safetensors")
+        _told("extract", one, str(files[-1]), "--tensor", "model.*")
+    assert files[0].read_bytes() == files[1].read_bytes()
+    _told("convert", step, str(tmp_path / "foreign"), "--to", "torch-distributed")
+    _told("convert", str(tmp_path / "foreign"), f"{place}/back", "--to", "evermesh", "--step", "10")
+    assert _told("diff", f"{place}/back", str(other), "--no-objects").splitlines()[-1].startswith("the same")
+
+
+def test_what_is_written_to_file_systems_only_is_refused_at_a_url(store: TestStore, place: ObjectPath) -> None:
+    before = objects_of(place).sizes(place)
+    for command, fact in (
+        (("repair", str(place)), "the store keeps every object in several places itself"),
+        (("extract", str(place), f"{place}/x.npy", "--tensor", "model.embed"), "written to file systems only"),
+        (("export", str(place), f"{place}/model"), "in an object store"),
+        (("convert", str(place), f"{place}/dcp", "--to", "torch-distributed"), "written to file systems only"),
+    ):
+        refused = CliRunner().invoke(app, command).exception
+        assert isinstance(refused, EvermeshError), command
+        assert fact in str(refused)
+    assert objects_of(place).sizes(place) == before
+    with pytest.raises(ValidationError, match="parity is 2, but store is an object store"):
+        CheckpointConfig(store=str(place), parity=2)
