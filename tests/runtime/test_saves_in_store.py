@@ -61,7 +61,7 @@ def test_a_run_saves_to_a_store_in_bad_weather_and_is_resumed_from_it(
     assert ours.name == theirs.name
     assert verify(ours).ok
     names = objects_of(place).sizes(folder_of(ours))
-    assert {"manifest.json", "rank-00000.safetensors"} == set(names)
+    assert {"manifest.json", "rank-00000.index", "rank-00000.safetensors"} == set(names)
 
 
 @pytest.mark.parametrize("store", ["checkpoints", "s3://user:secret@host/bucket"])
@@ -75,3 +75,20 @@ def test_a_run_has_a_folder_of_its_own_in_a_store() -> None:
     assert str(config.directory(Path("runs/one"))) == "s3://bucket/team/one"
     assert CheckpointConfig().directory(Path("runs/one")) == Path("runs/one/checkpoints")
     assert CheckpointConfig(store="/shared").directory(Path("runs/one")) == Path("/shared/one")
+
+
+def _model_of_transformers(rank: int, world_size: int, environment: dict[str, str], folder: str) -> Any:
+    from tests.runtime.test_own_model import _save_and_load, _train_on_while_saving
+
+    adopt(environment)
+    return _train_on_while_saving(rank, world_size, f"{folder}/behind"), _save_and_load(rank, world_size, folder)
+
+
+@pytest.mark.parity
+def test_a_model_of_transformers_is_saved_to_a_store_at_once_and_while_it_trains_on(store: TestStore) -> None:
+    place = store.place()
+    for behind, (loss_error, errors) in run_ranks(4, _model_of_transformers, store.environment, str(place)):
+        assert behind == ([0, 1, 2], 0.0)
+        assert loss_error <= 1e-9
+        assert max(errors.values()) <= 1e-9, errors
+    assert latest(place) == place / "step-00000002"
