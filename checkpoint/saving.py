@@ -56,8 +56,8 @@ def save(
     Collective: every rank of ``communicator`` calls it with the same arguments except ``tensors``, which are the
     rank's own regions (``shard_map.of_rank(rank)``), row-major, several of one tensor as a sequence. Ranks of the map
     are ranks of the communicator; ``directory`` is one place that all of them see, a path or the URL of an object
-    store such as ``s3://BUCKET/PREFIX``; the communicator takes tensors on the host. ``keep`` newest checkpoints stay, or those that a policy keeps; None keeps all. A checkpoint of the same
-    step is replaced atomically.
+    store such as ``s3://BUCKET/PREFIX``; the communicator takes tensors on the host. ``keep`` newest checkpoints stay, or
+    those that a policy keeps; None keeps all. A checkpoint of the same step is replaced atomically.
     A crash at any moment leaves the previous checkpoint or the new one.
 
     Raises:
