@@ -50,10 +50,11 @@ def save(
 
     Collective: every rank of ``communicator`` calls it with the same arguments except ``tensors``, which are the
     rank's own regions (``shard_map.of_rank(rank)``), row-major, several of one tensor as a sequence. Ranks of the map
-    are ranks of the communicator; ``directory`` is one place that all of them see; the communicator takes tensors on
-    the host. ``keep`` newest checkpoints stay, or those that a policy keeps; None keeps all. A checkpoint of the same
-    step is replaced atomically. With ``parity`` so many ranks protect each other: the files of any one of them can be made
-    again (``repair``), for one part of parity more; in a file system only.
+    are ranks of the communicator; ``directory`` is one place that all of them see, a path or the URL of an object
+    store such as ``s3://BUCKET/PREFIX``; the communicator takes tensors on the host. ``keep`` newest checkpoints stay, or
+    those that a policy keeps; None keeps all. A checkpoint of the same step is replaced atomically.
+    With ``parity`` so many ranks protect each other: the files of any one of them can be made again (``repair``), for one
+    part of parity more; in a file system only.
     A crash at any moment leaves the previous checkpoint or the new one.
 
     Raises:

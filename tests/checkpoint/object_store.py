@@ -15,9 +15,11 @@ from evermesh.checkpoint.stores.store import _object_store, objects_of
 from tests.checkpoint.fault_proxy import FaultProxy, Weather
 
 _SERVER = """
+import os, sys, threading
 from moto.server import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import make_server
 server = make_server("127.0.0.1", 0, DomainDispatcherApplication(create_backend_app), threaded=True)
+threading.Thread(target=lambda: (sys.stdin.read(), os._exit(0)), daemon=True).start()  # it ends with the tests
 print(server.port, flush=True)
 server.serve_forever()
 """
@@ -58,7 +60,11 @@ class TestStore:
 def object_store() -> Iterator[TestStore]:
     """A store with an empty bucket, for this process and those that it starts."""
     server = subprocess.Popen(
-        [sys.executable, "-c", _SERVER], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        [sys.executable, "-c", _SERVER],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
     )
     assert server.stdout is not None
     try:
