@@ -14,8 +14,10 @@ from typing import Literal
 
 from pydantic import JsonValue
 
-from evermesh.checkpoint.errors import ForeignUnusable
-from evermesh.checkpoint.format import Extent, Manifest, StoredFile, StoredTensor
+from evermesh.checkpoint.dtypes import DTYPES
+from evermesh.checkpoint.errors import CheckpointCorrupt, ForeignUnusable, ShardMapInvalid
+from evermesh.checkpoint.files import DIGITS
+from evermesh.checkpoint.format import MANIFEST, Extent, Manifest, StoredFile, StoredTensor
 from evermesh.checkpoint.naming import ForeignPart, Naming
 from evermesh.checkpoint.regions import Box
 
@@ -98,7 +100,21 @@ def find(source: Source, naming: Naming | None) -> tuple[dict[str, Found], list[
 
 
 def source_of(path: Path, manifest: Manifest) -> Source:
-    """Our own format as a source."""
+    """Our own format as a source.
+
+    Raises:
+        CheckpointCorrupt: the manifest names bytes that its files do not have, or files elsewhere.
+    """
+    for name, tensor in manifest.tensors.items():
+        try:
+            tensor.form.check()
+            for extent in tensor.extents:
+                tensor.form.check_inside(extent.region)
+        except ShardMapInvalid as error:
+            raise CheckpointCorrupt(path / MANIFEST, f"tensor {name[:100]}: {error}") from error
+        known = tensor.dtype in DTYPES and all(_is_in_files(tensor, extent, manifest) for extent in tensor.extents)
+        if not known or sum(e.stop - e.start for e in tensor.extents) != tensor.form.num_elements:
+            raise CheckpointCorrupt(path / MANIFEST, f"the tensor {name[:100]} is not all in its files")
     return Source(
         path,
         "evermesh",
@@ -110,6 +126,15 @@ def source_of(path: Path, manifest: Manifest) -> Source:
         manifest.world_size,
         is_foreign=False,
     )
+
+
+def _is_in_files(tensor: StoredTensor, extent: Extent, manifest: Manifest) -> bool:
+    file = manifest.files.get(extent.file)
+    if file is None or Path(extent.file).name != extent.file or "\0" in extent.file:
+        return False
+    num_chunks = len(file.checksums) // DIGITS
+    has_length = extent.start <= extent.stop and num_chunks == file.num_chunks
+    return has_length and 0 <= extent.offset <= file.num_bytes - tensor.num_bytes(extent)
 
 
 def with_prefixes(naming: Naming, ours: tuple[str, ...], theirs: tuple[str, ...]) -> Naming:

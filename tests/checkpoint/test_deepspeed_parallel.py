@@ -17,6 +17,7 @@ from evermesh.checkpoint.opening import open_checkpoint
 from evermesh.checkpoint.regions import Box, Padding, Permutation, StoredForm
 from tests.checkpoint.foreign_loads import assert_loads_into_any_layout, load_whole
 from tests.checkpoint.parallel_saves import FUSED, HIDDEN, TENSOR, VOCABULARY, Case, save_parallel
+from tests.checkpoint.test_fuzz import fuzz
 from tests.cluster import run_ranks
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="the extra deepspeed is missing")
@@ -253,6 +254,12 @@ def test_a_missing_expert_is_noticed(saves: Path, tmp_path: Path) -> None:
         open_checkpoint(path)
 
 
+@pytest.mark.parametrize("case", SLICE, ids=lambda case: case.name)
+def test_damaged_files_give_a_clear_error_or_an_index(saves: Path, case: Case, tmp_path: Path) -> None:
+    path = Path(shutil.copytree(saves / case.name / "global_step2", tmp_path / "tag"))
+    assert fuzz(path, 60, 5) > 10
+
+
 def test_patterns_are_forms_of_our_own_maps() -> None:
     assert combine(Replicated(), [(3,), (3,)]) == Combined(StoredForm((3,)), (Box((0,), (3,)), None))
     uneven = combine(Divided(1), [(2, 3), (2, 1)])
@@ -268,6 +275,10 @@ def test_patterns_are_forms_of_our_own_maps() -> None:
 def test_every_kind_of_parallel_save_is_what_the_ranks_held(tmp_path: Path) -> None:
     for case in _saved(tmp_path):
         _check_case(tmp_path / case.name, case)
+        assert (
+            fuzz(Path(shutil.copytree(tmp_path / case.name / "global_step2", tmp_path / f"{case.name}-fuzz")), 300, 3)
+            > 50
+        )
         if case.kind != "experts":  # of which the library converts no optimizer
             _check_conversion(tmp_path / case.name, tmp_path / f"{case.name}-universal")
 
