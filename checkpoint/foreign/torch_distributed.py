@@ -86,10 +86,10 @@ def open_torch_distributed(path: Path) -> Source:
         raise ForeignUnusable(path / METADATA, fact, _AGAIN) from error
     values, tensors = Values(path), read.tensors
     files = plain_files(path, tensors)
-    for place in read.places.values():
-        if place.chunk.start + place.chunk.num_bytes > files[place.chunk.file].num_bytes:
-            fact = f"it ends at byte {files[place.chunk.file].num_bytes:,}, in the middle of a chunk"
-            raise ForeignUnusable(path / place.chunk.file, fact, _AGAIN)
+    for chunk in {place.chunk for place in read.places.values()}:
+        if chunk.start + chunk.num_bytes > files[chunk.file].num_bytes:
+            fact = f"it ends at byte {files[chunk.file].num_bytes:,}, in the middle of a chunk"
+            raise ForeignUnusable(path / chunk.file, fact, _AGAIN)
     found: dict[str, JsonValue] = {}
     for name, chunk in read.objects:
         place = Part(inside(path, chunk.file), chunk.start, chunk.num_bytes)

@@ -66,7 +66,7 @@ Saved = Callable[[Save], tuple[Path, dict[str, Tensor], Naming | None]]
 def saved(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Saved:
     """Saves what is asked for, with all that the same ranks are asked for in this run; says where, and what it held."""
     folder = tmp_path_factory.mktemp("matrix")
-    asked = {item.callspec.params["source"] for item in request.session.items if "source" in _params(item)}
+    asked = {_params(item).get("source") for item in request.session.items}
 
     def find(source: Save) -> tuple[Path, dict[str, Tensor], Naming | None]:
         path = folder / source.name
