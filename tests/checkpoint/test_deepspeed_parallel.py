@@ -3,7 +3,6 @@
 import argparse
 import importlib.util
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -272,20 +271,13 @@ def test_patterns_are_forms_of_our_own_maps() -> None:
 
 
 @pytest.mark.parity
-def test_every_kind_of_parallel_save_is_what_the_ranks_held(tmp_path: Path) -> None:
-    for case in _saved(tmp_path):
+@pytest.mark.parametrize("kind", sorted({case.kind for case in WIDE}))
+def test_every_kind_of_parallel_save_is_what_the_ranks_held(kind: str, tmp_path: Path) -> None:
+    cases = tuple(case for case in WIDE if case.kind == kind)
+    _save(tmp_path, cases)
+    for case in cases:
         _check_case(tmp_path / case.name, case)
-        assert (
-            fuzz(Path(shutil.copytree(tmp_path / case.name / "global_step2", tmp_path / f"{case.name}-fuzz")), 300, 3)
-            > 50
-        )
-        if case.kind != "experts":  # of which the library converts no optimizer
+        copied = Path(shutil.copytree(tmp_path / case.name / "global_step2", tmp_path / f"{case.name}-damaged"))
+        assert fuzz(copied, 100, 3) > 20
+        if kind != "experts":  # of which the library converts no optimizer
             _check_conversion(tmp_path / case.name, tmp_path / f"{case.name}-universal")
-
-
-def _saved(folder: Path) -> Iterator[Case]:
-    """One after the other: the library keeps groups of ranks for good."""
-    for kind in dict.fromkeys(case.kind for case in WIDE):
-        cases = tuple(case for case in WIDE if case.kind == kind)
-        _save(folder, cases)
-        yield from cases
