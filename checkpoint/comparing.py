@@ -11,6 +11,7 @@ from pydantic import JsonValue
 
 from evermesh.checkpoint.contents import Tell
 from evermesh.checkpoint.filling import Target, fill
+from evermesh.checkpoint.foreign.deepspeed_model import BUFFER, PARAMETER
 from evermesh.checkpoint.foreign.training import in_our_names, training_of
 from evermesh.checkpoint.naming import Naming
 from evermesh.checkpoint.regions import Interval
@@ -70,6 +71,7 @@ def diff(
         CheckpointCorrupt, ForeignUnusable: one of them cannot be read.
     """
     a, b = _untied(a), _untied(b)
+    a, b = _told(a, b), _told(b, a)
     ours, _ = find(a, None)
     theirs, misfits = find(b, names)
     common = [name for name in ours if name in theirs]
@@ -95,6 +97,16 @@ def _untied(source: Source) -> Source:
     source = in_our_names(source)
     kept = {name: t for name, t in source.tensors.items() if name.partition(".")[2] not in aliases}
     return replace(source, tensors=kept)
+
+
+def _told(source: Source, other: Source) -> Source:
+    """Where a format does not tell buffers from weights, the other one does."""
+
+    def name_of(name: str) -> str:
+        buffer = BUFFER + name.removeprefix(PARAMETER)
+        return buffer if name.startswith(PARAMETER) and name not in other.tensors and buffer in other.tensors else name
+
+    return replace(source, tensors={name_of(name): tensor for name, tensor in source.tensors.items()})
 
 
 def _other_kind(name: str, one: Found, other: Found, tolerance: float | None) -> str | None:

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+from pydantic import JsonValue
+
 from evermesh.checkpoint.contents import Stream, Tell, whole
 from evermesh.checkpoint.errors import ForeignUnusable
 from evermesh.checkpoint.files import write_durably
@@ -17,6 +19,7 @@ from evermesh.checkpoint.foreign.torch_writing import contents_of
 from evermesh.checkpoint.foreign.training import Training, training_of
 from evermesh.checkpoint.formats import Format
 from evermesh.checkpoint.lazy import Streamed
+from evermesh.checkpoint.loading import FLOATING
 from evermesh.checkpoint.regions import Box
 from evermesh.checkpoint.safetensors_writing import MOST_FILE_BYTES, write_safetensors
 from evermesh.checkpoint.saving import save
@@ -73,12 +76,7 @@ def convert(source: Source, directory: Place | str, conversion: Conversion, tell
         CheckpointNotSaved: our own format could not be written.
     """
     directory = place_of(directory)
-    if isinstance(directory, ObjectPath) and conversion.to != "evermesh":
-        raise ForeignUnusable(
-            directory,
-            f"{conversion.to} is written to file systems only",
-            "Write it to a directory and copy that, or convert to evermesh.",
-        )
+    _check_options(directory, conversion)
     training = training_of(source, conversion.groups)
     left_out: tuple[str, ...] = ()
     if conversion.to == "evermesh":
@@ -97,6 +95,20 @@ def bytes_to_write(source: Source) -> int:
     return sum(tensor.num_bytes(extent) for tensor in source.tensors.values() for extent in tensor.extents)
 
 
+def _check_options(directory: Place, conversion: Conversion) -> None:
+    """Refuse a place that cannot be, and what would be ignored."""
+    to = conversion.to
+    if isinstance(directory, ObjectPath) and to != "evermesh":
+        fact = f"{to} is written to file systems only"
+        raise ForeignUnusable(directory, fact, "Write it to a directory and copy that, or convert to evermesh.")
+    if conversion.ranks != 1 and to != "torch-distributed" and not to.startswith("deepspeed-zero"):
+        fact = f"{to} for {conversion.ranks} ranks was asked for"
+        raise ForeignUnusable(directory, fact, "Leave --ranks out: any number of ranks loads this format.")
+    if conversion.dtype is not None and to in ("evermesh", "torch-distributed"):
+        fact = f"{to} in {conversion.dtype} was asked for"
+        raise ForeignUnusable(directory, fact, "Leave --dtype out: this format keeps every tensor as it is.")
+
+
 def _write(training: Training, directory: Path, conversion: Conversion, tell: Tell | None) -> tuple[str, ...]:
     """Write a foreign format; returns what it leaves out."""
     if conversion.to == "safetensors":
@@ -109,18 +121,25 @@ def _write(training: Training, directory: Path, conversion: Conversion, tell: Te
 
 def _to_safetensors(training: Training, directory: Path, conversion: Conversion, tell: Tell | None) -> tuple[str, ...]:
     """Weights and buffers, under their own names; a tied weight is there once, and its other names are metadata."""
-    weights = {name: whole(training.source, t, conversion.dtype) for name, t in training.parameters.items()}
-    buffers = {name: whole(training.source, tensor) for name, tensor in training.buffers.items()}
+    source, dtype = training.source, conversion.dtype
+    if not training.parameters:
+        fact = "none of its tensors is called as a weight of a training state"
+        raise ForeignUnusable(source.path, fact, "Take them out with `evermesh checkpoint extract --tensor '*'`.")
+    weights = {
+        name: whole(source, tensor, dtype if source.tensors[tensor].dtype in FLOATING else None)
+        for name, tensor in training.parameters.items()
+    }
+    buffers = {name: whole(source, tensor) for name, tensor in training.buffers.items()}
     write_safetensors(
         directory,
-        training.source,
+        source,
         weights | buffers,
         metadata=training.aliases,
         most_file_bytes=conversion.most_file_bytes,
         tell=tell,
     )
     kinds = [f"{kind}.* ({len(of_kind)} tensors)" for kind, of_kind in training.states.items()]
-    objects = [f"object {name}" for name in training.source.objects if name != "aliases"]
+    objects = [f"object {name}" for name in source.objects if name != "aliases"]
     return (*kinds, *training.client.values(), *training.others, *objects)
 
 
@@ -153,13 +172,6 @@ def _to_deepspeed(training: Training, directory: Path, conversion: Conversion, t
 def _to_ours(training: Training, directory: Place, conversion: Conversion, tell: Tell | None) -> Place:
     """A step of one rank; any number of ranks loads it."""
     source = training.source  # under our names
-    if conversion.ranks != 1:
-        fact = f"{conversion.ranks} ranks were asked for"
-        raise ForeignUnusable(directory, fact, "Leave --ranks out: any number of ranks loads a checkpoint of ours.")
-    if conversion.dtype is not None:
-        raise ForeignUnusable(
-            directory, f"{conversion.dtype} was asked for", "Leave --dtype out: our format keeps every tensor as it is."
-        )
     tensors = {
         name: TensorShards(tensor.dtype, tensor.shape, (Shard(Box((0,) * len(tensor.shape), tensor.shape), (0,)),))
         for name, tensor in source.tensors.items()
@@ -171,10 +183,18 @@ def _to_ours(training: Training, directory: Place, conversion: Conversion, tell:
         _step_of(training, conversion),
         ShardMap(tensors),
         cast(Any, streamed),  # not tensors, but what a save needs of one
-        source.objects,
+        source.objects if conversion.groups is None else {**source.objects, "groups": _json(training)},
         keep=None,
         description=dict(source.description) | {"converted_from": source.kind},
     )
+
+
+def _json(training: Training) -> JsonValue:
+    """Groups as ``objects`` have them."""
+    return [
+        {"names": list(group.names), "settings": dict(group.settings), "numbers": dict(group.numbers)}
+        for group in training.groups
+    ]
 
 
 def _step_of(training: Training, conversion: Conversion) -> int:

@@ -80,6 +80,8 @@ def tensors_in(directory: Path) -> dict[str, FileTensor]:
     try:
         places: dict[str, str] = json.loads(index.read_bytes())["weight_map"]
         files = sorted(set(places.values()))
+        if not all(isinstance(file, str) for file in files):
+            raise TypeError("a name of a file is no text")
     except DAMAGE as error:
         raise WeightsUnusable(index, f"it holds no weight_map: {repr(error)[:200]}", "Fetch the file again.") from error
     outside = [file for file in files if Path(file).name != file or "\0" in file]

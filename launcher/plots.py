@@ -9,8 +9,22 @@ from typing import Any
 from evermesh.fault.events import Event
 from evermesh.runtime.telemetry import StepReport
 
-_COLOURS = {"saved": "#3b8f5a", "resumed": "#b5651d", "skipped": "#c0392b", "stopped": "#6b6b6b", "failed": "#c0392b"}
-_WORDS = {"checkpoint": "saved", "resumed": "resumed", "skipped": "skipped", "stopped": "stopped", "failed": "failed"}
+_COLOURS = {
+    "saved": "#3b8f5a",
+    "resumed": "#b5651d",
+    "moved": "#b5651d",
+    "skipped": "#c0392b",
+    "stopped": "#6b6b6b",
+    "failed": "#c0392b",
+}
+_WORDS = {
+    "checkpoint": "saved",
+    "resumed": "resumed",
+    "layout moved": "moved",
+    "skipped": "skipped",
+    "stopped": "stopped",
+    "failed": "failed",
+}
 _MAX_SAVED_LABELS = 10
 """With more checkpoints than this, they are marked but not labelled."""
 
@@ -21,7 +35,7 @@ class Mark:
 
     step: int
     words: tuple[str, ...]
-    """Among saved, stopped, failed, resumed, skipped; in the order they happened."""
+    """Among saved, stopped, failed, resumed, moved, skipped; in the order they happened."""
     note: str = ""
 
     @property
@@ -32,11 +46,11 @@ class Mark:
     @property
     def colour(self) -> str:
         """Of the rarest of its words."""
-        return _COLOURS[min(self.words, key=["failed", "resumed", "skipped", "stopped", "saved"].index)]
+        return _COLOURS[min(self.words, key=["failed", "resumed", "moved", "skipped", "stopped", "saved"].index)]
 
 
 def marks(events: Iterable[Event], reports: Sequence[StepReport]) -> list[Mark]:
-    """What to mark in a plot, one per step: checkpoints, stops, resumes and skipped steps."""
+    """What to mark in a plot, one per step: checkpoints, stops, resumes, moves to other layouts and skipped steps."""
     words: dict[int, list[str]] = {}
     for event in events:
         if event.step is not None and event.kind in _WORDS and _WORDS[event.kind] not in words.get(event.step, []):

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
 
 from evermesh.checkpoint import Box, Interval, Shard, ShardMap, TensorShards, load, open_checkpoint, save
+from evermesh.checkpoint.comparing import diff
 from evermesh.checkpoint.converting import Conversion, convert
 from evermesh.checkpoint.errors import CheckpointCorrupt, ForeignUnusable
 from evermesh.checkpoint.formats import FORMATS, Format
@@ -57,7 +58,7 @@ class Saves:
         """A save converted, and the engine of a stage that is to load it."""
         directory = folder / f"{case.name}-{to}-{ranks}"
         if not directory.exists():
-            convert(self.source(case), directory, Conversion(to, ranks))
+            convert(self.source(case), directory, Conversion(to, ranks if to in NATIVE else 1))
         is_universal = to == "deepspeed-universal"
         # what the library links its masters to, it mistakes with this option, universal ones and those it gives away
         zero = () if is_universal and case == ROUND_ROBIN else case.zero
@@ -144,7 +145,7 @@ def test_its_own_consolidation_gives_the_weights(saves: Saves, case: Case, to: F
 def test_a_round_trip_gives_every_bit_and_all_else_back(saves: Saves, case: Case, to: Format, tmp_path: Path) -> None:
     """There, and on to our own format, against what was saved."""
     source = saves.source(case)
-    there = convert(source, tmp_path / "there", Conversion(to, 1 if to == "evermesh" else 3))
+    there = convert(source, tmp_path / "there", Conversion(to, 1 if to in ("evermesh", "deepspeed-universal") else 3))
     back = convert(open_checkpoint(there.path), tmp_path / "back", Conversion("evermesh"))
     assert (there.left_out, back.left_out) == ((), ())
     found, expected = open_checkpoint(back.path), read(source)
@@ -225,6 +226,8 @@ def test_weights_of_any_format_become_safetensors_and_the_rest_is_named(saves: S
     model = Tiny().bfloat16()
     load_model(model, tmp_path / "hf" / "model.safetensors")  # knows that head and embedding are one
     assert torch.equal(model.head.weight, tensors["embedding.weight"])
+    compared = diff(open_checkpoint(tmp_path / "hf"), source, tolerance=2.0**-8)
+    assert (compared.differing, compared.missing, compared.num_compared) == ((), (), 8)
     assert {"client.random", "object groups", "exp_avg.* (5 tensors)"} <= set(written.left_out)
 
 
@@ -295,6 +298,19 @@ def test_what_an_engine_has_dealt_out_goes_on_in_another_stage(tmp_path: Path) -
     """Saved by two ranks, where dealing changes the order: states too are those of their parameters."""
     saves = Saves(tmp_path / "saves", (ROUND_ROBIN,), ranks=2)
     _go_on(saves, [(ROUND_ROBIN, "deepspeed-zero3", 3), (ROUND_ROBIN, "deepspeed-zero2", 2)], tmp_path, ranks=1)
+
+
+def test_options_that_would_be_ignored_are_refused(tmp_path: Path) -> None:
+    source = open_checkpoint(save_step(tmp_path / "ours", 3))
+    wrong = {
+        "any number of ranks": Conversion("evermesh", ranks=2),
+        "keeps every tensor": Conversion("torch-distributed", dtype="bfloat16"),
+        "called as a weight": Conversion("safetensors"),
+    }
+    for text, conversion in wrong.items():
+        with pytest.raises(ForeignUnusable, match=text):
+            convert(source, tmp_path / "new", conversion)
+    assert not (tmp_path / "new").exists()
 
 
 def test_memory_does_not_grow_with_the_tensors(tmp_path: Path) -> None:

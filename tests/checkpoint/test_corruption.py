@@ -79,7 +79,7 @@ def test_every_flipped_bit_of_the_manifest_is_found(saved: Path) -> None:
 def test_every_flipped_bit_of_an_index_is_found_by_verify_and_by_load(saved: Path) -> None:
     choice = random.Random(2)
     size = (saved / INDEX).stat().st_size
-    for _ in range(200):
+    for _ in range(60):
         position, bit = choice.randrange(size), choice.randrange(8)
         _flip(saved / INDEX, position, bit)
         assert [(p.kind, p.file) for p in verify(saved).problems] == [("index", INDEX)], (position, bit)

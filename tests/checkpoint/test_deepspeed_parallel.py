@@ -3,7 +3,6 @@
 import argparse
 import importlib.util
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from evermesh.checkpoint.opening import open_checkpoint
 from evermesh.checkpoint.regions import Box, Padding, Permutation, StoredForm
 from tests.checkpoint.foreign_loads import assert_loads_into_any_layout, load_whole
 from tests.checkpoint.parallel_saves import FUSED, HIDDEN, TENSOR, VOCABULARY, Case, save_parallel
+from tests.checkpoint.test_fuzz import fuzz
 from tests.cluster import run_ranks
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="the extra deepspeed is missing")
@@ -253,6 +253,12 @@ def test_a_missing_expert_is_noticed(saves: Path, tmp_path: Path) -> None:
         open_checkpoint(path)
 
 
+@pytest.mark.parametrize("case", SLICE, ids=lambda case: case.name)
+def test_damaged_files_give_a_clear_error_or_an_index(saves: Path, case: Case, tmp_path: Path) -> None:
+    path = Path(shutil.copytree(saves / case.name / "global_step2", tmp_path / "tag"))
+    assert fuzz(path, 60, 5) > 10
+
+
 def test_patterns_are_forms_of_our_own_maps() -> None:
     assert combine(Replicated(), [(3,), (3,)]) == Combined(StoredForm((3,)), (Box((0,), (3,)), None))
     uneven = combine(Divided(1), [(2, 3), (2, 1)])
@@ -265,16 +271,13 @@ def test_patterns_are_forms_of_our_own_maps() -> None:
 
 
 @pytest.mark.parity
-def test_every_kind_of_parallel_save_is_what_the_ranks_held(tmp_path: Path) -> None:
-    for case in _saved(tmp_path):
+@pytest.mark.parametrize("kind", sorted({case.kind for case in WIDE}))
+def test_every_kind_of_parallel_save_is_what_the_ranks_held(kind: str, tmp_path: Path) -> None:
+    cases = tuple(case for case in WIDE if case.kind == kind)
+    _save(tmp_path, cases)
+    for case in cases:
         _check_case(tmp_path / case.name, case)
-        if case.kind != "experts":  # of which the library converts no optimizer
+        copied = Path(shutil.copytree(tmp_path / case.name / "global_step2", tmp_path / f"{case.name}-damaged"))
+        assert fuzz(copied, 100, 3) > 20
+        if kind != "experts":  # of which the library converts no optimizer
             _check_conversion(tmp_path / case.name, tmp_path / f"{case.name}-universal")
-
-
-def _saved(folder: Path) -> Iterator[Case]:
-    """One after the other: the library keeps groups of ranks for good."""
-    for kind in dict.fromkeys(case.kind for case in WIDE):
-        cases = tuple(case for case in WIDE if case.kind == kind)
-        _save(folder, cases)
-        yield from cases

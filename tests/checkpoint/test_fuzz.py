@@ -171,7 +171,7 @@ def _mutated(file: Path, content: bytes, choice: random.Random) -> bytes:
     return _bytes_changed(content, choice)
 
 
-def _fuzz(path: Path, rounds: int, seed: int) -> int:
+def fuzz(path: Path, rounds: int, seed: int) -> int:
     """Damage a file at a time; returns how often the checkpoint was refused."""
     choice, refused = random.Random(seed), 0
     contents = {file: file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()}
@@ -204,7 +204,7 @@ def _fuzz(path: Path, rounds: int, seed: int) -> int:
 def test_damage_gives_a_clear_error_or_an_index(name: str, tmp_path: Path) -> None:
     path = FORMATS[name](tmp_path)
     assert refusal(path) is None
-    assert _fuzz(path, ROUNDS, 1) > ROUNDS // 5
+    assert fuzz(path, ROUNDS, 1) > ROUNDS // 5
 
 
 @pytest.mark.soak
@@ -212,7 +212,7 @@ def test_damage_gives_a_clear_error_or_an_index(name: str, tmp_path: Path) -> No
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_hundred_thousand_times(name: str, tmp_path: Path) -> None:
-    refused = _fuzz(FORMATS[name](tmp_path), SOAK // len(FORMATS), 7)
+    refused = fuzz(FORMATS[name](tmp_path), SOAK // len(FORMATS), 7)
     print(f"{name}: {refused:,} of {SOAK // len(FORMATS):,} were refused")
 
 

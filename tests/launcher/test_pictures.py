@@ -70,6 +70,14 @@ def test_marks_gather_what_happened_at_a_step() -> None:
     ]
 
 
+def test_every_kind_of_mark_has_a_colour() -> None:
+    kinds = ("checkpoint", "resumed", "layout moved", "skipped", "stopped", "failed")
+    events = [Event(time_s=0.0, kind=kind, step=step, text="") for step, kind in enumerate(kinds)]
+    found = marks(events, [])
+    assert [mark.text for mark in found] == ["saved", "resumed", "moved", "skipped", "stopped", "failed"]
+    assert all(mark.colour.startswith("#") for mark in found)
+
+
 def test_the_loss_picture_is_written(tmp_path: Path) -> None:
     loss_png(REPORTS, marks(EVENTS, REPORTS), tmp_path / "loss.png", title="run", vocabulary=2048)
     assert (tmp_path / "loss.png").stat().st_size > 20_000

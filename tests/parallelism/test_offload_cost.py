@@ -40,7 +40,7 @@ def any_work(dice: random.Random) -> Work:
 
 def test_the_best_fraction_is_that_of_a_scan() -> None:
     dice, inside = random.Random(0), 0
-    for _ in range(2000):
+    for _ in range(600):
         cost, work = any_cost(dice), any_work(dice)
         best = cost.best_offload(work)
         scanned = [cost.offload_s(work, fraction) for fraction in FRACTIONS]
@@ -52,7 +52,7 @@ def test_the_best_fraction_is_that_of_a_scan() -> None:
         slope = (2 * cost.host_products_token_s + cost.offload_saves_token_s) * work.tokens
         assert least >= min(scanned) - slope / 400 - 1e-12 * scale
         inside += 0.0 < best < 1.0
-    assert inside > 100
+    assert inside > 15
 
 
 @pytest.mark.parametrize("offload", ["auto", 0.0, 0.3, 1.0])

@@ -195,6 +195,18 @@ def test_the_next_50_losses_are_those_of_a_run_that_was_always_there(odd_corpus:
     assert losses["moved"] == pytest.approx(losses["there"], rel=1e-9)
 
 
+@pytest.mark.parity
+def test_compiled_blocks_are_compiled_anew(
+    odd_corpus: Path, alone: Callable[[str], list[StepReport]], tmp_path: Path
+) -> None:
+    config = _config(odd_corpus, "tied", "shared", compile={"buckets": [260, 520]})
+    _train(config, tmp_path, {STEP: _changes("shared", "two")})
+    reports = _reports(tmp_path)
+    for ours, theirs in zip(reports, alone("tied"), strict=True):
+        assert [ours.loss, ours.grad_norm] == pytest.approx([theirs.loss, theirs.grad_norm], rel=1e-9)
+    assert 0 < reports[STEP - 1].compiled_graphs < reports[STEP].compiled_graphs
+
+
 def test_a_run_moves_there_and_back_and_is_the_run_that_stayed(odd_corpus: Path, tmp_path: Path) -> None:
     moves = {1: _changes("two", "shared"), 2: {"tp": 3}, 3: _changes("shared", "two")}
     """Sequences that wait to be trained later, and documents that are held out, come along."""
