@@ -85,7 +85,7 @@ def test_checkpoints_at_a_url_are_compared_extracted_planned_and_converted(place
     assert _told("diff", step, str(other)).splitlines()[-1].startswith("the same")
     plan = [json.loads(_told("plan-load", one, "--ranks", "3", "--json"))["ranks"] for one in (step, str(other))]
     assert plan[0] == plan[1]
-    files = []
+    files: list[Path] = []
     for one in (step, str(other)):
         files.append(tmp_path / f"{len(files)}.safetensors")
         _told("extract", one, str(files[-1]), "--tensor", "model.*")
