@@ -18,7 +18,7 @@ from evermesh.checkpoint import (
     TensorShards,
     load,
 )
-from evermesh.checkpoint.errors import CheckpointCorrupt, ForeignUnusable
+from evermesh.checkpoint.errors import CheckpointCorrupt, ForeignUnusable, ShardMapInvalid
 from evermesh.checkpoint.loading import wanted_regions
 from evermesh.checkpoint.naming import Naming
 from evermesh.checkpoint.opening import open_checkpoint
@@ -38,10 +38,25 @@ def load_whole(source: Source) -> dict[str, Tensor]:
 def refusal(path: Path) -> str | None:
     """Why the checkpoint at ``path`` is refused; None: it was read whole. Any other error is one of ours."""
     try:
-        load_whole(open_checkpoint(path))
+        source = open_checkpoint(path)
+        gaps = [] if source.is_foreign else gaps_in(source)
+        if gaps:
+            return f"{path}: {gaps[0]}"
+        load_whole(source)
     except (ForeignUnusable, CheckpointCorrupt) as error:
         return str(error)
     return None
+
+
+def gaps_in(source: Source) -> list[str]:
+    """What its tensors lack, which a checkpoint of ours tells when it is verified or loaded."""
+    found = []
+    for name, tensor in source.tensors.items():
+        try:
+            tensor.check_cover(name)
+        except ShardMapInvalid as error:
+            found.append(str(error))
+    return found
 
 
 def assert_loads_into_any_layout(source: Source, whole: Mapping[str, Tensor], ranks: int) -> None:

@@ -52,7 +52,7 @@ def _prepare() -> tuple[Any, Any]:
     return (importlib.import_module(f"megatron.core.{name}") for name in ("dist_checkpointing", "package_info"))  # type: ignore[return-value]
 
 
-def save_megatron(rank: int, ranks: int, folder: str) -> dict[str, Tensor]:
+def save_megatron(rank: int, ranks: int, folder: str) -> dict[str, Any]:
     """Save in ``folder/iter_0000005``, and return what the library itself reads, whole."""
     library, info = _prepare()
     path = Path(folder) / "iter_0000005"
@@ -65,7 +65,7 @@ def save_megatron(rank: int, ranks: int, folder: str) -> dict[str, Tensor]:
         state["optimizer"] = dict(_flat(library, rank))
     strategy = importlib.import_module("megatron.core.dist_checkpointing.strategies.torch")
     library.save(state, str(path), strategy.TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1))
-    loaded: dict[str, Tensor] = library.load_plain_tensors(str(path))
+    loaded: dict[str, Any] = library.load_plain_tensors(str(path))
     return loaded
 
 
