@@ -241,6 +241,11 @@ class Manifest:
             raise CheckpointCorrupt(file, f"not a manifest of format {FORMAT_VERSION}: {error.errors()[0]}") from error
         if manifest.format_version != FORMAT_VERSION:
             raise CheckpointCorrupt(file, f"format {manifest.format_version}; this version reads {FORMAT_VERSION}")
+        elsewhere = [
+            name for name in manifest.data_sizes | manifest.parity_sizes if Path(name).name != name or "\0" in name
+        ]
+        if elsewhere:
+            raise CheckpointCorrupt(file, f"it names the file {elsewhere[0][:100]!r}, which is not beside it")
         return manifest
 
 

@@ -10,12 +10,14 @@ import xxhash
 from pydantic import ValidationError
 
 from evermesh.checkpoint.committing import index_name
+from evermesh.checkpoint.dtypes import DTYPES
 from evermesh.checkpoint.encoding import index_head
-from evermesh.checkpoint.errors import CheckpointCorrupt
+from evermesh.checkpoint.errors import CheckpointCorrupt, ShardMapInvalid
+from evermesh.checkpoint.files import CHUNK_BYTES, DIGITS
 from evermesh.checkpoint.format import Extent, LocatedExtents, Manifest, RankFiles, RankIndex, StoredFile, StoredTensor
 from evermesh.checkpoint.recovery import Recovery
 from evermesh.checkpoint.regions import Region, StoredForm
-from evermesh.checkpoint.shard_map import ShardMap
+from evermesh.checkpoint.shard_map import ShardMap, TensorShards
 from evermesh.checkpoint.sources import Source
 from evermesh.checkpoint.stores.places import ObjectPath, Place
 from evermesh.checkpoint.stores.store import store_of
@@ -79,7 +81,13 @@ class Indexes:
         return again
 
     def _read(self, rank: int) -> RankIndex:
-        return _parsed(self.path / index_name(rank), self.payload_of(rank), self.manifest.ranks[rank])
+        path, expected = self.path / index_name(rank), self.manifest.ranks[rank]
+        index = _parsed(path, self.payload_of(rank), expected)
+        for name, extents in index.extents.items():
+            fact = _misfit(self.manifest.tensors.get(name), extents, expected)
+            if fact is not None:
+                raise CheckpointCorrupt(path, f"tensor {name[:100]}: {fact}")
+        return index
 
 
 def index_of(path: Place, expected: RankFiles) -> RankIndex:
@@ -100,7 +108,29 @@ def _parsed(path: Place, payload: bytes, expected: RankFiles) -> RankIndex:
         raise CheckpointCorrupt(path, f"not an index of this format: {error.errors()[0]}") from error
     if index.checksums.keys() != expected.files.keys():
         raise CheckpointCorrupt(path, "it lists other files than the manifest")
+    for name, num_bytes in expected.files.items():
+        if len(index.checksums[name]) != -(-num_bytes // CHUNK_BYTES) * DIGITS:
+            raise CheckpointCorrupt(path, f"it has not one checksum for every chunk of {name[:100]}")
     return index
+
+
+def _misfit(tensor: TensorShards | None, extents: Sequence[Extent], expected: RankFiles) -> str | None:
+    """What is impossible about the extents of a tensor: whoever can write a checkpoint can make its checksums, too."""
+    if tensor is None:
+        return "the manifest does not know it"
+    form, item = tensor.form, DTYPES[tensor.dtype].num_bytes
+    for extent in extents:
+        try:
+            form.check_inside(extent.region)
+        except ShardMapInvalid as error:
+            return str(error)
+        size = expected.files.get(extent.file, -1)
+        is_part = 0 <= extent.start <= extent.stop <= extent.region.num_elements
+        if not is_part or not 0 <= extent.offset <= size - (extent.stop - extent.start) * item:
+            return (
+                f"elements {extent.start} to {extent.stop} of {extent.region} are not at byte {extent.offset} of a file"
+            )
+    return None
 
 
 def _is_whole(payload: bytes, expected: RankFiles) -> bool:

@@ -3,8 +3,10 @@
 import json
 import random
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -163,20 +165,57 @@ def test_an_intact_checkpoint_is_read_whole_by_verify(saved: Path) -> None:
     assert report.bytes_read == (saved / DATA).stat().st_size
 
 
-def test_extents_that_leave_a_gap_are_reported_and_not_loaded(saved: Path) -> None:
+def _forge(saved: Path, change: Callable[[dict[str, Any]], object], name: str = DATA) -> None:
+    """Change the index, and make everything that says what it must be fit it; the data file is called ``name``."""
     manifest = read_manifest(saved)
-    _, rest = (saved / INDEX).read_bytes().split(b"\n")
-    body = json.loads(rest)
-    del body["extents"]["optimizer.moment"]
-    files = {name: (size, body["checksums"][name]) for name, size in manifest.ranks[0].files.items()}
+    body = json.loads((saved / INDEX).read_bytes().partition(b"\n")[2])
+    change(body)
+    files = {name: (manifest.ranks[0].files[DATA], body["checksums"][DATA])}
     payload = index_payload(files, body["extents"], {})
     (saved / INDEX).write_bytes(payload)
     head = index_head(payload.partition(b"\n")[0] + b"\n")
     forged = replace(manifest, ranks=(RankFiles(head.xxh3_64, head.num_bytes, head.files),))
     (saved / "manifest.json").write_bytes(forged.to_json())
+
+
+def test_extents_that_leave_a_gap_are_reported_and_not_loaded(saved: Path) -> None:
+    _forge(saved, lambda body: body["extents"].pop("optimizer.moment"))
     assert [(problem.kind, problem.file) for problem in verify(saved).problems] == [("coverage", INDEX)]
     with pytest.raises(CheckpointCorrupt, match=r"optimizer\.moment.*gap"):
         load_and_compare(saved, 1, 1)
+
+
+def _first(body: dict[str, Any]) -> dict[str, Any]:
+    extent: dict[str, Any] = next(iter(body["extents"].values()))[0]
+    return extent
+
+
+@pytest.mark.parametrize(
+    ("change", "fact"),
+    [
+        (lambda body: _first(body).update(offset=1 << 40), "are not at byte 1099511627776"),
+        (lambda body: _first(body).update(offset=-8), "are not at byte -8"),
+        (lambda body: _first(body).update(stop=1 << 50), "elements 0 to"),
+        (lambda body: _first(body).update(file="other"), "of a file"),
+        (
+            lambda body: body["extents"].update(stranger=[_first(body)]),
+            "tensor stranger: the manifest does not know it",
+        ),
+        (lambda body: body["checksums"].update({DATA: "00"}), "not one checksum for every chunk"),
+    ],
+)
+def test_an_index_that_tells_what_cannot_be_is_refused(
+    saved: Path, change: Callable[[dict[str, Any]], object], fact: str
+) -> None:
+    _forge(saved, change)
+    with pytest.raises(CheckpointCorrupt, match=fact):
+        load_and_compare(saved, 1, 1)
+
+
+def test_a_manifest_that_names_a_file_elsewhere_is_refused(saved: Path) -> None:
+    _forge(saved, lambda body: None, name="../secret")
+    with pytest.raises(CheckpointCorrupt, match=r"it names the file '\.\./secret', which is not beside it"):
+        open_checkpoint(saved)
 
 
 def test_a_manifest_of_another_version_tells_which(saved: Path) -> None:
