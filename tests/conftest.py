@@ -16,6 +16,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         parts = item.path.relative_to(config.rootpath).parts
         item.add_marker(pytest.mark.xdist_group("launcher" if parts[:2] == ("tests", "launcher") else "/".join(parts)))
+    # a process keeps its last test, and the job that this one watches, until the other process has finished everything
+    items.sort(key=lambda item: item.path.name != "test_watching.py")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
