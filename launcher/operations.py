@@ -119,7 +119,8 @@ def _way_on(run: Run, error: str = "") -> str:
     if not found:
         return f"There is no checkpoint yet; start again with: evermesh launch {run.directory / 'job.yaml'}"
     newest = found[-1].path.name
-    if newest not in error:
+    # one that could not save names it too, as what is left
+    if newest not in error.replace(f"the newest is {newest}", ""):
         return f"The newest checkpoint is {newest}; go on from there with: evermesh resume {run.directory}"
     if len(found) == 1:
         return f"There is no checkpoint but {newest}; start again with: evermesh launch {run.directory / 'job.yaml'}"

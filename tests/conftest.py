@@ -8,6 +8,7 @@ _EXPECTED_SKIPS = ("not permitted here (unshare",)
 """Parts of reasons with which a test may be skipped in continuous integration: what the kernel forbids."""
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist looks at the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Where tests run in several processes, those of the launcher share one: they start jobs and wait for them, and two
     of them at a time would wait for each other. Of the others, those of a file stay together."""

