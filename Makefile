@@ -1,6 +1,5 @@
 # Every target makes and re-uses .venv; it is installed again only when pyproject.toml or constraints.txt change.
 PYTHON ?= python3
-JOBS ?= 2
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -28,9 +27,9 @@ install: $(INSTALLED)  ## make the environment
 demo: $(INSTALLED)  ## the main job: train, save, stop, resume on another number of workers
 	$(BIN)/evermesh demo
 
-test: $(INSTALLED)  ## all tests, in two processes; those of the dashboard need Chromium (Debian: apt-get install chromium)
+test: $(INSTALLED)  ## all tests; those of the dashboard need Chromium (Debian: apt-get install chromium)
 	@test -n "$(BROWSER)" || echo "no Chromium: the tests of the dashboard are skipped. To run them: apt-get install chromium"
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
+	$(BIN)/python -m pytest
 
 $(addprefix test-,$(ROOMS)): test-%: $(INSTALLED)  ## tests of one room: test-parallelism, test-checkpoint, ...
 	$(BIN)/python -m pytest tests/$*

@@ -8,19 +8,6 @@ _EXPECTED_SKIPS = ("not permitted here (unshare",)
 """Parts of reasons with which a test may be skipped in continuous integration: what the kernel forbids."""
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist looks at the groups
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Where tests run in several processes, those of the launcher share one: they start jobs and wait for them, and two
-    of them at a time would wait for each other. Of the others, those of a file stay together."""
-    if not config.pluginmanager.hasplugin("xdist"):
-        return
-    for item in items:
-        parts = item.path.relative_to(config.rootpath).parts
-        item.add_marker(pytest.mark.xdist_group("launcher" if parts[:2] == ("tests", "launcher") else "/".join(parts)))
-    # a process keeps its last test, and the job that this one watches, until the other process has finished everything
-    items.sort(key=lambda item: item.path.name != "test_watching.py")
-
-
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Name unexpected skips."""
     for reason in _unexpected_skips(terminalreporter):
