@@ -9,7 +9,7 @@ import functools
 import json
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -285,14 +285,14 @@ class FilePart:
         return HeaderEntry(self.key, DTYPES[self.dtype].code, self.shape, self.num_bytes)
 
 
-def safetensors_header(parts: Sequence[FilePart], metadata: Mapping[str, str] | None = None) -> bytes:
+def safetensors_header(parts: Sequence[FilePart]) -> bytes:
     """The head of a safetensors file that holds ``parts`` in this order, padded so that the data is aligned."""
     known: set[str] = set()
     for part in parts:
         if part.key in known:
             raise ShardMapInvalid(f"two extents would be stored under the name {part.key!r}. Rename the tensor.")
         known.add(part.key)
-    return safetensors_head([part.entry for part in parts], metadata)
+    return safetensors_head([part.entry for part in parts])
 
 
 @functools.cache

@@ -2,7 +2,6 @@
 
 import json
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,7 +25,7 @@ from evermesh.checkpoint.stores.attempts import folder_of
 from evermesh.checkpoint.stores.places import ObjectPath, place_of
 from evermesh.checkpoint.stores.store import objects_of
 from tests.checkpoint.fault_proxy import Fault, Weather
-from tests.checkpoint.object_store import TestStore, object_store
+from tests.checkpoint.object_store import TestStore
 from tests.checkpoint.states import load_and_compare, save_step
 
 BAD_WEATHER: dict[Fault, float] = {
@@ -36,19 +35,6 @@ BAD_WEATHER: dict[Fault, float] = {
     "lose answer": 0.06,
     "delay": 0.04,
 }
-
-
-@pytest.fixture(scope="module")
-def one_store() -> Iterator[TestStore]:
-    with object_store() as store:
-        yield store
-
-
-@pytest.fixture
-def store(one_store: TestStore) -> Iterator[TestStore]:
-    one_store.clear_up()
-    yield one_store
-    one_store.clear_up()
 
 
 def _manifest(payload: bytes) -> dict[str, object]:

@@ -6,7 +6,6 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -23,26 +22,13 @@ from evermesh.checkpoint.stores.store import objects_of
 from evermesh.parallelism.collectives import Communicator
 from tests.checkpoint.fault_proxy import Fault, Weather
 from tests.checkpoint.killing import NEW_STATE, OLD_STATE, state_of_latest
-from tests.checkpoint.object_store import TestStore, adopt, object_store
+from tests.checkpoint.object_store import TestStore, adopt
 from tests.checkpoint.states import load_and_compare, save_step
 from tests.cluster import preload, run_ranks
 
 preload("s3fs", "tests.checkpoint.object_store")
 _CONTEXT = multiprocessing.get_context("forkserver")
 _OLD_STEP, _NEW_STEP = 1, 2
-
-
-@pytest.fixture(scope="module")
-def one_store() -> Iterator[TestStore]:
-    with object_store() as store:
-        yield store
-
-
-@pytest.fixture
-def store(one_store: TestStore) -> Iterator[TestStore]:
-    one_store.clear_up()
-    yield one_store
-    one_store.clear_up()
 
 
 class _Killer:

@@ -84,7 +84,7 @@ def test_f22_training_goes_on_while_the_controller_is_dead_and_another_takes_ove
         killed_s, steps = time.monotonic(), len(job.losses)
         job.wait(lambda: job.run.is_alive(), 10)
         job.client.status()
-        assert time.monotonic() - killed_s < 10  # 2 on an idle machine
+        assert time.monotonic() - killed_s < 4  # 2 on an idle machine
         assert len(job.losses) > steps
         job.kill_rank(0)  # the new one can do all that the old one could
         code, _, stderr = job.end()
