@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
     import torch.distributed as dist
 
-Phase = Literal["start-up", "compile", "train", "evaluate", "checkpoint"]
+Phase = Literal["start-up", "compile", "train", "probe", "evaluate", "checkpoint"]
 
 
 @dataclass(slots=True)

@@ -32,7 +32,10 @@ class Node(_Frozen):
     """Accelerators, or worker slots on a machine without any."""
     device_kind: str = "cpu"
     nics: tuple[Nic, ...] = ()
-    rack: str = "rack0"
+    rack: str | None = None
+    """None: not known; it then counts as a rack of its own."""
+    switch: str | None = None
+    """Leaf switch that the node fails with; None: not known."""
     intra_bytes_per_s: PositiveFloat = 1e9
     """Bandwidth between two devices of this node (NVLink, PCIe or shared memory), bytes per second."""
 

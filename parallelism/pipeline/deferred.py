@@ -56,6 +56,15 @@ class DeferredWeights:
         finally:
             self._notes = None
 
+    @contextmanager
+    def suspended(self) -> Iterator[None]:
+        """Put nothing off in the backward passes of this block, which may be within one that does."""
+        notes, self._notes = self._notes, None
+        try:
+            yield
+        finally:
+            self._notes = notes
+
     def take_note(self, module: nn.Linear, x: Tensor, grad: Tensor) -> bool:
         """Put off the gradient of the module's weight; false if it is to be computed now."""
         if self._notes is None:

@@ -10,6 +10,7 @@ from evermesh.parallelism.cost import CostModel
 from evermesh.parallelism.errors import LayoutDoesNotFit
 from evermesh.parallelism.layout import Layout
 from evermesh.parallelism.planner.bound import LowerBound, check_lengths, lower_bound
+from evermesh.parallelism.planner.effort import effort_of
 from evermesh.parallelism.planner.hybrid import plan_rings
 from evermesh.parallelism.planner.lock_step import lock_step_bound, plan_lock_step
 from evermesh.parallelism.planner.pipelines import pipeline_bound, pipelines_s, plan_pipelines_s
@@ -32,7 +33,7 @@ def plan_batch(
     *,
     pool: Pool | None = None,
     speeds_version: int = 0,
-    effort: float = 1.0,
+    effort: float | None = None,
 ) -> BatchPlan:
     """Plan one batch on the ranks of ``pool`` (None: ``layout.hdp`` equal ranks on one node).
 
@@ -44,8 +45,8 @@ def plan_batch(
         cost_model: seconds per token, pair, micro-batch and ring step.
         pool: nodes and speeds of the HDP ranks, each of them a whole pipeline where ``layout.pp`` > 1.
         speeds_version: version of the speeds; recorded in the plan.
-        effort: how much longer than usual to search for pools of at most 16 ranks that hold the whole model; 0: plan them as
-            larger ones.
+        effort: how long to search, as a part of the full search, which takes some 0.05 s on up to 16 ranks; 0: as little
+            as can be; None: in proportion to what the step takes, in full from two seconds on (``planner/effort.py``).
 
     Raises:
         SequenceTooLong: a sequence exceeds the capacity of all ranks together.
@@ -58,12 +59,13 @@ def plan_batch(
     if not layout.runs_in_waves:
         ranks, certificate = plan_rings(array, layout, cost_model, pool, effort)
     else:
-        if layout.pp > 1:
-            assignment, seconds = plan_pipelines_s(own, layout, cost_model, pool)
-        else:
-            assignment = plan_lock_step(own, layout, cost_model, pool)
-            seconds = pipelines_s(assignment, own, layout, cost_model, pool)
         bound = bound_for(own, layout, cost_model, pool)
+        effort = effort_of(bound.seconds) if effort is None else effort
+        if layout.pp > 1:
+            assignment, seconds = plan_pipelines_s(own, layout, cost_model, pool, effort)
+        else:
+            assignment = plan_lock_step(own, layout, cost_model, pool, effort)
+            seconds = pipelines_s(assignment, own, layout, cost_model, pool)
         ranks, certificate = PackedRanks.of(assignment, own), Certificate(seconds, bound.seconds, bound.binding)
     return BatchPlan(
         lengths=own,

@@ -65,8 +65,8 @@ def lower_bound(lengths: Sequence[int], layout: Layout, cost: CostModel, pool: P
 
 def bound_of(costs: Coefficients, lengths: Integers, speeds: Floats, node_size: int) -> LowerBound:
     """``lower_bound`` of lengths that are known to fit, longest first; there is at least one."""
-    adding = max(linear(costs, lengths), key=lambda price: float(_all_work(price, lengths, node_size)[0].sum()))
-    work_s, alone_s = _all_work(adding, lengths, node_size)
+    priced = [(price, *_all_work(price, lengths, node_size)) for price in linear(costs, lengths)]
+    adding, work_s, alone_s = max(priced, key=lambda one: float(one[1].sum()))
     shared_s = float(work_s.sum())
     fixed = -(-int(lengths.sum()) // costs.capacity) * costs.micro_batch_s
     spread = (shared_s + fixed) / float(speeds.sum())

@@ -14,10 +14,11 @@ from evermesh.parallelism.planner.rings import FOREVER, Integers, Rings, ring_ti
 
 MOST_RANKS = 16
 """Pools of more ranks are planned by runs of neighbours alone."""
-_HEAT = 3
-"""Percent of the bound by which a plan may be worse than the one before, at the beginning of the search."""
-_EARLY_HEAT, _EARLY_ROUNDS = 24, 4
-"""As ``_HEAT`` where all sequences are placed one by one, and how often that search cools down, each time from half of it."""
+_HEAT, _ROUNDS = 6, 4
+"""Percent of the bound by which a plan may be worse than the one before, at the beginning of the search; and how often it
+cools down, each time from the best plan so far and from half of the heat."""
+_EARLY_HEAT, _EARLY_ROUNDS = 24, 6
+"""The same where all sequences are placed one by one."""
 EFFORT = 2_000_000
 """Of all searches together: plans tried, times what one takes; some 50 ms."""
 _MOST_PLACED = 32
@@ -46,13 +47,16 @@ def search(
     # where nothing is packed, the end is known without the plan, so that many more can be tried
     early = one_by_one and _places_all(problem)
     time, busy = np.empty(count + 2, np.int64), np.empty(count + 2, np.int64)
-    heat, rounds, one_try = (_EARLY_HEAT, _EARLY_ROUNDS, 3 * count) if early else (_HEAT, 1, 6 * count + 8 * ranks + 60)
-    spent, state = 0, 12345
+    heat, rounds = (_EARLY_HEAT, _EARLY_ROUNDS) if early else (_HEAT, _ROUNDS)
+    one_try = 3 * count if early else 6 * count + 8 * ranks + 60
+    spent, state, before = 0, 12345, 0
     while spent < effort and best * 2000 > bound * 2001:
-        new_order, new_sizes = order.copy(), sizes.copy()
-        state = _change(new_order, new_sizes, smallest, ranks, state)
         # the margin for worse plans shrinks from some percent to nothing, in every round
         cooled = spent * rounds * 1024 // effort
+        if cooled // 1024 > before:
+            before, end, order, sizes = cooled // 1024, best, best_order, best_sizes
+        new_order, new_sizes = order.copy(), sizes.copy()
+        state = _change(new_order, new_sizes, smallest, ranks, state)
         left = 1024 - cooled % 1024
         state = _next(state)
         most = end + (bound * (heat >> cooled // 1024) // 100) * left // 1024 * left // 1024 * (state % 1024) // 1024

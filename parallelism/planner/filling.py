@@ -74,7 +74,7 @@ def fill(
     left = np.full(leaves, -FOREVER)
     left[: len(slots.room)] = slots.room
     open_tokens = np.zeros(leaves, np.int64)
-    slot, losers = _tournament(left)
+    slot, matches = _tournament(left)
     for sequence in whole:
         while True:
             opens = lengths[sequence] > open_tokens[slot]
@@ -83,36 +83,48 @@ def fill(
                 break
             # the largest room is a gap too small for this sequence; what is shorter finds room enough elsewhere
             left[slot] = -FOREVER
-            slot = _played(left, losers, slot)
+            slot = _played(matches, slot, -FOREVER)
         open_tokens[slot] = (
             max(open_tokens[slot], pack - lengths[sequence]) if opens else open_tokens[slot] - lengths[sequence]
         )
         filling.next[sequence] = filling.head[slot]
         filling.head[slot] = sequence
         left[slot] -= cost
-        slot = _played(left, losers, slot)
+        slot = _played(matches, slot, left[slot])
     return filling
 
 
+class _Matches(NamedTuple):
+    """Who lost every match but the first, which there is none of, and with how much room: side by side, for speed."""
+
+    loser: Integers
+    room: Integers
+
+
 @compiled
-def _tournament(room: Integers) -> tuple[int, Integers]:
+def _tournament(room: Integers) -> tuple[int, _Matches]:
     """The slot with the largest room, of equals the first, and who lost every other match (Knuth, TAOCP 3, 5.4.1)."""
     leaves = len(room)
-    winners, losers = np.arange(-leaves, leaves), np.zeros(leaves, np.int64)
+    winners, matches = np.arange(-leaves, leaves), _Matches(np.zeros(leaves, np.int64), np.zeros(leaves, np.int64))
     for match in range(leaves - 1, 0, -1):
         one, other = winners[2 * match], winners[2 * match + 1]
-        winners[match], losers[match] = (one, other) if room[one] >= room[other] else (other, one)
-    return winners[1], losers
+        winners[match], matches.loser[match] = (one, other) if room[one] >= room[other] else (other, one)
+        matches.room[match] = room[matches.loser[match]]
+    return winners[1], matches
 
 
 @compiled
-def _played(room: Integers, losers: Integers, slot: int) -> int:
-    """The winner after the last one, ``slot``, has lost room: only its own matches are played again."""
-    match = (len(room) + slot) >> 1
+def _played(matches: _Matches, slot: int, room: int) -> int:
+    """The winner after the last one, ``slot``, has only so much ``room`` left: its own matches are played again.
+
+    Without branches, since nobody can predict who wins.
+    """
+    match = (len(matches.loser) + slot) >> 1
     while match:
-        other = losers[match]
-        if room[other] > room[slot] or (room[other] == room[slot] and other < slot):
-            losers[match], slot = slot, other
+        other, other_room = matches.loser[match], matches.room[match]
+        wins = (other_room > room) | ((other_room == room) & (other < slot))
+        matches.loser[match], matches.room[match] = (slot, room) if wins else (other, other_room)
+        slot, room = (other, other_room) if wins else (slot, room)
         match >>= 1
     return slot
 
@@ -186,23 +198,19 @@ def level(
     """
     ranks = len(load)
     ends = load.copy()
+    held = [members(filling, lengths, rank) for rank in range(ranks)]
     for rank in range(ranks):
-        ends[rank] += slot_ticks(lengths, members(filling, lengths, rank), alone, slowness[rank], pack, fixed)
+        ends[rank] += slot_ticks(lengths, held[rank], alone, slowness[rank], pack, fixed)
     while budget > 0:
         last = int(np.argmax(ends))
         if ends[last] <= goal:
             break
-        mine = members(filling, lengths, last)
+        mine = held[last]
         helped = False
-        tried = np.zeros(ranks, np.bool_)
-        tried[last] = True
+        partner, end = -1, -1
         for _ in range(min(_PARTNERS, ranks - 1)):
-            partner, least = -1, np.int64(2**62)
-            for rank in range(ranks):
-                if not tried[rank] and ends[rank] < least:
-                    partner, least = rank, ends[rank]
-            tried[partner] = True
-            theirs = members(filling, lengths, partner)
+            partner, end = _next_early(ends, last, partner, end)
+            theirs = held[partner]
             budget -= ranks // 4 + len(mine) + len(theirs)
             give, take = exchange(mine, theirs, alone, ends[last], ends[partner], slowness[last], slowness[partner])
             if give < 0:
@@ -211,14 +219,26 @@ def level(
             own = load[last] + slot_ticks(lengths, new_mine, alone, slowness[last], pack, fixed)
             other = load[partner] + slot_ticks(lengths, new_theirs, alone, slowness[partner], pack, fixed)
             if max(own, other) < ends[last]:
-                put(filling, last, new_mine)
-                put(filling, partner, new_theirs)
+                held[last], held[partner] = new_mine, new_theirs
                 ends[last], ends[partner] = own, other
                 helped = True
                 break
         if not helped:
             break
+    for rank in range(ranks):
+        put(filling, rank, held[rank])
     return int(ends.max())
+
+
+@compiled
+def _next_early(ends: Integers, last: int, before: int, end: int) -> tuple[int, int]:
+    """The rank behind rank ``before``, which ends at ``end``, in the order of ends, of equals the first; not ``last``."""
+    found, least = -1, FOREVER
+    for rank in range(len(ends)):
+        at = int(ends[rank])
+        if at < least and rank != last and (at > end or (at == end and rank > before)):
+            found, least = rank, at
+    return found, least
 
 
 @compiled
@@ -231,17 +251,16 @@ def exchange(
     what is given, the shorter is what these two ends meet at: one pass over both lists finds the best pair.
     """
     best, give, take = end, -1, -1
-    meet = 0
+    meet, count, taken = 0, len(theirs), alone[theirs]
     for i in range(len(mine)):
-        mine_left, theirs_more = end - scaled(alone[mine[i]], slow), other + scaled(alone[mine[i]], other_slow)
+        given = alone[mine[i]]
+        mine_left, theirs_more = end - scaled(given, slow), other + scaled(given, other_slow)
         if max(mine_left, theirs_more) < best:
             best, give, take = max(mine_left, theirs_more), i, -1
-        while meet < len(theirs) and mine_left + scaled(alone[theirs[meet]], slow) > theirs_more - scaled(
-            alone[theirs[meet]], other_slow
-        ):
+        while meet < count and mine_left + scaled(taken[meet], slow) > theirs_more - scaled(taken[meet], other_slow):
             meet += 1
-        for j in range(max(meet - 1, 0), min(meet + 1, len(theirs))):
-            later = max(mine_left + scaled(alone[theirs[j]], slow), theirs_more - scaled(alone[theirs[j]], other_slow))
+        for j in range(max(meet - 1, 0), min(meet + 1, count)):
+            later = max(mine_left + scaled(taken[j], slow), theirs_more - scaled(taken[j], other_slow))
             if later < best:
                 best, give, take = later, i, j
     return give, take

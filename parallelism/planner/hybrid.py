@@ -17,6 +17,7 @@ from evermesh.parallelism.planner.assembling import Columns, assemble, renamed
 from evermesh.parallelism.planner.bound import bound_of, least_work_s
 from evermesh.parallelism.planner.compiling import compiled
 from evermesh.parallelism.planner.costs import Coefficients, shared_s, ticks
+from evermesh.parallelism.planner.effort import effort_of
 from evermesh.parallelism.planner.few_ranks import EFFORT, MOST_RANKS, search
 from evermesh.parallelism.planner.filling import Filling, Slots, fill, level, slots_between
 from evermesh.parallelism.planner.fractions import with_offload
@@ -60,17 +61,19 @@ _LEVELS_ALL = 0.3
 
 
 def plan_rings(
-    lengths: Integers, layout: Layout, cost: CostModel, pool: Pool, effort: float = 1.0
+    lengths: Integers, layout: Layout, cost: CostModel, pool: Pool, effort: float | None = None
 ) -> tuple[PackedRanks, Certificate]:
     """The plan of ``lengths``, which fit, for ranks that hold the whole model and keep step with nobody.
 
     Inside, sequences are numbered from long to short: loops then pass over memory in order, and equals are neighbours.
+    ``effort`` is for few ranks, see ``plan_batch``.
     """
     if not len(lengths):
         return PackedRanks.of([()] * len(pool), ()), Certificate(0.0, 0.0, "nothing")
     speeds, by_length = np.asarray(pool.speeds), longest_first(lengths)
     ordered = lengths[by_length]
     bound = bound_of(Coefficients.of(cost, layout, 1.0), ordered, speeds, pool.largest_node)
+    effort = effort_of(bound.seconds) if effort is None else effort
     costs = Coefficients.of(cost, layout, bound.seconds * len(pool))
     makespan, best = FOREVER, None
     for order in _orders(speeds):
@@ -190,15 +193,22 @@ def _peers(columns: Columns) -> int:
 
 
 def _searched(problem: Problem, alone: Integers, bound: int, pack: int, first: _Outcome, effort: float) -> _Outcome:
-    """The best of ``first`` and of what searches find from four beginnings."""
+    """The best of ``first`` and of what searches find from five beginnings."""
     effort *= EFFORT / 4
     if first.end * 2000 <= bound * 2001 or len(problem.lengths) > _MOST_SEARCHED:
         return first
     ranks, count = len(problem.slowness), len(problem.lengths)
     smallest = (problem.lengths + problem.costs.capacity - 1) // problem.costs.capacity
     best = first
-    # what was placed, all shared by everybody, nothing shared that need not be, and the best of these where order counts
-    starts = ((None, False, 2), (np.full(count, ranks), False, 1), (smallest, True, 2), (None, True, 4))
+    # what was placed, all shared by everybody, nothing shared that need not be, and the best of these where order counts;
+    # and what packs alone can do, which a search from rings does not come back to
+    starts = (
+        (None, False, 2),
+        (np.full(count, ranks), False, 1),
+        (smallest, True, 2),
+        (None, True, 4),
+        (smallest, False, 1),
+    )
     for sizes, one_by_one, times in starts:
         if sizes is None:
             sizes = smallest.copy()

@@ -17,6 +17,8 @@ from evermesh.parallelism.pool import Pool
 Kind = Literal["rings", "lock-step", "pipelines"]
 
 _LENGTHS = (100, 30, 20, 5)
+_EFFORT = 0.05
+"""Enough that a search begins, although so short a step would get none."""
 _COST = CostModel(token_s=1e-6, pair_s=1e-9, micro_batch_s=1e-5, ring_step_s=1e-4, ring_token_s=1e-7)
 _PLANNERS: tuple[tuple[Kind, str, Layout], ...] = (
     ("rings", "filling", Layout(hdp=2, capacity=64)),
@@ -38,7 +40,7 @@ def compile_all() -> None:
     """
     pool_cost = _COST.model_copy(update={"network_token_s": 1e-6})
     for _, _, layout in _PLANNERS:
-        plan_batch(_LENGTHS, layout, pool_cost, pool=Pool.of(layout.hdp, 2))
+        plan_batch(_LENGTHS, layout, pool_cost, pool=Pool.of(layout.hdp, 2), effort=_EFFORT)
     layout, pool = Layout(hdp=20, capacity=16), Pool.of(20, 2)
     plan = plan_batch(_LENGTHS, layout, pool_cost, pool=pool)
     replan_batch(plan, layout, pool_cost, pool=pool, lost={1})  # a fault is no time to compile
@@ -47,7 +49,7 @@ def compile_all() -> None:
 def _loaded() -> Iterator[Kind]:
     for kind, module, layout in _PLANNERS:
         if compiling.is_cached(module):
-            plan_batch(_LENGTHS, layout, _COST)
+            plan_batch(_LENGTHS, layout, _COST, effort=_EFFORT)
             yield kind
 
 

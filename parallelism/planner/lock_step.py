@@ -48,8 +48,12 @@ _SLOW = 0.95
 """Ranks below this part of the fastest rank's speed are slow: they run no rings, where everything fits without them."""
 
 
-def plan_lock_step(lengths: Sequence[int], layout: Layout, cost: CostModel, pool: Pool) -> Assignment:
+def plan_lock_step(
+    lengths: Sequence[int], layout: Layout, cost: CostModel, pool: Pool, effort: float = 1.0
+) -> Assignment:
     """The micro-batches of every HDP rank of a layout without pipeline whose ranks keep step.
+
+    ``effort`` is the part of the full search that is made.
 
     Raises:
         SequenceTooLong: all ranks together cannot hold a sequence.
@@ -57,7 +61,8 @@ def plan_lock_step(lengths: Sequence[int], layout: Layout, cost: CostModel, pool
     _check_lengths(lengths, layout, pool)
     if not lengths:
         return ((),) * len(pool)
-    found = [_search(lengths, layout, cost, pool, costs) for costs in _choices(lengths, layout, cost, pool)]
+    tries = int(effort * _EFFORT) // len(lengths)
+    found = [_search(lengths, layout, cost, pool, costs, tries) for costs in _choices(lengths, layout, cost, pool)]
     _, waves = min(found, key=lambda one: one[0])
     return _assignment(waves, lengths, layout, cost, pool)
 
@@ -164,9 +169,9 @@ def _choices(lengths: Sequence[int], layout: Layout, cost: CostModel, pool: Pool
 
 
 def _search(
-    lengths: Sequence[int], layout: Layout, cost: CostModel, pool: Pool, costs: Coefficients
+    lengths: Sequence[int], layout: Layout, cost: CostModel, pool: Pool, costs: Coefficients, tries: int
 ) -> tuple[float, list[Wave]]:
-    """When the waves found end, in seconds, and the waves."""
+    """When the waves found end, in seconds, and the waves; durations are changed at random so many ``tries``."""
     descending = sorted(range(len(lengths)), key=lambda sequence: -lengths[sequence])
     ordered = np.array([lengths[sequence] for sequence in descending], np.int64)
     blocks, ranks = _blocks(layout, len(pool)), _ranks(layout, len(pool))
@@ -189,12 +194,11 @@ def _search(
         nodes=np.unique(np.array(pool.nodes)[ranks], return_inverse=True)[1].astype(np.int64),
         speeds=speeds,
     )
-    effort = max(1, _EFFORT // len(lengths))
-    end, waves = search(problem, int(problem.areas.sum() * 1024 // speeds.sum()), effort)
+    end, waves = search(problem, int(problem.areas.sum() * 1024 // speeds.sum()), tries)
     end_s = end / fastest / costs.ticks_per_s
     if speeds.min() < 1024:  # where slow ranks are left out of rings nothing may fit, or too little
         even = problem._replace(speeds=np.full_like(speeds, 1024))
-        end, even_waves = search(even, int(problem.areas.sum() // len(pool)), effort)
+        end, even_waves = search(even, int(problem.areas.sum() // len(pool)), tries)
         if end / min(pool.speeds) / costs.ticks_per_s < end_s:
             end_s, waves = end / min(pool.speeds) / costs.ticks_per_s, even_waves
     assert waves.counts[1] > 0, "no waves were found"

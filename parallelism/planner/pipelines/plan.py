@@ -53,6 +53,8 @@ _TARGETS = (2000, 1500, 1250, 1100, 1000, 925, 850, 775, 700, 625, 550, 400, 300
 """Sizes of a full wave to try, in thousandths of the time of a micro-batch of whole sequences that is full of tokens."""
 _SEARCHED = 6
 """Sizes of which the best shape is searched: those that promise most with a usual one."""
+_SWEEPS = 3
+"""Rounds of a search for the best shape."""
 _FILLED = 3
 """Sizes and shapes that are filled."""
 _USUAL_SLACK, _SLACKS = 1010, (1000, 1020, 1035)
@@ -93,14 +95,20 @@ def plan_pipelines(lengths: Sequence[int], layout: Layout, cost: CostModel, pool
     return plan_pipelines_s(lengths, layout, cost, pool).assignment
 
 
-def plan_pipelines_s(lengths: Sequence[int], layout: Layout, cost: CostModel, pool: Pool) -> Planned:
-    """``plan_pipelines``, and when the last pipeline is done; raises as that does."""
+def plan_pipelines_s(
+    lengths: Sequence[int], layout: Layout, cost: CostModel, pool: Pool, effort: float = 1.0
+) -> Planned:
+    """``plan_pipelines``, and when the last pipeline is done; raises as that does.
+
+    With less ``effort`` than 1 shapes are searched in fewer rounds, but in one: the usual shape may take twice as long.
+    """
     check_batch(lengths, layout, pool)
     if not lengths:
         return Planned(((),) * layout.hdp, 0.0)
     problem = problem_of(lengths, layout, cost, pool)
     filled = [
-        (_filled(problem, wanted, shape, _USUAL_SLACK), wanted, shape) for wanted, shape in _shapes(problem, layout)
+        (_filled(problem, wanted, shape, _USUAL_SLACK), wanted, shape)
+        for wanted, shape in _shapes(problem, layout, max(1, round(min(1.0, effort) * _SWEEPS)))
     ]
     best, wanted, shape = min(filled, key=lambda candidate: candidate[0].ticks)
     others = (_filled(problem, wanted, shape, slack) for slack in _SLACKS)
@@ -144,8 +152,8 @@ def pipelines_s(
     return total / ticks_per_s
 
 
-def _shapes(problem: Problem, layout: Layout) -> list[tuple[Demand, Shape]]:
-    """The most promising ones, each of another size of full waves."""
+def _shapes(problem: Problem, layout: Layout, sweeps: int) -> list[tuple[Demand, Shape]]:
+    """The most promising ones, each of another size of full waves, searched in so many rounds."""
     found = []
     for recomputed in (False, True):
         room = layout.capacity if recomputed or layout.recompute == "none" else problem.costs.keep_capacity
@@ -157,7 +165,7 @@ def _shapes(problem: Problem, layout: Layout) -> list[tuple[Demand, Shape]]:
             if wanted is not None:
                 found.append((profile_of(wanted, Shape(), problem.machine).estimate, wanted))
     found.sort(key=lambda pair: pair[0])
-    searched = [(*search(wanted, problem.machine), wanted) for _, wanted in found[:_SEARCHED]]
+    searched = [(*search(wanted, problem.machine, sweeps), wanted) for _, wanted in found[:_SEARCHED]]
     searched.sort(key=lambda triple: triple[1])
     return [(wanted, shape) for shape, _, wanted in searched[:_FILLED]]
 

@@ -25,7 +25,6 @@ _RISES = (1150, 1200, 1240, 1280, 1330, 1400, 1500, 1700, 2000)
 """Of one wave to the next, in thousandths."""
 _FALLS = (300, 500, 650, 750, 800, 850, 875, 900, 920, 940, 960)
 """How much of what a wave lacks of a full one the wave before it lacks, in thousandths."""
-_SWEEPS = 3
 _MOST_WAVES = 512
 
 
@@ -67,8 +66,8 @@ class Profile(NamedTuple):
     """Ticks until the last stage is done, if every rank's micro-batches have their wave's size."""
 
 
-def search(demand: Demand, machine: Machine) -> tuple[Shape, int]:
-    """The best shape for full waves of one size, and its estimate; coordinate descent."""
+def search(demand: Demand, machine: Machine, sweeps: int) -> tuple[Shape, int]:
+    """The best shape for full waves of one size, and its estimate; coordinate descent of at most so many ``sweeps``."""
     seen: dict[Shape, int] = {}
 
     def look_at(shape: Shape) -> int:
@@ -78,7 +77,7 @@ def search(demand: Demand, machine: Machine) -> tuple[Shape, int]:
 
     best = Shape() if machine.schedule.ranks > 1 else Shape(0, 0, 0, 0, 1)
     choices = {"last": len(_SIZES), "fall": len(_FALLS), "first": len(_SIZES), "rise": len(_RISES), "hill": 3}
-    for _ in range(_SWEEPS if machine.schedule.ranks > 1 else 0):
+    for _ in range(sweeps if machine.schedule.ranks > 1 else 0):
         before = best
         for field, number in choices.items():
             if field == "hill" and not demand.hill:

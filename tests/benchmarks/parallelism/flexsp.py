@@ -53,24 +53,66 @@ def check(plan: Sequence[MicroBatch], lengths: Sequence[int]) -> None:
 
 
 def bound_ms(lengths: Sequence[int]) -> float:
-    """No plan under these rules is faster: fixed times, all work at its least, and waiting for the longest sequence.
+    """No plan under these rules is faster: fixed times, all work at its least, and what the longest sequence costs others.
 
-    The work is spread evenly over as few micro-batches as memory allows. While a group runs the longest sequence, the
-    other GPUs hold no more than their memory does, at best the sequences with most work per token; the rest of that time
-    they wait.
+    For each size of the group that runs the longest sequence and each number of micro-batches the least sum of their
+    durations for which all work fits, by bisection: the less time there is, the larger are the groups that sequences need.
     """
-    ordered = sorted(lengths, reverse=True)
-    least = [min(size * sequence_ms(length, size) for size in SIZES if fits(length, size)) for length in ordered]
-    beside = sorted(zip(least[1:], ordered[1:], strict=True), key=lambda one: one[0] / one[1], reverse=True)
-    waiting = math.inf
+    ordered, best = sorted(lengths, reverse=True), math.inf
     for size in (size for size in SIZES if fits(ordered[0], size)):
-        room, work = (GPUS - size) * CAPACITY, 0.0
-        for work_ms, length in beside:
-            held = min(room, length)
-            work, room = work + work_ms * held / length, room - held
-        alone = sequence_ms(ordered[0], size)
-        waiting = min(waiting, GPUS * alone - least[0] - min(work, (GPUS - size) * alone))
-    return fewest_micro_batches(lengths) * FIXED_MS + (sum(least) + max(0.0, waiting)) / GPUS
+        for number in itertools.count(fewest_micro_batches(lengths)):
+            low = high = _needed_ms(ordered, size, number, math.inf)
+            while high < math.inf and _needed_ms(ordered, size, number, high) > high:
+                low, high = high, 2 * high
+            while high < math.inf and high - low > 1e-5 * high:
+                middle = (low + high) / 2
+                low, high = (middle, high) if _needed_ms(ordered, size, number, middle) > middle else (low, middle)
+            best = min(best, number * FIXED_MS + low)
+            if sum(ordered) <= ((number - 1) * GPUS + GPUS - size) * CAPACITY + ordered[0]:
+                break  # more micro-batches only cost more
+    return best
+
+
+def _needed_ms(ordered: Sequence[int], size: int, number: int, given_ms: float) -> float:
+    """The sum of all durations at least, if it is no more than ``given_ms`` and a group of ``size`` runs the longest.
+
+    No micro-batch takes more than is given less what the others take, which hold the tokens that one has no memory for. In
+    so much time a sequence needs a group of some size, and that takes all its members some time. Tokens for which there
+    is no memory elsewhere share the group of the longest, at its price. Beside that group, GPUs hold no more than their
+    memory does, at best the sequences with most work per token; the rest of that time they wait. All other work is spread.
+    """
+    longest, others = ordered[0], ordered[1:]
+    elsewhere = sorted((least_ms(length) / length, length) for length in ordered)
+    most_ms = given_ms - _of_first(elsewhere, sum(ordered) - GPUS * CAPACITY) / GPUS
+    alone, sharing = sequence_ms(longest, size), max(0, sum(others) - (number * GPUS - size) * CAPACITY)
+    least = [least_ms(length, most_ms) for length in others]
+    if longest + sharing > size * CAPACITY or alone > most_ms or math.inf in least:
+        return math.inf
+    work = sorted(((ms / length, length) for ms, length in zip(least, others, strict=True)), reverse=True)
+    prices = (
+        (size * sequence_ms(length, size) - ms, length)
+        for ms, length in zip(least, others, strict=True)
+        if fits(length, size) and sequence_ms(length, size) <= most_ms
+    )
+    by_price = sorted((price / length, length) for price, length in prices)
+    # the shorter a sequence, the less a token takes
+    waiting = (GPUS - size) * (alone + sharing * sequence_ms(1, size)) - _of_first(work, (GPUS - size) * CAPACITY)
+    return (sum(least) + size * alone + _of_first(by_price, sharing) + max(0.0, waiting)) / GPUS
+
+
+def least_ms(length: int, most_ms: float = math.inf) -> float:
+    """What a sequence takes all members of a group together, at least, if each has so much time; infinite: too little."""
+    sizes = (size for size in SIZES if fits(length, size) and sequence_ms(length, size) <= most_ms)
+    return min((size * sequence_ms(length, size) for size in sizes), default=math.inf)
+
+
+def _of_first(priced: Sequence[tuple[float, int]], tokens: int) -> float:
+    """What so many tokens cost, from the first on; each entry is a price for each of so many tokens."""
+    total = 0.0
+    for price, length in priced:
+        held = min(tokens, length)
+        total, tokens = total + price * held, tokens - held
+    return total
 
 
 def fits(length: int, size: int) -> bool:

@@ -82,14 +82,15 @@ def large_batch(corpus: str, seed: int, num_tokens: int, context: int) -> list[i
         bucket = random.choice(len(weights), 2 * int(num_tokens / (weights @ means)) + 64, p=weights)
         drawn = np.exp(np.log(lows[bucket]) + random.random(len(bucket)) * np.log(highs[bucket] / lows[bucket]))
     else:
-        sample = _sample(corpus)
-        sample = sample[sample <= context]
-        drawn = random.choice(sample, 2 * int(num_tokens / sample.mean()) + 64)
+        known = sample(corpus)
+        known = known[known <= context]
+        drawn = random.choice(known, 2 * int(num_tokens / known.mean()) + 64)
     lengths = drawn.astype(np.int64)
     return lengths[: int(np.searchsorted(np.cumsum(lengths), num_tokens)) + 1].tolist()
 
 
 @functools.cache
-def _sample(corpus: str) -> np.ndarray:
+def sample(corpus: str) -> np.ndarray:
+    """All lengths of a real corpus."""
     with gzip.open(Path(os.environ["EVERMESH_LENGTHS"]) / f"{corpus}.txt.gz", "rt") as file:
         return np.array([int(line) for line in file])

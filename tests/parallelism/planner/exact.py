@@ -217,7 +217,12 @@ def random_instance(
     count = draw.randint(4, most)
     longest = capacity * hdp * draw.choice([0.3, 0.6, 0.9])
     lengths = [max(64, int(min(longest, draw.lognormvariate(8.3, draw.choice([0.8, 1.5]))))) for _ in range(count)]
-    cost = CostModel(
+    return lengths, Layout(hdp=hdp, capacity=capacity), drawn_cost(draw)
+
+
+def drawn_cost(draw: random.Random) -> CostModel:
+    """Costs of an instance: of rings and micro-batches none at all, or heavy ones."""
+    return CostModel(
         token_s=1e-5,
         pair_s=draw.choice([2e-10, 1e-9]),
         micro_batch_s=draw.choice([0.0, 0.0, 2e-3]),
@@ -225,7 +230,6 @@ def random_instance(
         ring_step_s=draw.choice([0.0, 2e-4]),
         ring_token_s=draw.choice([0.0, 2e-6]),
     )
-    return lengths, Layout(hdp=hdp, capacity=capacity), cost
 
 
 def giant_instance(seed: int, ranks: int) -> tuple[list[int], Layout]:

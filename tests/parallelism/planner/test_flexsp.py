@@ -2,6 +2,7 @@
 
 import itertools
 import random
+from collections.abc import Iterator
 
 import pytest
 
@@ -62,6 +63,38 @@ def test_the_program_finds_the_best_groups(lengths: list[int], solver: flexsp.So
     assert found is not None
     flexsp.check([found], lengths)
     assert flexsp.micro_batch_ms(found) == pytest.approx(best)
+    assert flexsp.bound_ms(lengths) <= best * (1 + 1e-12)
+
+
+def test_no_plan_at_all_is_faster_than_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All plans of four GPUs for up to four sequences in up to two micro-batches; the bound is near the best of most."""
+    monkeypatch.setattr(flexsp, "GPUS", 4)
+    monkeypatch.setattr(flexsp, "SIZES", (2, 4))
+    draw, ratios = random.Random(2), []
+    for _ in range(40):
+        lengths = [draw.randint(1, draw.choice((1, 2, 4)) * flexsp.CAPACITY) for _ in range(draw.randint(2, 4))]
+        best = min(map(_ms, _all_plans(lengths)), default=None)
+        if best is not None:
+            ratios.append(flexsp.bound_ms(lengths) / best)
+    assert len(ratios) > 20
+    assert max(ratios) <= 1 + 1e-12
+    assert sum(ratios) / len(ratios) > 0.97
+
+
+def _ms(plan: list[flexsp.MicroBatch]) -> float:
+    return sum(map(flexsp.micro_batch_ms, plan))
+
+
+def _all_plans(lengths: list[int]) -> Iterator[list[flexsp.MicroBatch]]:
+    for sizes in itertools.product(((4,), (2, 2)), repeat=2):
+        groups = [(number, size) for number, of_one in enumerate(sizes) for size in of_one]
+        for owners in itertools.product(range(len(groups)), repeat=len(lengths)):
+            held = [[x for x, owner in zip(lengths, owners, strict=True) if owner == p] for p in range(len(groups))]
+            if all(flexsp.fits(sum(own), size) for own, (_, size) in zip(held, groups, strict=True)):
+                plan: list[flexsp.MicroBatch] = [[], []]
+                for own, (number, size) in zip(held, groups, strict=True):
+                    plan[number] += [(size, own)] if own else []
+                yield [micro_batch for micro_batch in plan if micro_batch]
 
 
 def test_our_plans_keep_the_rules_and_are_no_faster_than_the_bound() -> None:

@@ -9,7 +9,7 @@ from tests.parallelism.planner.exact import is_possible, random_instance
 @pytest.mark.parametrize("seed", range(10))
 def test_the_optimum_is_between_the_bound_and_half_a_percent_below_our_plan(seed: int) -> None:
     lengths, layout, cost = random_instance(seed, ranks=(2, 3, 4), most=6)
-    plan = plan_batch(lengths, layout, cost)
+    plan = plan_batch(lengths, layout, cost, effort=1.0)
     verify_plan(plan, lengths, layout, cost=cost)  # the plan exists, and takes as long as it says
     certificate = plan.certificate
     assert is_possible(lengths, layout, cost, certificate.lower_bound_s * 0.999, 5.0) is False

@@ -325,10 +325,11 @@ _POWERS = (2, 4, 8, 16, 32, 64)
 def test_flexsp_figure_4_wikipedia(name: str, context: int, deepspeed: float, adaptive: float, flexsp: float) -> None:
     """64 A100, 512 sequences: groups of 64, groups of the best one size that holds the longest, groups of mixed sizes.
 
-    Its code's coefficients give a fifth to two fifths less than its figure, for all three systems: they leave out what does
-    not depend on the plan, and run on the real articles they give 6.5 and 5.2 s where the figure has 8.0 and 6.0. So seconds
-    have a wide bound; the gain of mixed sizes is held to 15 % at 192K. At 384K it hangs on the one or two articles over 192K
-    that a batch may have, which two batches drawn evenly from quantiles do not show: 30 %.
+    Its code's coefficients give a fifth to two fifths less than its figure, for all three systems and models. What is missing
+    is how many tokens a batch of the figure holds: 768 of the published lengths in place of 512, 1.5 times the tokens, give
+    all nine figures at 192K within 13 %; no constant of the costs does that. So seconds have a wide bound; the gain of
+    mixed sizes is held to 15 % at 192K. At 384K it hangs on the one or two articles over 192K that a batch may have, which
+    two batches drawn evenly from quantiles do not show: 30 %.
     """
     model = FLEXSP[name]
     found: dict[str, list[float]] = {"DeepSpeed": [], "BatchAda": [], "FlexSP": []}
