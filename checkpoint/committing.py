@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from evermesh.checkpoint.encoding import MANIFEST
-from evermesh.checkpoint.files import sync_directory, write_durably
+from evermesh.checkpoint.files import LateFiles, sync_directory, write_durably
 from evermesh.checkpoint.retention import Retention
 from evermesh.checkpoint.stores import attempts
 from evermesh.checkpoint.stores.attempts import STEP as STEP
@@ -106,8 +106,15 @@ def put_index(attempt: Attempt, rank: int, payload: bytes) -> None:
     os.rename(path.with_suffix(".part"), path)
 
 
+def stage(attempt: Attempt, manifest: bytes, late: LateFiles) -> None:
+    """Write what ``commit`` needs besides the files of the ranks: a full disk must show now."""
+    late.write(attempt.files / MANIFEST, [manifest])
+    if isinstance(attempt.directory, Path):
+        late.write(attempt.directory / _NEXT_LATEST, [f"{step_name(attempt.step)}\n".encode()])
+
+
 def commit(attempt: Attempt, aids: Iterable[str] = ()) -> None:
-    """Make an attempt the checkpoint of its step and let ``latest`` name it.
+    """Make an attempt, which was staged, the checkpoint of its step and let ``latest`` name it.
 
     All its files are durable. ``aids`` are names of files beside them that are no part of the checkpoint: a file system
     has some, an object store none. A committed
@@ -127,13 +134,12 @@ def commit(attempt: Attempt, aids: Iterable[str] = ()) -> None:
 
 def _rename(directory: Path, temporary: Path, path: Path) -> None:
     aside = directory / f"{REPLACED}{path.name}"
-    write_durably(directory / _NEXT_LATEST, [f"{path.name}\n".encode()])  # before the rename: a full disk must show now
     sync_directory(temporary)
     if path.exists():
         os.rename(path, aside)
     os.rename(temporary, path)
-    sync_directory(directory)
     os.rename(directory / _NEXT_LATEST, directory / LATEST)
+    # once for both: if only the second is kept, `latest` names what is missing, and the newest complete one is found
     sync_directory(directory)
 
 

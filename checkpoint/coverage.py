@@ -1,6 +1,7 @@
 """Proof that the regions of a tensor cover it exactly once."""
 
 import functools
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -8,6 +9,8 @@ import numpy as np
 from evermesh.checkpoint.errors import ShardMapInvalid
 from evermesh.checkpoint.regions import Box, IntArray, Region, Runs, StoredForm, stored_runs
 
+_MOST_GRID_ROWS = 1 << 20
+"""That boxes may have on the grid of their edges, all together: 24 MiB."""
 Part = tuple[Region, int, int]
 """A region, and the elements [start, stop) of its row-major storage that are meant."""
 
@@ -44,14 +47,38 @@ def check_cover(form: StoredForm, parts: tuple[Part, ...]) -> None:
 
 
 def _check_boxes(boxes: Sequence[Box], shape: tuple[int, ...]) -> None:
+    """On the grid of their edges, which tells the place of what is wrong; where that grid is fine, as no framework lays
+    tensors, box against box: the memory is bounded by the number of boxes, whatever they are."""
     edges = [
         np.unique([0, size, *(b.offsets[dim] for b in boxes), *(b.offsets[dim] + b.sizes[dim] for b in boxes)])
         for dim, size in enumerate(shape)
     ]
     grid = StoredForm(tuple(len(cuts) - 1 for cuts in edges))
     on_grid = [_to_grid(box, edges) for box in boxes]
+    if sum(math.prod(box.sizes[:-1]) for box in on_grid) > _MOST_GRID_ROWS:
+        _check_pairs(boxes, shape)
+        return
     corners = [tuple(map(int, cuts)) for cuts in edges]
     _check_runs([stored_runs(box, grid) for box in on_grid], [whole(b) for b in boxes], grid.num_elements, corners)
+
+
+def _check_pairs(boxes: Sequence[Box], shape: tuple[int, ...]) -> None:
+    """Boxes inside of a shape cover it once if no two overlap and they have as many elements as it has."""
+    first = np.array([box.offsets for box in boxes], np.int64)
+    last = first + np.array([box.sizes for box in boxes], np.int64)
+    for at in range(len(boxes) - 1):
+        meets = ((first[at + 1 :] < last[at]) & (first[at] < last[at + 1 :])).all(axis=1)
+        if meets.any():
+            other = at + 1 + int(np.argmax(meets))
+            place = f"index {np.maximum(first[at], first[other]).tolist()}"
+            raise _overlap(str(boxes[at]), str(boxes[other]), place)
+    missing = _product(shape) - sum(box.num_elements for box in boxes)
+    if missing:
+        raise ShardMapInvalid(f"{missing:,} of {_product(shape):,} elements are held by nobody. Add regions for them.")
+
+
+def _overlap(one: str, other: str, place: str) -> ShardMapInvalid:
+    return ShardMapInvalid(f"{one} and {other} overlap at {place}. List a shared region once, with all its ranks.")
 
 
 def _to_grid(box: Box, edges: Sequence[IntArray]) -> Box:
@@ -85,7 +112,7 @@ def _check_runs(
         size = f", {found[at] - expected[at]} elements," if corners is None else ""
         raise ShardMapInvalid(f"a gap at {place}{size} is held by nobody. Add a region that covers it.")
     one, other = (_name(parts[int(owner[order[i]])]) for i in (at - 1, min(at, len(order) - 1)))
-    raise ShardMapInvalid(f"{one} and {other} overlap at {place}. List a shared region once, with all its ranks.")
+    raise _overlap(one, other, place)
 
 
 def _place(position: int, corners: Sequence[tuple[int, ...]] | None) -> str:

@@ -9,13 +9,16 @@ from evermesh.checkpoint.coverage import check_cover
 from evermesh.checkpoint.dtypes import DTYPES
 from evermesh.checkpoint.errors import CheckpointCorrupt, ShardMapInvalid
 from evermesh.checkpoint.format import Extent, StoredTensor
-from evermesh.checkpoint.reading import FileRuns, read_files
+from evermesh.checkpoint.reading import read_files
 from evermesh.checkpoint.regions import Interval, Region, Runs, StoredForm, intersect, join, logical_runs
+from evermesh.checkpoint.scattering import FileRuns
 from evermesh.checkpoint.sources import Found, Source
 from evermesh.checkpoint.tensors import byte_view, dtype_name
 
 Target = tuple[Region, torch.Tensor]
 """A region, and the tensor whose row-major elements it is to fill."""
+Known = dict[tuple[Region, int, int, StoredForm, Region, StoredForm], Runs]
+"""What of a part of a stored region lies in another one: region, start, stop and form, then region and form."""
 MOST_STAGED_BYTES = 256 << 20
 """Of copies that exist at a time because values are converted or tensors are elsewhere; one region may exceed it."""
 
@@ -36,32 +39,60 @@ def fill(
         CheckpointCorrupt: extents leave a gap, a file is missing or not as it was saved, or a checksum is wrong.
     """
     bytes_read = 0
+    for filling in fillings(source, found, targets, forms):
+        bytes_read += read_files(source, filling.runs())
+        filling.finish()
+    return bytes_read
+
+
+def fillings(
+    source: Source,
+    found: Mapping[str, Found],
+    targets: Mapping[str, Sequence[Target]],
+    forms: Mapping[str, StoredForm],
+) -> "Iterator[Filling]":
+    """What ``fill`` does, part after part; a checkpoint of ours is one part."""
+    known: Known = {}
     plans = [
-        _Plan(source, found[name], forms.get(name, StoredForm(found[name].shape)), target)
+        _Plan(source, found[name], forms.get(name, StoredForm(found[name].shape)), target, known)
         for name, of_tensor in targets.items()
         for target in of_tensor
     ]
-    for group in _groups(plans, one=not source.is_foreign):
+    return map(Filling, _groups(plans, one=not source.is_foreign))
+
+
+class Filling:
+    """Targets that are filled at a time."""
+
+    def __init__(self, plans: "Sequence[_Plan]") -> None:
+        self._plans = plans
+
+    def runs(self) -> dict[str, list[FileRuns]]:
+        """Provide what bytes are read into; what has to be read of every file."""
         runs: dict[str, list[FileRuns]] = {}
-        for plan in group:
+        for plan in self._plans:
             plan.stage()
             for file, entry in plan.file_runs():
                 runs.setdefault(file, []).append(entry)
-        bytes_read += read_files(source, runs)
-        for plan in group:
+        return runs
+
+    def finish(self) -> None:
+        """Move what was read to where it is wanted."""
+        for plan in self._plans:
             plan.finish()
-    return bytes_read
 
 
 class _Plan:
     """What fills one target."""
 
-    def __init__(self, source: Source, found: Found, form: StoredForm, target: Target) -> None:
+    def __init__(self, source: Source, found: Found, form: StoredForm, target: Target, known: "Known") -> None:
         self.found, self.form = found, form
         self.region, self.tensor = target
-        self.pieces = list(pieces(source, found, form, self.region))
+        self.pieces = list(pieces(source, found, form, self.region, known))
         self.source = source
-        if sum(runs.num_elements for _, _, runs in self.pieces) != logical_runs(self.region, form).num_elements:
+        is_plain = form.padding is None
+        wanted = self.region.num_elements if is_plain else logical_runs(self.region, form).num_elements
+        if sum(runs.num_elements for _, _, runs in self.pieces) != wanted:
             _refuse_cover(source, found)
 
     @property
@@ -110,16 +141,21 @@ class _Plan:
 
 
 def pieces(
-    source: Source, found: Found, form: StoredForm, region: Region
+    source: Source, found: Found, form: StoredForm, region: Region, known: Known | None = None
 ) -> Iterator[tuple[StoredTensor, Extent, Runs]]:
-    """By extent: the runs from the elements that are stored there to the storage of ``region``."""
+    """By extent: the runs from the elements that are stored there to the storage of ``region``; what is ``known`` is not
+    computed again, because layers and moments lie alike."""
+    known = {} if known is None else known
     for part in found.parts:
         stored = source.tensors[part.name]
         if len(found.parts) == 1 and stored.shape == found.shape:
             for extent in stored.extents_near(region, form):
-                runs = intersect(extent.region, stored.form, region, form).clip(extent.start, extent.stop)
-                if len(runs.length):
-                    yield stored, extent, runs
+                key = (extent.region, extent.start, extent.stop, stored.form, region, form)
+                if key not in known:
+                    runs = intersect(extent.region, stored.form, region, form)
+                    known[key] = runs.clip(extent.start, extent.stop)
+                if len(known[key].length):
+                    yield stored, extent, known[key]
             continue
         in_part = intersect(part.box, StoredForm(found.shape), region, form).shifted(part.start)
         if not len(in_part.length):
@@ -132,11 +168,15 @@ def pieces(
 
 
 def _groups(plans: Sequence[_Plan], *, one: bool) -> Iterator[list[_Plan]]:
-    """Plans whose copies fit together; all of them if chunks are read whole, which two groups would read twice."""
+    """Plans whose copies fit together; all of them, also none, if chunks are read whole, which two groups would read
+    twice."""
+    if one:
+        yield list(plans)
+        return
     group: list[_Plan] = []
     staged = 0
     for plan in plans:
-        if group and not one and staged + plan.staged_bytes > MOST_STAGED_BYTES:
+        if group and staged + plan.staged_bytes > MOST_STAGED_BYTES:
             yield group
             group, staged = [], 0
         group.append(plan)

@@ -7,7 +7,7 @@ of such directories are pickles, which may execute anything.
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import PurePath
 from typing import TYPE_CHECKING
 
 from evermesh.checkpoint.errors import DAMAGE, WeightsUnusable
@@ -16,6 +16,9 @@ from evermesh.checkpoint.naming import Naming
 from evermesh.checkpoint.regions import Box
 from evermesh.checkpoint.safetensors_files import FileTensor, read_header
 from evermesh.checkpoint.sources import Source, find, plain_files
+from evermesh.checkpoint.stores.looking import files_in, is_file, is_folder
+from evermesh.checkpoint.stores.places import Place, place_of
+from evermesh.checkpoint.stores.store import store_of
 
 if TYPE_CHECKING:
     from evermesh.checkpoint.filling import Target
@@ -36,7 +39,7 @@ class WeightsRead:
     """In which the weights are stored; they were converted to those of the tensors they were read into."""
 
 
-def read_weights(directory: Path | str, naming: Naming, wanted: Mapping[str, "Sequence[Target]"]) -> WeightsRead:
+def read_weights(directory: Place | str, naming: Naming, wanted: Mapping[str, "Sequence[Target]"]) -> WeightsRead:
     """Fill the wanted regions of our tensors from a Hugging Face directory, reading the bytes of these regions only.
 
     Not collective. Regions are in the logical form of their tensor. Where the stored type differs from that of a
@@ -49,14 +52,14 @@ def read_weights(directory: Path | str, naming: Naming, wanted: Mapping[str, "Se
     """
     from evermesh.checkpoint.filling import fill
 
-    source = open_safetensors(Path(directory))
-    _check(Path(directory), source.tensors, naming)
+    source = open_safetensors(place_of(directory))
+    _check(source.path, source.tensors, naming)
     found, _ = find(source, naming)
     dtypes = {found[name].dtype for name in wanted}
     return WeightsRead(fill(source, found, wanted, {}), tuple(sorted(dtypes)))
 
 
-def open_safetensors(directory: Path) -> Source:
+def open_safetensors(directory: Place) -> Source:
     """Index the safetensors files of a directory; see ``tensors_in`` for what it raises."""
     tensors = {}
     for name, place in tensors_in(directory).items():
@@ -66,25 +69,25 @@ def open_safetensors(directory: Path) -> Source:
     return Source(directory, "safetensors", tensors, plain_files(directory, tensors))
 
 
-def tensors_in(directory: Path) -> dict[str, FileTensor]:
+def tensors_in(directory: Place) -> dict[str, FileTensor]:
     """All tensors of a directory, by their names, from the headers of its files.
 
     Raises:
         WeightsUnusable: there are no safetensors files, one is missing or damaged, or the index says otherwise.
     """
     index = directory / INDEX
-    if not index.is_file():
-        if not (directory / SINGLE).is_file():
+    if not is_file(index):
+        if not is_file(directory / SINGLE):
             raise _no_safetensors(directory)
         return read_header(directory / SINGLE)
     try:
-        places: dict[str, str] = json.loads(index.read_bytes())["weight_map"]
+        places: dict[str, str] = json.loads(store_of(index).read(index))["weight_map"]
         files = sorted(set(places.values()))
         if not all(isinstance(file, str) for file in files):
             raise TypeError("a name of a file is no text")
     except DAMAGE as error:
         raise WeightsUnusable(index, f"it holds no weight_map: {repr(error)[:200]}", "Fetch the file again.") from error
-    outside = [file for file in files if Path(file).name != file or "\0" in file]
+    outside = [file for file in files if PurePath(file).name != file or "\0" in file]
     if outside:
         raise WeightsUnusable(index, f"it names {outside[0]!r}, which is not in its directory", "Fetch the file again.")
     found = {file: read_header(directory / file) for file in files}
@@ -94,10 +97,10 @@ def tensors_in(directory: Path) -> dict[str, FileTensor]:
     return {name: found[file][name] for name, file in places.items()}
 
 
-def _no_safetensors(directory: Path) -> WeightsUnusable:
-    if not directory.is_dir():
+def _no_safetensors(directory: Place) -> WeightsUnusable:
+    if not is_folder(directory):
         return WeightsUnusable(directory, "there is no such directory", "Name a Hugging Face model directory.")
-    pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in directory.glob(pattern))
+    pickles = sorted(file.name for file in files_in(directory) if file.name.endswith((".bin", ".pt", ".pth")))
     if pickles:
         return WeightsUnusable(
             directory,
@@ -108,7 +111,7 @@ def _no_safetensors(directory: Path) -> WeightsUnusable:
     return WeightsUnusable(directory, f"it has neither {SINGLE} nor {INDEX}", "Name a Hugging Face model directory.")
 
 
-def _check(directory: Path, stored: Mapping[str, StoredTensor], naming: Naming) -> None:
+def _check(directory: Place, stored: Mapping[str, StoredTensor], naming: Naming) -> None:
     missing = naming.foreign_shapes.keys() - stored.keys()
     extra = [name for name in stored.keys() - naming.foreign_shapes.keys() if not naming.is_unread(name)]
     problems = [f"{name} {list(naming.foreign_shapes[name])} is missing" for name in sorted(missing)]

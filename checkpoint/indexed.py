@@ -205,5 +205,6 @@ def source_of(indexes: Indexes) -> Source:
         manifest.world_size,
         is_foreign=False,
         extents_in=indexes.extents_in,
+        sizes=lambda: manifest.data_sizes,
         recovery=indexes.recovery,
     )

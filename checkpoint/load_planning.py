@@ -9,7 +9,7 @@ import numpy as np
 from evermesh.checkpoint.dtypes import DTYPES
 from evermesh.checkpoint.errors import CheckpointMismatch
 from evermesh.checkpoint.files import CHUNK_BYTES
-from evermesh.checkpoint.filling import pieces
+from evermesh.checkpoint.filling import Known, pieces
 from evermesh.checkpoint.format import StoredFile
 from evermesh.checkpoint.naming import Naming
 from evermesh.checkpoint.regions import IntArray, Interval, Region, StoredForm
@@ -72,10 +72,10 @@ def even_map(source: Source, ranks: int, kinds: tuple[str, ...] = ()) -> ShardMa
 def reads_of_rank(source: Source, shard_map: ShardMap, found: Mapping[str, Found], rank: int) -> RankReads:
     """What one rank would read, whose tensors are known to be there."""
     runs: dict[str, list[tuple[IntArray, IntArray]]] = {}
-    needed = 0
+    needed, known = 0, Known()
     for name, regions in shard_map.of_rank(rank).items():
         item, form = DTYPES[found[name].dtype].num_bytes, shard_map.tensors[name].form
-        for file, position, length in _runs(source, found[name], form, regions, item):
+        for file, position, length in _runs(source, found[name], form, regions, item, known):
             runs.setdefault(file, []).append((position, length))
             needed += int(length.sum())
     counts = {file: _count(source, file, of_file) for file, of_file in runs.items()}
@@ -84,11 +84,11 @@ def reads_of_rank(source: Source, shard_map: ShardMap, found: Mapping[str, Found
 
 
 def _runs(
-    source: Source, found: Found, form: StoredForm, regions: Iterable[Region], item: int
+    source: Source, found: Found, form: StoredForm, regions: Iterable[Region], item: int, known: Known
 ) -> Iterator[tuple[str, IntArray, IntArray]]:
     """Positions and lengths in files, bytes."""
     for region in regions:
-        for _, extent, runs in pieces(source, found, form, region):
+        for _, extent, runs in pieces(source, found, form, region, known):
             yield extent.file, extent.offset + runs.source * item, runs.length * item
 
 

@@ -9,6 +9,7 @@ from pydantic import JsonValue
 from evermesh.checkpoint.errors import CheckpointMismatch, ShardMapInvalid
 from evermesh.checkpoint.filling import Target, fill
 from evermesh.checkpoint.naming import Naming
+from evermesh.checkpoint.node_reading import fill_on_node
 from evermesh.checkpoint.opening import open_checkpoint
 from evermesh.checkpoint.regions import Region, StoredForm
 from evermesh.checkpoint.shard_map import ShardMap
@@ -92,12 +93,13 @@ def _fill(
     communicator: Communicator | None,
 ) -> int:
     """Alone or together; returns the bytes that this rank has read. What others saved has no chunks: it is read exactly."""
-    if shard_map is not None and communicator is not None and communicator.size > 1 and not source.is_foreign:
-        joint = JointLoad(shard_map, targets, found, communicator)
-        if is_worth_it(source, joint):
-            return fill_together(source, joint)
     forms = {name: tensor.form for name, tensor in shard_map.tensors.items()} if shard_map is not None else {}
-    return fill(source, found, targets, forms)
+    if shard_map is None or communicator is None or communicator.size == 1 or source.is_foreign:
+        return fill(source, found, targets, forms)
+    joint = JointLoad(shard_map, targets, found, communicator)
+    if is_worth_it(source, joint):
+        return fill_together(source, joint)
+    return fill_on_node(source, found, targets, forms, communicator)
 
 
 def _as_list(entry: Target | Sequence[Target]) -> list[Target]:

@@ -1,9 +1,9 @@
 """Reading parts of the files of a checkpoint: coalesced, and verified where there are checksums."""
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Self
 
 import numpy as np
@@ -12,29 +12,16 @@ import xxhash
 from evermesh.checkpoint.errors import CheckpointCorrupt
 from evermesh.checkpoint.files import CHUNK_BYTES, ByteArray
 from evermesh.checkpoint.format import StoredFile
-from evermesh.checkpoint.regions import IntArray
+from evermesh.checkpoint.scattering import FileRuns, Piece, by_chunk
 from evermesh.checkpoint.sources import Source
 from evermesh.checkpoint.stores.places import ObjectPath
 from evermesh.checkpoint.stores.store import store_of
 
-_SHORT_RUN_BYTES = 256
 _FILES_IN_FLIGHT = 4
+_STRETCHES = 4
+"""That are read in turns. One in an object store: what will be wanted is asked for there, several blocks at a time."""
 _MOST_BUFFERS = 1024
 """Of one call (IOV_MAX of Linux)."""
-
-
-@dataclass(frozen=True, eq=False)
-class FileRuns:
-    """What one destination takes from a file. Arrays of equal length, in bytes; ``destination`` is contiguous."""
-
-    source: IntArray
-    """Positions in the file."""
-    offsets: IntArray
-    """Positions in the destination."""
-    length: IntArray
-    destination: ByteArray
-    item_bytes: int
-    """Bytes of one element: positions, offsets and lengths are multiples of it."""
 
 
 class FileReader:
@@ -147,23 +134,66 @@ def read_files(source: Source, runs: Mapping[str, Sequence[FileRuns]]) -> int:
     """Fill all destinations from the files of ``source``; returns the bytes read from them. From an object store several
     files are read at a time, because every one begins with a wait."""
     names = sorted(runs)
-    if not isinstance(source.path, ObjectPath) or len(names) <= 1:
+    if isinstance(source.path, ObjectPath) and len(names) > 1:
+        with ThreadPoolExecutor(min(len(names), _FILES_IN_FLIGHT)) as pool:
+            return sum(pool.map(lambda name: read_runs(source, name, runs[name]), names))
+    if source.is_foreign:
         return sum(read_runs(source, name, runs[name]) for name in names)
-    with ThreadPoolExecutor(min(len(names), _FILES_IN_FLIGHT)) as pool:
-        return sum(pool.map(lambda name: read_runs(source, name, runs[name]), names))
+    return read_pieces(source, {name: by_chunk(runs[name]) for name in names})
+
+
+def read_pieces(source: Source, pieces: Mapping[str, Mapping[int, Sequence[Piece]]]) -> int:
+    """Fill what is taken from chunks, by file and chunk; returns the bytes read from them.
+
+    Every chunk is read once and verified: in place if it goes to one place as it is, else through a buffer of one chunk.
+    Several stretches take turns: the system reads ahead in each of them, so that the disk is never without a request while
+    a chunk is verified and copied.
+    """
+    work = [(file, chunk) for file in sorted(pieces) for chunk in pieces[file]]
+    number = 1 if isinstance(source.path, ObjectPath) else _STRETCHES
+    edges = [len(work) * at // number for at in range(number + 1)]
+    buffer, bytes_read = np.empty(CHUNK_BYTES, np.uint8), 0
+    stretches = deque(_stretch(source, pieces, work[a:b], buffer) for a, b in itertools.pairwise(edges) if a < b)
+    try:
+        while stretches:
+            num_bytes = next(stretches[0], None)
+            if num_bytes is None:
+                stretches.popleft()
+                continue
+            bytes_read += num_bytes
+            stretches.rotate(-1)
+    finally:
+        for stretch in stretches:
+            stretch.close()
+    return bytes_read
+
+
+def _stretch(
+    source: Source,
+    pieces: Mapping[str, Mapping[int, Sequence[Piece]]],
+    work: Sequence[tuple[str, int]],
+    buffer: ByteArray,
+) -> Generator[int, None, None]:
+    """Do ``work``, a chunk at a time; the bytes that each took from its file."""
+    for file, of_file in itertools.groupby(work, key=lambda place: place[0]):
+        with ChunkReader(source, file) as reader:
+            chunks = [chunk for _, chunk in of_file]
+            reader.expect(chunks)
+            for chunk in chunks:
+                before = reader.bytes_read
+                _read_chunk(reader, chunk, pieces[file][chunk], buffer)
+                yield reader.bytes_read - before
 
 
 def read_runs(source: Source, name: str, runs: Sequence[FileRuns]) -> int:
     """Fill all destinations from a file of ``source``; returns the bytes read from it.
 
-    Where the format has checksums, every chunk that is touched is read once and verified: in place if one run covers it,
-    else through a buffer of one chunk. Where it has none, exactly the runs are read, straight into the destinations;
-    runs that follow each other in the file are one call.
+    Where the format has checksums, as ``read_pieces`` does. Where it has none, exactly the runs are read, straight into the
+    destinations; runs that follow each other in the file are one call.
     """
     if isinstance(source.files[name], StoredFile):
-        with ChunkReader(source, name) as chunks:
-            _read_chunks(chunks, runs)
-        return chunks.bytes_read
+        pieces, buffer = {name: by_chunk(runs)}, np.empty(CHUNK_BYTES, np.uint8)
+        return sum(_stretch(source, pieces, [(name, chunk) for chunk in pieces[name]], buffer))
     with FileReader(source, name) as reader:
         _read_exactly(reader, runs)
     return reader.bytes_read
@@ -187,49 +217,9 @@ def _read_exactly(reader: FileReader, runs: Sequence[FileRuns]) -> None:
             reader.read_at(int(position[begin]), [views[of][start : start + size] for of, start, size in places])
 
 
-def _read_chunks(reader: ChunkReader, runs: Sequence[FileRuns]) -> None:
-    by_chunk = sorted(itertools.chain.from_iterable(_by_chunk(r) for r in runs), key=lambda piece: piece[0])
-    reader.expect(sorted({chunk for chunk, _ in by_chunk}))
-    buffer = np.empty(CHUNK_BYTES, np.uint8)
-    for chunk, group in itertools.groupby(by_chunk, key=lambda piece: piece[0]):
-        pieces = [piece for _, piece in group]
-        size = reader.size(chunk)
-        first = pieces[0]
-        if len(pieces) == 1 and len(first.length) == 1 and first.length[0] == size:
-            offset = int(first.offsets[0])
-            reader.read(chunk, first.destination[offset : offset + size])
-            continue
-        reader.read(chunk, buffer[:size])
-        for piece in pieces:
-            _scatter(buffer, chunk * CHUNK_BYTES, piece)
-
-
-def _by_chunk(runs: FileRuns) -> Iterator[tuple[int, FileRuns]]:
-    """Cut runs at chunk borders; those of one chunk together, chunks ascending."""
-    first, last = runs.source // CHUNK_BYTES, (runs.source + runs.length - 1) // CHUNK_BYTES
-    counts = last - first + 1
-    at = np.repeat(np.arange(len(counts)), counts)
-    chunk = np.arange(len(at)) - np.repeat(np.cumsum(counts) - counts, counts) + first[at]
-    start = np.maximum(runs.source[at], chunk * CHUNK_BYTES)
-    stop = np.minimum(runs.source[at] + runs.length[at], (chunk + 1) * CHUNK_BYTES)
-    offsets = runs.offsets[at] + start - runs.source[at]
-    borders = [0, *(np.flatnonzero(np.diff(chunk)) + 1).tolist(), len(chunk)]
-    for low, high in itertools.pairwise(borders):
-        if low < high:
-            part = slice(low, high)
-            cut = FileRuns(start[part], offsets[part], (stop - start)[part], runs.destination, runs.item_bytes)
-            yield int(chunk[low]), cut
-
-
-def _scatter(buffer: ByteArray, begin: int, runs: FileRuns) -> None:
-    """Copy runs out of a chunk that starts at byte ``begin`` of the file."""
-    source = runs.source - begin
-    if len(source) < 8 or int(runs.length.sum()) >= _SHORT_RUN_BYTES * len(source):
-        for position, offset, length in zip(source.tolist(), runs.offsets.tolist(), runs.length.tolist(), strict=True):
-            runs.destination[offset : offset + length] = buffer[position : position + length]
-        return
-    items = runs.length // runs.item_bytes
-    within = np.arange(int(items.sum())) - np.repeat(np.cumsum(items) - items, items)
-    element = np.dtype(f"V{runs.item_bytes}")
-    taken = buffer.view(element)[np.repeat(source // runs.item_bytes, items) + within]
-    runs.destination.view(element)[np.repeat(runs.offsets // runs.item_bytes, items) + within] = taken
+def _read_chunk(reader: ChunkReader, chunk: int, pieces: Sequence[Piece], buffer: ByteArray) -> None:
+    size = reader.size(chunk)
+    place = pieces[0].whole(size) if len(pieces) == 1 else None
+    reader.read(chunk, buffer[:size] if place is None else place)
+    for piece in pieces if place is None else ():
+        piece.take(buffer, chunk * CHUNK_BYTES)

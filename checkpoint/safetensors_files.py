@@ -6,12 +6,14 @@ in such a file is ever executed.
 
 import json
 import math
+import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from evermesh.checkpoint.dtypes import DTYPES
-from evermesh.checkpoint.errors import DAMAGE, WeightsUnusable
+from evermesh.checkpoint.errors import DAMAGE, StoreUnusable, WeightsUnusable
+from evermesh.checkpoint.stores.looking import opened
+from evermesh.checkpoint.stores.places import Place
 
 _MOST_HEADER_BYTES = 100_000_000
 """The limit of the safetensors library."""
@@ -22,27 +24,28 @@ _DTYPES = {dtype.code: name for name, dtype in DTYPES.items()}
 class FileTensor:
     """One tensor in a file."""
 
-    file: Path
+    file: Place
     dtype: str
     shape: tuple[int, ...]
     offset: int
     """Position of its first byte in the file."""
 
 
-def read_header(file: Path) -> dict[str, FileTensor]:
+def read_header(file: Place) -> dict[str, FileTensor]:
     """The tensors of a safetensors file, by name. Raises as ``read_notes`` does."""
     return read_notes(file)[0]
 
 
-def read_notes(file: Path) -> tuple[dict[str, FileTensor], dict[str, Any]]:
+def read_notes(file: Place) -> tuple[dict[str, FileTensor], dict[str, Any]]:
     """The tensors of a safetensors file, by name, and the notes of its writer (``__metadata__``).
 
     Raises:
         WeightsUnusable: it is missing, truncated, or not what the format allows.
     """
     try:
-        with file.open("rb") as stream:
-            num_bytes = file.stat().st_size
+        with opened(file) as stream:
+            num_bytes = stream.seek(0, os.SEEK_END)
+            stream.seek(0)
             length = int.from_bytes(stream.read(8), "little")
             if not 2 <= length <= min(_MOST_HEADER_BYTES, num_bytes - 8):
                 raise WeightsUnusable(file, f"its header says {length:,} bytes; the file has {num_bytes:,}", _AGAIN)
@@ -50,6 +53,8 @@ def read_notes(file: Path) -> tuple[dict[str, FileTensor], dict[str, Any]]:
             notes = header.pop("__metadata__", {}) if isinstance(header, dict) else None
             if not isinstance(notes, dict):
                 raise WeightsUnusable(file, "its header is no object of tensors", _AGAIN)
+    except StoreUnusable:
+        raise
     except OSError as error:
         raise WeightsUnusable(file, f"it cannot be read: {error.strerror}", _AGAIN) from error
     except WeightsUnusable:
@@ -62,7 +67,7 @@ def read_notes(file: Path) -> tuple[dict[str, FileTensor], dict[str, Any]]:
 _AGAIN = "Fetch the file again."
 
 
-def _tensor(file: Path, name: str, entry: Any, data: int, num_bytes: int) -> FileTensor:
+def _tensor(file: Place, name: str, entry: Any, data: int, num_bytes: int) -> FileTensor:
     try:
         code, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
         if any(type(number) is not int or number < 0 for number in (*shape, start, stop)):

@@ -14,10 +14,10 @@ from pydantic import JsonValue, TypeAdapter
 from evermesh.checkpoint import committing as folder
 from evermesh.checkpoint.agreement import RankFailure, together
 from evermesh.checkpoint.committing import Attempt, data_name, index_name
-from evermesh.checkpoint.encoding import MANIFEST, IndexHead, extents_in_order, index_payload, read_index_heads, sealed
+from evermesh.checkpoint.encoding import IndexHead, extents_in_order, index_payload, read_index_heads, sealed
 from evermesh.checkpoint.errors import CheckpointNotSaved, ParityUnusable, StoreUnusable
 from evermesh.checkpoint.file_plan import PlannedPart, placed_part, planned_parts, saved_map
-from evermesh.checkpoint.files import write_checksummed, write_durably
+from evermesh.checkpoint.files import LateFiles
 from evermesh.checkpoint.format import safetensors_header
 from evermesh.checkpoint.merging import merged_manifest, told_of
 from evermesh.checkpoint.parity import Stripes, parts_of, protect
@@ -64,9 +64,10 @@ def save(
     check_parity(parity, place_of(directory))
     communicator = communicator or Communicator()
     attempt = Attempt(place_of(directory), step, agreed_token(communicator))
-    state = _State(attempt, shard_map, tensors, objects, description or {}, communicator, parity)
     try:
-        _save(state)
+        with LateFiles() as late:
+            state = _State(attempt, shard_map, tensors, objects, description or {}, communicator, parity, late)
+            _save(state)
     except RankFailure as failure:
         raise rolled_back(communicator, attempt, failure, shard_map.num_bytes) from failure
     if state.is_first:
@@ -106,6 +107,8 @@ class _State:
     description: Mapping[str, JsonValue]
     communicator: Communicator
     parity: int | None
+    late: LateFiles
+    """What this rank has written."""
 
     @property
     def is_first(self) -> bool:
@@ -126,7 +129,7 @@ def _save(state: _State) -> None:
     together(state.communicator, lambda: _write_own_parts(state))
     if state.parity is not None:
         together(state.communicator, lambda: _write_parity(state))
-    together(state.communicator, lambda: _write_manifest(state) if state.is_first else None)
+    together(state.communicator, lambda: _make_durable(state))
     together(state.communicator, lambda: folder.commit(state.attempt) if state.is_first else None)
 
 
@@ -142,21 +145,22 @@ def _prepare(state: _State) -> None:
 
 
 def _write_own_parts(state: _State) -> None:
-    """Write this rank's data file, then the index of it; a rank that nothing was assigned to writes an empty index."""
+    """Write this rank's data file, then the index of it; a rank that nothing was assigned to writes an empty index. Both
+    are there for others to read, and not durable yet."""
     rank = state.communicator.rank
     planned = planned_parts(state.shard_map, rank)
     files: dict[str, tuple[int, str]] = {}
     header = safetensors_header([one.entry for one in planned])
     if planned:
         payloads = _payloads(header, planned, state.tensors)
-        files[data_name(rank)] = write_checksummed(state.attempt.files / data_name(rank), payloads)
+        files[data_name(rank)] = state.late.write(state.attempt.files / data_name(rank), payloads)
     extents = extents_in_order(data_name(rank), len(header), map(placed_part, planned))
     told = told_of(
         state.shard_map.digest(),
         sum(one.entry.num_bytes for one in planned),
         sum(num_bytes for num_bytes, _ in files.values()),
     )
-    write_durably(state.index(rank), [index_payload(files, extents, told)])
+    state.late.write(state.index(rank), [index_payload(files, extents, told)])
 
 
 def _payloads(header: bytes, planned: Sequence[PlannedPart], tensors: Held) -> Iterator[memoryview | bytes]:
@@ -165,8 +169,15 @@ def _payloads(header: bytes, planned: Sequence[PlannedPart], tensors: Held) -> I
         yield from host_slices(held_tensor(tensors, one.part.name, one.part.held), one.part.start, one.part.stop)
 
 
+def _make_durable(state: _State) -> None:
+    """Sync what this rank has written; rank 0 writes the manifest meanwhile, as every index is there to be read."""
+    state.late.begin_sync()
+    if state.is_first:
+        _write_manifest(state)
+    state.late.sync()
+
+
 def _write_manifest(state: _State) -> None:
-    """On rank 0, when every index is durable."""
     heads = read_index_heads(list(map(state.index, range(state.communicator.size))))
     values = {
         "step": state.attempt.step,
@@ -176,11 +187,11 @@ def _write_manifest(state: _State) -> None:
         "objects": dict(state.objects),
     }
     manifest = merged_manifest(saved_map(state.shard_map), heads, values, _parity(state, heads))
-    write_durably(state.attempt.files / MANIFEST, [sealed(manifest)])
+    folder.stage(state.attempt, sealed(manifest), state.late)
 
 
 def _write_parity(state: _State) -> None:
-    """When every index is on the disk."""
+    """When every index is there."""
     stripes, rank = state.stripes, state.communicator.rank
     members = stripes.members(stripes.protected_by(rank))
     heads = read_index_heads(list(map(state.index, members)))

@@ -8,7 +8,9 @@ whole files among data-parallel ranks.
 
 import itertools
 from bisect import bisect_left
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,11 +19,11 @@ import torch
 from evermesh.checkpoint.agreement import RankFailure, together
 from evermesh.checkpoint.cutting import regions_of_interval
 from evermesh.checkpoint.dtypes import DTYPES
-from evermesh.checkpoint.errors import CheckpointCorrupt
 from evermesh.checkpoint.files import CHUNK_BYTES
 from evermesh.checkpoint.filling import Target, fill
 from evermesh.checkpoint.format import Extent, StoredTensor
 from evermesh.checkpoint.load_planning import reads_of_rank
+from evermesh.checkpoint.node_reading import refusal
 from evermesh.checkpoint.regions import Interval, Region
 from evermesh.checkpoint.relayout import Carrier, Holding
 from evermesh.checkpoint.relayout.moving import move_part
@@ -58,10 +60,12 @@ class JointLoad:
 def is_worth_it(source: Source, joint: JointLoad) -> bool:
     """Whether nodes whose ranks read alone would fetch much more than there is; the same answer on every rank. Collective.
 
-    What one rank has read, others of its node find in the page cache.
+    What one rank of a node has read, others find in the page cache, or in the memory that they share (``node_reading``).
     """
     communicator = joint.communicator
     nodes = sorted(set(communicator.nodes))
+    if len(nodes) == 1:
+        return False
     sums = torch.zeros(1 + len(nodes), dtype=torch.int64)
     sums[0] = 0 if joint.is_whole() else 1
     place = 1 + nodes.index(communicator.nodes[communicator.rank])
@@ -82,23 +86,24 @@ def fill_together(source: Source, wanted: JointLoad) -> int:
     """
     communicator, bytes_read = wanted.communicator, 0
     tensors = {name: [tensor for _, tensor in of] for name, of in wanted.targets.items()}
-    for dealt in _rounds(source, wanted):
-        part = _Part(source, wanted, dealt)
-        try:
-            bytes_read += together(communicator, part.read)
-        except RankFailure as failure:
-            raise _refusal(source, failure) from failure
-        names = part.shard_map.tensors
-        target = ShardMap({name: wanted.shard_map.tensors[name] for name in names})
-        held: dict[str, torch.Tensor | Sequence[torch.Tensor]] = {
-            name: tensors[name] for name in names if name in tensors
-        }
-        move_part(
-            Holding(part.shard_map, part.staged),
-            Holding(target, held),
-            Carrier(communicator, most_staged_bytes=_STAGED_BYTES),
-            part.staged.pop,
-        )
+    parts = (_Part(source, wanted, dealt) for dealt in _rounds(source, wanted))
+    with ThreadPoolExecutor(1, thread_name_prefix="checkpoint-read") as pool:  # the next part is read while one travels
+        under_way = deque((part, pool.submit(part.read)) for part in itertools.islice(parts, 1))
+        while under_way:
+            part, read = under_way.popleft()
+            try:
+                bytes_read += together(communicator, read.result)
+            except RankFailure as failure:
+                raise refusal(source, failure) from failure
+            under_way.extend((part, pool.submit(part.read)) for part in itertools.islice(parts, 1))
+            names = part.shard_map.tensors
+            held: dict[str, torch.Tensor | Sequence[torch.Tensor]] = {n: tensors[n] for n in names if n in tensors}
+            move_part(
+                Holding(part.shard_map, part.staged),
+                Holding(ShardMap({name: wanted.shard_map.tensors[name] for name in names}), held),
+                Carrier(communicator, most_staged_bytes=_STAGED_BYTES),
+                part.staged.pop,
+            )
     return bytes_read
 
 
@@ -207,10 +212,3 @@ def _regions(stored: StoredTensor, span: _Span) -> tuple[Region, ...]:
 
 def _as_shards(stored: StoredTensor, shards: tuple[Shard, ...]) -> TensorShards:
     return TensorShards(stored.dtype, stored.shape, shards, stored.permutation, stored.padding)
-
-
-def _refusal(source: Source, failure: RankFailure) -> Exception:
-    """What a rank raises because one could not read; the one that could not raises its own error."""
-    if isinstance(failure.__cause__, CheckpointCorrupt):
-        return failure.__cause__
-    return CheckpointCorrupt(source.path, f"rank {failure.rank} could not read its part: {failure.cause}")

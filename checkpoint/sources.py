@@ -5,11 +5,10 @@ stacked tensors are boxes of ours that lie in boxes of theirs (``Naming``). What
 intersecting and reading are the same for all of them. Imports no torch.
 """
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from operator import attrgetter
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Literal
 
 from pydantic import JsonValue
@@ -20,7 +19,9 @@ from evermesh.checkpoint.format import Extent, StoredFile, StoredTensor
 from evermesh.checkpoint.naming import ForeignPart, Naming
 from evermesh.checkpoint.recovery import Recovery
 from evermesh.checkpoint.regions import Box
+from evermesh.checkpoint.stores.looking import num_bytes
 from evermesh.checkpoint.stores.places import Place
+from evermesh.checkpoint.stores.store import store_of
 
 Kind = Literal["evermesh", "safetensors", "deepspeed", "deepspeed-universal", "torch-distributed", "megatron"]
 
@@ -58,6 +59,8 @@ class Source:
 
     extents_in: Callable[[str], Iterable[tuple[str, Extent]]] | None = None
     """The extents of a file, with the names of their tensors; None: whoever asks looks at all."""
+    sizes: Callable[[], Mapping[str, int]] | None = None
+    """Bytes of all files that have checksums, told without looking into any of them; None: none have checksums."""
     recovery: Recovery | None = None
     """What makes lost or damaged bytes again; None: nothing does."""
 
@@ -145,26 +148,38 @@ def with_prefixes(naming: Naming, ours: tuple[str, ...], theirs: tuple[str, ...]
     )
 
 
-def plain_files(path: Path, tensors: Mapping[str, StoredTensor]) -> dict[str, StoredFile | PlainFile]:
+def plain_files(path: Place, tensors: Mapping[str, StoredTensor]) -> dict[str, StoredFile | PlainFile]:
     """The files that the extents of ``tensors`` name, as they are now.
 
     Raises:
         ForeignUnusable: one is missing, or is not inside ``path``.
     """
     names = {extent.file for tensor in tensors.values() for extent in tensor.extents}
-    return {name: PlainFile(_num_bytes(inside(path, name))) for name in sorted(names)}
+    places = {name: inside(path, name) for name in sorted(names)}
+    if not isinstance(path, Path):
+        return _objects(path, places)
+    return {name: PlainFile(_num_bytes(place)) for name, place in places.items()}
 
 
-def inside(path: Path, name: str) -> Path:
+def inside(path: Place, name: str) -> Place:
     """The file ``name`` of a checkpoint, which is not elsewhere. Raises ``ForeignUnusable``."""
-    if Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name:
+    if PurePath(name).is_absolute() or ".." in PurePath(name).parts or "\0" in name:
         fact = f"it names the file {name[:100]!r}, which is not inside it"
         raise ForeignUnusable(path, fact, "Do not use this checkpoint.")
     return path / name
 
 
-def _num_bytes(file: Path) -> int:
+def _objects(path: Place, places: Mapping[str, Place]) -> dict[str, StoredFile | PlainFile]:
+    """With their sizes, by one request."""
+    sizes = store_of(path).sizes(path)
+    for name, place in places.items():
+        if name not in sizes:
+            raise ForeignUnusable(place, "there is no such object", "Copy the checkpoint again.")
+    return {name: PlainFile(sizes[name]) for name in places}
+
+
+def _num_bytes(file: Place) -> int:
     try:
-        return os.stat(file).st_size
+        return num_bytes(file)
     except OSError as error:
         raise ForeignUnusable(file, f"it cannot be read: {error.strerror}", "Copy the checkpoint again.") from error

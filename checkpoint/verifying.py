@@ -20,7 +20,8 @@ from evermesh.checkpoint.parity import ParityPart
 from evermesh.checkpoint.reading import ChunkReader
 from evermesh.checkpoint.sources import Source
 from evermesh.checkpoint.stores.attempts import folder_of
-from evermesh.checkpoint.stores.places import ObjectPath, Place, place_of
+from evermesh.checkpoint.stores.looking import is_file
+from evermesh.checkpoint.stores.places import Place, place_of
 from evermesh.checkpoint.stores.store import store_of
 
 Kind = Literal["format", "manifest", "index", "missing file", "extra file", "size", "checksum", "coverage"]
@@ -66,8 +67,7 @@ def verify(path: Place | str) -> VerifyReport:
     place, and every rank wrote what they say.
 
     Of checkpoints of other projects too; see ``evermesh.checkpoint.foreign.verifying`` for what can be told about them.
-    Not collective; reads the whole checkpoint once. What is wrong is reported, not raised. In an object store, checkpoints
-    of our own format only.
+    Not collective; reads the whole checkpoint once. What is wrong is reported, not raised.
 
     Raises:
         CheckpointNotFound: there is no checkpoint at ``path``.
@@ -75,7 +75,7 @@ def verify(path: Place | str) -> VerifyReport:
     """
     path = place_of(path)
     folder = folder_of(path)
-    if not isinstance(path, ObjectPath) and not isinstance(folder, ObjectPath) and not (folder / MANIFEST).exists():
+    if not is_file(folder / MANIFEST):
         from evermesh.checkpoint.foreign.verifying import verify_foreign
 
         return verify_foreign(path)

@@ -1,25 +1,25 @@
 """The one thing that training waits for: the copy of a rank's part of the state into the arena."""
 
+import mmap
 from collections.abc import Sequence
 
 import torch
 
-from evermesh.checkpoint.background.arena import Arena
 from evermesh.checkpoint.file_plan import PlannedPart
 from evermesh.checkpoint.tensors import Held, held_tensor
 
 
 class ArenaCopy:
-    """Copies the same tensors into ``arena``, one part after the other, as often as asked.
+    """Copies the same tensors into ``memory`` from byte ``offset`` on, a multiple of 8: one part after the other, as often
+    as asked.
 
     On a GPU the arena is page-locked, and a stream of its own copies into it; training's stream is not delayed by more than
     that.
     """
 
-    def __init__(self, planned: Sequence[PlannedPart], tensors: Held, arena: Arena) -> None:
-        self._memory = bytes_of_arena = torch.frombuffer(arena.memory, dtype=torch.uint8)
+    def __init__(self, planned: Sequence[PlannedPart], tensors: Held, memory: mmap.mmap, offset: int = 0) -> None:
+        self._memory = bytes_of_arena = torch.frombuffer(memory, dtype=torch.uint8)
         self._pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
-        offset = 0
         for one in planned:
             held = held_tensor(tensors, one.part.name, one.part.held)
             stop = offset + one.entry.num_bytes

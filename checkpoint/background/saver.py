@@ -211,7 +211,7 @@ class BackgroundSaver:
         planned = planned_parts(self._shard_map, rank)
         self._plan = writer_plan(self._shard_map, planned, rank, size, self.directory, retention, incremental, parity)
         self._arena = Arena(self._plan.offsets[-1])
-        self._copy = ArenaCopy(planned, tensors, self._arena)
+        self._copy = ArenaCopy(planned, tensors, self._arena.memory)
         self._copy.run()  # whatever a first copy loads or allocates is there before the first save
         self._start_writer()
 

@@ -27,8 +27,8 @@ from evermesh.checkpoint import committing
 from evermesh.checkpoint.background.data_files import DataFiles
 from evermesh.checkpoint.background.orders import Answer, SaveOrder, WriterPlan, marker_name, temporary_names
 from evermesh.checkpoint.committing import Attempt, index_name
-from evermesh.checkpoint.encoding import MANIFEST, IndexHead, index_payload, read_index_heads, sealed
-from evermesh.checkpoint.files import write_durably
+from evermesh.checkpoint.encoding import IndexHead, index_payload, read_index_heads, sealed
+from evermesh.checkpoint.files import LateFiles, write_durably
 from evermesh.checkpoint.merging import merged_manifest, told_of
 from evermesh.checkpoint.parity import Stripes, parts_of, protect
 from evermesh.checkpoint.stores.places import Place
@@ -142,7 +142,9 @@ class Writer:
         }
         attempt = self._attempt(order)
         manifest = merged_manifest(self.plan.saved, heads, values, parity)
-        write_durably(attempt.files / MANIFEST, [sealed(manifest)])
+        with LateFiles() as late:
+            committing.stage(attempt, sealed(manifest), late)
+            late.sync()
         committing.commit(attempt, (marker_name(order.identity),))
 
 

@@ -7,7 +7,6 @@ among all. Format: as found in files of version 0.19.8.
 """
 
 import itertools
-from pathlib import Path
 from typing import Any
 
 from pydantic import JsonValue
@@ -21,9 +20,10 @@ from evermesh.checkpoint.foreign.fragments import Fragment, whole
 from evermesh.checkpoint.foreign.values import Values
 from evermesh.checkpoint.format import StoredTensor
 from evermesh.checkpoint.sources import Source, plain_files
+from evermesh.checkpoint.stores.places import Place
 
 
-def open_deepspeed(path: Path) -> Source:
+def open_deepspeed(path: Place) -> Source:
     """Index the folder of one tag.
 
     Raises:

@@ -6,11 +6,11 @@ group of experts are on the ranks that hold the same ones. Format: as found in f
 
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from evermesh.checkpoint.errors import ForeignUnusable
 from evermesh.checkpoint.foreign.deepspeed_model import AGAIN, ModelStates
+from evermesh.checkpoint.stores.places import Place
 
 _EXPERT = re.compile(r"(.*\.deepspeed_experts\.)(\d+)(\..*)")
 
@@ -18,7 +18,7 @@ _EXPERT = re.compile(r"(.*\.deepspeed_experts\.)(\d+)(\..*)")
 class Experts:
     """How one model's experts are spread over ``ranks`` data-parallel ranks."""
 
-    def __init__(self, path: Path, model: ModelStates, ranks: int) -> None:
+    def __init__(self, path: Place, model: ModelStates, ranks: int) -> None:
         if model.first.get("ds_autoep_layers"):
             way_out = "Convert it with ds_to_universal."
             raise ForeignUnusable(path, "its experts were made by automatic expert parallelism", way_out)

@@ -8,42 +8,43 @@ files of their own, and so has every expert.
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from evermesh.checkpoint.errors import ForeignUnusable
 from evermesh.checkpoint.foreign.deepspeed_model import AGAIN
+from evermesh.checkpoint.stores.looking import files_in
+from evermesh.checkpoint.stores.places import Place
 
 _MODEL = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt")
 _OPTIMIZER = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_?optim_states\.pt")
 _LAYER = re.compile(r"layer_(\d+)-(?:model_(\d+)-)?model_states\.pt")
 _EXPERT = re.compile(r"layer_(\d+)_expert_(\d+)_mp_rank_00_model_states\.pt")
 _OTHER = re.compile(r"(layer_|expert_|expp_).*\.pt")
-_ByRank = dict[int, dict[int, Path]]
+_ByRank = dict[int, dict[int, Place]]
 
 
 @dataclass(frozen=True, slots=True)
 class Files:
     """Paths of one folder."""
 
-    models: list[list[Path]]
+    models: list[list[Place]]
     """By model-parallel and data-parallel rank."""
-    optimizers: list[list[Path]]
-    layers: list[dict[int, Path]]
+    optimizers: list[list[Place]]
+    layers: list[dict[int, Place]]
     """By tensor-parallel rank and index of the layer; empty if no pipeline module wrote them."""
-    experts: dict[tuple[int, int], Path]
+    experts: dict[tuple[int, int], Place]
     """By MoE layer and expert."""
 
 
-def find_files(path: Path, *, universal: bool = False) -> Files:
+def find_files(path: Place, *, universal: bool = False) -> Files:
     """The files in ``path``; a ``universal`` folder has copies of those of the model only.
 
     Raises:
         ForeignUnusable: some are missing, or are of a kind that is not known.
     """
     models, optimizers, layers = _ByRank(), _ByRank(), _ByRank()
-    experts: dict[tuple[int, int], Path] = {}
-    for file in sorted(path.iterdir()):
+    experts: dict[tuple[int, int], Place] = {}
+    for file in files_in(path):
         if match := _MODEL.fullmatch(file.name):
             # where both forms are there, as in what this project writes, the first one has all weights
             models.setdefault(int(match[2]), {}).setdefault(int(match[1] or 0), file)
@@ -66,7 +67,7 @@ def find_files(path: Path, *, universal: bool = False) -> Files:
     return Files(of_models, of_optimizers, [layers[rank] for rank in sorted(layers)], experts)
 
 
-def _grid(path: Path, found: _ByRank, what: str) -> Iterator[list[Path]]:
+def _grid(path: Place, found: _ByRank, what: str) -> Iterator[list[Place]]:
     if not found:
         without = ", as without ZeRO" if what == "optimizer" else ""
         raise ForeignUnusable(path, f"it has no files of the {what}{without}", AGAIN)
@@ -82,7 +83,7 @@ def _grid(path: Path, found: _ByRank, what: str) -> Iterator[list[Path]]:
         yield [found[rank][index] for index in sorted(found[rank])]
 
 
-def degrees(path: Path, first: dict[str, Any], files: Files) -> tuple[int, int]:
+def degrees(path: Place, first: dict[str, Any], files: Files) -> tuple[int, int]:
     """Pipeline stages and tensor-parallel ranks; ``first`` is the file of the model of the first rank.
 
     Files of versions before 0.19 tell it by their layers only. Raises ``ForeignUnusable``.

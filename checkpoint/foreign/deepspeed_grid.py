@@ -1,7 +1,6 @@
 """The model of a DeepSpeed checkpoint, put together from pipeline stages and tensor-parallel ranks. Imports no torch."""
 
 from collections.abc import Collection, Iterator, Mapping
-from pathlib import Path
 
 from pydantic import JsonValue
 
@@ -14,6 +13,7 @@ from evermesh.checkpoint.foreign.patterns import Shape
 from evermesh.checkpoint.foreign.torch_files import TorchTensor
 from evermesh.checkpoint.foreign.values import Values
 from evermesh.checkpoint.format import StoredTensor
+from evermesh.checkpoint.stores.places import Place
 
 ByRank = list[tuple[Shape, list[Fragment]]]
 """By tensor-parallel rank: the shape of its part of a tensor, and what makes that up."""
@@ -24,7 +24,7 @@ _MODULE = dict[str, TorchTensor]
 class Grid:
     """All files of the model in one folder, by pipeline stage and tensor-parallel rank."""
 
-    def __init__(self, path: Path, files: Files, values: Values) -> None:
+    def __init__(self, path: Place, files: Files, values: Values) -> None:
         self.path, self.values = path, values
         models = [ModelStates(of_rank) for of_rank in files.models]
         self.first = models[0].first

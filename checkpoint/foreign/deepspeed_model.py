@@ -5,7 +5,6 @@ Imports no torch.
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from pydantic import JsonValue
@@ -15,6 +14,7 @@ from evermesh.checkpoint.foreign.patterns import Shape
 from evermesh.checkpoint.foreign.pickle_machine import Class, Constant, Maker
 from evermesh.checkpoint.foreign.torch_files import Part, read_torch_file
 from evermesh.checkpoint.foreign.values import Values
+from evermesh.checkpoint.stores.places import Place
 
 PARAMETER, BUFFER = "parameter.", "buffer."
 AGAIN = "A save may have been interrupted: load an earlier checkpoint, or copy this one again."
@@ -38,7 +38,7 @@ _MAKERS: dict[str, Maker | Constant] = {
 }
 
 
-def read(file: Path) -> Any:
+def read(file: Place) -> Any:
     """The contents of a file of the library. Objects of unknown classes, which clients save, do nothing."""
     return read_torch_file(Part(file), _MAKERS, refuse_unknown=False)
 
@@ -57,7 +57,7 @@ def even(shapes: Mapping[str, tuple[int, ...]], rank: int, ranks: int) -> Iterat
 class ModelStates:
     """The model of one model-parallel rank, by data-parallel rank where they differ."""
 
-    def __init__(self, files: Sequence[Path]) -> None:
+    def __init__(self, files: Sequence[Place]) -> None:
         self.first = read(files[0])
         self.num_files = len(files)
         self.is_partitioned = files[0].name.startswith("zero_pp_rank_")

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from evermesh.checkpoint.errors import ForeignUnusable
@@ -14,6 +13,7 @@ from evermesh.checkpoint.foreign.patterns import Shape
 from evermesh.checkpoint.foreign.pickle_machine import Record
 from evermesh.checkpoint.foreign.torch_files import TorchTensor
 from evermesh.checkpoint.foreign.values import number
+from evermesh.checkpoint.stores.places import Place
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,7 @@ class Partition:
 class Partitions:
     """The optimizer files of one model-parallel rank, by data-parallel rank."""
 
-    def __init__(self, path: Path, model: ModelStates, shards: Sequence[dict[str, Any]]) -> None:
+    def __init__(self, path: Place, model: ModelStates, shards: Sequence[dict[str, Any]]) -> None:
         self.path, self.model, self.shards = path, model, shards
         self.stage = int(shards[0]["zero_stage"])
         counts = [max(n) if isinstance(n := shard["partition_count"], list) else n for shard in shards]

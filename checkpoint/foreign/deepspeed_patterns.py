@@ -6,11 +6,11 @@ begin with. A parameter that none of them matches is divided along dim 0. Format
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from evermesh.checkpoint.errors import ForeignUnusable, ShardMapInvalid
 from evermesh.checkpoint.foreign.patterns import Combined, Divided, Fused, Pattern, Replicated, Shape, combine
+from evermesh.checkpoint.stores.places import Place
 
 INFO = "universal_checkpoint_info"
 _AVERAGED = "parameter_to_average_patterns"
@@ -34,7 +34,7 @@ _NOT_PLAIN = re.compile(r"[)}*+?][*+?{]|\{|\(\?|\\[1-9]")
 class Rules:
     """How tensor-parallel ranks divided the parameters of one checkpoint."""
 
-    def __init__(self, path: Path, info: Any, ranks: int) -> None:
+    def __init__(self, path: Place, info: Any, ranks: int) -> None:
         """``ranks``: of tensor parallelism; with one of them nothing was divided."""
         self.path, self.ranks = path, ranks
         self.info: Mapping[str, Any] = info if isinstance(info, Mapping) else {}
@@ -146,7 +146,7 @@ class Rules:
             raise ForeignUnusable(self.path, fact, "Use names, wildcards and digits only.") from error
 
 
-def _is_match(expression: re.Pattern[str], name: str, path: Path) -> bool:
+def _is_match(expression: re.Pattern[str], name: str, path: Place) -> bool:
     """As ``re.match``, if it takes no time: each wildcard may try every length."""
     choices = len(_CHOICES.findall(expression.pattern))
     if len(name) ** choices > _MOST_TRIALS:

@@ -9,7 +9,6 @@ Universal Checkpointing, USENIX ATC 2025, section 3; format: as found in files o
 import math
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from pydantic import JsonValue
@@ -30,12 +29,15 @@ from evermesh.checkpoint.foreign.torch_files import TorchTensor
 from evermesh.checkpoint.foreign.values import Values, number
 from evermesh.checkpoint.format import StoredTensor
 from evermesh.checkpoint.sources import Source, plain_files
+from evermesh.checkpoint.stores.looking import files_in, is_file
+from evermesh.checkpoint.stores.places import Place
+from evermesh.checkpoint.stores.store import store_of
 
 _ATOMS, _SETTINGS = "zero", "optimizer_state.pt"
 _MASTER = "fp32"
 
 
-def open_universal(path: Path) -> Source:
+def open_universal(path: Place) -> Source:
     """Index a universal folder.
 
     Raises:
@@ -51,10 +53,10 @@ def open_universal(path: Path) -> Source:
         raise ForeignUnusable(path, fact, AGAIN) from error
 
 
-def _source(path: Path, grid: Grid, *, has_layers: bool) -> Source:
+def _source(path: Place, grid: Grid, *, has_layers: bool) -> Source:
     """``has_layers``: there are files of layers, without which weights of a pipeline are in atoms only."""
     values = grid.values
-    atoms = {folder.name for folder in (path / _ATOMS).iterdir() if folder.is_dir()}
+    atoms = set(store_of(path).folders(path / _ATOMS))
     trained = grid.trained()
     kept = grid.buffers() | {PARAMETER + n: t for n, t in grid.frozen(trained).items()}
     if grid.first["module"] is None and not has_layers:
@@ -82,13 +84,15 @@ def _source(path: Path, grid: Grid, *, has_layers: bool) -> Source:
     )
 
 
-def _atoms(folder: Path) -> Iterator[tuple[str, Any]]:
-    for file in sorted(folder.glob("*.pt")):
+def _atoms(folder: Place) -> Iterator[tuple[str, Any]]:
+    for file in files_in(folder):
+        if not file.name.endswith(".pt"):
+            continue
         found = read(file)
-        yield file.stem, found["param"] if isinstance(found, dict) else found
+        yield file.name.removesuffix(".pt"), found["param"] if isinstance(found, dict) else found
 
 
-def _shaped(path: Path, name: str, atom: Any, shape: tuple[int, ...] | None) -> TorchTensor:
+def _shaped(path: Place, name: str, atom: Any, shape: tuple[int, ...] | None) -> TorchTensor:
     """Atoms of ZeRO 3 are flat; their shapes are those of the model."""
     if not isinstance(atom, TorchTensor):
         raise ForeignUnusable(path, f"{name} is no tensor", AGAIN)
@@ -100,10 +104,10 @@ def _shaped(path: Path, name: str, atom: Any, shape: tuple[int, ...] | None) -> 
     return replace(atom, shape=shape, stride=strides)
 
 
-def _settings(path: Path, grid: Grid, numbers: dict[str, dict[str, Any]]) -> dict[str, JsonValue]:
+def _settings(path: Place, grid: Grid, numbers: dict[str, dict[str, Any]]) -> dict[str, JsonValue]:
     """Hyper-parameters and numbers of the groups, by the names of their parameters, and the loss scaler."""
     file = path / _ATOMS / _SETTINGS
-    saved = read(file) if file.is_file() else {}
+    saved = read(file) if is_file(file) else {}
     groups: list[dict[str, Any]] = saved.get("param_groups", [])
     states = saved.get("optimizer_state_dict", {}).get("state", {})  # of rank 0, where parameters were partitioned
     found: list[JsonValue] = []

@@ -4,7 +4,6 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from evermesh.checkpoint.cutting import regions_of_interval
 from evermesh.checkpoint.dtypes import DTYPES
@@ -12,6 +11,8 @@ from evermesh.checkpoint.errors import ForeignUnusable, ShardMapInvalid
 from evermesh.checkpoint.foreign.torch_files import TorchTensor
 from evermesh.checkpoint.format import Extent, StoredTensor
 from evermesh.checkpoint.regions import Box, Region, StoredForm
+from evermesh.checkpoint.stores.looking import name_below
+from evermesh.checkpoint.stores.places import Place
 
 _MOST_ROWS = 1 << 16
 """Of a tensor that is not contiguous: every row becomes an extent."""
@@ -43,7 +44,7 @@ class Slice:
 Fragment = Whole | Slice
 
 
-def assemble(root: Path, name: str, shape: Sequence[int] | StoredForm, fragments: Sequence[Fragment]) -> StoredTensor:
+def assemble(root: Place, name: str, shape: Sequence[int] | StoredForm, fragments: Sequence[Fragment]) -> StoredTensor:
     """The index of the tensor ``name`` that ``fragments`` form; files are named from ``root``.
 
     ``shape`` is that of the tensor, or the form that boxes and flat positions refer to.
@@ -73,14 +74,14 @@ def placed(fragment: Fragment, box: Box) -> Fragment:
     return replace(fragment, offsets=tuple(a + b for a, b in zip(box.offsets, offsets, strict=True)))
 
 
-def whole(root: Path, name: str, tensor: TorchTensor) -> StoredTensor:
+def whole(root: Place, name: str, tensor: TorchTensor) -> StoredTensor:
     """The index of a tensor that is stored as one. Raises as ``assemble`` does."""
     return assemble(root, name, tensor.shape, [Whole(tensor)])
 
 
-def _extents(root: Path, name: str, shape: tuple[int, ...], fragments: Sequence[Fragment]) -> Iterator[Extent]:
+def _extents(root: Place, name: str, shape: tuple[int, ...], fragments: Sequence[Fragment]) -> Iterator[Extent]:
     for fragment in fragments:
-        file = fragment.tensor.file.relative_to(root).as_posix()
+        file = name_below(root, fragment.tensor.file)
         if isinstance(fragment, Slice):
             yield from _of_slice(file, shape, fragment)
         else:
@@ -103,7 +104,7 @@ def _of_slice(file: str, shape: tuple[int, ...], fragment: Slice) -> Iterator[Ex
         position += region.num_elements * item
 
 
-def _of_box(root: Path, name: str, file: str, box: Box, tensor: TorchTensor) -> Iterator[Extent]:
+def _of_box(root: Place, name: str, file: str, box: Box, tensor: TorchTensor) -> Iterator[Extent]:
     if tensor.is_contiguous:
         yield Extent(file, tensor.position, box, 0, box.num_elements)
         return

@@ -7,7 +7,6 @@ arguments, iteration, settings of the optimizer, as ``common.pt`` has it. Import
 
 import json
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from evermesh.checkpoint.errors import DAMAGE, ForeignUnusable
@@ -17,18 +16,21 @@ from evermesh.checkpoint.foreign.torch_distributed import open_torch_distributed
 from evermesh.checkpoint.foreign.torch_files import Part, read_torch_file
 from evermesh.checkpoint.foreign.values import Values
 from evermesh.checkpoint.sources import Source, plain_files
+from evermesh.checkpoint.stores.looking import is_file
+from evermesh.checkpoint.stores.places import Place
+from evermesh.checkpoint.stores.store import store_of
 
 COMMON, COMPLETE = "common.pt", "metadata.json"
 _AGAIN = "A save may have been interrupted: load an earlier checkpoint, or copy this one again."
 _BACKEND = "torch_dist"
 
 
-def is_megatron(path: Path) -> bool:
+def is_megatron(path: Place) -> bool:
     """Whether a folder is of this format, complete or not."""
-    return (path / COMMON).is_file() or (path / COMPLETE).is_file()
+    return is_file(path / COMMON) or is_file(path / COMPLETE)
 
 
-def open_megatron(path: Path) -> Source:
+def open_megatron(path: Place) -> Source:
     """Index the checkpoint in a folder ``iter_0000010``.
 
     Raises:
@@ -41,7 +43,7 @@ def open_megatron(path: Path) -> Source:
     source, values = open_torch_distributed(path), Values(path)
     objects, tensors = dict(source.objects), dict(source.tensors)
     step = None
-    if (path / COMMON).is_file():
+    if is_file(path / COMMON):
         common = read_torch_file(Part(path / COMMON), {"argparse.Namespace": Class("Namespace")}, refuse_unknown=False)
         if not isinstance(common, dict):
             raise ForeignUnusable(path / COMMON, "it has no keys", _AGAIN)
@@ -60,10 +62,10 @@ def open_megatron(path: Path) -> Source:
     )
 
 
-def _backend(file: Path) -> Any:
+def _backend(file: Place) -> Any:
     """What the last file of a save says."""
     try:
-        return json.loads(file.read_bytes())["sharded_backend"]
+        return json.loads(store_of(file).read(file))["sharded_backend"]
     except FileNotFoundError as error:
         raise ForeignUnusable(file.parent, f"it has no {COMPLETE}, which is written last", _AGAIN) from error
     except (OSError, *DAMAGE) as error:

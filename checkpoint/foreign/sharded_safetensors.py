@@ -6,7 +6,7 @@ others tells. Consolidated ones are Hugging Face directories. Format: as torch 2
 """
 
 import json
-from pathlib import Path
+from fnmatch import fnmatchcase
 from typing import Any
 
 from evermesh.checkpoint.errors import DAMAGE, ForeignUnusable
@@ -14,16 +14,20 @@ from evermesh.checkpoint.format import Extent, StoredTensor
 from evermesh.checkpoint.regions import Box
 from evermesh.checkpoint.safetensors_files import FileTensor, read_notes
 from evermesh.checkpoint.sources import Source, plain_files
+from evermesh.checkpoint.stores.looking import files_in
+from evermesh.checkpoint.stores.places import Place
 
 PATTERN = "shard-*-model-*-of-*.safetensors"
 _NOTE = "DCP_SHARDING_INFO"
 _AGAIN = "A save may have been interrupted: load an earlier checkpoint, or copy this one again."
 
 
-def open_sharded_safetensors(path: Path) -> Source:
+def open_sharded_safetensors(path: Place) -> Source:
     """Index the files of all ranks. Raises ``ForeignUnusable``: one is damaged, or chunks leave a gap or overlap."""
     chunks: dict[str, list[tuple[FileTensor, Box]]] = {}
-    for file in sorted(path.glob(PATTERN)):
+    for file in files_in(path):
+        if not fnmatchcase(file.name, PATTERN):
+            continue
         found, notes = read_notes(file)
         try:
             places: Any = json.loads(notes[_NOTE])
@@ -39,7 +43,7 @@ def open_sharded_safetensors(path: Path) -> Source:
     return Source(path, "torch-distributed", tensors, plain_files(path, tensors), description={"library": "torch"})
 
 
-def _assembled(path: Path, name: str, chunks: list[tuple[FileTensor, Box]]) -> StoredTensor:
+def _assembled(path: Place, name: str, chunks: list[tuple[FileTensor, Box]]) -> StoredTensor:
     dtypes = sorted({tensor.dtype for tensor, _ in chunks})
     if len(dtypes) != 1:
         raise ForeignUnusable(path, f"the tensor {name} is stored as {' and '.join(dtypes)}", _AGAIN)

@@ -9,13 +9,12 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from pydantic import JsonValue
 
 from evermesh.checkpoint.cutting import regions_of_interval
 from evermesh.checkpoint.dtypes import DTYPES
-from evermesh.checkpoint.errors import DAMAGE, ForeignUnusable, ShardMapInvalid
+from evermesh.checkpoint.errors import DAMAGE, ForeignUnusable, ShardMapInvalid, StoreUnusable
 from evermesh.checkpoint.foreign.fragments import whole
 from evermesh.checkpoint.foreign.pickle_machine import MOST_PICKLE_BYTES, Class, Constant, Maker, PickleRefused
 from evermesh.checkpoint.foreign.pickle_machine import Record as Made
@@ -25,6 +24,9 @@ from evermesh.checkpoint.foreign.values import Values
 from evermesh.checkpoint.format import Extent, StoredTensor
 from evermesh.checkpoint.regions import Box, Region
 from evermesh.checkpoint.sources import Source, inside, plain_files
+from evermesh.checkpoint.stores.looking import files_in, is_file, num_bytes
+from evermesh.checkpoint.stores.places import Place
+from evermesh.checkpoint.stores.store import store_of
 
 METADATA = ".metadata"
 _AGAIN = "Copy the checkpoint again, or load an earlier one."
@@ -70,7 +72,7 @@ class _Place:
     dtype: str
 
 
-def open_torch_distributed(path: Path) -> Source:
+def open_torch_distributed(path: Place) -> Source:
     """Index the checkpoint in a folder.
 
     Raises:
@@ -108,16 +110,16 @@ def open_torch_distributed(path: Path) -> Source:
 
 
 def archives(source: Source) -> Iterator[Part]:
-    """The files inside the files of a checkpoint that ``open_torch_distributed`` opened."""
-    assert isinstance(source.locate, _Locator)
-    for chunk in dict.fromkeys(place.chunk for place in source.locate.places.values()):
-        yield Part(inside(source.directory, chunk.file), chunk.start, chunk.num_bytes)
+    """The files inside the files of a checkpoint, none if it has another form."""
+    places = source.locate.places if isinstance(source.locate, _Locator) else {}
+    for chunk in dict.fromkeys(place.chunk for place in places.values()):
+        yield Part(inside(source.path, chunk.file), chunk.start, chunk.num_bytes)
 
 
 class _Index:
     """What ``.metadata`` says, or those of all ranks together."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Place) -> None:
         self.tensors: dict[str, StoredTensor] = {}
         self.objects: list[tuple[str, _Chunk]] = []
         self.places: dict[tuple[str, int], _Place] = {}
@@ -180,21 +182,23 @@ def _flat_regions(box: Box, size: tuple[int, ...], shape: tuple[int, ...]) -> It
     yield from regions_of_interval(Box(offsets, local), shape, box.offsets[-1], box.offsets[-1] + box.sizes[-1])
 
 
-def _metadata_files(path: Path) -> list[Path]:
+def _metadata_files(path: Place) -> list[Place]:
     """Of the checkpoint, or of every rank."""
-    if (path / METADATA).is_file():
+    if is_file(path / METADATA):
         return [path / METADATA]
-    ranks = {int(match[1]): file for file in path.iterdir() if (match := _OF_RANK.fullmatch(file.name))}
+    ranks = {int(match[1]): file for file in files_in(path) if (match := _OF_RANK.fullmatch(file.name))}
     if sorted(ranks) != list(range(len(ranks))):
         raise ForeignUnusable(path, f"of ranks 0 to {max(ranks)} some lack their metadata", _AGAIN)
     return [ranks[rank] for rank in sorted(ranks)]
 
 
-def _metadata(file: Path) -> Made:
+def _metadata(file: Place) -> Made:
     try:
-        if file.stat().st_size > MOST_PICKLE_BYTES:
+        if num_bytes(file) > MOST_PICKLE_BYTES:
             raise ForeignUnusable(file, f"it has more than {MOST_PICKLE_BYTES:,} bytes", _AGAIN)
-        found = read_pickle(file.read_bytes(), _MAKERS)
+        found = read_pickle(store_of(file).read(file), _MAKERS)
+    except StoreUnusable:
+        raise
     except OSError as error:
         raise ForeignUnusable(file, f"it cannot be read: {error.strerror}", _AGAIN) from error
     except PickleRefused as error:
@@ -224,7 +228,7 @@ def _chunks(metadata: Made) -> Iterator[tuple[_Key, _Chunk]]:
 class _Locator:
     """Looks up where the elements of a chunk begin, once."""
 
-    def __init__(self, path: Path, places: Mapping[tuple[str, int], _Place]) -> None:
+    def __init__(self, path: Place, places: Mapping[tuple[str, int], _Place]) -> None:
         self.path, self.places = path, places
         self.found: dict[_Chunk, int] = {}
 

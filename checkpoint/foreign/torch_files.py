@@ -11,13 +11,14 @@ import struct
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from evermesh.checkpoint.dtypes import DTYPES
-from evermesh.checkpoint.errors import DAMAGE, ForeignUnusable
+from evermesh.checkpoint.errors import DAMAGE, ForeignUnusable, StoreUnusable
 from evermesh.checkpoint.foreign.pickle_machine import MOST_PICKLE_BYTES, Class, Constant, Maker, PickleRefused
 from evermesh.checkpoint.foreign.pickles import read_pickle
+from evermesh.checkpoint.stores.looking import opened
+from evermesh.checkpoint.stores.places import Place
 
 _STORAGES = {
     "BoolStorage": "bool",
@@ -60,7 +61,7 @@ class Storage:
 class TorchTensor:
     """Where the elements of a tensor are."""
 
-    file: Path
+    file: Place
     dtype: str
     shape: tuple[int, ...]
     stride: tuple[int, ...]
@@ -88,7 +89,7 @@ class TorchTensor:
 class Part:
     """A file, or a stretch of one that is a file of its own."""
 
-    file: Path
+    file: Place
     start: int = 0
     num_bytes: int | None = None
     """None: up to the end of the file."""
@@ -103,11 +104,13 @@ def read_torch_file(
         ForeignUnusable: it is no such file, damaged, of another byte order, or holds a global that is not known.
     """
     try:
-        with part.file.open("rb") as stream:
+        with opened(part.file) as stream:
             archive = _Archive(part, stream)
             makers = TORCH | _rebuilders(part.file) | dict(makers or {})
             payload = archive.read("data.pkl", MOST_PICKLE_BYTES)
             return read_pickle(payload, makers, archive.storage, refuse_unknown=refuse_unknown)
+    except StoreUnusable:
+        raise
     except OSError as error:
         raise ForeignUnusable(part.file, f"it cannot be read: {error.strerror or error}", _AGAIN) from error
     except PickleRefused as error:
@@ -123,7 +126,7 @@ def check_torch_file(part: Part) -> int:
     """
     num_bytes = 0
     try:
-        with part.file.open("rb") as stream:
+        with opened(part.file) as stream:
             archive = _Archive(part, stream)
             for entry in archive.zip.infolist():
                 try:
@@ -132,6 +135,8 @@ def check_torch_file(part: Part) -> int:
                             num_bytes += len(block)
                 except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
                     raise archive.unusable(f"its entry {entry.filename[:100]!r} is not what was saved") from error
+    except StoreUnusable:
+        raise
     except OSError as error:
         raise ForeignUnusable(part.file, f"it cannot be read: {error.strerror or error}", _AGAIN) from error
     return num_bytes
@@ -142,7 +147,7 @@ class _Archive:
 
     def __init__(self, part: Part, stream: Any) -> None:
         self.file = part.file
-        size = os.fstat(stream.fileno()).st_size
+        size = stream.seek(0, os.SEEK_END)
         end = size if part.num_bytes is None else part.start + part.num_bytes
         if not 0 <= part.start <= end <= size:
             raise self.unusable(f"it has {size:,} bytes, of which {part.start:,} to {end:,} are asked for")
@@ -233,7 +238,7 @@ class _View(io.RawIOBase):
         return len(taken)
 
 
-def _rebuilders(file: Path) -> dict[str, Maker | Constant]:
+def _rebuilders(file: Place) -> dict[str, Maker | Constant]:
     """Makers of the tensors of ``file``."""
 
     def tensor(storage: Any, offset: Any, shape: Any, stride: Any, *_: Any) -> TorchTensor:
@@ -261,7 +266,7 @@ def _rebuilders(file: Path) -> dict[str, Maker | Constant]:
     }
 
 
-def _tensor(file: Path, storage: Any, dtype: Any, offset: Any, shape: Any, stride: Any) -> TorchTensor:
+def _tensor(file: Place, storage: Any, dtype: Any, offset: Any, shape: Any, stride: Any) -> TorchTensor:
     """A view of a storage, if it lies inside."""
     sizes = (*shape, *stride)
     if not isinstance(storage, Storage) or dtype not in DTYPES or len(shape) != len(stride) or len(shape) > _MOST_DIMS:

@@ -1,10 +1,8 @@
 """What a foreign checkpoint holds besides large tensors, as JSON values where it can be. Imports no torch."""
 
 import math
-import os
 import struct
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from pydantic import JsonValue
@@ -13,6 +11,8 @@ from evermesh.checkpoint.dtypes import DTYPES
 from evermesh.checkpoint.errors import ForeignUnusable
 from evermesh.checkpoint.foreign.pickle_machine import Record
 from evermesh.checkpoint.foreign.torch_files import TorchTensor
+from evermesh.checkpoint.stores.looking import opened
+from evermesh.checkpoint.stores.places import Place
 
 _MOST_VALUES = 1_000_000
 _MOST_DEPTH = 64
@@ -45,7 +45,7 @@ class Values:
     tensors are no values, and are kept as what they are. Values that are shared many times are bounded in number.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Place) -> None:
         self.path = path
         self.left_out: list[str] = []
         self.tensors: dict[str, TorchTensor] = {}
@@ -99,11 +99,9 @@ class Values:
 def number(tensor: TorchTensor) -> int | float | bool:
     """The value of a tensor of one element; reads its few bytes."""
     num_bytes = DTYPES[tensor.dtype].num_bytes
-    descriptor = os.open(tensor.file, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        raw = os.pread(descriptor, num_bytes, tensor.position)
-    finally:
-        os.close(descriptor)
+    with opened(tensor.file) as file:
+        file.seek(tensor.position)
+        raw = file.read(num_bytes)
     if len(raw) != num_bytes:
         raise ForeignUnusable(tensor.file, f"it ends at byte {tensor.position + len(raw):,}", _USE)
     if tensor.dtype == "bfloat16":

@@ -6,7 +6,6 @@ whole is all that can be told.
 """
 
 from collections.abc import Iterator
-from pathlib import Path
 
 from evermesh.checkpoint.contents import Stream, whole
 from evermesh.checkpoint.errors import CheckpointCorrupt, ForeignUnusable, ShardMapInvalid
@@ -14,11 +13,12 @@ from evermesh.checkpoint.foreign.torch_distributed import archives
 from evermesh.checkpoint.foreign.torch_files import Part, check_torch_file
 from evermesh.checkpoint.opening import open_checkpoint
 from evermesh.checkpoint.sources import Source
+from evermesh.checkpoint.stores.looking import files_below, name_below
 from evermesh.checkpoint.stores.places import Place
 from evermesh.checkpoint.verifying import Problem, VerifyReport
 
 
-def verify_foreign(path: Path) -> VerifyReport:
+def verify_foreign(path: Place) -> VerifyReport:
     """Check a checkpoint of another project; reads all of it once.
 
     Raises:
@@ -27,7 +27,7 @@ def verify_foreign(path: Path) -> VerifyReport:
     try:
         source = open_checkpoint(path)
     except ForeignUnusable as error:
-        return VerifyReport(path, (Problem("format", _name(path, error.path), error.fact),), 0, 0)
+        return VerifyReport(path, (Problem("format", name_below(path, error.path), error.fact),), 0, 0)
     problems = list(_structure(source))
     parts = list(_archives(source))
     if not parts:
@@ -38,7 +38,7 @@ def verify_foreign(path: Path) -> VerifyReport:
         try:
             num_bytes += check_torch_file(part)
         except ForeignUnusable as error:
-            problems.append(Problem("checksum", _name(source.directory, part.file), _held(source, part) + error.fact))
+            problems.append(Problem("checksum", name_below(source.path, part.file), _held(source, part) + error.fact))
     return VerifyReport(source.path, tuple(problems), len({part.file for part in parts}), num_bytes)
 
 
@@ -47,7 +47,7 @@ def _archives(source: Source) -> Iterator[Part]:
     if source.kind == "torch-distributed":
         yield from archives(source)
     elif source.kind in ("deepspeed", "deepspeed-universal"):
-        yield from (Part(file) for file in sorted(source.directory.rglob("*.pt")))
+        yield from (Part(file) for file in files_below(source.path) if file.name.endswith(".pt"))
 
 
 def _structure(source: Source) -> Iterator[Problem]:
@@ -63,7 +63,7 @@ def _structure(source: Source) -> Iterator[Problem]:
         except ShardMapInvalid as error:
             yield Problem("coverage", "", str(error))
         except ForeignUnusable as error:
-            yield Problem("format", _name(source.directory, error.path), f"{name}: {error.fact}")
+            yield Problem("format", name_below(source.path, error.path), f"{name}: {error.fact}")
 
 
 def _read(source: Source) -> tuple[list[Problem], int]:
@@ -75,17 +75,12 @@ def _read(source: Source) -> tuple[list[Problem], int]:
             for view in Stream(source, [content]).take(content):
                 num_bytes += view.nbytes
         except CheckpointCorrupt as error:
-            problems.append(Problem("size", _name(source.directory, error.file), f"{name}: {error.fact}"))
+            problems.append(Problem("size", name_below(source.path, error.file), f"{name}: {error.fact}"))
     return problems, num_bytes
 
 
 def _held(source: Source, part: Part) -> str:
     """Names of tensors that are in a damaged archive, if it is one of a few."""
-    file, stop = _name(source.directory, part.file), part.start + (part.num_bytes or 0)
+    file, stop = name_below(source.path, part.file), part.start + (part.num_bytes or 0)
     names = source.tensors_in(file, part.start, stop) if part.num_bytes else []
     return f"{', '.join(names[:3])}: " if names else ""
-
-
-def _name(root: Path, place: Place) -> str:
-    file = Path(str(place))
-    return file.relative_to(root).as_posix() if file.is_relative_to(root) else file.name

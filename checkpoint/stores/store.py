@@ -35,6 +35,9 @@ class NewFile(Protocol):
     def write(self, payload: memoryview) -> None:
         """Append bytes."""
 
+    def show(self) -> None:
+        """Return when others see what was written, durable or not; an object is seen when it is finished."""
+
     def finish(self) -> None:
         """Return when all bytes are durable."""
 

@@ -1,9 +1,11 @@
 """Processes that die at a chosen system call of a save: every call that changes the disk is a kill point."""
 
+import io
 import multiprocessing
 import os
 import shutil
 import signal
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +21,20 @@ OLD_STATE, NEW_STATE = 1, 2
 
 @dataclass(frozen=True)
 class Kill:
-    """SIGKILL instead of call number ``call``; ``half`` of the bytes are written first if it is a write."""
+    """SIGKILL instead of call number ``call``, of all or of those ``of`` one name; ``half`` of the bytes are written first if
+    it is a write."""
 
     call: int
     half: bool = False
+    of: str | None = None
+
+
+class _Raw(io.FileIO):
+    """A file whose writes are calls of ``os``."""
+
+    def write(self, payload: Any) -> int:
+        """Write bytes."""
+        return os.write(self.fileno(), payload)
 
 
 class Calls:
@@ -30,23 +42,38 @@ class Calls:
 
     def __init__(self, kill: Kill | None) -> None:
         self.kill, self.names = kill, list[str]()
+        self._one_at_a_time = threading.Lock()
 
     def install(self) -> None:
         """Put a counting wrapper around every call, for the rest of this process."""
         for name in CHANGES_DISK:
             setattr(os, name, self._wrap(name, getattr(os, name)))
+        open_file = io.open
+
+        def opened(path: Any, mode: str = "r", buffering: int = -1, *arguments: Any, **keywords: Any) -> Any:
+            if mode != "wb":
+                return open_file(path, mode, buffering, *arguments, **keywords)
+            raw = _Raw(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666), mode)
+            return io.BufferedWriter(raw, buffering if buffering > 0 else io.DEFAULT_BUFFER_SIZE) if buffering else raw
+
+        io.open = opened  # type: ignore[assignment]  # what ``Path.open`` calls
 
     def die(self) -> None:
         """What happens at the chosen call."""
         os.kill(os.getpid(), signal.SIGKILL)
 
+    def _count(self) -> int:
+        assert self.kill is not None
+        return len(self.names) if self.kill.of is None else self.names.count(self.kill.of)
+
     def _wrap(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def counted(*arguments: Any, **keywords: Any) -> Any:
-            if self.kill is not None and len(self.names) == self.kill.call:
-                if self.kill.half and name == "write":
-                    call(arguments[0], bytes(arguments[1])[: len(arguments[1]) // 2])
-                self.die()
-            self.names.append(name)
+            with self._one_at_a_time:
+                if self.kill is not None and self.kill.of in (None, name) and self._count() == self.kill.call:
+                    if self.kill.half and name == "write":
+                        call(arguments[0], bytes(arguments[1])[: len(arguments[1]) // 2])
+                    self.die()
+                self.names.append(name)
             return call(*arguments, **keywords)
 
         return counted

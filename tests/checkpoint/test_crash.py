@@ -1,5 +1,6 @@
 """A save that is killed at any system call leaves the previous checkpoint or the new one, and the next save works."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -49,8 +50,8 @@ def _save_with_a_rank_that_dies(rank: int, world_size: int, directory: str, who:
     [
         (1, Kill(2, half=True)),
         (2, Kill(7, half=True)),
-        (0, Kill(15, half=True)),
-        (0, Kill(22)),
+        (0, Kill(9, half=True, of="write")),
+        (0, Kill(0, of="rename")),
     ],
     ids=["in its file", "in its index", "rank 0 in the manifest", "rank 0 before the rename"],
 )
@@ -75,3 +76,51 @@ def test_a_directory_that_is_no_checkpoint_is_no_latest(tmp_path: Path) -> None:
     assert latest(tmp_path) is None
     with pytest.raises(CheckpointCorrupt, match="not what was saved"):
         load_and_compare(path, 1, 1)
+
+
+def test_nothing_gets_its_name_before_all_of_it_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed processes lose nothing that was written, machines without power do: only the order of syncs helps."""
+    save_step(tmp_path, 1, keep=1)
+    paths: dict[int, Path] = {}
+    lacking: set[Path] = set()
+    events: list[str] = []
+    system = {name: getattr(os, name) for name in ("open", "write", "fsync", "rename")}
+
+    def opened(path: str, flags: int, *arguments: int, **keywords: int) -> int:
+        descriptor: int = system["open"](path, flags, *arguments, **keywords)
+        paths[descriptor] = Path(path)
+        if flags & os.O_CREAT:
+            lacking.update({Path(path), Path(path).parent})
+        return descriptor
+
+    def written(descriptor: int, payload: bytes) -> int:
+        lacking.add(paths[descriptor])
+        return int(system["write"](descriptor, payload))
+
+    def synced(descriptor: int) -> None:
+        system["fsync"](descriptor)
+        lacking.discard(paths[descriptor])
+        events.append(f"sync {paths[descriptor].name}")
+
+    def renamed(source: Path, target: Path) -> None:
+        below = {path for path in lacking if path.is_relative_to(source)}
+        assert not below, f"{below} were not on the disk when {source.name} was renamed"
+        if target.name.startswith(".removing-"):
+            assert tmp_path not in lacking, "the new one may be lost yet"
+        else:
+            lacking.add(target.parent)
+        system["rename"](source, target)
+        events.append(f"rename {target.name}")
+
+    for name, wrapped in (("open", opened), ("write", written), ("fsync", synced), ("rename", renamed)):
+        monkeypatch.setattr(os, name, wrapped)
+    save_step(tmp_path, 2, keep=1)
+    monkeypatch.undo()
+    committed = events.index("rename step-00000002")
+    assert {event for event in events[:committed] if event.startswith("sync rank-00000")} == {
+        "sync rank-00000.safetensors",
+        "sync rank-00000.index",
+    }
+    assert {"sync manifest.json", "sync .saving-latest"} <= set(events[:committed])
+    assert events[committed : committed + 3] == ["rename step-00000002", "rename latest", f"sync {tmp_path.name}"]
+    assert events[committed + 3 :] == ["rename .removing-step-00000001"]

@@ -29,7 +29,8 @@ from evermesh.checkpoint.dtypes import DTYPES
 from evermesh.checkpoint.regions import Runs
 from evermesh.checkpoint.relayout import Carrier, Holding, Moved, relayout
 from evermesh.checkpoint.relayout.plan import make_plan, portion
-from evermesh.checkpoint.relayout.strided import copy_runs, progressions
+from evermesh.checkpoint.relayout.strided import copy_runs
+from evermesh.checkpoint.scattering import progressions
 from evermesh.parallelism.collectives import CollectiveRecord, Communicator
 from tests.checkpoint.states import held_by, local_storage, logical_state, shard_map
 from tests.checkpoint.test_shard_map import forms, shapes, storage

@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -25,9 +26,11 @@ from evermesh.checkpoint import (
     ShardMapInvalid,
     StoredForm,
     TensorShards,
+    coverage,
     intersect,
 )
 from evermesh.checkpoint.balance import quotas
+from evermesh.checkpoint.coverage import check_cover, whole
 from evermesh.checkpoint.write_plan import WritePlan
 from tests.checkpoint.states import shard_map
 
@@ -292,3 +295,47 @@ def test_the_division_is_the_same_on_every_hash_seed() -> None:
 def test_the_package_imports_without_torch() -> None:
     program = "import sys, evermesh.checkpoint, evermesh.fault; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_boxes_that_are_compared_with_each_other_are_refused_exactly_when_counting_refuses_them(data: Draw) -> None:
+    shape = data.draw(st.tuples(*[st.integers(1, 4)] * data.draw(st.integers(1, 3))))
+    boxes, left = [], [Box((0,) * len(shape), shape)]
+    while left:  # cut at random, then perhaps spoil it
+        box = left.pop()
+        dim = data.draw(st.integers(0, len(shape) - 1))
+        cut = data.draw(st.integers(0, box.sizes[dim]))
+        if cut in (0, box.sizes[dim]):
+            boxes.append(box)
+            continue
+        for start, size in ((0, cut), (cut, box.sizes[dim] - cut)):
+            offsets, sizes = list(box.offsets), list(box.sizes)
+            offsets[dim], sizes[dim] = offsets[dim] + start, size
+            left.append(Box(tuple(offsets), tuple(sizes)))
+    for change in data.draw(st.lists(st.sampled_from(["drop", "repeat"]), max_size=2)):
+        at = data.draw(st.integers(0, len(boxes) - 1)) if boxes else None
+        if at is not None:
+            boxes = [*boxes[:at], *boxes[at + 1 :]] if change == "drop" else [*boxes, boxes[at]]
+    counts = np.zeros(shape, np.int64)
+    for box in boxes:
+        counts[tuple(slice(o, o + s) for o, s in zip(box.offsets, box.sizes, strict=True))] += 1
+    if not boxes or (counts == 1).all():
+        if boxes:
+            coverage._check_pairs(boxes, shape)
+        return
+    with pytest.raises(ShardMapInvalid, match="overlap" if (counts > 1).any() else f"^{(counts == 0).sum()} of "):
+        coverage._check_pairs(boxes, shape)
+
+
+def test_boxes_whose_edges_make_a_fine_grid_cost_no_memory() -> None:
+    number = 1000
+    shape = (2 * number,) * 3
+    crafted = [Box((2 * at,) * 3, (1, 1, 1)) for at in range(number)]
+    tracemalloc.start()
+    try:
+        with pytest.raises(ShardMapInvalid, match=r"\[0:1, 0:1, 0:1\] and \[0:2000, 0:2000, 0:2000\] overlap at index"):
+            check_cover(StoredForm(shape), tuple(whole(box) for box in [*crafted, Box((0, 0, 0), shape)]))
+        assert tracemalloc.get_traced_memory()[1] < 8 << 20
+    finally:
+        tracemalloc.stop()

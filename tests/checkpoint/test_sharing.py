@@ -19,6 +19,7 @@ from evermesh.checkpoint import (
     StoredForm,
     TensorShards,
     load,
+    node_reading,
     save,
     sharing,
     wanted_regions,
@@ -80,14 +81,16 @@ def _held(shard_map: ShardMap, rank: int, logical: Mapping[str, Tensor]) -> dict
     }
 
 
-def _load(rank: int, ranks: int, folder: str, chunks: int) -> tuple[bool, int]:
+def _load(rank: int, ranks: int, folder: str, chunks: int, nodes: tuple[int, ...] = (0, 1, 2)) -> tuple[bool, int]:
     """Whether this rank has what it wanted, and the bytes that it read."""
     sharing._LEAST_SAVED_BYTES, sharing._ROUND_CHUNKS = 0, chunks
+    node_reading._LEAST_SHARED_BYTES, node_reading._LEAST_RANKS = 0, 2
+    node_reading._NODE_CHUNKS, node_reading._LEAST_CHUNKS = chunks, 1
     layout = _columns(ranks)
     right = _held(layout, rank, _logical())
     found = {name: [torch.full_like(tensor, 7) for tensor in tensors] for name, tensors in right.items()}
     wanted = wanted_regions(layout, rank, found)
-    communicator = Communicator(dist.group.WORLD, nodes=tuple(range(ranks)))
+    communicator = Communicator(dist.group.WORLD, nodes=nodes)
     result = load(Path(folder) / "step-00000001", wanted, shard_map=layout, communicator=communicator)
     return all(torch.equal(a, b) for n in right for a, b in zip(found[n], right[n], strict=True)), result.bytes_read
 
@@ -105,9 +108,11 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("chunks", [1, 16])
-def test_every_chunk_is_read_once_and_every_rank_gets_its_columns(saved: Path, chunks: int) -> None:
-    results = run_ranks(3, _load, str(saved), chunks)
+@pytest.mark.parametrize(("chunks", "nodes"), [(1, (0, 1, 2)), (16, (0, 1, 2)), (1, (0, 0, 0)), (4, (0, 0, 0))])
+def test_every_chunk_is_read_once_and_every_rank_gets_its_columns(
+    saved: Path, chunks: int, nodes: tuple[int, ...]
+) -> None:
+    results = run_ranks(3, _load, str(saved), chunks, nodes)
     assert [is_right for is_right, _ in results] == [True] * 3
     sizes = [file.stat().st_size for file in saved.glob("step-*/rank-*.safetensors")]
     assert sum(num_bytes for _, num_bytes in results) == sum(sizes)
