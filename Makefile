@@ -48,15 +48,15 @@ gpu: $(INSTALLED)  ## the checks that only a GPU can make; skips aloud without o
 	$(BIN)/python -m pytest tests/gpu -m gpu -rs
 
 parity: $(INSTALLED)  ## gradients on every layout against one process; takes minutes
-	$(BIN)/python -m pytest tests/runtime tests/parallelism tests/checkpoint -m parity
+	$(BIN)/python -m pytest tests/runtime tests/parallelism tests/checkpoint tests/fault -m parity
 
-soak: $(INSTALLED)  ## long runs of jobs: 200 restarts in a row, two jobs beside each other, a clock that jumps; takes minutes
-	$(BIN)/python -m pytest tests/launcher -m soak -s
+soak: $(INSTALLED)  ## long runs of jobs: 200 restarts in a row, a clock that jumps, killed copies (KILLS=1000), 30 random faults (FAULTS=300 SEED=1)
+	$(BIN)/python -m pytest tests/launcher tests/fault -m soak -s
 
 soak-planner: $(INSTALLED)  ## a million random plans, each proved, in two processes; takes hours (PLANS=20000: minutes)
 	$(BIN)/python -m pytest tests/parallelism/test_soak_planner.py -m soak -s
 
-soak-saving: $(INSTALLED)  ## 2000 writers killed at random calls, 1500 random sequences of saves; takes minutes (POINTS=20000: an hour)
+soak-saving: $(INSTALLED)  ## killed writers, random sequences of saves, damage, mutated files; takes an hour (POINTS, DAMAGES, MUTATIONS: how many)
 	$(BIN)/python -m pytest tests/checkpoint -m soak
 
 bench: $(INSTALLED)  ## all benchmarks; writes build/bench/NAME.json

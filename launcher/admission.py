@@ -120,7 +120,7 @@ def _check_same_run(before: JobConfig, after: JobConfig) -> None:
         raise ResumeRefused(
             f"{', '.join(changed)} cannot change when run {before.name} is resumed. Leave it as it is, or start a new "
             f"run with `evermesh launch`. What may change: --workers, and train.steps, stop_at, checkpoint, layout, "
-            f"device, optimizer, evaluation.every, cost, timeout_s, max_skipped_steps."
+            f"device, optimizer, evaluation.every, cost, timeout_s, max_skipped_steps, guard."
         )
 
 

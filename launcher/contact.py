@@ -1,13 +1,16 @@
 """How the controller of a run is found: two files of the run's directory that only their owner can read.
 
-controller.json    its address and process
-token              what every request must show
+controller.json         its address and process
+controller-NODE.json    another way, by which one node reaches it, and the process that keeps that open
+token                   what every request must show
 """
 
 import json
 import os
 import secrets
 from pathlib import Path
+
+import psutil
 
 _CONTACT = "controller.json"
 _TOKEN = "token"
@@ -41,12 +44,37 @@ def write_contact(run: Path, url: str) -> None:
     os.replace(new, run / _CONTACT)
 
 
-def read_contact(run: Path) -> str | None:
-    """Where the controller was last reached, such as ``http://127.0.0.1:4321``; it may be gone since."""
+def write_way(run: Path, node: str, url: str) -> None:
+    """Say by which other way ``node`` reaches the controller while this process, of the same machine, lives."""
+    new = run / f"controller-{node}.json.new"
+    new.write_text(json.dumps({"url": url, "pid": os.getpid()}) + "\n")
+    os.replace(new, _way(run, node))
+
+
+def forget_way(run: Path, node: str) -> None:
+    """``node`` reaches the controller as all others do."""
+    _way(run, node).unlink(missing_ok=True)
+
+
+def read_contact(run: Path, node: str | None = None) -> str | None:
+    """Where the controller was last reached, such as ``http://127.0.0.1:4321``, by ``node`` if it is one that asks.
+
+    The controller may be gone since.
+    """
+    try:
+        way = json.loads(_way(run, node).read_text()) if node is not None else {}
+        if way and psutil.pid_exists(way["pid"]):
+            return str(way["url"])
+    except (OSError, ValueError, KeyError):
+        pass  # it has no way of its own
     try:
         return str(json.loads((run / _CONTACT).read_text())["url"])
     except (OSError, ValueError, KeyError):
         return None
+
+
+def _way(run: Path, node: str) -> Path:
+    return run / f"controller-{node}.json"
 
 
 def last_port(run: Path) -> int | None:

@@ -21,6 +21,7 @@
         ├── WarmProcessLost  (RuntimeError)     the process that forks workers ended
         ├── SharedMemoryMissing (OSError)       a node has no room for its shared-memory area
         ├── ControllerLost   (RuntimeError)     the controller of a run does not answer
+        ├── Interrupted      (RuntimeError)     somebody stopped a run before it could be judged
         └── DemoFailed       (AssertionError)   the demo ran, but something it promises did not happen
 
 ``exit_code`` is what the command line ends with: 2 for a wrong request, 1 for work that failed, 128 + signal.
@@ -124,6 +125,14 @@ class RunNotSeen(LauncherError, LookupError):
 
 class StoppedAtOnce(LauncherError, RuntimeError):
     """A second signal ended the workers before they had saved; what to do now is in the message."""
+
+    def __init__(self, text: str, exit_code: int) -> None:
+        self.exit_code = exit_code
+        super().__init__(text)
+
+
+class Interrupted(LauncherError, RuntimeError):
+    """Somebody has stopped a run before it could be judged."""
 
     def __init__(self, text: str, exit_code: int) -> None:
         self.exit_code = exit_code

@@ -1,9 +1,9 @@
 """The model of a job that starts from a Hugging Face directory is the one of that directory."""
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
+from evermesh.checkpoint.stores.places import place_of
 from evermesh.launcher.errors import JobFileInvalid, Problem
 from evermesh.launcher.job_yaml import Key
 from evermesh.runtime.errors import UnsupportedModel
@@ -25,7 +25,7 @@ def fill(values: Any, origin: Callable[[Key], str]) -> None:
     train = values.get("train") if isinstance(values, dict) else None
     if not isinstance(train, dict) or not isinstance(train.get("init_from"), str):
         return  # absent, or refused as what it is
-    directory, given = Path(train["init_from"]), train.get("model")
+    directory, given = place_of(train["init_from"]), train.get("model")
     if not isinstance(given, dict | None):
         return
     given = given or {}

@@ -44,6 +44,25 @@ class Outcome(_Message):
     """No process of it is left on the node."""
 
 
+class SnapshotPart(_Message):
+    """What a rank left in the memory of its node."""
+
+    rank: int
+    generation: int
+    """Of the attempt that made it."""
+    step: int
+    shard_map: str
+    """Digest."""
+
+
+class InMemory(_Message):
+    """The snapshots that the keeper of a node has, or has left."""
+
+    launch: str
+    """Which launch they belong to; those of another are of no use."""
+    parts: tuple[SnapshotPart, ...] = ()
+
+
 # from the agent
 
 
@@ -58,6 +77,7 @@ class Hello(_Message):
     outcome: Outcome | None = None
     """Of the generation that runs here or ran here last."""
     shared_memory_bytes: int = 0
+    in_memory: InMemory | None = None
 
 
 class Beat(_Message):
@@ -108,6 +128,8 @@ class Progress(_Message):
 
     kind: Literal["progress"] = "progress"
     outcome: Outcome
+    in_memory: InMemory | None = None
+    """When it is over."""
 
 
 class Preempted(_Message):
@@ -142,6 +164,8 @@ class TrainingWork(_Message):
     entry: str
     arguments: dict[str, Any]
     logs: str
+    launch: str | None = None
+    """Ranks leave snapshots with a keeper that keeps them for this launch; None: they leave none."""
 
 
 class Place(_Message):

@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from rich.console import Console
@@ -10,6 +10,7 @@ from rich.console import Console
 from evermesh import checkpoint
 from evermesh.checkpoint.errors import StoreUnusable
 from evermesh.launcher.admission import check_devices, check_longest, check_place, check_store, resumed_config
+from evermesh.launcher.chaos.record import forget_injection
 from evermesh.launcher.config import JobConfig
 from evermesh.launcher.corpora import open_corpora
 from evermesh.launcher.errors import RunAlive, RunUnusable, StoppedAtOnce, WorkersFailed
@@ -29,8 +30,17 @@ class Trained:
     result: JobResult
 
 
-def launch_job(config: JobConfig, console: Console, *, detach: bool = False, watch: Watch | None = None) -> Trained:
+def launch_job(
+    config: JobConfig,
+    console: Console,
+    *,
+    detach: bool = False,
+    watch: Watch | None = None,
+    prepare: Callable[[Run], None] | None = None,
+) -> Trained:
     """Make a run for ``config`` and train it; ``watch`` sees every step and the workers' processes.
+
+    ``prepare`` is called with the run before anything of it is started.
 
     Returns when it has ended, or with ``detach`` as soon as it has a controller: ``evermesh status`` and ``Client`` find
     it then.
@@ -48,6 +58,8 @@ def launch_job(config: JobConfig, console: Console, *, detach: bool = False, wat
     except (StoreUnusable, RunUnusable):
         shutil.rmtree(run.directory)
         raise
+    if prepare is not None:
+        prepare(run)
     return _train(run, run.config(), vocabulary, Follower(run, console, watch), resume=False, detach=detach)
 
 
@@ -67,6 +79,7 @@ def resume_job(
     check_place(config)
     check_devices(config)
     vocabulary = open_data(config, console)[0].vocabulary
+    forget_injection(run)
     return _train(run, config, vocabulary, Follower(run, console), resume=True, detach=detach)
 
 

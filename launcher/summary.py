@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from evermesh.fault.events import read_events
+from evermesh.fault.events import Event, read_events
 from evermesh.launcher.progress import duration
 from evermesh.launcher.run_directory import Run
 from evermesh.runtime.telemetry import StepReport, read_telemetry
@@ -44,6 +44,7 @@ def _rows(reports: Sequence[StepReport], vocabulary: int | None) -> list[tuple[s
     tokens, wall_s = sum(report.num_tokens for report in reports), sum(report.step_s for report in reports)
     guess = f" (uniform guess: ln {vocabulary:,} = {math.log(vocabulary):.4f})" if vocabulary else ""
     skipped = sum(not report.committed for report in reports)
+    again = f"{last.num_to_try_again:,} sequences of skipped steps still wait, {last.num_set_aside:,} are set aside"
     return [
         ("steps", f"{last.step} of {last.steps}" + (f", {skipped} skipped" if skipped else "")),
         ("loss", f"{first.loss:.4f} at step {first.step}, {last.loss:.4f} at step {last.step}{guess}"),
@@ -53,6 +54,7 @@ def _rows(reports: Sequence[StepReport], vocabulary: int | None) -> list[tuple[s
         ("sequences", rings_seen(reports)),
         ("micro-batches", micro_batches_seen(reports)),
         ("plans", _plans(reports)),
+        *([("tried again", again)] if skipped else []),
         ("traffic", traffic_seen(reports)),
     ]
 
@@ -106,13 +108,31 @@ def _geomean(values: Sequence[float]) -> float:
 
 
 def _event_rows(run: Run) -> list[tuple[str, str]]:
-    kinds = Counter(event.kind for event in read_events(run.events)) if run.events.is_file() else Counter[str]()
+    events = list(read_events(run.events)) if run.events.is_file() else []
+    kinds = Counter(event.kind for event in events)
+    resumed = [event for event in events if event.kind == "resumed"]
+    from_memory = [event for event in resumed if event.fields.get("source") == "memory"]
     state = run.state()
-    rows = [("checkpoints", f"{kinds['checkpoint']} written, {kinds['resumed']} resumed from")]
+    rows = [("checkpoints", f"{kinds['checkpoint']} written, {len(resumed) - len(from_memory)} resumed from")]
+    if kinds["restarted"]:
+        rows.append(("restarts", _restarts(events, from_memory)))
+    told = {event.kind: event.text for event in events}  # the newest of each
+    rows += [(kind, told[kind]) for kind in ("finding", "not trained") if kind in told]
     if state.started and state.ended:
         took = (state.ended - state.started).total_seconds()
         rows.append(("wall time", f"{duration(took)} in attempt {state.attempt}, start of workers included"))
     return rows
+
+
+def _restarts(events: Sequence[Event], from_memory: Sequence[Event]) -> str:
+    """How many there were, from where, and what they cost."""
+    told = [event for event in events if event.kind == "restarted"]
+    lost_steps = sum(int(str(event.fields.get("lost_steps", 0))) for event in told)
+    text = f"{len(told)}, {lost_steps:,} steps trained again"
+    if not from_memory:
+        return text
+    slowest_s = max(float(str(event.fields["load_s"])) for event in from_memory)
+    return f"{text}; {len(from_memory)} from memory, in at most {slowest_s:.2f} s"
 
 
 def last_report(path: Path) -> StepReport | None:

@@ -6,13 +6,14 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     BaseModel,
-    BeforeValidator,
     ConfigDict,
     Field,
     NonNegativeInt,
+    PlainSerializer,
+    PlainValidator,
     PositiveFloat,
     PositiveInt,
-    TypeAdapter,
+    WithJsonSchema,
     model_validator,
 )
 
@@ -24,6 +25,7 @@ from evermesh.parallelism.layout import Layout
 from evermesh.parallelism.layout.policy import SwitchingPolicy
 from evermesh.runtime.data.config import DataConfig
 from evermesh.runtime.deepspeed_engine.checks import check_config
+from evermesh.runtime.guard.config import GuardConfig, or_default
 from evermesh.runtime.layout import check_compile, check_model
 from evermesh.runtime.model.config import ModelConfig
 from evermesh.runtime.optimizer_config import AdamWConfig, AnyOptimizer
@@ -31,6 +33,18 @@ from evermesh.runtime.optimizer_config import AdamWConfig, AnyOptimizer
 
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+def _as_place(value: Any) -> Place:
+    if not isinstance(value, str | Path | ObjectPath):
+        raise ValueError(f"{value!r} is neither a path nor a URL such as s3://BUCKET/PREFIX")
+    return place_of(value if not isinstance(value, Path) else str(value))
+
+
+_AnyPlace = Annotated[
+    Path | ObjectPath, PlainValidator(_as_place), PlainSerializer(str, str), WithJsonSchema({"type": "string"})
+]
+"""A path, or the URL of an object store."""
 
 
 _Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -96,6 +110,17 @@ class CheckpointConfig(_Frozen):
         return Retention(self.keep, self.keep_every, age_s)
 
 
+class SnapshotConfig(_Frozen):
+    """How often the state is copied to host memory that outlives the workers; it needs twice what the ranks hold."""
+
+    every: PositiveInt | None = None
+    """Optimizer steps between two snapshots; null: as often as ``most_cost`` and ``least_s`` allow."""
+    most_cost: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.01
+    """Without ``every``: part of the time for which training may stand still for the copies."""
+    least_s: PositiveFloat = 10.0
+    """Without ``every``: seconds between two snapshots, at least."""
+
+
 class EvaluationConfig(_Frozen):
     """When a run is evaluated, and on how much."""
 
@@ -139,22 +164,12 @@ class CompileConfig(_Frozen):
         return tuple(sorted({max(1, round(capacity / math.sqrt(2) ** step)) for step in range(11)}))
 
 
-def _or_default(policy: type[BaseModel]) -> BeforeValidator:
-    """``true`` is the default policy, ``false`` none."""
-
-    def read(value: Any) -> Any:
-        if isinstance(value, bool | str):
-            return policy() if TypeAdapter(bool).validate_python(value) else None
-        return value
-
-    return BeforeValidator(read)
-
-
 class AdoptConfig(_Frozen):
     """A checkpoint of another library that a new run goes on from, with its weights and the states of its optimizer."""
 
-    path: Path
-    """Of DeepSpeed, ZeRO 1, 2, 3 or universal: the folder of a tag, or the one with ``latest``."""
+    path: _AnyPlace
+    """Of DeepSpeed, ZeRO 1, 2, 3 or universal: the folder of a tag, or the one with ``latest``; a path, or a URL such as
+    ``s3://BUCKET/PREFIX``."""
     names: Literal["own", "hugging_face"] = "own"
     """What its parameters are called: as ours are, or as in a Hugging Face model of this kind."""
     updates: PositiveInt | None = None
@@ -165,9 +180,9 @@ class TrainConfig(_Frozen):
     """Everything that decides what a training run computes."""
 
     model: ModelConfig = ModelConfig()
-    init_from: Path | None = None
-    """Hugging Face directory whose weights a new run starts from; ``model`` is then the one of its config.json, and need
-    not be given. null: random weights."""
+    init_from: _AnyPlace | None = None
+    """Hugging Face directory whose weights a new run starts from, a path, or a URL such as ``s3://BUCKET/PREFIX``;
+    ``model`` is then the one of its config.json, and need not be given. null: random weights."""
     adopt: AdoptConfig | None = None
     """Checkpoint of DeepSpeed that a new run goes on from, on any layout: weights and moments, while the data and the
     schedule begin anew. null: none."""
@@ -175,12 +190,16 @@ class TrainConfig(_Frozen):
     layout: Layout = Layout()
     cost: CostModel | None = None
     """Coefficients for the planner; null: derived from the model's sizes."""
-    calibrate: Annotated[CalibrationPolicy | None, _or_default(CalibrationPolicy)] = None
+    calibrate: Annotated[CalibrationPolicy | None, or_default(CalibrationPolicy)] = None
     """Fit the coefficients for the planner to the times that ranks measure, while the run goes on: on, or when to do so; null
     or off: not. Plans then depend on the clock, so two runs no longer add in the same order."""
     optimizer: AnyOptimizer = AdamWConfig()
     """How gradients become updates; AdamW where ``kind`` is not given."""
     checkpoint: CheckpointConfig = CheckpointConfig()
+    snapshot: Annotated[SnapshotConfig | None, or_default(SnapshotConfig)] = SnapshotConfig()
+    """Under the launcher, go on from the memory of the nodes after workers have died, without reading storage: on, or how
+    often the state is copied there; null or off: not. Where memory has no room the event log tells, and training goes on
+    without."""
     evaluation: EvaluationConfig | None = None
     """The loss on held-out documents; null: no document is held out."""
     steps: PositiveInt = 100
@@ -192,7 +211,7 @@ class TrainConfig(_Frozen):
     device: Annotated[CpuDevice | CudaDevice, Field(discriminator="kind")] = CpuDevice()
     compile: CompileConfig | None = None
     """Compile what blocks do with tokens one by one; null: everything runs as it is written."""
-    advise_layout: Annotated[SwitchingPolicy | None, _or_default(SwitchingPolicy)] = None
+    advise_layout: Annotated[SwitchingPolicy | None, or_default(SwitchingPolicy)] = None
     """Watch the lengths of batches, and log when another layout would be worth a switch: true, or when it is worth it; null
     or false: not. Only with its ``moves`` on the run then goes on with the other layout, without a restart; else it goes
     on as it is. A window costs rank 0 a search in the background, milliseconds of one core on a few nodes, seconds on
@@ -205,7 +224,9 @@ class TrainConfig(_Frozen):
     timeout_s: PositiveFloat = 120.0
     """Seconds after which a collective without answer fails."""
     max_skipped_steps: PositiveInt = 10
-    """Consecutive steps with a non-finite loss or gradient after which the run ends with an error."""
+    """Consecutive bad steps, see ``guard``, after which the run ends with an error."""
+    guard: GuardConfig = GuardConfig()
+    """Which steps update nothing, what becomes of their samples, and how computations are checked."""
 
     @model_validator(mode="after")
     def _ranks_can_share_the_model(self) -> Self:
@@ -213,6 +234,7 @@ class TrainConfig(_Frozen):
         check_config(self)
         self._check_calibration()
         self._check_moves()
+        self._check_guard()
         if self.init_from is not None and self.adopt is not None:
             raise ValueError(
                 f"init_from gives the weights of {self.init_from} to the run, and adopt those of {self.adopt.path}. "
@@ -228,6 +250,22 @@ class TrainConfig(_Frozen):
                 "advise_layout.moves is on, so the clock decides when the layout changes, but deterministic asks for the "
                 "same bits every time. Set train.advise_layout.moves to off, or leave train.deterministic out."
             )
+
+    def _check_guard(self) -> None:
+        probe, offloads = self.guard.probe is not None, "offload" in self.layout.activation_policies
+        if self.layout.deepspeed is not None and (probe or self.guard.replicas is not None):
+            raise ValueError(
+                "guard.probe or guard.replicas is on, but layout.sharding is deepspeed, which holds parameters and gradients "
+                "itself. Set both to off, or leave layout.sharding out."
+            )
+        if probe and (offloads or self.calibrate is not None):
+            is_set = (
+                "layout.activations offloads, so products are computed in other parts the second time"
+                if offloads
+                else ""
+            )
+            is_set = is_set or "calibrate is on, and would measure the probe"
+            raise ValueError(f"guard.probe is on, but {is_set}. Leave one of them out.")
 
     def _check_calibration(self) -> None:
         if self.calibrate is None:

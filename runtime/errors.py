@@ -1,7 +1,8 @@
 """The errors of this room.
 
 EvermeshError
-├── TrainingDiverged    (ArithmeticError)  too many steps in a row with values that are not finite
+├── TrainingDiverged    (ArithmeticError)  too many steps in a row with values that are not finite, or spike
+├── CorruptionFound     (RuntimeError)     a computation repeated had other bits, or copies of parameters have
 ├── VocabularyTooSmall  (ValueError)       the tokenizer has more entries than the model has rows
 ├── UnsupportedModel    (ValueError)       a model of another project that this version cannot build, write or train
 ├── BatchInvalid        (ValueError)       documents of a script that cannot be trained on, or that differ among ranks
@@ -15,7 +16,12 @@ from evermesh.parallelism.errors import EvermeshError
 
 
 class TrainingDiverged(EvermeshError, ArithmeticError):
-    """Loss or gradients stay non-finite; the newest checkpoint is from before."""
+    """Loss or gradients stay non-finite, or far above those before; the newest checkpoint is from before."""
+
+
+class CorruptionFound(EvermeshError, RuntimeError):
+    """A computation that was repeated had other bits, or ranks hold other bits of the same parameters. The message names the
+    ranks; no update was made from what they have."""
 
 
 class EngineMissing(EvermeshError, ImportError):

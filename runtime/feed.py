@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
@@ -20,7 +20,7 @@ from evermesh.parallelism.mesh import Mesh
 from evermesh.parallelism.planner import Planner
 from evermesh.parallelism.verifier import verify_plan
 from evermesh.runtime.calibration import Calibrated, Measured, OnlineCalibration
-from evermesh.runtime.data import Batch, Corpus, Sampler, read_pieces
+from evermesh.runtime.data import Batch, Corpus, Sampler, SequenceRef, read_pieces
 from evermesh.runtime.micro_batch import LocalBatch, LocalMicroBatch
 
 
@@ -49,7 +49,8 @@ class BatchFeed:
     none) the first reads them and sends them to the others, so that a node reads every token once. Preparation runs in
     one thread, one batch ahead; leaving the ``with`` block ends it. The thread also lets ``calibration`` exchange what it
     has measured, behind the plan of a batch; its planner is then the one here. ``steps`` are those of the whole run,
-    whose last batch holds all that waits; None: the run has no end.
+    whose last batch holds all that waits; None: the run has no end. ``again`` says what the batch of a step begins with,
+    because it is tried again; it is asked when that batch is begun, so at the start of the step before.
     """
 
     def __init__(
@@ -62,12 +63,13 @@ class BatchFeed:
         readers: Communicator | None = None,
         calibration: OnlineCalibration | None = None,
         steps: int | None = None,
+        again: Callable[[int], Sequence[SequenceRef]] = lambda _: (),
     ) -> None:
         self.sampler, self.corpora, self.planner, self.layout, self.control = sampler, corpora, planner, layout, control
         self.readers = readers or Communicator()
-        self.calibration, self.steps = calibration, steps
+        self.calibration, self.steps, self._again = calibration, steps, again
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="batch-feed")
-        self._next: Future[PlannedBatch] = self._thread.submit(self._prepare, ())
+        self._next = self._begin(())
 
     def next(self, *, last: bool = False) -> PlannedBatch:
         """The next batch; the one after it is started unless this is the ``last``. Collective in effect.
@@ -81,7 +83,7 @@ class BatchFeed:
         waited_s = time.perf_counter() - began_s
         if not last:
             measured = self.calibration.take() if self.calibration is not None else ()
-            self._next = self._thread.submit(self._prepare, measured)
+            self._next = self._begin(measured)
         return dataclasses.replace(batch, waited_s=waited_s)
 
     def __enter__(self) -> Self:
@@ -110,10 +112,14 @@ class BatchFeed:
         moment.phase = before
         return planned
 
-    def _prepare(self, measured: Sequence[Measured]) -> PlannedBatch:
+    def _begin(self, measured: Sequence[Measured]) -> Future[PlannedBatch]:
+        """Start the next batch; the one before it is done."""
+        return self._thread.submit(self._prepare, measured, self._again(self.control.moment.step + 1))
+
+    def _prepare(self, measured: Sequence[Measured], again: Sequence[SequenceRef]) -> PlannedBatch:
         step = self.control.moment.step + 1
         self.control.moment.begin_step(step)
-        batch = self.sampler.next_batch(ends=step == self.steps)
+        batch = self.sampler.next_batch(ends=step == self.steps, again=again)
         plan, local = self._planned(batch, step)
         calibrated = self.calibration.exchange(measured) if self.calibration is not None else None
         return PlannedBatch(batch, plan, local, self.sampler.state_dict(), calibrated)

@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -21,6 +22,9 @@ from evermesh.runtime.memory.policy import ActivationMemory
 from evermesh.runtime.model.decoder import Decoder, keep_activations
 from evermesh.runtime.model.stages import Part
 from evermesh.runtime.stopwatch import Stopwatch
+
+if TYPE_CHECKING:
+    from evermesh.fault.injection.hook import Injector
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +91,8 @@ class MicroBatchRunner:
         self.kernel = kernel_for(weight.device, weight.dtype)
         self.stopwatch: Stopwatch | None = None
         """Takes the time of every micro-batch, where there is no pipeline; None: nobody wants to know."""
+        self.faults: Injector | None = None
+        """What this rank does to itself, in a run that was given faults."""
 
     def accumulate(self, batch: LocalBatch) -> tuple[Tensor, list[TokenContext]]:
         """Add this rank's gradients of the mean loss; returns its part of that loss, a float64 scalar, and what layers
@@ -174,6 +180,8 @@ class _Run:
             part=part,
             x_TC=x_tC,
         )
+        if runner.faults is not None:
+            y = runner.faults.through(y)
         if not part.is_last:
             return y
         logits_TV = y[:num_tokens].to(torch.promote_types(y.dtype, torch.float32))
@@ -182,7 +190,8 @@ class _Run:
             for tensor in (self.micro_batch.targets_T, self.micro_batch.counts_T)
         )
         losses_T = cross_entropy(logits_TV, targets_T, runner.model.vocabulary, runner.tp)
-        return (losses_T * counts_T).sum() / self.num_counted
+        loss = (losses_T * counts_T).sum() / self.num_counted
+        return loss if runner.faults is None else runner.faults.spoil(loss)
 
     @functools.cached_property
     def _padded(self) -> tuple[Tensor, Tensor]:

@@ -160,6 +160,11 @@ class ParameterSet:
         """What this rank steps, as it was last published."""
         return self._part[within(self.owned, self.flat.parameter_part(self.owners.rank))]
 
+    @property
+    def kept_values(self) -> Tensor:
+        """What this rank holds of the values between gathers; all of them, where nobody divides them."""
+        return self._part
+
     def start_gather(self) -> None:
         """Begin to gather the values, if they are divided and not here. Collective over the owners that divide them."""
         if self._is_gathered:

@@ -15,7 +15,10 @@ from evermesh.parallelism.ledger import ByteLedger
 from evermesh.runtime.advice import LayoutWatch, layout_watch
 from evermesh.runtime.calibration import event_of
 from evermesh.runtime.compiling import padding_of
+from evermesh.runtime.data import Batch
 from evermesh.runtime.feed import PlannedBatch
+from evermesh.runtime.guard.retries import names_of
+from evermesh.runtime.guard.step_guard import Verdict
 from evermesh.runtime.telemetry import PlanSummary, StepReport
 from evermesh.runtime.traffic import over_all_ranks, payload_bytes
 
@@ -56,10 +59,15 @@ class StepOutcome:
 
     loss: float
     grad_norm: float
-    committed: bool
+    verdict: Verdict
     asked: Agreed | None
     compute_s: float
     """Of this rank, before the ranks met to sum gradients."""
+
+    @property
+    def committed(self) -> bool:
+        """Whether the update was made."""
+        return self.verdict.commits
 
 
 class Reporter:
@@ -130,7 +138,7 @@ class Reporter:
             steps=trainer.config.steps,
             loss=outcome.loss,
             grad_norm=outcome.grad_norm,
-            lr=trainer.learning_rate(),
+            lr=trainer.learning_rate() * outcome.verdict.lr_scale,
             committed=outcome.committed,
             num_tokens=batch.plan.num_tokens,
             num_sequences=len(batch.plan.lengths),
@@ -150,6 +158,9 @@ class Reporter:
             mean_steps_late=batch.batch.mean_steps_late,
             most_steps_late=batch.batch.most_steps_late,
             num_waiting=batch.batch.num_waiting,
+            num_again=batch.batch.num_again,
+            num_to_try_again=outcome.verdict.num_waiting,
+            num_set_aside=len(trainer.guard.retries.set_aside),
             checkpoint_stop_s=stop_s,
             checkpoint_write_s=write_s,
             relayout_s=relayout_s,
@@ -160,8 +171,7 @@ class Reporter:
             self.log("cost model", f"from step {report.step + 1} on: {text}", **fields)
         if self._watch is not None:
             self._log_advice(self._watch.observe(batch.plan.lengths))
-        if not outcome.committed:
-            self.log("skipped", f"loss {outcome.loss}, gradient norm {outcome.grad_norm}: no update")
+        self._log_skipped(batch.batch, outcome.verdict)
         if trainer.directory is not None:
             with (trainer.directory / "telemetry.jsonl").open("a") as telemetry:
                 telemetry.write(report.to_json() + "\n")
@@ -176,6 +186,15 @@ class Reporter:
             policy = self._trainer.config.advise_layout
             if policy is not None and policy.moves:
                 self._trainer.relayout.wish(advice.layout, advice.reason)
+
+    def _log_skipped(self, batch: Batch, verdict: Verdict) -> None:
+        if verdict.commits:
+            return
+        waiting = f"{verdict.num_waiting:,} sequences wait to be tried again"
+        self.log("skipped", f"{verdict.fault}: no update; {waiting}", batch=batch.digest, num_again=batch.num_again)
+        if gone := verdict.set_aside:
+            text = f"{names_of(gone)}: {len(gone):,} sequences are not tried again"
+            self.log("set aside", text, sequences=[sequence.identity for sequence in gone])
 
     def _log_compiled(self, padding: float) -> None:
         """Tell what rank 0 compiled in this step, if anything."""

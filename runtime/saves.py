@@ -60,6 +60,7 @@ class Saves:
             return None
         began_s = time.monotonic()
         trainer.groups.moment.phase = "checkpoint"
+        trainer.reach("copy")
         if self._saver is None:
             config = trainer.config.checkpoint
             path = trainer.state.save(self._directory, config.retention, config.parity)
@@ -67,6 +68,7 @@ class Saves:
             self._tell(SaveReport(trainer.progress.step, path, took_s, took_s, trainer.shards.num_bytes))
         else:
             path = trainer.state.begin_save(self._saver, self._tell)
+            trainer.reach("write")
             if wait:
                 self._tell(self._saver.finish())
         self._stop_s += time.monotonic() - began_s

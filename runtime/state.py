@@ -1,5 +1,6 @@
 """Everything of a run that must survive a restart, and how it goes into a checkpoint and comes back."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -40,6 +41,8 @@ class Progress:
     """State of the sampler after the last trained batch."""
     calibration: dict[str, Any] = field(default_factory=dict)
     """Of the cost model after the last trained batch, see ``OnlineCalibration``; empty where nobody calibrates it."""
+    guard: dict[str, Any] = field(default_factory=dict)
+    """Of the step guard after the last trained batch, see ``StepGuard``."""
 
 
 class GivenUp(NamedTuple):
@@ -74,7 +77,7 @@ class TrainingState:
         held = optimizer.owned_state()
         for name, tensor in shards.tensors.items():
             self.registry.register_tensor(name, tensor, held.get(name))
-        for name in ("step", "updates", "skipped_in_a_row", "router_biases", "expert_loads", "sampler", "calibration"):
+        for name in (part.name for part in dataclasses.fields(progress)):
             self.registry.register(name, Replicated(), *_attribute(progress, name))
 
     def saver(
@@ -134,10 +137,30 @@ class TrainingState:
         shard_map = self.registry.shard_map
         wanted = checkpoint.wanted_regions(shard_map, self.communicator.rank, self.registry.tensors)
         loaded = checkpoint.load(path, wanted, shard_map=shard_map, communicator=self.communicator)
-        # an older version did not save it: it stays as it is
-        calibration = {"calibration": self.registry.objects(self.communicator)["calibration"]}
-        self._restore_objects(calibration | loaded.objects)
+        # an older version did not save them: they stay as they are
+        own = self.registry.objects(self.communicator)
+        self._restore_objects({name: own[name] for name in ("calibration", "guard")} | loaded.objects)
         return loaded
+
+    def objects(self) -> dict[str, JsonValue]:
+        """What a snapshot holds besides tensors: the same on every rank, so nobody is asked."""
+        return self.registry.objects(self.communicator)
+
+    def load_snapshot(self, source: checkpoint.Source) -> checkpoint.LoadResult:
+        """Fill this rank's tensors from a snapshot; ``take_objects`` does the rest once all ranks have. Not collective.
+
+        Raises:
+            OtherRun: it is of another run. Nothing was read.
+            CheckpointMismatch, CheckpointCorrupt: see ``evermesh.checkpoint.load``.
+        """
+        self._compare_identity(source.path, dict(source.description))
+        shard_map = self.registry.shard_map
+        wanted = checkpoint.wanted_regions(shard_map, self.communicator.rank, self.registry.tensors)
+        return checkpoint.load(source, wanted, shard_map=shard_map)
+
+    def take_objects(self, loaded: checkpoint.LoadResult) -> None:
+        """Take over what a snapshot says besides tensors, which are filled. Collective."""
+        self._restore_objects(loaded.objects)
 
     def _restore_objects(self, objects: Mapping[str, JsonValue]) -> None:
         self.registry.restore(objects, self.communicator.rank, self.communicator.size)
@@ -190,7 +213,9 @@ class TrainingState:
         return loaded
 
     def _check_identity(self, path: Place) -> None:
-        saved = dict(read_manifest(path).description)
+        self._compare_identity(path, dict(read_manifest(path).description))
+
+    def _compare_identity(self, path: Place, saved: dict[str, JsonValue]) -> None:
         if "model" in saved:
             saved["model"] = _with_defaults(saved["model"])  # an older version knew fewer fields
         differences = [

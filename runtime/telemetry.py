@@ -90,6 +90,12 @@ class StepReport:
     """Steps that the token which waited longest was trained late."""
     num_waiting: int = 0
     """Sequences that are drawn, and left for later batches."""
+    num_again: int = 0
+    """Sequences of the batch that were in a step that was skipped, and were tried again."""
+    num_to_try_again: int = 0
+    """Sequences of skipped steps that wait, behind this step, to be tried again."""
+    num_set_aside: int = 0
+    """Sequences of skipped steps that were tried again too often, so far: they are not trained on."""
     checkpoint_stop_s: float = 0.0
     """Of ``step_s``: seconds that rank 0 stood still for the checkpoint of the step before."""
     checkpoint_write_s: float = 0.0

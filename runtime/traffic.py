@@ -113,7 +113,7 @@ def step_traffic(
     """What a training step with this plan sends over all ranks; arguments as for ``plan_traffic``."""
     plan_bytes = DIGEST_BYTES + len(plan.to_json())
     parts = list(plan_traffic(plan, model, nodes, committed=committed, choices=choices))
-    parts += collective_traffic("scalars", "all_reduce", "world", 3 * 8, nodes)
+    parts += collective_traffic("scalars", "all_reduce", "world", 4 * 8, nodes)
     parts += collective_traffic("plan", "broadcast", "control", 8, nodes)  # how long it is
     parts += collective_traffic("plan", "broadcast", "control", plan_bytes, nodes)
     parts += _tokens(plan, model.mesh, nodes)

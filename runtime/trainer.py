@@ -5,23 +5,24 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 from evermesh import checkpoint
+from evermesh.checkpoint.committing import step_of
 from evermesh.checkpoint.errors import CheckpointNotFound
 from evermesh.checkpoint.relayout import Moved
 from evermesh.checkpoint.stores.places import Place
+from evermesh.fault.snapshot.snapshots import Keeping
 from evermesh.parallelism.batch_plan import BatchPlan
 from evermesh.parallelism.layout.explain import fields_of
 from evermesh.parallelism.planner import HybridPlanner, Planner
 from evermesh.runtime import process_group
-from evermesh.runtime.adopting import adopt_checkpoint
 from evermesh.runtime.calibration import OnlineCalibration
 from evermesh.runtime.compiling import Compiled
-from evermesh.runtime.config import AdoptConfig, TrainConfig
+from evermesh.runtime.config import TrainConfig
 from evermesh.runtime.cost import nominal_cost, pool_of
 from evermesh.runtime.data import HeldOut, Sampler, hold_out, open_sources
 from evermesh.runtime.determinism import parameters_digest, use_deterministic_algorithms
@@ -29,18 +30,24 @@ from evermesh.runtime.engine import build_engine
 from evermesh.runtime.evaluation import Evaluation
 from evermesh.runtime.expert_balance import ExpertBalance
 from evermesh.runtime.feed import BatchFeed, PlannedBatch
-from evermesh.runtime.guard import StepGuard
+from evermesh.runtime.guard.integrity import Integrity, describe
+from evermesh.runtime.guard.step_guard import StepGuard
+from evermesh.runtime.injecting import attach
 from evermesh.runtime.layout import check_layout
-from evermesh.runtime.model.families import unused_settings
 from evermesh.runtime.process_group import Groups
 from evermesh.runtime.relayout import Move, Relayout
 from evermesh.runtime.reporting import Agreed, Asked, Reporter, StepOutcome
 from evermesh.runtime.saves import Saves
 from evermesh.runtime.schedule import learning_rate
+from evermesh.runtime.snapshots import RunSnapshots
+from evermesh.runtime.starting import take_first_weights
 from evermesh.runtime.state import Progress, TrainingState
 from evermesh.runtime.stopwatch import Stopwatch
 from evermesh.runtime.telemetry import StepReport
-from evermesh.runtime.weights import load_initial_weights
+
+if TYPE_CHECKING:
+    from evermesh.fault.injection.hook import Injector
+    from evermesh.fault.injection.schedule import Phase
 
 Reason = Literal["finished", "stop_at", "asked"]
 _ASKED: tuple[Agreed | None, ...] = (None, "save", "stop", "move")
@@ -71,6 +78,9 @@ class Trainer:
         asked: polled on rank 0 once per step; all ranks do after that step what it returns: save, stop, or go on with
             these changes to the layout.
         planner: what plans the batches; by default ``HybridPlanner``. With one, the layout stays as it is.
+        faults: what this rank is to do to itself, in a run that was given faults.
+        keeping: where this rank leaves snapshots; it goes on from the newest that all ranks have left there, if no
+            checkpoint is newer.
 
     Raises:
         LayoutDoesNotFit: the layout cannot run on these workers.
@@ -91,8 +101,10 @@ class Trainer:
         beat: Callable[[int, float, float], None] | None = None,
         asked: Callable[[], Asked | None] | None = None,
         planner: Planner | None = None,
+        faults: "Injector | None" = None,
+        keeping: Keeping | None = None,
     ) -> None:
-        self.directory, self.asked = directory, asked
+        self.directory, self.asked, self.faults = directory, asked, faults
         check_layout(config)
         self.device = process_group.local_device(config.device)
         if config.deterministic:
@@ -107,19 +119,19 @@ class Trainer:
         )
         self.sampler = Sampler(self.corpora, config.data, config.seed, self._held_out.documents)
         self.progress = Progress(sampler=self.sampler.state_dict())
-        self.guard = StepGuard(config.max_skipped_steps, self.progress)
+        self.guard = StepGuard(config.guard, config.max_skipped_steps, self.progress, config.seed, config.steps)
         self.compiled = Compiled()
         self._planner = planner
         self.build(config, initialize=True)
         self.rank, self.workers = self.groups.world.rank, self.groups.world.size
         self.reporter = Reporter(self, report, beat)
-        self.saves, self.relayout = Saves(self), Relayout(self)
-        if resume:
+        self.saves, self.relayout, self.snapshots = Saves(self), Relayout(self), RunSnapshots(self, keeping)
+        if self.snapshots.restore():
+            self._go_on()
+        elif resume:
             self._resume()
-        elif config.init_from is not None:
-            self._start_from(config.init_from)
-        elif config.adopt is not None:
-            self._adopt(config.adopt)
+        else:
+            take_first_weights(self)
         self.plan: BatchPlan | None = None
         """Of the batch that is being trained."""
 
@@ -143,6 +155,7 @@ class Trainer:
         if config.compile is not None:
             self.compiled.apply(self.built.model, config.buckets, self.groups.moment)
         self.evaluation = Evaluation(self._held_out.batches, self.built, self.runner, self.groups)
+        self.integrity = Integrity(config.guard, self.built, self.groups)
         self.cost = config.cost or nominal_cost(config, model.shape(vocabulary))
         """That the batch under way was planned with."""
         pool = pool_of(self.groups.world.nodes, config.layout, self.cost)
@@ -150,11 +163,22 @@ class Trainer:
         self.calibration = self._calibration()
         self.experts = ExpertBalance(self.built, model, self.groups.ep, config.layout.hot_experts, self.progress)
         self.shards = self.engine.shards
+        if self.faults is not None:
+            attach(self.faults, self.engine)
         self.state = TrainingState(self.optimizer, self.shards, self.progress, self._identity(), self.groups.host)
 
     def dismantle(self) -> None:
         """Let go of the model and all that holds it, so that its memory is free before another is built."""
-        del self.engine, self.built, self.optimizer, self.runner, self.evaluation, self.experts, self.state
+        del (
+            self.engine,
+            self.built,
+            self.optimizer,
+            self.runner,
+            self.evaluation,
+            self.experts,
+            self.integrity,
+            self.state,
+        )
 
     @property
     def plans_itself(self) -> bool:
@@ -182,6 +206,7 @@ class Trainer:
                 self.groups.listen(self.reporter.ledger),
                 self._feed() as feed,
                 self.saves.running(last),
+                self.snapshots.running(),
             ):
                 ended = self._train(feed, last, reason)
             if isinstance(ended, FitResult):
@@ -209,6 +234,7 @@ class Trainer:
             self.groups.readers,
             self.calibration,
             self.config.steps,
+            self.guard.retries.due,
         )
 
     def _calibration(self) -> OnlineCalibration | None:
@@ -232,6 +258,7 @@ class Trainer:
         while True:
             batch = feed.next(last=self.progress.step + 1 == last)
             outcome = self.train_step(batch)
+            self.snapshots.take()
             held_out_loss = self._evaluate(feed, last)
             self.reporter.report_step(batch, outcome, last, held_out_loss)
             step, ends = self.progress.step, outcome.asked == "stop" or self.progress.step == last
@@ -252,19 +279,38 @@ class Trainer:
         self.groups.moment.begin_step(self.progress.step)
         self.engine.begin_step()
         self.experts.begin_step()
-        local_loss, contexts = self.runner.accumulate(batch.local)
+        self.reach("forward")
+        with self.integrity.watching(self.progress.step):
+            local_loss, contexts = self.runner.accumulate(batch.local)
         self.experts.end_step()
+        self.reach("all-reduce")
         compute_s = time.monotonic() - began_s
         loss, grad_norm, asked = self._synchronize(local_loss)
-        committed = self.guard.commit(self.progress.step, loss, grad_norm)
-        if committed:
+        verdict = self.guard.judge(self.progress.step, loss, grad_norm, batch.batch, self._suspicion())
+        if verdict.commits:
             self.progress.updates += 1
-            self.optimizer.step(self.learning_rate(), self._clip(grad_norm))
+            self.optimizer.step(self.learning_rate() * verdict.lr_scale, self._clip(grad_norm))
             self.experts.learn(contexts, self.groups.world, self.device)
         self.engine.end_step()
         self.progress.sampler = batch.sampler_state
         self._learn_times(batch)
-        return StepOutcome(loss, grad_norm, committed, asked, compute_s)
+        return StepOutcome(loss, grad_norm, verdict, asked, compute_s)
+
+    def _suspicion(self) -> str | None:
+        """What checks of this step have found that forbids its update; None: nothing. Collective.
+
+        Raises:
+            CorruptionFound: such a run is to end.
+        """
+        found = self.integrity.findings(self.progress.step)
+        for finding in found:
+            self._log("finding", describe(finding), finding=finding.model_dump(mode="json"))
+        return self.integrity.suspicion(found)
+
+    def reach(self, phase: "Phase") -> None:
+        """This rank is at a place where a run that was given faults may have one."""
+        if self.faults is not None:
+            self.faults.reach(phase, self.progress.step)
 
     def _learn_times(self, batch: PlannedBatch) -> None:
         """Behind a step: what it took, and the cost model for the next one."""
@@ -307,9 +353,11 @@ class Trainer:
         square = self.engine.sum_gradients()
         asked = _ASKED.index(self._asked()) if self.rank == 0 else 0
         asked += len(_ASKED) if self.saves.has_failed() else 0
-        scalars = torch.stack([local_loss, square, local_loss.new_tensor(float(asked))])
+        numbers = (local_loss.new_tensor(number) for number in (float(asked), self.snapshots.vote()))
+        scalars = torch.stack([local_loss, square, *numbers])
         self.groups.world.all_reduce(scalars, "scalars")
-        loss, square_of_norm, request = scalars.tolist()
+        loss, square_of_norm, request, votes = scalars.tolist()
+        self.snapshots.count(votes)
         if request >= len(_ASKED):
             self.saves.finish()
         return loss, square_of_norm**0.5, _ASKED[int(request)]
@@ -339,6 +387,8 @@ class Trainer:
                 "no complete checkpoint to resume from; launch the run anew",
             )
         started_s = time.monotonic()
+        if self.faults is not None:
+            self.faults.reach("restore", step_of(path))
         loaded = self.state.restore(path)
         self._go_on()
         text = f"from {path.name}, saved by {loaded.world_size}, on {self.workers} workers"
@@ -347,27 +397,10 @@ class Trainer:
     def _go_on(self) -> None:
         """Put everything where ``progress`` says, after it was restored or another layout has taken over."""
         self.sampler.load_state_dict(self.progress.sampler)
+        self.guard.restore()
         if self.calibration is None or not self.calibration.restore(self.progress.calibration):
             self.progress.calibration = {}
         self.experts.tell_routers()
-
-    def _start_from(self, directory: Path) -> None:
-        started_s = time.monotonic()
-        loaded = load_initial_weights(directory, self.config.model, self.optimizer, self.shards, self.groups.world)
-        if loaded.router_biases:
-            self.progress.router_biases = loaded.router_biases
-            self.experts.tell_routers()
-        read = loaded.read
-        text = f"from {directory}, in {' and '.join(read.dtypes)}, {read.bytes_read:,} bytes by rank 0"
-        self._log("weights", text, load_s=time.monotonic() - started_s)
-        for name, value in unused_settings(directory).items():
-            self._log("weights", f"{name} {value} of {directory} is not used; what balances experts is train.model.moe")
-
-    def _adopt(self, config: AdoptConfig) -> None:
-        started_s = time.monotonic()
-        read = adopt_checkpoint(config, self.config.model, self.state)
-        text = f"from {config.path}, after {self.progress.updates:,} updates, {read.bytes_read:,} bytes by rank 0"
-        self._log("weights", text, load_s=time.monotonic() - started_s, bytes_read=read.bytes_read)
 
     def _newest_checkpoint(self) -> Place | None:
         return checkpoint.latest(self.config.checkpoint.directory(self.directory)) if self.directory else None
@@ -375,6 +408,8 @@ class Trainer:
     def _end(self, reason: Reason, saved: Place | None) -> FitResult:
         """Collective: says how the run ended, and with which parameters."""
         self.reporter.end()
+        if (unfinished := self.guard.unfinished()) is not None:
+            self._log("not trained", unfinished[0], **unfinished[1])
         digest = parameters_digest(self.optimizer.owned_state(), self.groups.host)
         text = f"after step {self.progress.step} ({reason}), parameters {digest}"
         self._log("finished" if reason == "finished" else "stopped", text, parameters=digest)

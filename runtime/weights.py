@@ -44,7 +44,7 @@ class InitialWeights(NamedTuple):
 
 
 def load_initial_weights(
-    directory: Path, model: ModelConfig, optimizer: ShardedOptimizer, shards: ShardMap, communicator: Communicator
+    directory: Place, model: ModelConfig, optimizer: ShardedOptimizer, shards: ShardMap, communicator: Communicator
 ) -> InitialWeights:
     """Give a new run the weights of a Hugging Face directory. Collective over the ranks that share a set of parameters.
 

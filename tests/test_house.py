@@ -32,6 +32,8 @@ def test_no_import_runs_upwards(room: str) -> None:
 _WITHOUT_TORCH = (
     *(f"evermesh.{room}" for room in ROOMS),
     "evermesh",
+    "evermesh.fault.snapshot.coding",
+    "evermesh.fault.snapshot.stripes",
     "evermesh.launcher.agent.agent",
     "evermesh.launcher.agent.worker",
     "evermesh.launcher.cli",
@@ -39,6 +41,7 @@ _WITHOUT_TORCH = (
     "evermesh.launcher.layouts",
     "evermesh.launcher.controller.api",
     "evermesh.launcher.operations",
+    "evermesh.launcher.snapshot_plan",
     "evermesh.launcher.placement.ray",
     "evermesh.parallelism.calibration",
     "evermesh.parallelism.layout.switching",

@@ -18,6 +18,7 @@ import psutil
 from pydantic import ValidationError
 
 from evermesh.launcher.agent import warm
+from evermesh.launcher.agent.keeping import NodeKeeper
 from evermesh.launcher.agent.link import Link, LinkHooks
 from evermesh.launcher.agent.loop import Loop
 from evermesh.launcher.agent.revival import Revival
@@ -64,12 +65,13 @@ class Agent:
         self._board = Board(self._area.board)
         self._group: WorkerGroup | None = None
         self._store: StoreProcess | None = None
+        self._keeper = NodeKeeper(spec.run, spec.node)
         self._interface = interface_of(spec.address)
         self._has_left = False
         self._preempted: int | None = None
         self._revival = Revival(spec.run, spec.node) if spec.revives else None
         hooks = LinkHooks(self._greet, self._receive, self._note_lost)
-        self._link = Link(self._loop, spec.node, token, lambda: read_contact(spec.run), hooks)
+        self._link = Link(self._loop, spec.node, token, lambda: read_contact(spec.run, spec.node), hooks)
 
     def run(self) -> None:
         """Serve until told to leave. No process of it is left."""
@@ -91,6 +93,7 @@ class Agent:
                 pid=os.getpid(),
                 outcome=outcome,
                 shared_memory_bytes=self._area.num_bytes,
+                in_memory=self._keeper.in_memory(),
             )
         )
         if self._group and not self._group.outcome.is_over:
@@ -149,7 +152,8 @@ class Agent:
             self._board = Board(self._area.board)
         hooks = Hooks(self._tell_progress, self._pass_report, self._pass_plan)
         group = self._group = WorkerGroup(self._loop, message.generation, message.place, Path(message.work.logs), hooks)
-        group.start(message.store, message.work, self._area.board, self._interface)
+        keeper = self._keeper.keep_for(message.work.launch)
+        group.start(message.store, message.work, self._area.board, self._interface, keeper)
         self._tell_started(group)
 
     def _end(self, message: End) -> None:
@@ -165,7 +169,9 @@ class Agent:
 
     def _tell_progress(self) -> None:
         if self._group:
-            self._link.send(Progress(outcome=self._group.outcome))
+            outcome = self._group.outcome
+            in_memory = self._keeper.in_memory() if outcome.is_over else None
+            self._link.send(Progress(outcome=outcome, in_memory=in_memory))
 
     def _pass_report(self, values: dict[str, Any]) -> None:
         if self._group:
@@ -180,6 +186,7 @@ class Agent:
         memory = psutil.virtual_memory().available
         self._link.send(Beat(generation=generation, ranks=tuple(self._rank_beats()), memory_free_bytes=memory))
         self._loop.after(_BEAT_S, self._beat)
+        self._keeper.look()
         self._look_after_controller()
 
     def _rank_beats(self) -> Iterator[RankBeat]:
@@ -224,6 +231,7 @@ class Agent:
         if self._group:
             self._group.kill()
             self._group.wait_gone()
+        self._keeper.leave(job_is_over=self._has_left)
         if self._store:
             self._store.close()
         self._board.close()

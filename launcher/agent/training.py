@@ -1,12 +1,14 @@
 """What a training worker runs. The warm process loads this module, and with it torch and the trainer, before it forks."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from evermesh.fault.snapshot.snapshots import Keeping
 from evermesh.launcher.agent.worker import Worker
 from evermesh.parallelism.batch_plan import BatchPlan
 from evermesh.parallelism.cost import CostModel
@@ -19,13 +21,27 @@ from evermesh.runtime.determinism import prepare_environment
 from evermesh.runtime.telemetry import StepReport
 from evermesh.runtime.trainer import Trainer
 
+if TYPE_CHECKING:
+    from evermesh.fault.injection.hook import Injector
+
 # the first optimizer of a process loads much of torch, about a second: done here, it is there before any worker is forked
 torch.optim.AdamW([torch.zeros(1)], fused=True)
 load_compiled()  # half a second of the first plan
 
 
-def train(worker: Worker, *, config: dict[str, Any], directory: str, resume: bool) -> dict[str, Any]:
-    """Train until the run ends, is stopped, or the controller asks to stop. Collective over all workers."""
+def train(
+    worker: Worker,
+    *,
+    config: dict[str, Any],
+    directory: str,
+    newest: int | None,
+    faults: Sequence[dict[str, Any]] = (),
+) -> dict[str, Any]:
+    """Train until the run ends, is stopped, or the controller asks to stop. Collective over all workers.
+
+    ``newest`` is the step of the newest checkpoint, None without one; ``faults`` are the shots that this run was given when
+    it was launched, if it was given any.
+    """
     train_config = TrainConfig.model_validate(config)
     if train_config.deterministic:
         # before the first use of CUDA and NCCL; the warm process, which this one is a copy of, has not used them
@@ -36,16 +52,25 @@ def train(worker: Worker, *, config: dict[str, Any], directory: str, resume: boo
     trainer = Trainer(
         train_config,
         directory=Path(directory),
-        resume=resume,
+        resume=newest is not None,
         report=lambda report: _report(worker, trainer, report),
         beat=worker.beat,
         asked=worker.asked,
+        faults=_injector(worker, Path(directory), faults) if faults else None,
+        keeping=Keeping(worker.keeper, worker.generation, newest) if worker.keeper else None,
     )
     result = trainer.fit()
     # only after success: after a failure it would wait for ranks that are gone
     process_group.stop()
     checkpoint = str(result.checkpoint) if result.checkpoint else None
     return {"step": result.step, "reason": result.reason, "checkpoint": checkpoint}
+
+
+def _injector(worker: Worker, directory: Path, faults: Sequence[dict[str, Any]]) -> "Injector":
+    from evermesh.fault.injection import Shot
+    from evermesh.fault.injection.hook import Injector
+
+    return Injector([Shot.model_validate(shot) for shot in faults], worker.rank, directory / "events.jsonl")
 
 
 def _report(worker: Worker, trainer: Trainer, report: StepReport) -> None:

@@ -70,6 +70,8 @@ class WorkerSpec:
     entry: str
     """``MODULE:FUNCTION`` to run as ``function(worker, **arguments)``; what it returns is sent back as JSON."""
     arguments: dict[str, Any]
+    keeper: str | None = None
+    """Where the node's keeper holds snapshots; None: there is none."""
 
 
 class Worker:
@@ -78,6 +80,7 @@ class Worker:
     def __init__(self, spec: WorkerSpec, connection: Connection) -> None:
         self.rank, self.world_size, self.generation = spec.rank, spec.world_size, spec.generation
         self._spec, self._connection = spec, connection
+        self.keeper = Path(spec.keeper) if spec.keeper else None
         self._board = Board(Path(spec.board)) if spec.board else None
         self._asked: deque[Literal["save", "stop"] | dict[str, Any]] = deque()
         self._last_plan_s = -math.inf

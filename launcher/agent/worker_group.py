@@ -73,8 +73,10 @@ class WorkerGroup:
             member.rank: member.process.pid for member in self._members if member.process.pid and not member.is_gone
         }
 
-    def start(self, store: Store, work: TrainingWork, board: Path | None, interface: str | None) -> None:
-        """Start every rank of this node."""
+    def start(
+        self, store: Store, work: TrainingWork, board: Path | None, interface: str | None, keeper: Path | None = None
+    ) -> None:
+        """Start every rank of this node; ``keeper`` is where they leave snapshots."""
         self._logs.mkdir(parents=True, exist_ok=True)
         for local_rank in range(self.place.ranks):
             rank = self.place.first_rank + local_rank
@@ -91,6 +93,7 @@ class WorkerGroup:
                 board=str(board) if board else None,
                 entry=work.entry,
                 arguments=work.arguments,
+                keeper=str(keeper) if keeper else None,
             )
             self._members.append(self._start_one(spec))
 

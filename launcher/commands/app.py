@@ -4,7 +4,19 @@ from typing import Annotated
 
 import typer
 
-from evermesh.launcher.commands import checkpoint, data, demo, export, jobs, layout, plan, simulate, watching
+from evermesh.launcher.commands import (
+    chaos,
+    checkpoint,
+    data,
+    demo,
+    export,
+    jobs,
+    layout,
+    plan,
+    simulate,
+    snapshot,
+    watching,
+)
 
 app = typer.Typer(
     name="evermesh",
@@ -29,8 +41,10 @@ app.command("plan", epilog=plan.EXAMPLES)(plan.plan)
 app.command("simulate", epilog=simulate.EXAMPLES)(simulate.simulate)
 app.command("layout", epilog=layout.EXAMPLES)(layout.layout)
 app.add_typer(checkpoint.app)
+app.add_typer(snapshot.app)
 app.command("export", epilog=export.EXAMPLES)(export.export)
 app.add_typer(data.app)
+app.command("chaos", epilog=chaos.EXAMPLES)(chaos.chaos)
 app.command("demo", epilog=demo.EXAMPLES)(demo.demo)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import JsonValue
 
 from evermesh.launcher.config import JobConfig
+from evermesh.launcher.controller.in_memory import newest_of, remembered_step
 from evermesh.launcher.controller.journal import Journal
 from evermesh.launcher.controller.life import Life
 from evermesh.launcher.controller.machine import JobView, Stop, Transition, choose_nodes, decide
@@ -21,7 +22,7 @@ from evermesh.launcher.controller.roster import Roster
 from evermesh.launcher.controller.scribe import Scribe
 from evermesh.launcher.controller.status import ENDED, JobState
 from evermesh.launcher.controller.telling import explain, going_on, told_stop
-from evermesh.launcher.controller.work import drop_unfinished_line, newest_step, report_of, training_work
+from evermesh.launcher.controller.work import drop_unfinished_line, last_step, newest_step, report_of, training_work
 from evermesh.launcher.messages import (
     Ask,
     Beat,
@@ -90,6 +91,7 @@ class Controller:
         if is_new and before is not None:
             node.send(Leave())  # to the agent that is still there: one of a node is enough
         node.outbox = outbox
+        node.in_memory = hello.in_memory
         if self.life and is_new and node_name in self.life.nodes:
             self.life.lost.add(node_name)  # what ran under the agent before died with it
         elif was_cut_off:
@@ -117,9 +119,12 @@ class Controller:
                     )
             case Report() if message.generation == self.generation:
                 self.last_report = report_of(message.values)
+                if self.life:  # it may fail before the next beat tells of the step
+                    self.life.has_reported = True
             case PlanReport() if message.generation == self.generation:
                 self.plan = message.values
             case Progress():
+                node.in_memory = message.in_memory or node.in_memory
                 self._take_outcome(node, message.outcome)
             case Preempted():
                 self.stop(message.signal, at_once=False, grace_s=self.config.grace_s)
@@ -265,7 +270,9 @@ class Controller:
         before = self.life.nodes if self.life else ()
         nodes = choose_nodes(self.nodes.states(), self.config.nodes, before)
         assert nodes is not None, "the machine starts no attempt without nodes"
-        life = Life(nodes, self.config, newest_step(self.run))
+        remembered = remembered_step(self.nodes, nodes, self.config, self.record.started_s)
+        life = Life(nodes, self.config, newest_of(newest_step(self.run), remembered))
+        life.remembered = remembered
         self._scribe.generation = self.generation + 1
         self._scribe.note("attempt", reason, nodes=list(nodes), began_at=life.began_at)
         self._scribe.begin()
@@ -278,7 +285,7 @@ class Controller:
         if self.life is None or self.state != "starting":
             return
         self.life.is_started = True
-        work = training_work(self.run, self.config, self.record.started_s)
+        work = training_work(self.run, self.config, self.record.started_s, self.life.remembered)
         for number, name in enumerate(self.life.nodes):
             place = self.life.place(number)
             self.nodes[name].send(Start(generation=self.generation, place=place, store=store, work=work))
@@ -300,15 +307,21 @@ class Controller:
         states, gone = self.nodes.states(), life.over | life.lost
         if any(node not in gone and states[node] == "ready" for node in life.nodes):
             return
-        progressed = (newest_step(self.run) or 0) > (life.began_at or 0)
+        remembered = remembered_step(self.nodes, life.nodes, self.config, self.record.started_s)
+        newest = newest_of(newest_step(self.run), remembered)
+        progressed = (newest or 0) > (life.began_at or 0)
         failed = life.failed(self.record.reason, progressed=progressed)
         self._scribe.note("attempt failed", self.record.reason, **failed.model_dump(mode="json"))
         self.record.history.append(failed)
         life.is_counted = True
         decision = decide(self.view())
         if decision is not None and decision.to in ("starting", "waiting"):
-            text = going_on(explain(self.run, life, self.record.reason), newest_step(self.run), decision.reason)
-            self._scribe.tell("restarted", text, step=newest_step(self.run) or 0)
+            is_in_memory = remembered is not None and remembered == newest
+            told = explain(self.run, life, self.record.reason)
+            text = going_on(told, newest, decision.reason, is_in_memory=is_in_memory)
+            lost_steps = max(0, last_step(self.run) - (newest or 0))
+            source = "memory" if is_in_memory else "storage"
+            self._scribe.tell("restarted", text, step=newest or 0, source=source, lost_steps=lost_steps)
 
     def _end_job(self, transition: Transition) -> None:
         drop_unfinished_line(self.run.telemetry)

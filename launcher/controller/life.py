@@ -15,12 +15,16 @@ class Life:
 
     def __init__(self, nodes: tuple[str, ...], config: JobConfig, began_at: int | None) -> None:
         self.nodes, self.began_at = nodes, began_at
-        """``began_at``: step of the newest checkpoint when it began."""
+        """``began_at``: step of the newest checkpoint or snapshot when it began."""
+        self.remembered: int | None = None
+        """Step of the newest snapshot then."""
         self.world_size = config.workers
         self.ranks_per_node = config.workers // config.nodes
         self.is_counted = self.is_ending = False
         self.is_started = False
         """Its ranks have been told to start, or an agent tells of them."""
+        self.has_reported = False
+        """Rank 0 has reported a step, to this controller or to an earlier one."""
         self.done: dict[int, dict[str, Any]] = {}
         self.failures: dict[int, Failure] = {}
         self.failed_s: float | None = None
@@ -36,12 +40,13 @@ class Life:
             return None
         life = cls(record.attempt_nodes, config, record.began_at)
         life.is_counted, life.is_ending = record.is_counted, record.is_ending
+        life.has_reported = record.has_stepped
         return life
 
     @property
     def has_stepped(self) -> bool:
         """Whether a rank has finished a step."""
-        return any(beat.step > 0 for beat in self.beats.values())
+        return self.has_reported or any(beat.step > 0 for beat in self.beats.values())
 
     @property
     def step_s(self) -> float:

@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from evermesh.launcher.controller.leases import LEASE_S, NodeSigns, node_state
 from evermesh.launcher.controller.machine import NodeState
 from evermesh.launcher.controller.status import NodeStatus
-from evermesh.launcher.messages import Hello
+from evermesh.launcher.messages import Hello, InMemory
 
 _PROVING_STEPS = 2
 """The first step after a node fell silent may have been nearly over by then."""
@@ -41,6 +41,8 @@ class Node:
     """What is to be sent to it; None while it is not connected."""
     memory_free_bytes: int | None = None
     shared_memory_bytes: int | None = None
+    in_memory: InMemory | None = None
+    """Snapshots that its ranks have left there, when it was last told."""
 
     def send(self, message: BaseModel) -> None:
         """Send ``message`` soon. Without a connection it is dropped: who connects is told all again."""

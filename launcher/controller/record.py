@@ -23,11 +23,13 @@ class Record:
     attempt_nodes: tuple[str, ...] = ()
     """Of the last attempt; empty before the first one of this launch."""
     began_at: int | None = None
-    """Step of the newest checkpoint when it began."""
+    """Step of the newest checkpoint or snapshot when it began."""
     is_counted: bool = False
     """The last attempt is in the history."""
     is_ending: bool = False
     """Its ranks have been told to end."""
+    has_stepped: bool = False
+    """It has finished a step."""
     exit_code: int | None = None
     """Of the final states."""
     stop: Stop | None = None
@@ -54,11 +56,12 @@ def _apply(record: Record, entry: Entry) -> None:
             record.state, record.reason = fields["to"], entry.reason
             record.exit_code = fields["exit_code"]
             record.is_ending = record.is_ending or bool(fields["ends_ranks"])
+            record.has_stepped = record.has_stepped or fields["to"] == "training"
         case "attempt":  # only now is it starting: who was killed before this entry starts nothing
             record.state, record.reason = "starting", entry.reason
             record.attempt_nodes = tuple(fields["nodes"])
             record.began_at = fields["began_at"]
-            record.is_counted = record.is_ending = False
+            record.is_counted = record.is_ending = record.has_stepped = False
         case "attempt failed":
             record.history.append(FailedAttempt.model_validate(fields))
             record.is_counted = True

@@ -29,9 +29,10 @@ def explain(run: Run, life: "Life", reason: str) -> str:
     return "\n".join(lines)
 
 
-def going_on(text: str, step: int | None, reason: str) -> str:
+def going_on(text: str, step: int | None, reason: str, *, is_in_memory: bool = False) -> str:
     """The first line of ``text``, and from where the next attempt goes on."""
     place = f"step {step}" if step is not None else "the beginning, there is no checkpoint yet"
+    place += ", which is in memory," if is_in_memory else ""
     return f"{text.splitlines()[0]} Going on from {place} ({reason})."
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from evermesh import checkpoint
 from evermesh.fault.events import read_events
+from evermesh.launcher.chaos.record import read_injection
 from evermesh.launcher.config import JobConfig
 from evermesh.launcher.messages import TrainingWork
 from evermesh.launcher.run_directory import Run
@@ -17,26 +18,36 @@ from evermesh.runtime.telemetry import StepReport
 ENTRY = "evermesh.launcher.agent.training:train"
 
 
-def training_work(run: Run, config: JobConfig, since_s: float) -> TrainingWork:
-    """Train on from the newest checkpoint, or from the beginning where there is none.
+def training_work(run: Run, config: JobConfig, since_s: float, remembered: int | None = None) -> TrainingWork:
+    """Train on from the newest checkpoint or snapshot, or from the beginning where there is none.
 
-    ``since_s`` is when the job was launched, or resumed, with ``config``.
+    ``since_s`` is when the job was launched, or resumed, with ``config``; ``remembered`` the step of the newest snapshot.
     """
-    train = config.train.model_copy(update={"layout": layout_of_newest(run, config.train.layout, since_s)})
-    arguments = {
+    newest, layout = newest_step(run), layout_of_newest(run, config.train.layout, since_s, remembered)
+    train = config.train.model_copy(update={"layout": layout})
+    arguments: dict[str, Any] = {
         "config": train.model_dump(mode="json"),
         "directory": str(run.directory.absolute()),
-        "resume": newest_step(run) is not None,
+        "newest": newest,
     }
-    return TrainingWork(entry=ENTRY, arguments=arguments, logs=str(run.logs.absolute()))
+    injection = read_injection(run)
+    if injection is not None:
+        arguments["faults"] = [shot.model_dump(mode="json") for shot in injection.shots if shot.is_inside]
+    launch = None if train.snapshot is None else launch_of(since_s)
+    return TrainingWork(entry=ENTRY, arguments=arguments, logs=str(run.logs.absolute()), launch=launch)
 
 
-def layout_of_newest(run: Run, given: Layout, since_s: float) -> Layout:
-    """The layout in which the newest checkpoint was written; ``given`` where none was since then.
+def launch_of(since_s: float) -> str:
+    """What keepers know a launch by: a run that is resumed, or made anew in its place, finds nothing of the one before."""
+    return f"{since_s:.6f}"
+
+
+def layout_of_newest(run: Run, given: Layout, since_s: float, remembered: int | None = None) -> Layout:
+    """The layout of the newest checkpoint, or snapshot (step ``remembered``); ``given`` where none was made since then.
 
     So a job that has moved goes on where it was, unless it failed before the new layout has proved itself.
     """
-    newest = newest_step(run) or 0
+    newest = max(newest_step(run) or 0, remembered or 0)
     events = read_events(run.events) if run.events.is_file() else []
     told = [
         event.fields["layout"]

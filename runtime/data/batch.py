@@ -43,6 +43,8 @@ class Batch:
     """How many batches ago every sequence was drawn; empty: all of them just now."""
     num_waiting: int = 0
     """Sequences that were drawn, and are left for later batches."""
+    num_again: int = 0
+    """Of the sequences the first so many, which were in a step that was skipped, and are tried again."""
 
     @functools.cached_property
     def lengths(self) -> tuple[int, ...]:

@@ -78,13 +78,14 @@ class Sampler:
         ]
         self._drawn = 0
 
-    def next_batch(self, *, ends: bool = False) -> Batch:
-        """The next batch: what has waited long enough, and fresh sequences up to ``batch_tokens``, at least one in all.
+    def next_batch(self, *, ends: bool = False, again: Sequence[SequenceRef] = ()) -> Batch:
+        """The next batch: what is tried ``again``, what has waited long enough, and fresh sequences up to ``batch_tokens``,
+        at least one in all.
 
         The sequence that does not fit any more is the first of the batch after it. Nothing waits beyond a batch that
         ``ends`` the run.
         """
-        chosen = self._delayed.release(everything=ends)
+        chosen = [*((sequence, 0) for sequence in again), *self._delayed.release(everything=ends)]
         room = self._batch_tokens - sum(sequence.length for sequence, _ in chosen)
         while True:
             stream = max(self._streams, key=self._deficit)  # of equals the first
@@ -92,7 +93,7 @@ class Sampler:
             waits = not ends and self._delayed.takes(sequence)
             if chosen and not waits and sequence.length > room:
                 sequences, steps_late = zip(*chosen, strict=True)
-                return Batch(sequences, steps_late, len(self._delayed))
+                return Batch(sequences, steps_late, len(self._delayed), len(again))
             stream.advance(sequence.length)
             self._drawn += sequence.length
             if waits:

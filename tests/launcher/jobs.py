@@ -7,15 +7,20 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
+import yaml
 
 from evermesh import checkpoint
 from evermesh.fault.events import read_events
+from evermesh.fault.snapshot.keeper.area import area_of, sweep
 from evermesh.launcher import Client, Run
+from evermesh.launcher.chaos.report import ChaosReport
 from evermesh.launcher.controller.journal import Entry, read_journal
 from evermesh.launcher.controller.status import JobStatus
 from evermesh.runtime.telemetry import read_telemetry
+from tests.fault.snapshot.keepers import kill_keeper
 from tests.launcher.test_cli import EVERMESH
 
 WAIT_S = 60.0
@@ -98,10 +103,15 @@ class Job:
 
 
 @contextmanager
-def launched(job_file: Path, *overrides: str, name: str = "small", **variables: str) -> Iterator[Job]:
-    """``evermesh launch`` in a process group of its own, as soon as its run exists. Nothing of it is left at the end."""
+def launched(
+    job_file: Path, *overrides: str, name: str = "small", command: Sequence[str] = ("launch",), **variables: str
+) -> Iterator[Job]:
+    """``evermesh launch``, or another command that launches, in a process group of its own, as soon as its run exists.
+
+    Nothing of it is left at the end.
+    """
     given = [part for value in overrides for part in ("--set", value)]
-    command = [*EVERMESH, "launch", str(job_file), "--name", name, *given]
+    command = [*EVERMESH, *command, str(job_file), "--name", name, *given]
     with subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
@@ -118,6 +128,26 @@ def launched(job_file: Path, *overrides: str, name: str = "small", **variables: 
             end_for_certain(job)
 
 
+def with_faults(
+    job_file: Path, *overrides: str, faults: Sequence[dict[str, Any]], compared: bool = False, **schedule: Any
+) -> ChaosReport:
+    """What ``evermesh chaos`` reports about this schedule; its exit code is that of the report."""
+    path = job_file.with_name("faults.yaml")
+    path.write_text(yaml.safe_dump({"faults": list(faults), **schedule}))
+    return chaos(job_file, *overrides, options=("--schedule", str(path), *(("--compare",) if compared else ())))
+
+
+def chaos(job_file: Path, *overrides: str, options: Sequence[str], timeout_s: float = 500.0) -> ChaosReport:
+    """What ``evermesh chaos`` reports; its exit code is that of the report."""
+    patient = ("join_timeout_s=600", *overrides)  # agents load torch, on a machine that does other things too
+    with launched(job_file, *patient, command=("chaos", "--json", *options)) as job:
+        code, stdout, stderr = job.end(timeout_s)
+    assert stdout, stderr
+    report = ChaosReport.model_validate_json(stdout)
+    assert code == (0 if report.passed else 1)
+    return report
+
+
 def end_for_certain(job: Job) -> None:
     """End every process of ``job``, whatever state it is in; what would start them again first."""
     job.process.kill()
@@ -126,6 +156,10 @@ def end_for_certain(job: Job) -> None:
     for process in job.processes():
         with suppress(psutil.NoSuchProcess):
             process.kill()
+    with suppress(OSError):
+        for node in job.agents:
+            kill_keeper(area_of(job.run.directory, node))
+        sweep()
 
 
 def clean_losses(job_file: Path, steps: int, *overrides: str) -> list[float]:
@@ -134,20 +168,3 @@ def clean_losses(job_file: Path, steps: int, *overrides: str) -> list[float]:
         code, _, stderr = job.end()
         assert code == 0, stderr
         return job.losses
-
-
-def still_alive(processes: Sequence[psutil.Process], timeout_s: float) -> list[psutil.Process]:
-    """Which of them live after that time; one that waits only to be reaped is dead."""
-    until = time.monotonic() + timeout_s
-    while found := [process for process in processes if _lives(process)]:
-        if time.monotonic() > until:
-            break
-        time.sleep(0.01)
-    return found
-
-
-def _lives(process: psutil.Process) -> bool:
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False

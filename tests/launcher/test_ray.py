@@ -19,8 +19,9 @@ from evermesh.launcher.agent.spec import AgentSpec
 from evermesh.launcher.errors import ClusterMissing, RunNotSeen
 from evermesh.launcher.job_file import load_job
 from evermesh.launcher.run_directory import Run, RunState
-from tests.launcher.jobs import Job, clean_losses, launched, still_alive
+from tests.launcher.jobs import Job, clean_losses, launched
 from tests.launcher.test_cli import evermesh
+from tests.processes import still_alive
 
 ray = pytest.importorskip("ray")
 from evermesh.launcher.placement.ray_agent import RayAgent, Surroundings  # noqa: E402

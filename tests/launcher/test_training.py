@@ -14,8 +14,9 @@ from evermesh.launcher import Run
 from evermesh.launcher.job_file import load_job
 from evermesh.runtime.data import Sampler, open_sources
 from evermesh.runtime.telemetry import read_telemetry
-from tests.launcher.jobs import launched, still_alive
+from tests.launcher.jobs import launched
 from tests.launcher.test_cli import evermesh
+from tests.processes import still_alive
 
 
 def test_a_job_trains_stops_and_is_resumed_on_another_number_of_workers(job_file: Path) -> None:

@@ -20,8 +20,9 @@ import pytest
 from evermesh import checkpoint
 from evermesh.launcher import Run
 from evermesh.launcher.contact import read_token
-from tests.launcher.jobs import Job, clean_losses, end_for_certain, launched, still_alive
+from tests.launcher.jobs import Job, clean_losses, end_for_certain, launched
 from tests.launcher.test_cli import EVERMESH, evermesh
+from tests.processes import still_alive
 
 ENDLESS = ("train.steps=100000", "nodes=2", "train.checkpoint.every=50")
 STEPS = 80

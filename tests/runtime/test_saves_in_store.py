@@ -9,13 +9,16 @@ import torch
 
 from evermesh.checkpoint import checkpoints, latest, verify
 from evermesh.checkpoint.stores.attempts import folder_of
+from evermesh.checkpoint.stores.places import place_of
 from evermesh.checkpoint.stores.store import objects_of
 from evermesh.runtime import TrainConfig
 from evermesh.runtime.config import CheckpointConfig
+from evermesh.runtime.model.families import read_model
 from evermesh.runtime.trainer import Trainer
 from tests.checkpoint.fault_proxy import Weather
 from tests.checkpoint.object_store import TestStore, adopt, object_store
 from tests.cluster import run_ranks
+from tests.runtime.hugging_face import MODELS, make
 from tests.runtime.test_trainer import largest_difference, small_config, train_on
 
 
@@ -92,3 +95,22 @@ def test_a_model_of_transformers_is_saved_to_a_store_at_once_and_while_it_trains
         assert loss_error <= 1e-9
         assert max(errors.values()) <= 1e-9, errors
     assert latest(place) == place / "step-00000002"
+
+
+def test_a_run_starts_from_weights_in_a_store_as_from_a_folder(corpus: Path, tmp_path: Path, store: TestStore) -> None:
+    pytest.importorskip("transformers", reason="it writes the weights: pip install 'evermesh[hf]'")
+    make(MODELS["qwen3 with windows in some layers"] | {"vocab_size": 413}, tmp_path, torch.bfloat16)
+    there = store.place()
+    for file in tmp_path.iterdir():
+        objects_of(there).put(there / file.name, file.read_bytes())
+    values = small_config(corpus, layout={"capacity": 800}, model=read_model(tmp_path).model_dump())
+    here, other = (
+        Trainer(TrainConfig.model_validate(values | {"init_from": place})).built.model.state_dict()
+        for place in (str(tmp_path), str(there))
+    )
+    assert here.keys() == other.keys()
+    assert all(torch.equal(other[name], tensor) for name, tensor in here.items())
+    config = TrainConfig.model_validate(values | {"init_from": str(there)})
+    assert TrainConfig.model_validate_json(config.model_dump_json()).init_from == place_of(str(there))
+    with pytest.raises(ValueError, match="neither a path nor a URL"):
+        TrainConfig.model_validate(values | {"init_from": 7})

@@ -6,12 +6,13 @@ enter it in ``FAMILIES``.
 
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from evermesh.checkpoint.naming import Naming, bind
+from evermesh.checkpoint.stores.places import Place
+from evermesh.checkpoint.stores.store import store_of
 from evermesh.runtime.errors import UnsupportedModel
 from evermesh.runtime.model.config import ModelConfig, MoeConfig
 from evermesh.runtime.model.families.dots1 import DOTS1
@@ -47,7 +48,7 @@ _REPEATS_ROPE = "*.rotary_emb.inv_freq"
 """Old checkpoints hold it, although it follows from the settings."""
 
 
-def read_model(directory: Path) -> ModelConfig:
+def read_model(directory: Place) -> ModelConfig:
     """The model that the config.json of a Hugging Face directory describes.
 
     Raises:
@@ -63,7 +64,7 @@ def read_model(directory: Path) -> ModelConfig:
         raise UnsupportedModel(f"{directory / CONFIG} describes no model that can be built: {problems}.") from error
 
 
-def differences(model: ModelConfig, directory: Path) -> list[str]:
+def differences(model: ModelConfig, directory: Place) -> list[str]:
     """In which fields ``model`` is not the one of a Hugging Face directory, though its weights need it to be.
 
     Fields of ``CHOICES`` may differ: they fit any weights.
@@ -79,7 +80,7 @@ def differences(model: ModelConfig, directory: Path) -> list[str]:
     ]
 
 
-def unused_settings(directory: Path) -> dict[str, Any]:
+def unused_settings(directory: Place) -> dict[str, Any]:
     """Settings for the training by transformers that this version neither takes over nor maps to others.
 
     Raises:
@@ -89,7 +90,7 @@ def unused_settings(directory: Path) -> dict[str, Any]:
     return {name: values[name] for name in TRAINS_ONLY if values.get(name)}
 
 
-def naming_of(directory: Path, shapes: Mapping[str, Sequence[int]]) -> Naming:
+def naming_of(directory: Place, shapes: Mapping[str, Sequence[int]]) -> Naming:
     """How the parameters of a model, given with their whole shapes, are called in a Hugging Face directory.
 
     Raises:
@@ -136,7 +137,7 @@ def router_bias_shapes(shapes: Mapping[str, Sequence[int]]) -> dict[str, tuple[i
     return {name: tuple(shape[:1]) for name, shape in biases.items()}
 
 
-def _family(values: Mapping[str, Any], directory: Path) -> Family:
+def _family(values: Mapping[str, Any], directory: Place) -> Family:
     family = FAMILIES.get(values.get("model_type", ""))
     if family is None:
         raise UnsupportedModel(
@@ -146,10 +147,10 @@ def _family(values: Mapping[str, Any], directory: Path) -> Family:
     return family
 
 
-def _settings(directory: Path) -> dict[str, Any]:
+def _settings(directory: Place) -> dict[str, Any]:
     file = directory / CONFIG
     try:
-        values = json.loads(file.read_bytes())
+        values = json.loads(store_of(file).read(file))
     except (OSError, ValueError) as error:
         raise UnsupportedModel(f"{file} cannot be read: {error}. Name a Hugging Face model directory.") from error
     if not isinstance(values, dict):

@@ -35,6 +35,7 @@ from evermesh.launcher.messages import (
 )
 from evermesh.launcher.processes import AGENT_MODULE, TOKEN_VARIABLE
 from tests.launcher.agent.listening import TOKEN, Controller, controlled
+from tests.processes import lives
 
 FUNCTIONS = "tests.launcher.agent.worker_functions"
 WAIT_S = 30.0
@@ -108,10 +109,6 @@ def agent(tmp_path: Path) -> Iterator[Served]:
         yield agent
 
 
-def gone(processes: list[psutil.Process]) -> bool:
-    return not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in processes)
-
-
 def test_it_says_who_it_is_and_workers_know_no_token(agent: Served) -> None:
     hello = agent.all(Hello)[0]
     assert (hello.node, hello.pid, hello.outcome, hello.shared_memory_bytes) == ("node-0", agent.process.pid, None, 128)
@@ -132,7 +129,7 @@ def test_a_start_said_twice_starts_once_and_an_older_one_starts_nothing(agent: S
     agent.send(OpenStore(generation=3))
     agent.until(lambda: any(found.kind == "store_opened" for found in agent.heard))
     assert len(agent.all(Started)) == 1
-    assert not any(map(gone, ([rank] for rank in ranks)))
+    assert all(map(lives, ranks))
     agent.send(Ask(generation=2, what="stop"))
     agent.until(lambda: any(found.is_over for found in agent.outcomes(2)))
     assert agent.outcomes(2)[-1].done == {0: {"reason": "asked"}, 1: {"reason": "asked"}}
@@ -143,8 +140,8 @@ def test_a_newer_start_ends_the_older_ranks_first(agent: Served) -> None:
     older = agent.started(1)
     agent.start(2)
     newer = agent.started(2)
-    assert gone(older)
-    assert not gone(newer)
+    assert not any(map(lives, older))
+    assert any(map(lives, newer))
     assert not any(found.failures or found.is_over for found in agent.outcomes(2))
 
 
@@ -157,7 +154,7 @@ def test_the_end_of_what_never_started_here_is_over_at_once(agent: Served, runs_
     agent.send(End(generation=5))
     agent.until(lambda: bool(agent.outcomes(5)))
     assert agent.outcomes(5) == [Outcome(generation=5, is_over=True)]
-    agent.until(lambda: gone(ranks))
+    agent.until(lambda: not any(map(lives, ranks)))
 
 
 def test_all_is_told_again_to_who_connects_next(agent: Served) -> None:
@@ -180,10 +177,10 @@ def test_the_first_sigterm_announces_the_end_of_the_node_and_the_second_is_it(ag
     agent.process.send_signal(signal.SIGTERM)
     agent.until(lambda: bool(agent.all(Preempted)))
     assert agent.all(Preempted)[0].signal == signal.SIGTERM
-    assert not gone(ranks)
+    assert any(map(lives, ranks))
     agent.process.send_signal(signal.SIGTERM)
     assert agent.process.wait(WAIT_S) == 0
-    assert gone(ranks)
+    assert not any(map(lives, ranks))
 
 
 def test_it_leaves_when_told_and_takes_everything_with_it(agent: Served) -> None:
@@ -195,7 +192,7 @@ def test_it_leaves_when_told_and_takes_everything_with_it(agent: Served) -> None
     agent.send(Leave())
     assert agent.process.wait(WAIT_S) == 0
     psutil.wait_procs(family, timeout=5)
-    assert gone(family)
+    assert not any(map(lives, family))
     assert not area[0].exists()
 
 

@@ -19,6 +19,7 @@ from evermesh.launcher.agent.worker_group import Hooks, WorkerGroup
 from evermesh.launcher.interrupts import SIGNALS
 from evermesh.launcher.messages import Outcome, Place, Store, TrainingWork
 from evermesh.launcher.policy import Failure, root_cause
+from tests.processes import lives, still_alive
 
 FUNCTIONS = "tests.launcher.agent.worker_functions"
 WAIT_S = 30.0
@@ -211,8 +212,7 @@ def test_no_process_is_left_2_s_after_their_owner_was_killed(tmp_path: Path, fun
         family = psutil.Process(process.pid).children(recursive=True)
         assert len(family) >= 4  # three workers and the warm process
         process.kill()
-        _, alive = psutil.wait_procs(family, timeout=2)
-        assert alive == []
+        assert still_alive(family, 2) == []
         assert process.stderr
         assert process.stderr.read() == ""
 
@@ -224,4 +224,4 @@ def test_workers_ignore_signals_that_reach_the_whole_process_group(tmp_path: Pat
             for member in family:
                 member.send_signal(number)
         time.sleep(0.3)
-        assert all(member.is_running() and member.status() != psutil.STATUS_ZOMBIE for member in family)
+        assert all(map(lives, family))

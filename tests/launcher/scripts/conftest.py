@@ -9,7 +9,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 
 EVERMESH = [sys.executable, "-c", "from evermesh.launcher.cli import main; main()", "launch"]
@@ -76,20 +75,3 @@ def launcher(tmp_path: Path) -> Iterator[Launcher]:
         if process.poll() is None:
             process.send_signal(signal.SIGKILL)
         process.communicate()
-
-
-def alive(family: list[psutil.Process], timeout_s: float) -> list[psutil.Process]:
-    """Which of these processes still run after a while; zombies that nobody waits for do not."""
-    deadline_s = time.monotonic() + timeout_s
-    while True:
-        found = [process for process in family if _runs(process)]
-        if not found or time.monotonic() > deadline_s:
-            return found
-        time.sleep(0.02)
-
-
-def _runs(process: psutil.Process) -> bool:
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False

@@ -11,8 +11,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.launcher.scripts.conftest import EVERMESH, Launcher, alive
+from tests.launcher.scripts.conftest import EVERMESH, Launcher
 from tests.launcher.scripts.test_scripts import DIFFERENT, DUMP, RESTARTS, TORCHRUN, TRAIN, WAIT, dumped
+from tests.processes import still_alive
 
 OWN = {"EVERMESH_GENERATION", "EVERMESH_RESTART_REASON", "EVERMESH_PROGRESS_FILE", "XDG_STATE_HOME"}
 
@@ -99,7 +100,7 @@ def test_a_launcher_of_two_nodes_that_is_killed_leaves_no_process(launcher: Laun
     family = psutil.Process(process.pid).children(recursive=True)
     assert len(family) == 6  # a rank, its child and a guardian for each node
     process.kill()
-    assert alive(family, 2) == []
+    assert still_alive(family, 2) == []
 
 
 def test_machines_with_different_numbers_of_ranks_count_through(launcher: Launcher, port: int) -> None:
@@ -192,7 +193,7 @@ def test_a_machine_that_is_lost_ends_the_others_with_75(launcher: Launcher, port
     code, _, errors = ended(machines[1 - lost])
     assert code == 75
     assert f"evermesh: lost: node {lost}" in errors
-    assert alive(family, 2) == []
+    assert still_alive(family, 2) == []
 
 
 def test_a_signal_to_one_machine_ends_all(launcher: Launcher, port: int) -> None:

@@ -12,7 +12,8 @@ import psutil
 import pytest
 
 from evermesh.fault import read_events
-from tests.launcher.scripts.conftest import EVERMESH, Launcher, alive
+from tests.launcher.scripts.conftest import EVERMESH, Launcher
+from tests.processes import still_alive
 
 RESTARTS = int(os.environ.get("EVERMESH_TEST_RESTARTS", "20"))
 """``make test-launcher EVERMESH_TEST_RESTARTS=200`` for the long one."""
@@ -193,7 +194,7 @@ def test_sigterm_is_forwarded_at_once_and_ends_with_143(launcher: Launcher) -> N
     assert process.wait(10) == 143
     heard_s = [float((launcher.folder / f"SIGTERM-{rank}").read_text()) for rank in range(2)]
     assert max(heard_s) - sent_s < 0.5  # 0.1 s on an idle machine
-    assert alive(family, 1) == []
+    assert still_alive(family, 1) == []
 
 
 def test_a_script_that_saves_on_a_signal_and_asks_for_a_requeue_gets_it(launcher: Launcher) -> None:
@@ -222,7 +223,7 @@ def test_who_does_not_end_in_time_is_killed_even_when_it_is_stopped(launcher: La
     process.send_signal(signal.SIGTERM)
     assert process.wait(10) == 143
     assert 0.5 <= time.monotonic() - sent_s < 3
-    assert alive(family, 1) == []
+    assert still_alive(family, 1) == []
 
 
 def test_a_second_signal_kills_at_once(launcher: Launcher) -> None:
@@ -251,7 +252,7 @@ def test_a_launcher_killed_with_sigkill_leaves_no_process_after_2_s(launcher: La
     family = psutil.Process(process.pid).children(recursive=True)
     assert len(family) == 5  # two ranks, a child of each, the guardian
     process.kill()
-    assert alive(family, 2) == []
+    assert still_alive(family, 2) == []
 
 
 def test_a_death_is_noticed_within_100_ms(launcher: Launcher) -> None:

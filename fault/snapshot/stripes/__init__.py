@@ -1,0 +1,36 @@
+"""Which nodes protect each other's snapshots, what that survives, and how they move the bytes."""
+
+from evermesh.fault.snapshot.stripes.errors import (
+    ChunkCorrupt,
+    MemberLost,
+    RecordUnreadable,
+    SnapshotsDiffer,
+    StripesImpossible,
+    TransferFailed,
+    WrongGeneration,
+)
+from evermesh.fault.snapshot.stripes.membership import Address, Membership, listen
+from evermesh.fault.snapshot.stripes.payload import Payload, digests_of
+from evermesh.fault.snapshot.stripes.record import StripeRecord
+from evermesh.fault.snapshot.stripes.rotation import CHUNK_BYTES, parity_bytes
+from evermesh.fault.snapshot.stripes.transfer import Rebuilt, StripeTransfer
+
+__all__ = [
+    "CHUNK_BYTES",
+    "Address",
+    "ChunkCorrupt",
+    "MemberLost",
+    "Membership",
+    "Payload",
+    "Rebuilt",
+    "RecordUnreadable",
+    "SnapshotsDiffer",
+    "StripeRecord",
+    "StripeTransfer",
+    "StripesImpossible",
+    "TransferFailed",
+    "WrongGeneration",
+    "digests_of",
+    "listen",
+    "parity_bytes",
+]

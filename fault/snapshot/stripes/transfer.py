@@ -1,0 +1,162 @@
+"""How the members of a stripe protect a snapshot, and rebuild what some of them have lost."""
+
+import socket
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import TracebackType
+from typing import NamedTuple, Self
+
+from evermesh.fault.snapshot.coding import choose_engine
+from evermesh.fault.snapshot.coding.engine import Engine
+from evermesh.fault.snapshot.stripes.bandwidth import TokenBucket
+from evermesh.fault.snapshot.stripes.errors import TransferFailed
+from evermesh.fault.snapshot.stripes.membership import Membership, close_all, connect
+from evermesh.fault.snapshot.stripes.payload import Digests, Payload, digests_of
+from evermesh.fault.snapshot.stripes.protecting import Protection
+from evermesh.fault.snapshot.stripes.pump import Incoming, Outgoing, Pump
+from evermesh.fault.snapshot.stripes.rebuilding import Held, Rebuilding
+from evermesh.fault.snapshot.stripes.record import StripeRecord
+
+
+class Rebuilt(NamedTuple):
+    """What a rebuild did."""
+
+    record: StripeRecord
+    lost: frozenset[int]
+    """Members that held nothing and hold all now."""
+    repaired: Mapping[int, int]
+    """Of other members the number of chunks that were corrupt and are right now."""
+
+
+class StripeTransfer:
+    """One member's connections to all others of its stripe, kept from step to step. A context manager.
+
+    Whatever fails closes the connections, so that the other members fail at once and not by their timeout; then a new
+    transfer is opened. Not thread-safe.
+
+    Args:
+        listener: from :func:`listen`; it stays open, and is the caller's.
+        absent: members that are lost and not replaced.
+        bytes_per_s: bound on what is sent.
+        timeout_s: a member that does nothing for so long is lost.
+
+    Raises:
+        WrongGeneration, MemberLost: as :func:`connect`.
+    """
+
+    def __init__(
+        self,
+        mine: Membership,
+        listener: socket.socket,
+        *,
+        absent: Iterable[int] = (),
+        bytes_per_s: float | None = None,
+        timeout_s: float = 30.0,
+        engine: Engine | None = None,
+    ) -> None:
+        self._mine, self._absent = mine, frozenset(absent)
+        self._engine = engine or choose_engine().engine
+        self._connections = connect(mine, listener, self._absent, timeout_s)
+        self._pump = Pump(self._connections, TokenBucket(bytes_per_s), timeout_s)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close all connections."""
+        close_all(self._connections)
+        self._connections.clear()
+
+    def protect(
+        self, step: int, data: Sequence[memoryview], parity: memoryview, digests: Digests | None = None
+    ) -> StripeRecord:
+        """Keep parity of the others' data, and let them keep that of mine; every member calls it.
+
+        Returns when all members have acknowledged: the snapshot survives the loss of as many of them as the code has
+        parity parts. The data do not change meanwhile.
+
+        Args:
+            data: buffers that count as laid end to end; of any length on every member.
+            parity: overwritten; ``parity_bytes`` of the longest data.
+            digests: of the data, by chunk; computed if not given.
+
+        Raises:
+            TransferFailed: nothing is protected, and ``parity`` is useless; the kinds are in ``errors``.
+        """
+        self._need_all()
+        payload = Payload(data)
+        digests = digests_of(payload) if digests is None else digests
+        try:
+            part = Protection(self._mine, step, payload, digests, parity, self._engine)
+            self._phase(lambda peer: part.announce(), part.hear)
+            part.begin()
+            self._phase(part.give, part.take)
+            self._phase(lambda peer: part.tell(), part.told)
+        except BaseException:
+            self.close()
+            raise
+        return part.record()
+
+    def rebuild(
+        self, step: int, record: StripeRecord | None, data: Sequence[memoryview], parity: memoryview
+    ) -> Rebuilt:
+        """Give every member of the stripe what it lacks of a protected snapshot; every member that is there calls it.
+
+        On return the data, the parity and the record of every member are complete and compared with their digests.
+        Where nobody lacks anything, this compares and no more.
+
+        Args:
+            record: None: this member holds nothing, and wants all.
+            data: filled if there is no record, its corrupt chunks replaced if there is one. As large as it was, or
+            larger.
+            parity: likewise.
+
+        Raises:
+            TooManyErasures: fewer chunks of a row are left than the code needs. Every member raises it.
+            TransferFailed: a member failed; repeat it. The kinds are in ``errors``.
+        """
+        self._need_connections()
+        try:
+            part = Rebuilding(
+                self._mine, step, record, Held(Payload(data), Payload([parity])), self._engine, self._absent
+            )
+            self._phase(lambda peer: part.announce(), part.hear)
+            part.agree()
+            self._share_record(part)
+            part.begin()
+            self._phase(part.give, part.take)
+            self._phase(lambda peer: part.tell(), part.told)
+        except BaseException:
+            self.close()
+            raise
+        assert part.record is not None, "the plan was made with it"
+        return Rebuilt(part.record, part.lost, {member: len(rows) for member, rows in part.corrupt.items() if rows})
+
+    def _share_record(self, part: Rebuilding) -> None:
+        giver = part.first_holder
+        if self._mine.rank == giver:
+            self._pump.run({}, {peer: part.give_record() for peer in part.lost})
+        elif self._mine.rank in part.lost:
+            self._pump.run({giver: part.take_record(giver)}, {})
+
+    def _phase(self, outgoing: Callable[[int], Outgoing], incoming: Callable[[int], Incoming]) -> None:
+        self._pump.run(
+            {peer: incoming(peer) for peer in self._connections}, {peer: outgoing(peer) for peer in self._connections}
+        )
+
+    def _need_all(self) -> None:
+        if self._absent:
+            names = ", ".join(map(str, sorted(self._absent)))
+            raise TransferFailed(
+                f"members {names} are absent: a stripe is protected by all its members. Replace them, or make new stripes.",
+                tuple(sorted(self._absent)),
+            )
+        self._need_connections()
+
+    def _need_connections(self) -> None:
+        if not self._connections:
+            raise TransferFailed("this transfer has failed or was closed. Open another one.")

@@ -1,0 +1,1 @@
+"""Runs a job with faults, and reports what became of it."""

@@ -1,0 +1,180 @@
+"""``evermesh chaos``: jobs with faults, which are data, and what is reported of each. The fault matrix.
+
+State comes back from checkpoints on disk. Losses and parameters are compared bit for bit with a run without faults.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from evermesh.fault.events import read_events
+from evermesh.fault.injection import AtStep, Injection, Kill, Schedule, Target, resolve
+from evermesh.launcher import Run
+from evermesh.launcher.chaos.record import forget_injection, read_injection, write_injection
+from evermesh.launcher.chaos.report import ChaosReport, FaultReport
+from evermesh.launcher.chaos.running import shape_of
+from evermesh.launcher.controller.work import training_work
+from evermesh.launcher.job_file import load_job
+from evermesh.runtime.telemetry import read_telemetry
+from tests.launcher.jobs import launched, with_faults
+from tests.launcher.test_cli import evermesh
+
+pytestmark = pytest.mark.timeout(600)  # two whole jobs in the fixture
+EVERY_4 = ("nodes=2", "train.checkpoint.every=4", "restarts=20")
+
+
+def kill(target: str, step: int, phase: str | None = None, **more: Any) -> dict[str, Any]:
+    at = {"step": step} if phase is None else {"step": step, "phase": phase}
+    return {"kind": "kill", "target": target, "at": at, **more}
+
+
+@pytest.fixture(scope="module")
+def survived(job_file_of_module: Path) -> ChaosReport:
+    """One job that all of this happens to, and one that it does not happen to."""
+    faults = [
+        kill("rank 1", 6, "backward"),
+        {"kind": "raise", "target": "rank 0", "at": {"step": 11, "phase": "all-reduce"}},
+        {"kind": "slow", "target": "rank 1", "at": {"step": 13}, "factor": 2, "sleep_s": 0.3, "steps": 3},
+        {"kind": "stop", "target": "rank any", "at": {"step": 18}, "continue_after_s": 0.4},
+        {"kind": "slow", "target": "rank 0", "at": {"step": 20}, "sleep_s": 0.05, "steps": 17},  # time to look
+        kill("agent 1", 22),
+        kill("controller", 26),
+        kill("rank all", 32, "copy"),
+    ]
+    return with_faults(job_file_of_module, "train.steps=36", *EVERY_4, faults=faults, compared=True)
+
+
+def one(report: ChaosReport, beginning: str) -> FaultReport:
+    (found,) = [fault for fault in report.faults if fault.fault.startswith(beginning)]
+    return found
+
+
+def test_a_job_survives_many_kinds_of_faults_with_the_bits_of_a_clean_run_and_leaves_nothing_behind(
+    survived: ChaosReport,
+) -> None:
+    assert survived.passed, survived.problems
+    assert survived.comparison is not None
+    assert survived.comparison.verdict == "bit-equal"
+    assert survived.parameters == survived.comparison.parameters
+    assert (survived.orphans, survived.leaked_memory) == ((), ())
+    assert survived.attempts == 5
+    assert survived.steps == 36
+    assert survived.steps_lost == sum(fault.steps_lost for fault in survived.faults[:-1])  # the last two are one
+    assert 0 < survived.goodput < 1
+
+
+def test_f1_a_killed_worker_is_named_and_the_steps_since_the_checkpoint_are_trained_again(
+    survived: ChaosReport,
+) -> None:
+    killed = one(survived, "kill rank 1 at step 6")
+    assert killed.detected_after_s is not None
+    assert killed.training_after_s is not None
+    assert 0 < killed.detected_after_s < killed.training_after_s
+    assert killed.cause == "rank 1 was killed by signal 9 (SIGKILL)"
+    assert (killed.outcome, killed.step, killed.steps_lost) == ("restarted", 6, 1)
+    events = list(read_events(Path(survived.run) / "events.jsonl"))
+    kinds = [event.kind for event in events]
+    assert kinds[0] == "faults given"
+    assert kinds.index("injected") < kinds.index("failed") < kinds.index("restarted") < kinds.index("resumed")
+
+
+def test_a_rank_that_raises_is_named_with_what_it_raised(survived: ChaosReport) -> None:
+    raised = one(survived, "raise rank 0")
+    assert (raised.cause, raised.outcome) == ("rank 0 failed: InjectedFault: injected", "restarted")
+
+
+def test_f29_a_slow_rank_and_f7_one_that_is_stopped_for_a_moment_end_no_attempt(survived: ChaosReport) -> None:
+    for beginning in ("slow rank 1", "slow rank 0", "stop rank"):
+        fault = one(survived, beginning)
+        assert (fault.outcome, fault.detected_after_s) == ("survived", None)
+    step_s = {report.step: report.step_s for report in read_telemetry(Path(survived.run) / "telemetry.jsonl")}
+    assert min(step_s[step] for step in (13, 14, 15)) > 0.3
+    assert step_s[18] > 0.4
+
+
+def test_f5_an_agent_that_is_killed_is_found_lost_and_f22_a_controller_is_replaced_without_a_restart(
+    survived: ChaosReport,
+) -> None:
+    agent, controller = one(survived, "kill agent 1"), one(survived, "kill controller")
+    assert (agent.cause, agent.outcome) == ("lost node-1", "restarted")
+    assert controller.outcome == "survived"
+    assert controller.cause is not None
+    assert controller.cause.endswith("took over")
+    assert controller.detected_after_s is not None
+
+
+def test_f26_all_workers_killed_at_once_are_one_restart(survived: ChaosReport) -> None:
+    killed = [fault for fault in survived.faults if fault.fault.endswith("step 32, copy")]
+    assert [fault.outcome for fault in killed] == ["restarted", "restarted"]
+    assert killed[0].cause == killed[1].cause
+
+
+def test_f3_an_exception_before_the_first_step_is_not_retried_and_its_traceback_comes_last(job_file: Path) -> None:
+    faults = job_file.with_name("faults.yaml")
+    faults.write_text("{expect_exit: 1, faults: [{kind: raise, target: rank 1, at: {step: 1, phase: backward}}]}")
+    with launched(job_file, command=("chaos", "--json", "--schedule", str(faults))) as job:
+        code, stdout, stderr = job.end()
+    report = ChaosReport.model_validate_json(stdout)
+    assert (code, report.problems, report.exit_code, report.attempts) == (0, (), 1, 1)
+    assert report.faults[0].outcome == "ended the job"
+    assert "No other attempt: it was raised before the first step" in stderr
+    assert "Going on" not in stderr
+    assert (
+        stderr[stderr.rindex("Traceback (most recent call last)") :]
+        .splitlines()[-1]
+        .endswith("InjectedFault: injected")
+    )
+
+
+def test_f4_three_attempts_without_progress_end_the_run_with_93(job_file: Path) -> None:
+    faults = [kill("rank 1", 3, times=3)]
+    report = with_faults(job_file, "train.checkpoint.every=null", "restarts=9", faults=faults, expect_exit=93)
+    assert report.passed, report.problems
+    assert (report.exit_code, report.attempts) == (93, 3)
+    assert [fault.outcome for fault in report.faults] == ["restarted", "restarted", "ended the job"]
+
+
+def injection_for(job_file: Path) -> Injection:
+    schedule = Schedule(faults=(Kill(target=Target(of="rank", which=0), at=AtStep(step=1)),))
+    return resolve(schedule, shape_of(load_job(job_file)))
+
+
+def test_only_a_run_that_was_given_faults_hands_them_to_its_workers(job_file: Path) -> None:
+    config = load_job(job_file)
+    run, other = Run.create(config), Run.create(config)
+    write_injection(run, injection_for(job_file))
+    assert read_injection(run) == injection_for(job_file)
+    assert len(training_work(run, config, 0.0).arguments["faults"]) == 1
+    assert "faults" not in training_work(other, config, 0.0).arguments
+    forget_injection(run)
+    assert "faults" not in training_work(run, config, 0.0).arguments
+
+
+def test_a_schedule_that_does_not_fit_is_refused_with_its_lines_before_anything_starts(job_file: Path) -> None:
+    faults = job_file.with_name("faults.yaml")
+    faults.write_text(
+        "faults:\n- {kind: kill, target: rank 7, at: {step: 2}}\n- kind: kill\n  at:\n    step: 900\n  target: rank 0\n"
+    )
+    found = evermesh("chaos", job_file, "--schedule", faults)
+    assert found.returncode == 2
+    assert found.stderr == (
+        f"error: {faults}:2: faults.0.target: rank 7 is none of the 2 ranks of this job (0 to 1).\n"
+        f"{faults}:5: faults.1.at.step: step 900, but the run ends with step 6.\n"
+    )
+    faults.write_text("faults:\n- kind: kill\n  at: {step: 1}\n  signal: SIGNO\n")
+    found = evermesh("chaos", job_file, "--schedule", faults)
+    assert (
+        found.stderr
+        == f"error: {faults}:4: faults.0.signal: 'SIGNO' is no signal of this system; write SIGKILL or 9.\n"
+    )
+    assert not (job_file.parent / "runs").exists()
+
+
+def test_drawn_faults_that_do_not_fit_are_refused(job_file: Path) -> None:
+    found = evermesh("chaos", job_file, "--faults", "9")
+    assert found.returncode == 2
+    assert (
+        "9 faults, each with 2 steps (checkpoint.every) of its own and as many up to the next, need 34" in found.stderr
+    )
+    assert "'kill=x' is not KIND or KIND=RATE" in evermesh("chaos", job_file, "--kinds", "kill=x").stderr

@@ -1,0 +1,60 @@
+"""``evermesh snapshot plan``: the odds of the formula, refusals by number, and the same as JSON."""
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from evermesh.fault.snapshot.coding import CodeImpossible
+from evermesh.fault.snapshot.stripes import StripesImpossible
+from evermesh.fault.snapshot.stripes.interval import Rates, best_interval
+from evermesh.launcher.commands.app import app
+from evermesh.parallelism.topology import Node, Topology
+
+
+def _run(*arguments: str | Path) -> str:
+    environment = {"COLUMNS": "200", "NO_COLOR": "1"}
+    found = CliRunner().invoke(app, ["snapshot", "plan", *map(str, arguments)], env=environment, catch_exceptions=False)
+    assert found.exit_code == 0, found.output
+    return found.output
+
+
+def test_the_table_has_stripes_and_copies_beside_each_other() -> None:
+    lines = _run("--nodes", "16", "--per-rack", "2", "--code", "6+2", "--state-gb", "90").splitlines()
+    assert lines[0] == "16 nodes in stripes: 2 x 6+2; memory for parity +33%"
+    assert lines[1] == "memory of a node: 240.0 GB (two snapshots of 90.0 GB and their parity)"
+    assert "loss of one rack (of 8): at most 1 members of a stripe, 2 are tolerated: survived" in lines[2]
+    rows = {line[:28].strip(): line[28:].split() for line in lines[4:]}
+    assert rows["stripes 6+2"] == ["+33%", "1", "1", "0.8000", "0.4308"]
+    assert rows["2 copies"] == ["+100%", "1", "0.9333", "0.8000", "0.6154"]
+
+
+def test_json_has_the_figures_and_the_best_interval(tmp_path: Path) -> None:
+    cluster = tmp_path / "cluster.json"
+    nodes = tuple(Node(name=f"n{at}", devices=8, rack=f"r{at % 4}") for at in range(8))
+    cluster.write_text(Topology(nodes=nodes).model_dump_json())
+    arguments = ("--step-s", "4", "--stall-s", "0.5", "--failures", "10", "--restart-s", "30")
+    found = json.loads(_run("--topology", cluster, "--must-survive", "rack", *arguments, "--json"))
+    assert found["stripes"] == {"6+2": 1}
+    assert found["domains"] == {"rack": [1.0, 0.0, 0.0, 0.0]}
+    assert [name for name, _, _ in found["schemes"]] == ["stripes 6+2", "copies in +33%", "2 copies", "3 copies"]
+    best = best_interval(Rates(4, 0.5, 0, 30, 1000 * 86400 / 80))
+    assert found["interval"]["best"]["steps"] == best.steps > 1
+    text = _run("--topology", cluster, *arguments)
+    assert f"best: a snapshot every {best.steps} steps" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "says"),
+    [
+        (("--nodes", "16", "--per-rack", "8", "--must-survive", "rack"), StripesImpossible, "2 racks are too few"),
+        (("--nodes", "1"), StripesImpossible, "at least 2"),
+        (("--nodes", "8", "--must-survive", "room"), StripesImpossible, "There are rack, switch, rail"),
+        (("--nodes", "8", "--code", "6-2"), CodeImpossible, "such as 6\\+2"),
+        (("--topology", Path(__file__)), StripesImpossible, "is no topology"),
+    ],
+)
+def test_what_cannot_be_is_refused(arguments: tuple[str | Path, ...], error: type[Exception], says: str) -> None:
+    with pytest.raises(error, match=says):
+        _run(*arguments)

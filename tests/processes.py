@@ -1,0 +1,24 @@
+"""Which processes of a test still run."""
+
+import time
+from collections.abc import Sequence
+
+import psutil
+
+
+def still_alive(processes: Sequence[psutil.Process], timeout_s: float) -> list[psutil.Process]:
+    """Which of them live after that time; one that waits only to be reaped is dead."""
+    until = time.monotonic() + timeout_s
+    while found := [process for process in processes if lives(process)]:
+        if time.monotonic() > until:
+            break
+        time.sleep(0.01)
+    return found
+
+
+def lives(process: psutil.Process) -> bool:
+    """Whether it runs now."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
