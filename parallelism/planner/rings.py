@@ -128,10 +128,10 @@ def place_rings(
     for k in range(count):
         length = lengths[shared[k]]
         size = ring_size(costs, length, ranks, node_size, target, work[shared[k]])
-        most, step = min(ranks, size + size // 2 + 2), 1 + size // 12
+        widths = _widths(size, ranks)
         first, start, stop = -1, 0, FOREVER
         # a larger ring is shorter: it may end in time where the smallest does not, on a run of ranks or else with a gap
-        for wider in range(size, most + 1, step):
+        for wider in widths:
             duration = ring_ticks(costs, length, wider, node_size, crosses(wider, node_size))
             found, at = _best_run(runs, num_runs, node_end, wider, duration, target, tight)
             if found >= 0:
@@ -139,8 +139,7 @@ def place_rings(
                 stop = start + scaled(duration, runs.slowness[found])
                 break
         if first < 0:
-            smallest = size
-            for wider in range(smallest, most + 1, step):
+            for wider in widths:
                 duration = ring_ticks(costs, length, wider, node_size, crosses(wider, node_size))
                 at, begin, end = _best_window(load, slowness, node_end, wider, duration, target)
                 if end <= target:
@@ -152,6 +151,18 @@ def place_rings(
         load[first : first + size] = stop
         num_runs = _cover(runs, num_runs, slowness, first, size, stop)
     return Rings(shared, np.arange(ranks), first_of, size_of, start_of, stop_of), load, True
+
+
+@compiled
+def _widths(size: int, ranks: int) -> Integers:
+    """Sizes of rings to try in turn: every twelfth up to half as large again, then every sixth up to four times."""
+    most, width, count = min(ranks, 4 * size), size, 0
+    found = np.empty(32, np.int64)
+    while width <= most and count < len(found):
+        found[count] = width
+        count += 1
+        width += 1 + (size // 12 if 2 * width < 3 * size else width // 6)
+    return found[:count]
 
 
 class Runs(NamedTuple):
