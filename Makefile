@@ -7,6 +7,8 @@ ROOMS := parallelism checkpoint fault runtime launcher
 BROWSER := $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)
 export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# every test and job starts processes: with modules that are compiled already
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help install demo test check format gpu parity soak soak-planner soak-saving bench $(addprefix bench-,$(ROOMS)) $(addprefix test-,$(ROOMS)) clean
 

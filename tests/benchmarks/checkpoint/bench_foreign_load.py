@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from evermesh.checkpoint import Interval, Shard, ShardMap, TensorShards, load, open_checkpoint, wanted_regions
+from evermesh.checkpoint.foreign import deepspeed  # noqa: F401  (the start of the library is not counted)
 from tests.benchmarks.checkpoint import deepspeed_peer as peer
 from tests.benchmarks.checkpoint.page_cache import forget
 from tests.benchmarks.harness import Row, exact_row, paired_row
