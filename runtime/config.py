@@ -25,9 +25,10 @@ from evermesh.parallelism.layout import Layout
 from evermesh.parallelism.layout.policy import SwitchingPolicy
 from evermesh.runtime.data.config import DataConfig
 from evermesh.runtime.deepspeed_engine.checks import check_config
-from evermesh.runtime.guard.config import GuardConfig, or_default
+from evermesh.runtime.guard.config import GuardConfig
 from evermesh.runtime.layout import check_compile, check_model
 from evermesh.runtime.model.config import ModelConfig
+from evermesh.runtime.on_or_off import or_default
 from evermesh.runtime.optimizer_config import AdamWConfig, AnyOptimizer
 
 
@@ -38,7 +39,7 @@ class _Frozen(BaseModel):
 def _as_place(value: Any) -> Place:
     if not isinstance(value, str | Path | ObjectPath):
         raise ValueError(f"{value!r} is neither a path nor a URL such as s3://BUCKET/PREFIX")
-    return place_of(value if not isinstance(value, Path) else str(value))
+    return place_of(value)
 
 
 _AnyPlace = Annotated[
@@ -262,9 +263,8 @@ class TrainConfig(_Frozen):
             is_set = (
                 "layout.activations offloads, so products are computed in other parts the second time"
                 if offloads
-                else ""
+                else "calibrate is on, and would measure the probe"
             )
-            is_set = is_set or "calibrate is on, and would measure the probe"
             raise ValueError(f"guard.probe is on, but {is_set}. Leave one of them out.")
 
     def _check_calibration(self) -> None:

@@ -8,7 +8,6 @@ import mmap
 import os
 
 from evermesh.checkpoint.background.memory import FOLDER, RoomMissing, allocate
-from evermesh.checkpoint.background.memory import available_bytes as available_bytes
 from evermesh.checkpoint.errors import HostMemoryShort
 
 
@@ -27,7 +26,7 @@ class Arena:
         except OSError as error:
             raise HostMemoryShort(num_bytes, 0, f"{FOLDER} cannot be used: {error.strerror}") from error
         try:
-            allocate(self.descriptor, size, available_bytes)
+            allocate(self.descriptor, size)
         except BaseException as error:
             os.close(self.descriptor)
             if isinstance(error, RoomMissing):

@@ -5,7 +5,6 @@ Needs nothing but the standard library.
 
 import errno
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 FOLDER = Path("/dev/shm")
@@ -24,20 +23,19 @@ class RoomMissing(OSError):
         self.bytes_needed, self.bytes_free, self.fact = bytes_needed, bytes_free, fact
 
 
-def allocate(descriptor: int, num_bytes: int, available: Callable[[], tuple[int, int]] | None = None) -> None:
-    """Give a file of shared memory all its pages. ``available`` tells as ``available_bytes`` does, the default.
+def allocate(descriptor: int, num_bytes: int) -> None:
+    """Give a file of shared memory all its pages.
 
     Raises:
         RoomMissing: there is no room. What was allocated is given back with the file.
     """
-    available = available or available_bytes
     status = os.fstatvfs(descriptor)
     if num_bytes > status.f_bavail * status.f_frsize:  # known before others are pushed aside
         raise RoomMissing(num_bytes, status.f_bavail * status.f_frsize, f"{FOLDER}: {os.strerror(errno.ENOSPC)}")
-    _refuse_shortage(num_bytes, 0, num_bytes, available)
+    _refuse_shortage(num_bytes, 0, num_bytes)
     for begin in range(0, num_bytes, _ALLOCATE_BYTES):
         step = min(_ALLOCATE_BYTES, num_bytes - begin)
-        _refuse_shortage(num_bytes, begin, step, available)
+        _refuse_shortage(num_bytes, begin, step)
         try:
             os.posix_fallocate(descriptor, begin, step)
         except OSError as error:
@@ -48,8 +46,8 @@ def allocate(descriptor: int, num_bytes: int, available: Callable[[], tuple[int,
             raise RoomMissing(num_bytes, free, f"{FOLDER}: {os.strerror(error.errno)}") from error
 
 
-def _refuse_shortage(num_bytes: int, begin: int, step: int, available: Callable[[], tuple[int, int]]) -> None:
-    free, total = available()
+def _refuse_shortage(num_bytes: int, begin: int, step: int) -> None:
+    free, total = available_bytes()
     if free - step < _RESERVED * total:
         raise RoomMissing(num_bytes, begin + free, f"1/{1 / _RESERVED:.0f} of memory must stay free")
 

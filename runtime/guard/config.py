@@ -1,30 +1,19 @@
 """Configuration of the step guard; imports no torch."""
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import (
     BaseModel,
-    BeforeValidator,
     ConfigDict,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
-    TypeAdapter,
     model_validator,
 )
 
-
-def or_default(policy: type[BaseModel]) -> BeforeValidator:
-    """``true`` is the default policy, ``false`` none."""
-
-    def read(value: Any) -> Any:
-        if isinstance(value, bool | str):
-            return policy() if TypeAdapter(bool).validate_python(value) else None
-        return value
-
-    return BeforeValidator(read)
+from evermesh.runtime.on_or_off import or_default
 
 
 class _Frozen(BaseModel):

@@ -24,7 +24,7 @@ from evermesh.checkpoint import (
     save,
     verify,
 )
-from evermesh.checkpoint.background import arena
+from evermesh.checkpoint.background import memory
 from evermesh.checkpoint.stores.places import Place
 from evermesh.parallelism.collectives import Communicator
 from tests.checkpoint.states import held_by, load_and_compare, logical_state, save_step, shard_map
@@ -172,7 +172,7 @@ def test_without_room_in_shared_memory_a_saver_is_refused_with_the_numbers(tmp_p
 
 def _run_short_of_memory(rank: int, size: int, directory: str) -> str:
     if rank == 1:
-        arena.available_bytes = lambda: (1 << 20, 1 << 30)
+        memory.available_bytes = lambda: (1 << 20, 1 << 30)
     with pytest.raises(HostMemoryShort) as caught:
         _saver(Path(directory), rank, size)
     return str(caught.value)

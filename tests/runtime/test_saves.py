@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from evermesh.checkpoint import CheckpointNotSaved, HostMemoryShort, checkpoints, latest
-from evermesh.checkpoint.background import arena
+from evermesh.checkpoint.background import memory
 from evermesh.fault.events import read_events
 from evermesh.runtime import TrainConfig, read_telemetry
 from evermesh.runtime.errors import TrainingDiverged
@@ -106,7 +106,7 @@ def test_a_run_that_ends_with_an_error_first_commits_what_it_was_saving(corpus: 
 
 
 def _without_room(rank: int, workers: int, values: dict[str, Any], directory: Path) -> None:
-    arena.available_bytes = lambda: (1 << 10, 1 << 30)
+    memory.available_bytes = lambda: (1 << 10, 1 << 30)
     Trainer(TrainConfig.model_validate(values), directory=directory).fit()
 
 
