@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter
 
 from evermesh.launcher.policy import Failure
+from evermesh.parallelism.collectives import Point
 
 
 class _Message(BaseModel):
@@ -31,6 +32,13 @@ class RankBeat(_Message):
     """Steps it finished; 0 before the first one of this generation."""
     step_s: float
     compute_s: float
+    longest_s: float = 0.0
+    """The longest of its last steps, seconds; 0 before the first one."""
+    point: Point = "start-up"
+    idle_s: float = 0.0
+    """Since it has written down anything, or was seen to compute, or was held by a debugger."""
+    stopped_s: float = 0.0
+    """Since it is stopped, as by SIGSTOP."""
 
 
 class Outcome(_Message):

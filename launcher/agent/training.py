@@ -59,6 +59,7 @@ def train(
         faults=_injector(worker, Path(directory), faults) if faults else None,
         keeping=Keeping(worker.keeper, worker.generation, newest) if worker.keeper else None,
     )
+    trainer.groups.moment.watch = worker.reach
     result = trainer.fit()
     # only after success: after a failure it would wait for ranks that are gone
     process_group.stop()

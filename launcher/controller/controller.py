@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import JsonValue
 
 from evermesh.launcher.config import JobConfig
+from evermesh.launcher.controller.freezes import frozen
 from evermesh.launcher.controller.in_memory import newest_of, remembered_step
 from evermesh.launcher.controller.journal import Journal
 from evermesh.launcher.controller.life import Life
@@ -20,6 +21,7 @@ from evermesh.launcher.controller.nodes import Node
 from evermesh.launcher.controller.record import replay
 from evermesh.launcher.controller.roster import Roster
 from evermesh.launcher.controller.scribe import Scribe
+from evermesh.launcher.controller.stacks import stacks_of, told_stacks
 from evermesh.launcher.controller.status import ENDED, JobState
 from evermesh.launcher.controller.telling import explain, going_on, told_stop
 from evermesh.launcher.controller.work import drop_unfinished_line, last_step, newest_step, report_of, training_work
@@ -46,7 +48,7 @@ from evermesh.launcher.messages import (
     WriteStacks,
 )
 from evermesh.launcher.placement import Placement
-from evermesh.launcher.policy import root_cause
+from evermesh.launcher.policy import Failure, root_cause
 from evermesh.launcher.run_directory import Run
 from evermesh.runtime.telemetry import StepReport
 
@@ -232,6 +234,7 @@ class Controller:
     def _advance(self) -> None:
         """Do what follows from all that is known by now."""
         self._roster.judge(self.life, self.state)
+        self._look_for_frozen()
         if self._roster.is_finding_out():
             return
         self._count_attempt()
@@ -299,6 +302,18 @@ class Controller:
         if self.life.failures or self.life.lost:
             self._scribe.tell("failed", explain(self.run, self.life, reason), attempt=self.generation)
 
+    def _look_for_frozen(self) -> None:
+        """A rank that is stopped or hangs has failed, though nobody says so."""
+        life, config = self.life, self.config.hang
+        if life is None or config is None or self.state not in ("starting", "training", "stopping"):
+            return
+        if life.done or life.failures or life.is_ending:
+            return
+        sees_work = self.config.train.device.kind == "cpu"
+        found = frozen(life.beats.values(), life.world_size, config, sees_work=sees_work)
+        if found is not None:
+            life.fail(Failure(rank=found.rank, time_s=time.monotonic(), how=found.how, cause="froze"))
+
     def _count_attempt(self) -> None:
         """Add a failed attempt to the history once its ranks are gone: until then it may still save."""
         life = self.life
@@ -322,6 +337,9 @@ class Controller:
             lost_steps = max(0, last_step(self.run) - (newest or 0))
             source = "memory" if is_in_memory else "storage"
             self._scribe.tell("restarted", text, step=newest or 0, source=source, lost_steps=lost_steps)
+        if root_cause(failed.failures).cause == "froze":
+            doing = stacks_of(self.run, self.generation, life.world_size)
+            self._scribe.tell("stacks", told_stacks(doing), doing={str(rank): list(doing[rank]) for rank in doing})
 
     def _end_job(self, transition: Transition) -> None:
         drop_unfinished_line(self.run.telemetry)

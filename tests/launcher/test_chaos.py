@@ -110,6 +110,25 @@ def test_f26_all_workers_killed_at_once_are_one_restart(survived: ChaosReport) -
     assert killed[0].cause == killed[1].cause
 
 
+def test_f7_a_rank_that_hangs_is_found_from_outside_with_default_settings(job_file: Path) -> None:
+    faults = [
+        {"kind": "hang", "target": "rank 1", "at": {"step": 5, "phase": "backward"}},
+        {"kind": "hang", "target": "rank 0", "at": {"step": 11}, "holds_gil": True},
+    ]
+    report = with_faults(job_file, "train.steps=16", *EVERY_4, faults=faults)
+    assert report.passed, report.problems
+    assert report.attempts == 3
+    for rank, fault in zip((1, 0), report.faults, strict=True):
+        assert fault.outcome == "restarted"
+        assert fault.cause is not None
+        assert fault.cause.startswith(f"rank {rank} hangs in step {fault.step}: no rank has computed anything for 3.")
+        assert fault.training_after_s is not None
+        assert fault.training_after_s < 15  # 5 on an idle machine
+    told = [event for event in read_events(Path(report.run) / "events.jsonl") if event.kind == "stacks"]
+    for rank, event in zip((1, 0), told, strict=True):
+        assert f"rank {rank}: hook.py:" in event.text
+
+
 def test_f3_an_exception_before_the_first_step_is_not_retried_and_its_traceback_comes_last(job_file: Path) -> None:
     faults = job_file.with_name("faults.yaml")
     faults.write_text("{expect_exit: 1, faults: [{kind: raise, target: rank 1, at: {step: 1, phase: backward}}]}")
