@@ -155,8 +155,17 @@ class CannotStart(_Message):
     text: str
 
 
+class Noticed(_Message):
+    """Something for the event log has happened on this node."""
+
+    kind: Literal["noticed"] = "noticed"
+    event: str
+    """Its kind there."""
+    text: str
+
+
 FromAgent = Annotated[
-    Hello | Beat | StoreOpened | Started | Report | PlanReport | Progress | Preempted | CannotStart,
+    Hello | Beat | StoreOpened | Started | Report | PlanReport | Progress | Preempted | CannotStart | Noticed,
     Field(discriminator="kind"),
 ]
 FromAgentAdapter: TypeAdapter[FromAgent] = TypeAdapter(FromAgent)

@@ -31,6 +31,8 @@ class RunSnapshots:
     def __init__(self, trainer: "Trainer", keeping: Keeping | None) -> None:
         self._trainer = trainer
         self._keeping = keeping if trainer.config.snapshot is not None else None
+        if trainer.faults is not None and self._keeping is not None:
+            trainer.faults.memory = self._keeping.area
         self._snapshots: Snapshots | None = None
         self._restored: int | None = None
         """Slot of this rank that the state came from."""

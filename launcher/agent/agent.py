@@ -37,6 +37,7 @@ from evermesh.launcher.messages import (
     End,
     Hello,
     Leave,
+    Noticed,
     OpenStore,
     Outcome,
     PlanReport,
@@ -190,7 +191,9 @@ class Agent:
         memory = psutil.virtual_memory().available
         self._link.send(Beat(generation=generation, ranks=tuple(self._rank_beats()), memory_free_bytes=memory))
         self._loop.after(_BEAT_S, self._beat)
-        self._keeper.look()
+        for kind, text in self._keeper.look():
+            print(f"{kind}: {text}", flush=True)
+            self._link.send(Noticed(event=kind, text=text))
         self._look_after_controller()
 
     def _rank_beats(self) -> Iterator[RankBeat]:

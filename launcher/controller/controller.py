@@ -34,6 +34,7 @@ from evermesh.launcher.messages import (
     FromAgent,
     Hello,
     Leave,
+    Noticed,
     OpenStore,
     Outcome,
     PlanReport,
@@ -130,6 +131,8 @@ class Controller:
                 self._take_outcome(node, message.outcome)
             case Preempted():
                 self.stop(message.signal, at_once=False, grace_s=self.config.grace_s)
+            case Noticed():
+                self._scribe.tell(message.event, f"{node.name}: {message.text}", node=node.name)
             case CannotStart() if message.generation == self.generation:
                 self._roster.refusal = message.text
         self._changed.set()

@@ -13,7 +13,6 @@ from contextlib import contextmanager
 import pytest
 
 from evermesh.fault.process_state import ProcessState
-from evermesh.launcher.agent import pulse as module
 from evermesh.launcher.agent.pulse import Pulse
 from evermesh.launcher.agent.shared_memory import Slot
 
@@ -103,6 +102,6 @@ def test_a_rank_that_a_debugger_holds_is_neither_stopped_nor_idle() -> None:
 def test_a_process_that_is_gone_is_not_judged(monkeypatch: pytest.MonkeyPatch) -> None:
     with process("time.sleep(60)") as pid:
         pulse = looked_at(pid, 3)
-    monkeypatch.setattr(module.ProcessState, "of", lambda _: None)
+    monkeypatch.setattr(ProcessState, "of", lambda _: None)
     pulse.look(Slot(1, pid, 7, 0.01, 0.01), time.monotonic())
     assert (pulse.idle_s, pulse.stopped_s) == (0.0, 0.0)
