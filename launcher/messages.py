@@ -95,6 +95,8 @@ class Beat(_Message):
     generation: int
     ranks: tuple[RankBeat, ...] = ()
     memory_free_bytes: int
+    snapshot_bytes: int = 0
+    """Memory that the keeper holds snapshots in."""
 
 
 class StoreOpened(_Message):

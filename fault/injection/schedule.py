@@ -74,9 +74,9 @@ _TARGET = re.compile(r"(rank|node|agent|keeper) (\d+|any|all)|controller|launche
 
 
 class Target(_Frozen):
-    """Who is hit; written as ``rank 1``, ``node any`` (the seed chooses), ``agent all``, ``keeper 0`` (which holds the snapshots
-    of node 0), ``controller``, ``launcher`` (who shows the job) or ``job`` (every process of it but the launcher). A node is
-    its agent and all below it."""
+    """Who is hit; written as ``rank 1``, ``node any`` (the seed chooses), ``agent all``, ``keeper 0`` (which holds
+    the snapshots of node 0), ``controller``, ``launcher`` (who shows the job) or ``job`` (every process of it but the
+    launcher). A node is its agent and all below it."""
 
     of: Literal["rank", "node", "agent", "keeper", "controller", "launcher", "job"]
     which: NonNegativeInt | Literal["any", "all"] | None = None

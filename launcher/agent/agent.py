@@ -188,8 +188,14 @@ class Agent:
 
     def _beat(self) -> None:
         generation = self._group.generation if self._group else 0
-        memory = psutil.virtual_memory().available
-        self._link.send(Beat(generation=generation, ranks=tuple(self._rank_beats()), memory_free_bytes=memory))
+        self._link.send(
+            Beat(
+                generation=generation,
+                ranks=tuple(self._rank_beats()),
+                memory_free_bytes=psutil.virtual_memory().available,
+                snapshot_bytes=self._keeper.num_bytes,
+            )
+        )
         self._loop.after(_BEAT_S, self._beat)
         for kind, text in self._keeper.look():
             print(f"{kind}: {text}", flush=True)

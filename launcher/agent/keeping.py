@@ -1,6 +1,7 @@
 """The keeper of a node, as its agent sees to it: started for a launch, started again if it dies, ended with the job."""
 
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from evermesh.fault.snapshot.keeper.area import area_of, identity_in
@@ -48,6 +49,15 @@ class NodeKeeper:
         for text in rotten[self._told_rotten :]:
             yield "snapshot damaged", f"memory of a snapshot has changed, and nobody will use it: {text}"
         self._told_rotten = len(rotten)
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the snapshots."""
+        found = 0
+        for path in self._area.glob("rank-*/slot-*/*"):
+            with suppress(OSError):  # it is being given back
+                found += path.stat().st_size
+        return found
 
     def in_memory(self) -> InMemory | None:
         """What ranks have left in memory, also before this agent; None if there is nothing."""

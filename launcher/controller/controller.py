@@ -70,6 +70,8 @@ class Controller:
         self.nodes = self._roster.nodes
         self._changed = asyncio.Event()
         self.last_report: StepReport | None = None
+        self.reported_s = time.monotonic()
+        """When that came."""
         self.plan: dict[str, Any] | None = None
         is_revived = run.state().state == "running"
         if not is_revived:
@@ -121,7 +123,7 @@ class Controller:
                         "fresh interpreters", f"workers of {node.name} were not forked: {message.fresh_because}"
                     )
             case Report() if message.generation == self.generation:
-                self.last_report = report_of(message.values)
+                self.last_report, self.reported_s = report_of(message.values), time.monotonic()
                 if self.life:  # it may fail before the next beat tells of the step
                     self.life.has_reported = True
             case PlanReport() if message.generation == self.generation:
@@ -292,6 +294,8 @@ class Controller:
             return
         self.life.is_started = True
         work = training_work(self.run, self.config, self.record.started_s, self.life.remembered)
+        seen = {"failures": len(self.record.history), "running_s": max(0.0, time.time() - self.record.started_s)}
+        work = work.model_copy(update={"arguments": work.arguments | seen})
         for number, name in enumerate(self.life.nodes):
             place = self.life.place(number)
             self.nodes[name].send(Start(generation=self.generation, place=place, store=store, work=work))
@@ -393,7 +397,7 @@ class Controller:
         life.take(node.name, outcome)
 
     def _take_beat(self, node: Node, beat: Beat) -> None:
-        node.memory_free_bytes = beat.memory_free_bytes
+        node.memory_free_bytes, node.snapshot_bytes = beat.memory_free_bytes, beat.snapshot_bytes
         if node.state == "cut off":
             node.state = "ready"
             self._scribe.tell("node back", f"{node.name} is heard again", node=node.name)

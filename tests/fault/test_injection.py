@@ -259,7 +259,7 @@ def test_a_flipped_bit_of_a_snapshot_is_one_bit_of_the_newest_that_is_sealed(
     tmp_path: Path, what: str, file: str
 ) -> None:
     events, area = tmp_path / "events.jsonl", tmp_path / "area"
-    before = {}
+    before: dict[Path, bytes] = {}
     for number, step in ((0, 9), (1, 5)):
         files = SlotFiles.of(area, 2, number)
         files.folder.mkdir(parents=True)
