@@ -42,13 +42,10 @@ def _last_part(file: Path, generation: int) -> str:
 
 
 def _frames(text: str) -> tuple[str, ...]:
-    """Of the thread that took the signal: the one that trains."""
-    lines = iter(text.splitlines())
-    for line in lines:
-        if line.startswith("Current thread"):
-            break
+    """Of the thread that trains: the first one of the process, and so the last in the list."""
+    _, _, last = text.rpartition("(most recent call first):\n")
     found: list[str] = []
-    for line in lines:
+    for line in last.splitlines():
         match = _FRAME.match(line)
         if match is None or len(found) == _FRAMES:
             break

@@ -127,6 +127,9 @@ def test_a_killed_worker_is_noticed_within_100_ms_and_its_last_words_are_told(tm
 def test_a_stopped_worker_is_ended_with_the_others_and_tells_before_where_it_was(tmp_path: Path) -> None:
     with running("stopped", 2, tmp_path) as job:
         assert job.until(lambda seen: bool(seen.failures)).failures[0].peer_lost
+        stopped, until = psutil.Process(job.group.pids[1]), time.monotonic() + WAIT_S
+        while stopped.status() != psutil.STATUS_STOPPED:
+            assert time.monotonic() < until
         assert 1 not in job.group.write_stacks("asked for")  # it is not woken for that
         job.group.end("rank 0 failed")
         job.until(lambda seen: seen.is_over)
