@@ -346,7 +346,9 @@ class Controller:
             self._scribe.tell("restarted", text, step=newest or 0, source=source, lost_steps=lost_steps)
         if root_cause(failed.failures).cause == "froze":
             doing = stacks_of(self.run, self.generation, life.world_size)
-            self._scribe.tell("stacks", told_stacks(doing), doing={str(rank): list(doing[rank]) for rank in doing})
+            frames: JsonValue = {str(rank): list(one.frames) for rank, one in doing.items()}
+            waiting: JsonValue = [rank for rank, one in doing.items() if one.waits]
+            self._scribe.tell("stacks", told_stacks(doing), doing=frames, waiting=waiting)
 
     def _end_job(self, transition: Transition) -> None:
         drop_unfinished_line(self.run.telemetry)

@@ -1,8 +1,11 @@
 """What the ranks of an attempt were doing when it was ended, read from the files that they wrote it into."""
 
+import itertools
+import linecache
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 from evermesh.launcher.run_directory import Run
 
@@ -14,20 +17,31 @@ _HEAD = re.compile(r"^\S+ \S+ generation (\d+), rank \d+: ", re.MULTILINE)
 _FRAME = re.compile(r'^  File "(.*)", line (\d+) in (.*)$')
 
 
-def stacks_of(run: Run, generation: int, world_size: int) -> dict[int, tuple[str, ...]]:
-    """By rank the innermost frames of the thread that trains, ``FILE:LINE FUNCTION``; only of ranks that wrote them down."""
-    found = {}
-    for rank in range(min(world_size, _MOST_RANKS)):
-        frames = _frames(_last_part(run.logs / f"rank-{rank}.stacks", generation))
-        if frames:
-            found[rank] = frames
-    return found
+class Doing(NamedTuple):
+    """What one rank was doing."""
+
+    frames: tuple[str, ...]
+    """Innermost first, of the thread that trains: ``FILE:LINE FUNCTION``."""
+    waits: bool
+    """For other ranks: in a collective, or for a message."""
 
 
-def told_stacks(doing: Mapping[int, tuple[str, ...]]) -> str:
-    """One line per rank, innermost frame first."""
-    lines = (f"  rank {rank}: {' < '.join(frames)}" for rank, frames in doing.items())
-    return "\n".join(("what the ranks were doing (all of it: evermesh logs --stacks):", *lines))
+def stacks_of(run: Run, generation: int, world_size: int) -> dict[int, Doing]:
+    """By rank what it was doing; only ranks that wrote it down."""
+    parts = {
+        rank: _doing(_last_part(run.logs / f"rank-{rank}.stacks", generation))
+        for rank in range(min(world_size, _MOST_RANKS))
+    }
+    return {rank: doing for rank, doing in parts.items() if doing is not None}
+
+
+def told_stacks(ranks: Mapping[int, Doing]) -> str:
+    """One line per rank, those first that did not wait for others."""
+    lines = ["what the ranks were doing (all of it: evermesh logs --stacks):"]
+    for rank, doing in sorted(ranks.items(), key=lambda item: item[1].waits):
+        how = "waited for others in" if doing.waits else "was in"
+        lines.append(f"  rank {rank} {how} {' < '.join(doing.frames)}")
+    return "\n".join(lines)
 
 
 def _last_part(file: Path, generation: int) -> str:
@@ -41,13 +55,13 @@ def _last_part(file: Path, generation: int) -> str:
     return text[heads[-1].end() :] if heads and int(heads[-1].group(1)) == generation else ""
 
 
-def _frames(text: str) -> tuple[str, ...]:
+def _doing(text: str) -> Doing | None:
     """Of the thread that trains: the first one of the process, and so the last in the list."""
     _, _, last = text.rpartition("(most recent call first):\n")
-    found: list[str] = []
-    for line in last.splitlines():
-        match = _FRAME.match(line)
-        if match is None or len(found) == _FRAMES:
-            break
-        found.append(f"{Path(match[1]).name}:{match[2]} {match[3]}")
-    return tuple(found)
+    found = list(itertools.takewhile(bool, map(_FRAME.match, last.splitlines())))[:_FRAMES]
+    frames = [(match[1], int(match[2]), match[3]) for match in found if match]
+    if not frames:
+        return None
+    file, line, _ = frames[0]
+    waits = "/torch/distributed/" in file or ".wait(" in linecache.getline(file, line)
+    return Doing(tuple(f"{Path(file).name}:{line} {function}" for file, line, function in frames), waits)

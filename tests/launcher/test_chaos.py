@@ -114,20 +114,23 @@ def test_f26_all_workers_killed_at_once_are_one_restart(survived: ChaosReport) -
 def test_f7_a_rank_that_hangs_is_found_from_outside_with_default_settings(job_file: Path) -> None:
     faults: list[dict[str, Any]] = [
         {"kind": "hang", "target": "rank 1", "at": {"step": 5, "phase": "backward"}},
-        {"kind": "hang", "target": "rank 0", "at": {"step": 11}, "holds_gil": True},
+        {"kind": "hang", "target": "rank 0", "at": {"step": 11, "phase": "all-reduce"}, "holds_gil": True},
     ]
     report = with_faults(job_file, "train.steps=16", *EVERY_4, faults=faults)
     assert report.passed, report.problems
     assert report.attempts == 3
-    for rank, fault in zip((1, 0), report.faults, strict=True):
+    told = [event for event in _told(report) if event.kind == "stacks"]
+    for rank, fault, event in zip((1, 0), report.faults, told, strict=True):
         assert fault.outcome == "restarted"
         assert fault.cause is not None
-        assert fault.cause.startswith(f"rank {rank} hangs in step {fault.step}: no rank has computed anything for 3.")
+        assert f" hangs in step {fault.step}" in fault.cause
+        assert ": no rank has computed anything for 3." in fault.cause
         assert fault.training_after_s is not None
-        assert fault.training_after_s < 15  # 5 on an idle machine
-    told = [event for event in read_events(Path(report.run) / "events.jsonl") if event.kind == "stacks"]
-    for rank, event in zip((1, 0), told, strict=True):
-        assert f"rank {rank}: hook.py:" in event.text
+        assert fault.training_after_s < 30  # 5 on an idle machine
+        # whoever waits for the rank in a ring may be named beside it; what they were doing leaves no doubt
+        assert event.text.splitlines()[1].startswith(f"  rank {rank} was in hook.py:")
+        assert event.fields["waiting"] == [1 - rank]
+    assert str(report.faults[1].cause).startswith("rank 0 hangs in step 11: ")
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +166,7 @@ def test_f6_a_keeper_that_was_killed_or_is_stopped_is_replaced_while_training_go
     assert stopped.cause is not None
     assert stopped.cause.startswith("node-1: the keeper of snapshots: it was stopped for 2.")
     assert stopped.detected_after_s is not None
-    assert stopped.detected_after_s < 10  # 3.5 on an idle machine
+    assert stopped.detected_after_s < 30  # 3.5 on an idle machine
     (lost,) = [event for event in _told(remembered) if event.kind == "keeper lost" and "node-1" in event.text]
     later = [event for event in _told(remembered) if event.kind == "resumed" and event.time_s > lost.time_s]
     assert later[0].step is not None

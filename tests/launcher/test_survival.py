@@ -94,7 +94,7 @@ def test_f7_a_rank_that_is_stopped_for_good_is_found_from_outside_and_one_that_g
         code, stdout, stderr = job.end()
         assert code == 143, stderr
         assert job.losses[:STEPS] == expected
-        assert "  rank 1: " in stdout
+        assert "  rank 1 w" in stdout
 
 
 def test_f16_an_agent_cut_off_from_the_controller_trains_on_and_is_taken_back(job_file: Path) -> None:
