@@ -16,6 +16,7 @@ from pydantic import (
 )
 
 from evermesh.runtime.config import TrainConfig
+from evermesh.runtime.guard.config import or_default
 from evermesh.runtime.layout import check_layout
 
 _LONGEST_NAME = 100
@@ -28,6 +29,19 @@ def _checked_name(name: str) -> str:
             "with a letter or a digit first"
         )
     return name
+
+
+class HangConfig(BaseModel):
+    """When a rank counts as frozen: all ranks are then ended, with what each was doing written down, and started again."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    stopped_s: PositiveFloat = 2.0
+    """Seconds that a rank may be stopped (SIGSTOP). A debugger may hold it as long as it likes."""
+    idle_s: PositiveFloat = 3.0
+    """Seconds in the middle of a step in which no rank computes anything, at least, and"""
+    steps: PositiveFloat = 5.0
+    """so many times the longest of the last 32 steps. Only on CPU: a rank that waits for a GPU computes nothing either."""
 
 
 class JobConfig(BaseModel):
@@ -50,6 +64,9 @@ class JobConfig(BaseModel):
     or ``ray://HOST:PORT``."""
     restarts: NonNegativeInt = 3
     """Times that all workers are started again, from the newest checkpoint, after one died or raised."""
+    hang: Annotated[HangConfig | None, or_default(HangConfig)] = HangConfig()
+    """Find ranks that are stopped or hang from outside: on, or when; null or off: only when a collective times out
+    (train.timeout_s)."""
     join_timeout_s: PositiveFloat = 60.0
     """How long to wait for enough nodes, seconds; then the job ends with 75 (requeue)."""
     grace_s: PositiveFloat = 25.0

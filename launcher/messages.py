@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter
 
 from evermesh.launcher.policy import Failure
+from evermesh.parallelism.collectives import Point
 
 
 class _Message(BaseModel):
@@ -31,6 +32,13 @@ class RankBeat(_Message):
     """Steps it finished; 0 before the first one of this generation."""
     step_s: float
     compute_s: float
+    longest_s: float = 0.0
+    """The longest of its last steps, seconds; 0 before the first one."""
+    point: Point = "start-up"
+    idle_s: float = 0.0
+    """Since it has written down anything, or was seen to compute, or was held by a debugger."""
+    stopped_s: float = 0.0
+    """Since it is stopped, as by SIGSTOP."""
 
 
 class Outcome(_Message):
@@ -87,6 +95,8 @@ class Beat(_Message):
     generation: int
     ranks: tuple[RankBeat, ...] = ()
     memory_free_bytes: int
+    snapshot_bytes: int = 0
+    """Memory that the keeper holds snapshots in."""
 
 
 class StoreOpened(_Message):
@@ -147,8 +157,17 @@ class CannotStart(_Message):
     text: str
 
 
+class Noticed(_Message):
+    """Something for the event log has happened on this node."""
+
+    kind: Literal["noticed"] = "noticed"
+    event: str
+    """Its kind there."""
+    text: str
+
+
 FromAgent = Annotated[
-    Hello | Beat | StoreOpened | Started | Report | PlanReport | Progress | Preempted | CannotStart,
+    Hello | Beat | StoreOpened | Started | Report | PlanReport | Progress | Preempted | CannotStart | Noticed,
     Field(discriminator="kind"),
 ]
 FromAgentAdapter: TypeAdapter[FromAgent] = TypeAdapter(FromAgent)

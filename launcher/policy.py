@@ -28,8 +28,9 @@ _PEER_LOST = re.compile(
 )
 """What gloo, the rendezvous store and NCCL say when another rank is gone."""
 
-Cause = Literal["refused", "raised", "died"]
-"""A rank refused the job with an error that names the way out, raised something else, or died without a word."""
+Cause = Literal["refused", "raised", "died", "froze"]
+"""A rank refused the job with an error that names the way out, raised something else, died without a word, or was found
+stopped or hanging."""
 
 
 class Failure(BaseModel):

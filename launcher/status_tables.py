@@ -100,6 +100,32 @@ def headline(status: JobStatus) -> Text:
     )
 
 
+def snapshot_line(status: JobStatus) -> Text:
+    """What is in memory, and what a restart would lose now."""
+    found = status.snapshot
+    if found is None:
+        return Text("no step yet: a restart would lose nothing", style="dim")
+    lost = f"a restart loses {_steps(found.lost_steps)} ({found.lost_s:.1f} s), from {found.source}"
+    if found.protection != "protected":
+        lost += f"; a lost node {_steps(found.lost_steps_of_node)}"
+    colour = "green" if found.source == "memory" else "yellow"
+    if found.step is None:
+        return Text.assemble("no snapshot in memory" if found.is_on else "snapshots are off", " | ", (lost, colour))
+    num_bytes = max((node.snapshot_bytes for node in status.nodes), default=0)
+    every = f", one every {_steps(found.every)}" if found.every is not None else ""
+    protection = "" if found.protection == "none" else f", {found.protection}"
+    return Text.assemble(
+        f"snapshot of step {found.step} in memory, {_steps(found.age_steps or 0)} ({found.age_s or 0.0:.1f} s) old{every}, "
+        f"{num_bytes / 2**20:,.1f} MiB per node{protection} | {found.committed} complete, {found.skipped} skipped, "
+        f"{found.lost} lost | ",
+        (lost, colour),
+    )
+
+
+def _steps(count: int) -> str:
+    return f"{count:,} step{'s' * (count != 1)}"
+
+
 def coloured(state: str) -> str:
     """A state in its colour."""
     return f"[{COLOURS.get(state, 'cyan')}]{state}[/]"
@@ -118,6 +144,7 @@ def _show_living(run: Run, as_json: bool) -> None:
         return
     console = Console()
     console.print(headline(status), highlight=False, soft_wrap=True)
+    console.print(snapshot_line(status), highlight=False, soft_wrap=True)
     print_table(nodes_table(status.nodes))
     print_table(ranks_table(status.ranks))
     console.print(

@@ -9,7 +9,6 @@ import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
 from evermesh.parallelism.links import Operation, Tier, tiers_from, wire_bytes
@@ -18,20 +17,38 @@ if TYPE_CHECKING:
     import torch
     import torch.distributed as dist
 
-Phase = Literal["start-up", "compile", "train", "probe", "evaluate", "checkpoint"]
+Phase = Literal["start-up", "data", "compile", "train", "probe", "evaluate", "checkpoint"]
+Point = Phase | Literal["sum"]
+"""A phase, or, in ``train``, where all ranks meet to sum gradients."""
 
 
-@dataclass(slots=True)
 class Moment:
     """Where a thread of the job stands. Communicators share one, so that their records agree; its owner moves it on."""
 
-    step: int = 0
-    """The step under way, or the last one; 0 until this process begins one."""
-    phase: Phase = "start-up"
+    def __init__(self, step: int = 0, phase: Phase = "start-up") -> None:
+        self.step = step
+        """The step under way, or the last one; 0 until this process begins one."""
+        self._phase = phase
+        self.watch: Callable[[Point], None] | None = None
+        """Told of every point that is reached, so that others can see where this thread is."""
+
+    @property
+    def phase(self) -> Phase:
+        return self._phase
+
+    @phase.setter
+    def phase(self, phase: Phase) -> None:
+        self._phase = phase
+        self.reach(phase)
 
     def begin_step(self, step: int) -> None:
         """Training of ``step`` starts."""
         self.step, self.phase = step, "train"
+
+    def reach(self, point: Point) -> None:
+        """This thread is at ``point`` now."""
+        if self.watch is not None:
+            self.watch(point)
 
 
 class CollectiveRecord(NamedTuple):

@@ -165,6 +165,7 @@ class Reporter:
             checkpoint_write_s=write_s,
             relayout_s=relayout_s,
             relayout_bytes=relayout_bytes,
+            snapshot=trainer.snapshots.told(),
         )
         if batch.calibrated is not None and batch.calibrated.proposal is not None:
             text, fields = event_of(batch.calibrated.proposal)

@@ -1,11 +1,10 @@
 """The snapshots of a run: how often the state goes into the memory of the keepers, and how an attempt goes on from there."""
 
 import gc
-import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -13,16 +12,28 @@ from evermesh import checkpoint
 from evermesh.checkpoint.agreement import RankFailure, together
 from evermesh.fault.errors import KeeperRefused
 from evermesh.fault.snapshot.choosing import Version, common_versions
+from evermesh.fault.snapshot.frequency import Failures
 from evermesh.fault.snapshot.keeper.slots import NUM_SLOTS
-from evermesh.fault.snapshot.snapshots import Keeping, Snapshots, ranks_of_node
+from evermesh.fault.snapshot.snapshots import Counts, Keeping, Snapshots, ranks_of_node
 from evermesh.fault.snapshot.source import slot_with, source_of_node, versions_of
 from evermesh.parallelism.collectives import Communicator
 from evermesh.runtime.config import SnapshotConfig
+from evermesh.runtime.snapshot_schedule import SnapshotSchedule
+from evermesh.runtime.telemetry import SnapshotReport
 
 if TYPE_CHECKING:
     from evermesh.runtime.trainer import Trainer
 
 _CALL_SITE = "checkpoint"
+
+
+class Remembered(NamedTuple):
+    """A snapshot."""
+
+    step: int | None = None
+    """None: there is none."""
+    began_s: float = 0.0
+    """Monotonic clock: when it was copied, or the state was restored from it."""
 
 
 class RunSnapshots:
@@ -31,11 +42,15 @@ class RunSnapshots:
     def __init__(self, trainer: "Trainer", keeping: Keeping | None) -> None:
         self._trainer = trainer
         self._keeping = keeping if trainer.config.snapshot is not None else None
+        if trainer.faults is not None and self._keeping is not None:
+            trainer.faults.memory = self._keeping.area
         self._snapshots: Snapshots | None = None
         self._restored: int | None = None
         """Slot of this rank that the state came from."""
-        self._schedule = _Schedule(trainer.config.snapshot or SnapshotConfig())
+        self._schedule = self._scheduled(trainer)
         self._is_due = False
+        self._newest = self._begun = Remembered()
+        self._told_stop_s = 0.0
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -60,20 +75,40 @@ class RunSnapshots:
         """What this rank adds to the sum of a step. Not collective."""
         if self._snapshots is None:
             return 0.0
-        return self._snapshots.vote(is_due=self._schedule.is_due(self._trainer.progress.step))
+        is_due = self._schedule.is_due(self._trainer.progress.step)
+        return self._snapshots.vote(is_due=is_due and not (self._snapshots.is_pending and self._schedule.chooses))
 
     def count(self, votes: float) -> None:
         """Take the sum over all ranks."""
         if self._snapshots is not None:
-            _, self._is_due = self._snapshots.count(votes)
+            outcome, self._is_due = self._snapshots.count(votes)
+            if outcome == "committed":
+                self._newest = self._begun
+                self._schedule.note_committed()
 
     def take(self) -> None:
         """Behind a step: copy the state, if all ranks are to. Returns after the copy."""
         if self._snapshots is None or not self._is_due:
             return
-        state, began_s = self._trainer.state, time.monotonic()
-        self._snapshots.begin(self._trainer.progress.step, state.objects(), state.identity)
-        self._schedule.note(time.monotonic() - began_s)
+        state, began_s, step = self._trainer.state, time.monotonic(), self._trainer.progress.step
+        if self._snapshots.begin(step, state.objects(), state.identity):
+            self._begun = Remembered(step, began_s)
+            self._schedule.note_taken(step, time.monotonic() - began_s)
+
+    def told(self) -> SnapshotReport:
+        """How it stands with them behind a step; on rank 0. ``stop_s`` counts from the call before."""
+        counts = self._snapshots.counts if self._snapshots is not None else Counts()
+        stop_s, self._told_stop_s = counts.stop_s - self._told_stop_s, counts.stop_s
+        chosen, newest = self._schedule.chosen, self._newest
+        return SnapshotReport(
+            step=newest.step,
+            age_s=0.0 if newest.step is None else time.monotonic() - newest.began_s,
+            every=chosen.steps if chosen is not None else None,
+            committed=counts.committed,
+            skipped=counts.skipped,
+            lost=counts.lost,
+            stop_s=stop_s,
+        )
 
     def restore(self) -> bool:
         """Take over the newest snapshot that all ranks hold and that no checkpoint is newer than; whether there was one.
@@ -120,6 +155,7 @@ class RunSnapshots:
 
         loaded = together(trainer.groups.host, load)
         self._restored = slot_with(area, trainer.rank, version)
+        self._newest = Remembered(version.step, began_s)
         state.take_objects(loaded)
         seconds = time.monotonic() - began_s
         text = f"from memory, step {version.step} of attempt {version.generation}, on {trainer.workers} workers"
@@ -127,8 +163,16 @@ class RunSnapshots:
             "resumed", text, step=version.step, load_s=seconds, source="memory", bytes_read=loaded.bytes_read
         )
 
+    def _scheduled(self, trainer: "Trainer") -> SnapshotSchedule:
+        seen = Failures(0, 0.0, len(set(trainer.groups.world.nodes)) or 1)
+        if self._keeping is not None:
+            seen = seen._replace(failed=self._keeping.failures, running_s=self._keeping.running_s)
+        log = lambda kind, text, **fields: trainer.reporter.log(kind, text, **fields)  # noqa: E731  it has none yet
+        return SnapshotSchedule(trainer.config.snapshot or SnapshotConfig(), seen, log)
+
     def _close(self) -> None:
         snapshots, self._snapshots, self._restored, self._is_due = self._snapshots, None, None, False
+        self._newest, self._told_stop_s = Remembered(), 0.0
         self._schedule.hurry()  # what follows in this attempt has another layout, and nothing in memory yet
         if snapshots is None:
             return
@@ -147,30 +191,6 @@ class RunSnapshots:
                 lost=found.lost,
                 stop_s=found.stop_s,
             )
-
-
-class _Schedule:
-    """When rank 0 wants a snapshot."""
-
-    def __init__(self, config: SnapshotConfig) -> None:
-        self._config = config
-        self._since_s, self._stop_s = time.monotonic(), 0.0
-
-    def is_due(self, step: int) -> bool:
-        if self._since_s == -math.inf:
-            return True
-        if self._config.every is not None:
-            return step % self._config.every == 0
-        pause_s = max(self._config.least_s, self._stop_s / self._config.most_cost)
-        return time.monotonic() - self._since_s >= pause_s
-
-    def note(self, stop_s: float) -> None:
-        """One was made, for which training stood still."""
-        self._since_s, self._stop_s = time.monotonic(), stop_s
-
-    def hurry(self) -> None:
-        """The next step is one to make a snapshot behind."""
-        self._since_s = -math.inf
 
 
 def _agreed(keeping: Keeping, digest: str, communicator: Communicator) -> list[Version]:

@@ -44,6 +44,26 @@ class PlanSummary:
 
 
 @dataclass(frozen=True, slots=True)
+class SnapshotReport:
+    """How it stands with snapshots in the memory of the nodes, in this attempt."""
+
+    step: int | None = None
+    """Of the newest that all ranks hold; None: there is none."""
+    age_s: float = 0.0
+    """Seconds since that was copied, or restored."""
+    every: int | None = None
+    """Steps between two, as chosen or configured; None: not known yet."""
+    committed: int = 0
+    """Complete on all ranks."""
+    skipped: int = 0
+    """Not begun, because the one before was not complete."""
+    lost: int = 0
+    """Begun, and given up because a rank lost its keeper."""
+    stop_s: float = 0.0
+    """Of ``step_s``: seconds that rank 0 stood still for the copy behind the step before."""
+
+
+@dataclass(frozen=True, slots=True)
 class StepReport:
     """One optimizer step as rank 0 saw it."""
 
@@ -104,6 +124,7 @@ class StepReport:
     """Seconds in which the run moved to another layout before this step; in no ``step_s``."""
     relayout_bytes: int = 0
     """Bytes of the state that went from one rank to another then."""
+    snapshot: SnapshotReport = SnapshotReport()
 
     @property
     def tokens_per_s(self) -> float:
@@ -122,7 +143,8 @@ class StepReport:
         plan["ring_sizes"] = {int(size): count for size, count in plan["ring_sizes"].items()}
         plan["micro_batches"] = tuple(plan["micro_batches"])
         traffic = tuple(Traffic(**part) for part in values.pop("traffic", ()))
-        return cls(**values, plan=PlanSummary(**plan), traffic=traffic)
+        snapshot = SnapshotReport(**values.pop("snapshot", {}))
+        return cls(**values, plan=PlanSummary(**plan), traffic=traffic, snapshot=snapshot)
 
 
 def read_telemetry(path: Path) -> list[StepReport]:

@@ -256,6 +256,7 @@ class Trainer:
         self.reporter.begin()
         self.relayout.note_step_begins()
         while True:
+            self.groups.moment.phase = "data"
             batch = feed.next(last=self.progress.step + 1 == last)
             outcome = self.train_step(batch)
             self.snapshots.take()
@@ -284,6 +285,7 @@ class Trainer:
             local_loss, contexts = self.runner.accumulate(batch.local)
         self.experts.end_step()
         self.reach("all-reduce")
+        self.groups.moment.reach("sum")
         compute_s = time.monotonic() - began_s
         loss, grad_norm, asked = self._synchronize(local_loss)
         verdict = self.guard.judge(self.progress.step, loss, grad_norm, batch.batch, self._suspicion())

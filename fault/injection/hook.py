@@ -12,6 +12,7 @@ from torch import Tensor
 
 from evermesh.fault.errors import EventLogUnusable, InjectedFault
 from evermesh.fault.injection.flipping import choose_bit
+from evermesh.fault.injection.rotting import choose_byte
 from evermesh.fault.injection.schedule import AtStep, Flip, Hang, Kill, Phase, Poison, Raise, Shot, Slow, Stop
 from evermesh.fault.injection.telling import fired_shots, tell
 
@@ -34,7 +35,7 @@ class Injector:
     """
 
     def __init__(self, shots: Sequence[Shot], rank: int, events: Path) -> None:
-        self._events = events
+        self._events, self._rank = events, rank
         self._parameters: Tensors = dict
         self._gradients: Tensors = dict
         self._told = fired_shots(events)
@@ -42,6 +43,8 @@ class Injector:
         self._left = [shot for shot in mine if shot.number not in self._told and not isinstance(shot.fault, Slow)]
         self._slow = [shot for shot in mine if isinstance(shot.fault, Slow)]
         self._poison: Shot | None = None
+        self.memory: Path | None = None
+        """Where the keeper of this node holds snapshots; None: this rank leaves none."""
         self._step = 0
         self._began_s = time.monotonic()
 
@@ -93,6 +96,10 @@ class Injector:
             case Poison():
                 self._left.remove(shot)
                 self._poison = shot  # told where it is done: a rank may have no token in this step
+            case Flip() if fault.is_of_snapshot:
+                byte = choose_byte(fault, self.memory, self._rank, shot.seed)
+                if self._tell(shot, str(byte)):
+                    byte.flip()
             case Flip():
                 bit = choose_bit(
                     fault, self._parameters() if fault.what == "parameter" else self._gradients(), shot.seed

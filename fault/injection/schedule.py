@@ -70,14 +70,15 @@ Moment = Annotated[
     Discriminator(_unit_of),
 ]
 
-_TARGET = re.compile(r"(rank|node|agent) (\d+|any|all)|controller|launcher|job")
+_TARGET = re.compile(r"(rank|node|agent|keeper) (\d+|any|all)|controller|launcher|job")
 
 
 class Target(_Frozen):
-    """Who is hit; written as ``rank 1``, ``node any`` (the seed chooses), ``agent all``, ``controller``, ``launcher`` (who
-    shows the job) or ``job`` (every process of it but the launcher). A node is its agent and all below it."""
+    """Who is hit; written as ``rank 1``, ``node any`` (the seed chooses), ``agent all``, ``keeper 0`` (which holds
+    the snapshots of node 0), ``controller``, ``launcher`` (who shows the job) or ``job`` (every process of it but the
+    launcher). A node is its agent and all below it."""
 
-    of: Literal["rank", "node", "agent", "controller", "launcher", "job"]
+    of: Literal["rank", "node", "agent", "keeper", "controller", "launcher", "job"]
     which: NonNegativeInt | Literal["any", "all"] | None = None
 
     @model_validator(mode="before")
@@ -87,7 +88,8 @@ class Target(_Frozen):
             return value
         if not _TARGET.fullmatch(value):
             raise ValueError(
-                f"{value!r} is no target; write rank 1, rank any, rank all, node 0, agent 0, controller, launcher or job"
+                f"{value!r} is no target; write rank 1, rank any, rank all, node 0, agent 0, keeper 0, controller, launcher "
+                "or job"
             )
         of, _, which = value.partition(" ")
         return {"of": of, "which": int(which) if which.isdecimal() else which or None}
@@ -183,13 +185,26 @@ class Flip(_OfRank):
     """One bit of what a rank holds."""
 
     kind: Literal["flip"] = "flip"
-    what: Literal["parameter", "gradient"] = "parameter"
-    """A parameter that it owns, before the step; or a gradient of its own batch, before the sum."""
+    what: Literal["parameter", "gradient", "snapshot", "header"] = "parameter"
+    """A parameter that it owns, before the step; a gradient of its own batch, before the sum; its newest snapshot that is
+    sealed, or the header of that one, in the memory of its node, before the step."""
     tensor: str | None = None
-    """Name of the parameter; null: the seed chooses, as for the others."""
+    """Name of the parameter; null: the seed chooses, as for the others. A snapshot has none."""
     element: NonNegativeInt | None = None
+    """Of the tensor; of a snapshot or a header, a byte."""
     bit: NonNegativeInt | None = None
-    """0 is the lowest of the mantissa."""
+    """0 is the lowest of the mantissa, or of the byte."""
+
+    @model_validator(mode="after")
+    def _names_what_is_there(self) -> Self:
+        if self.is_of_snapshot and self.tensor is not None:
+            raise ValueError(f"tensor {self.tensor!r} is given, but a {self.what} has bytes; leave tensor out")
+        return self
+
+    @property
+    def is_of_snapshot(self) -> bool:
+        """Whether it changes no number that is trained with."""
+        return self.what in ("snapshot", "header")
 
 
 class Poison(_OfRank):
@@ -252,7 +267,7 @@ class Shot(_Frozen):
     @property
     def alters_numbers(self) -> bool:
         """Whether losses and parameters may be others afterwards, though the run goes on."""
-        return isinstance(self.fault, Flip | Poison)
+        return isinstance(self.fault, Poison) or (isinstance(self.fault, Flip) and not self.fault.is_of_snapshot)
 
     def __str__(self) -> str:
         extra = f" {self.fault.signal}" if isinstance(self.fault, Kill) and self.fault.signal != "SIGKILL" else ""

@@ -41,6 +41,10 @@ class Keeping:
     """Of this attempt. A keeper takes nothing from one before it."""
     newest: int | None = None
     """Step of the newest checkpoint in storage; None: there is none. What is older in memory is left there."""
+    failures: int = 0
+    """Attempts before this one that failed."""
+    running_s: float = 0.0
+    """Since the job was launched, seconds."""
 
 
 @dataclass(slots=True)

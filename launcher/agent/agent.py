@@ -21,8 +21,9 @@ from evermesh.launcher.agent import warm
 from evermesh.launcher.agent.keeping import NodeKeeper
 from evermesh.launcher.agent.link import Link, LinkHooks
 from evermesh.launcher.agent.loop import Loop
+from evermesh.launcher.agent.pulse import Pulse
 from evermesh.launcher.agent.revival import Revival
-from evermesh.launcher.agent.shared_memory import Board, SharedArea
+from evermesh.launcher.agent.shared_memory import POINTS, Board, SharedArea
 from evermesh.launcher.agent.spec import AgentSpec
 from evermesh.launcher.agent.store import StoreProcess
 from evermesh.launcher.agent.worker_group import Hooks, WorkerGroup
@@ -36,6 +37,7 @@ from evermesh.launcher.messages import (
     End,
     Hello,
     Leave,
+    Noticed,
     OpenStore,
     Outcome,
     PlanReport,
@@ -64,6 +66,8 @@ class Agent:
         self._area = SharedArea(f"{spec.run.resolve().name}-{os.getpid()}-{spec.node}", spec.slots)
         self._board = Board(self._area.board)
         self._group: WorkerGroup | None = None
+        self._pulses: dict[int, Pulse] = {}
+        """By local rank of the group."""
         self._store: StoreProcess | None = None
         self._keeper = NodeKeeper(spec.run, spec.node)
         self._interface = interface_of(spec.address)
@@ -152,6 +156,7 @@ class Agent:
             self._board = Board(self._area.board)
         hooks = Hooks(self._tell_progress, self._pass_report, self._pass_plan)
         group = self._group = WorkerGroup(self._loop, message.generation, message.place, Path(message.work.logs), hooks)
+        self._pulses = {local_rank: Pulse() for local_rank in range(message.place.ranks)}
         keeper = self._keeper.keep_for(message.work.launch)
         group.start(message.store, message.work, self._area.board, self._interface, keeper)
         self._tell_started(group)
@@ -183,10 +188,18 @@ class Agent:
 
     def _beat(self) -> None:
         generation = self._group.generation if self._group else 0
-        memory = psutil.virtual_memory().available
-        self._link.send(Beat(generation=generation, ranks=tuple(self._rank_beats()), memory_free_bytes=memory))
+        self._link.send(
+            Beat(
+                generation=generation,
+                ranks=tuple(self._rank_beats()),
+                memory_free_bytes=psutil.virtual_memory().available,
+                snapshot_bytes=self._keeper.num_bytes,
+            )
+        )
         self._loop.after(_BEAT_S, self._beat)
-        self._keeper.look()
+        for kind, text in self._keeper.look():
+            print(f"{kind}: {text}", flush=True)
+            self._link.send(Noticed(event=kind, text=text))
         self._look_after_controller()
 
     def _rank_beats(self) -> Iterator[RankBeat]:
@@ -194,14 +207,20 @@ class Agent:
             return
         place = self._group.place
         for local_rank in range(place.ranks):
-            slot = self._board.read(local_rank)
+            pulse = self._pulses[local_rank]
+            slot = self._board.read(local_rank) or pulse.slot  # it may have been stopped while it wrote
             if slot is not None and slot.generation == self._group.generation:
+                pulse.look(slot, time.monotonic())
                 yield RankBeat(
                     rank=place.first_rank + local_rank,
                     pid=slot.pid,
                     step=slot.step,
                     step_s=slot.step_s,
                     compute_s=slot.compute_s,
+                    longest_s=slot.longest_s,
+                    point=POINTS[slot.point],
+                    idle_s=pulse.idle_s,
+                    stopped_s=pulse.stopped_s,
                 )
 
     def _look_after_controller(self) -> None:

@@ -1,5 +1,7 @@
 """The keeper of a node, as its agent sees to it: started for a launch, started again if it dies, ended with the job."""
 
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from evermesh.fault.snapshot.keeper.area import area_of, identity_in
@@ -15,6 +17,8 @@ class NodeKeeper:
         self._area, self._log = area_of(run, node), run / "logs" / f"keeper-{node}.log"
         self._process: KeeperProcess | None = None
         self._launch: str | None = None
+        self._told_rotten = 0
+        """How much of what the keeper found damaged was told."""
 
     def keep_for(self, launch: str | None) -> Path | None:
         """Where the workers of a launch leave snapshots; None: nowhere, because they do not want to, or no keeper can be
@@ -33,10 +37,27 @@ class NodeKeeper:
             print(f"{how} the keeper of this node in {self._area}", flush=True)
         return self._area
 
-    def look(self) -> None:
-        """Called now and then: a keeper that has died is started again, and finds what the one before it has left."""
-        if self._process is not None and not self._process.look():
-            print("the keeper had died: another one is started", flush=True)
+    def look(self) -> Iterator[tuple[str, str]]:
+        """Called now and then: a keeper that has died, or is stopped, is started again, and finds what the one before it has
+        left. Yields what the event log is to tell, kind and text."""
+        if self._process is None:
+            return
+        if not self._process.look():
+            self._told_rotten = 0
+            yield "keeper lost", f"the keeper of snapshots: {self._process.lost_because}; another one is started"
+        rotten = self._process.told.get("rotten", [])
+        for text in rotten[self._told_rotten :]:
+            yield "snapshot damaged", f"memory of a snapshot has changed, and nobody will use it: {text}"
+        self._told_rotten = len(rotten)
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the snapshots."""
+        found = 0
+        for path in self._area.glob("rank-*/slot-*/*"):
+            with suppress(OSError):  # it is being given back
+                found += path.stat().st_size
+        return found
 
     def in_memory(self) -> InMemory | None:
         """What ranks have left in memory, also before this agent; None if there is nothing."""

@@ -1,6 +1,6 @@
 """The shared-memory area of a node: what its agent can read of its workers from outside, wedged or stopped ones too.
 
-AREA/board    one slot of 64 bytes per local rank, written by the worker, read by the agent
+AREA/board    one slot of 128 bytes per local rank, written by the worker, read by the agent
 
 The space is reserved when the file is made: writing into a full file system would end a worker with SIGBUS later.
 """
@@ -14,14 +14,16 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import NamedTuple, Self, get_args
 
 from evermesh.launcher.errors import SharedMemoryMissing
+from evermesh.parallelism.collectives import Phase, Point
 
 _PREFIX = "evermesh"
-_SLOT_BYTES = 64
-_SLOT = struct.Struct("<QQQQddQ")
-"""Sequence number, generation, pid, step, step_s, compute_s, sequence number: a torn read shows two different ones.
+POINTS: tuple[Point, ...] = (*get_args(Phase), "sum")
+_SLOT_BYTES = 128
+_SLOT = struct.Struct("<QQQQdddQQ")
+"""Sequence number, the fields of a slot, sequence number: a torn read shows two different ones.
 
 Writers go from the first to the last, readers from the last to the first.
 """
@@ -37,6 +39,10 @@ class Slot(NamedTuple):
     step: int
     step_s: float
     compute_s: float
+    longest_s: float = 0.0
+    """The longest of its last steps; 0 before the first one."""
+    point: int = 0
+    """Where it is, as a number in ``POINTS``."""
 
 
 class SharedArea:

@@ -36,11 +36,13 @@ def train(
     directory: str,
     newest: int | None,
     faults: Sequence[dict[str, Any]] = (),
+    failures: int = 0,
+    running_s: float = 0.0,
 ) -> dict[str, Any]:
     """Train until the run ends, is stopped, or the controller asks to stop. Collective over all workers.
 
     ``newest`` is the step of the newest checkpoint, None without one; ``faults`` are the shots that this run was given when
-    it was launched, if it was given any.
+    it was launched, if it was given any. ``failures`` attempts have failed in the ``running_s`` seconds since then.
     """
     train_config = TrainConfig.model_validate(config)
     if train_config.deterministic:
@@ -57,8 +59,9 @@ def train(
         beat=worker.beat,
         asked=worker.asked,
         faults=_injector(worker, Path(directory), faults) if faults else None,
-        keeping=Keeping(worker.keeper, worker.generation, newest) if worker.keeper else None,
+        keeping=Keeping(worker.keeper, worker.generation, newest, failures, running_s) if worker.keeper else None,
     )
+    trainer.groups.moment.watch = worker.reach
     result = trainer.fit()
     # only after success: after a failure it would wait for ranks that are gone
     process_group.stop()

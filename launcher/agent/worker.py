@@ -25,8 +25,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from evermesh.launcher.agent.death import end_with_parent
-from evermesh.launcher.agent.shared_memory import Board, Slot
+from evermesh.launcher.agent.shared_memory import POINTS, Board, Slot
 from evermesh.launcher.interrupts import SIGNALS
+from evermesh.parallelism.collectives import Point
 from evermesh.parallelism.errors import EvermeshError
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 EXIT_AGENT_GONE = 97
 _PLAN_EVERY_S = 1.0
+_RECENT_STEPS = 32
 
 _PEER_LOST = (
     "Connection reset by peer",
@@ -84,7 +86,9 @@ class Worker:
         self._board = Board(Path(spec.board)) if spec.board else None
         self._asked: deque[Literal["save", "stop"] | dict[str, Any]] = deque()
         self._last_plan_s = -math.inf
-        self.beat(0, 0.0, 0.0)
+        self._recent_s: deque[float] = deque(maxlen=_RECENT_STEPS)
+        self._slot = Slot(spec.generation, os.getpid(), 0, 0.0, 0.0)
+        self._show(self._slot)
 
     def store(self, timeout_s: float) -> "Store":
         """Where the ranks of this generation meet; no other generation sees its keys."""
@@ -96,8 +100,13 @@ class Worker:
 
     def beat(self, step: int, step_s: float, compute_s: float) -> None:
         """Write down, where the agent sees it without asking, that ``step`` steps are finished."""
-        if self._board is not None:
-            self._board.write(self._spec.local_rank, Slot(self.generation, os.getpid(), step, step_s, compute_s))
+        self._recent_s.append(step_s)
+        longest_s = max(self._recent_s)
+        self._show(self._slot._replace(step=step, step_s=step_s, compute_s=compute_s, longest_s=longest_s))
+
+    def reach(self, point: Point) -> None:
+        """Write down there, too, where in a step, or between steps, this rank is now."""
+        self._show(self._slot._replace(point=POINTS.index(point)))
 
     def report(self, values: dict[str, Any]) -> None:
         """Send ``values`` to the controller."""
@@ -119,6 +128,11 @@ class Worker:
     def send(self, message: dict[str, Any]) -> None:
         """Send one message; the agent being gone is the watchdog's business."""
         self._connection.send_bytes(json.dumps(message).encode())
+
+    def _show(self, slot: Slot) -> None:
+        self._slot = slot
+        if self._board is not None:
+            self._board.write(self._spec.local_rank, slot)
 
     def log(self, text: str) -> None:
         """Write a line to this worker's log."""

@@ -13,6 +13,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from evermesh.fault.process_state import ProcessState
 from evermesh.launcher.agent import warm
 from evermesh.launcher.agent.loop import Loop
 from evermesh.launcher.agent.worker import WorkerSpec, main
@@ -113,13 +114,20 @@ class WorkerGroup:
         if stacks_because is None:
             self.kill()
         else:
-            self._kill_after_stacks(self.write_stacks(stacks_because), time.monotonic() + _STACKS_WAIT_S)
+            before = self.write_stacks(stacks_because, wakes=True)
+            self._kill_after_stacks(before, time.monotonic() + _STACKS_WAIT_S)
 
-    def write_stacks(self, because: str) -> dict[int, int]:
-        """Have every living worker append what it is doing to ``rank-N.stacks``; by rank the size of the file before."""
+    def write_stacks(self, because: str, *, wakes: bool = False) -> dict[int, int]:
+        """Have every living worker append what it is doing to ``rank-N.stacks``; by rank the size of the file before.
+
+        One that is stopped does so only where it may go on (``wakes``), because it is about to be ended.
+        """
         sizes = {}
         for member in self._members:
-            if member.is_gone or member.process.pid is None or _is_stopped(member.process.pid):
+            if member.is_gone or member.process.pid is None:
+                continue
+            state = ProcessState.of(member.process.pid)
+            if state is None or state.is_held or (state.is_stopped and not wakes):
                 continue
             head = f"\n{datetime.now():%Y-%m-%d %H:%M:%S} generation {self.generation}, rank {member.rank}: {because}\n"
             with member.log.with_suffix(".stacks").open("a") as stacks:
@@ -128,6 +136,8 @@ class WorkerGroup:
                 sizes[member.rank] = stacks.tell()
             with suppress(ProcessLookupError):  # the warm process reaps it: its end may not have been noted yet
                 os.kill(member.process.pid, signal.SIGUSR1)
+                if state.is_stopped:  # it takes the signal before it does anything else
+                    os.kill(member.process.pid, signal.SIGCONT)
         return sizes
 
     def kill(self) -> None:
@@ -210,14 +220,6 @@ class WorkerGroup:
         if not self._is_ending:
             self._failures.append(failure)
         self._hooks.changed()
-
-
-def _is_stopped(pid: int) -> bool:
-    """Whether a process is stopped, and so cannot answer a signal."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0] in (b"T", b"t")
-    except OSError:
-        return True
 
 
 def _send(pipe: connection.Connection, message: dict[str, Any]) -> None:

@@ -206,7 +206,7 @@ def _is_to_blame(
 def _must_end(shot: Shot) -> bool:
     """Whether no attempt goes on behind it."""
     fault, of = shot.fault, shot.victim.of if shot.victim is not None else None
-    if isinstance(fault, Slow | Cut | Fill | Flip | Poison) or of in ("controller", "launcher"):
+    if isinstance(fault, Slow | Cut | Fill | Flip | Poison) or of in ("controller", "launcher", "keeper"):
         return False
     if isinstance(fault, Kill):
         return fault.signal not in _HARMLESS
@@ -226,6 +226,10 @@ def _noticed(shot: Shot, event: Event, history: History) -> tuple[float, str] | 
         return (stops[0].time_s, stops[0].reason) if stops else None
     if of in ("agent", "node"):
         told = [other for other in history.events if other.kind in _NOTICED and other.time_s >= event.time_s]
+        return (told[0].time_s, told[0].text) if told else None
+    if of == "keeper" or (isinstance(shot.fault, Flip) and shot.fault.is_of_snapshot):
+        kind = "keeper lost" if of == "keeper" else "snapshot damaged"
+        told = [other for other in history.events if other.kind == kind and other.time_s >= event.time_s]
         return (told[0].time_s, told[0].text) if told else None
     if shot.alters_numbers:
         skipped = [other for other in history.events if other.kind == "skipped" and other.step == event.step]

@@ -42,6 +42,8 @@ def victims(run: Run, target: Target) -> list[psutil.Process]:
             return _first_of(found, f"rank-{target.which}.log")
         case "agent":
             return _first_of(found, f"agent-node-{target.which}.log")
+        case "keeper":
+            return _first_of(found, f"keeper-node-{target.which}.log")
         case "controller":
             return _first_of(found, "controller.log")
         case "node":

@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import JsonValue
 
 from evermesh.launcher.config import JobConfig
+from evermesh.launcher.controller.freezes import frozen
 from evermesh.launcher.controller.in_memory import newest_of, remembered_step
 from evermesh.launcher.controller.journal import Journal
 from evermesh.launcher.controller.life import Life
@@ -20,6 +21,7 @@ from evermesh.launcher.controller.nodes import Node
 from evermesh.launcher.controller.record import replay
 from evermesh.launcher.controller.roster import Roster
 from evermesh.launcher.controller.scribe import Scribe
+from evermesh.launcher.controller.stacks import stacks_of, told_stacks
 from evermesh.launcher.controller.status import ENDED, JobState
 from evermesh.launcher.controller.telling import explain, going_on, told_stop
 from evermesh.launcher.controller.work import drop_unfinished_line, last_step, newest_step, report_of, training_work
@@ -32,6 +34,7 @@ from evermesh.launcher.messages import (
     FromAgent,
     Hello,
     Leave,
+    Noticed,
     OpenStore,
     Outcome,
     PlanReport,
@@ -46,7 +49,7 @@ from evermesh.launcher.messages import (
     WriteStacks,
 )
 from evermesh.launcher.placement import Placement
-from evermesh.launcher.policy import root_cause
+from evermesh.launcher.policy import Failure, root_cause
 from evermesh.launcher.run_directory import Run
 from evermesh.runtime.telemetry import StepReport
 
@@ -67,6 +70,8 @@ class Controller:
         self.nodes = self._roster.nodes
         self._changed = asyncio.Event()
         self.last_report: StepReport | None = None
+        self.reported_s = time.monotonic()
+        """When that came."""
         self.plan: dict[str, Any] | None = None
         is_revived = run.state().state == "running"
         if not is_revived:
@@ -118,7 +123,7 @@ class Controller:
                         "fresh interpreters", f"workers of {node.name} were not forked: {message.fresh_because}"
                     )
             case Report() if message.generation == self.generation:
-                self.last_report = report_of(message.values)
+                self.last_report, self.reported_s = report_of(message.values), time.monotonic()
                 if self.life:  # it may fail before the next beat tells of the step
                     self.life.has_reported = True
             case PlanReport() if message.generation == self.generation:
@@ -128,6 +133,8 @@ class Controller:
                 self._take_outcome(node, message.outcome)
             case Preempted():
                 self.stop(message.signal, at_once=False, grace_s=self.config.grace_s)
+            case Noticed():
+                self._scribe.tell(message.event, f"{node.name}: {message.text}", node=node.name)
             case CannotStart() if message.generation == self.generation:
                 self._roster.refusal = message.text
         self._changed.set()
@@ -232,6 +239,7 @@ class Controller:
     def _advance(self) -> None:
         """Do what follows from all that is known by now."""
         self._roster.judge(self.life, self.state)
+        self._look_for_frozen()
         if self._roster.is_finding_out():
             return
         self._count_attempt()
@@ -286,6 +294,8 @@ class Controller:
             return
         self.life.is_started = True
         work = training_work(self.run, self.config, self.record.started_s, self.life.remembered)
+        seen = {"failures": len(self.record.history), "running_s": max(0.0, time.time() - self.record.started_s)}
+        work = work.model_copy(update={"arguments": work.arguments | seen})
         for number, name in enumerate(self.life.nodes):
             place = self.life.place(number)
             self.nodes[name].send(Start(generation=self.generation, place=place, store=store, work=work))
@@ -298,6 +308,18 @@ class Controller:
             self._roster.replace(name)
         if self.life.failures or self.life.lost:
             self._scribe.tell("failed", explain(self.run, self.life, reason), attempt=self.generation)
+
+    def _look_for_frozen(self) -> None:
+        """A rank that is stopped or hangs has failed, though nobody says so."""
+        life, config = self.life, self.config.hang
+        if life is None or config is None or self.state not in ("starting", "training", "stopping"):
+            return
+        if life.done or life.failures or life.is_ending:
+            return
+        sees_work = self.config.train.device.kind == "cpu"
+        found = frozen(life.beats.values(), life.world_size, config, sees_work=sees_work)
+        if found is not None:
+            life.fail(Failure(rank=found.rank, time_s=time.monotonic(), how=found.how, cause="froze"))
 
     def _count_attempt(self) -> None:
         """Add a failed attempt to the history once its ranks are gone: until then it may still save."""
@@ -322,6 +344,11 @@ class Controller:
             lost_steps = max(0, last_step(self.run) - (newest or 0))
             source = "memory" if is_in_memory else "storage"
             self._scribe.tell("restarted", text, step=newest or 0, source=source, lost_steps=lost_steps)
+        if root_cause(failed.failures).cause == "froze":
+            doing = stacks_of(self.run, self.generation, life.world_size)
+            frames: JsonValue = {str(rank): list(one.frames) for rank, one in doing.items()}
+            waiting: JsonValue = [rank for rank, one in doing.items() if one.waits]
+            self._scribe.tell("stacks", told_stacks(doing), doing=frames, waiting=waiting)
 
     def _end_job(self, transition: Transition) -> None:
         drop_unfinished_line(self.run.telemetry)
@@ -372,7 +399,7 @@ class Controller:
         life.take(node.name, outcome)
 
     def _take_beat(self, node: Node, beat: Beat) -> None:
-        node.memory_free_bytes = beat.memory_free_bytes
+        node.memory_free_bytes, node.snapshot_bytes = beat.memory_free_bytes, beat.snapshot_bytes
         if node.state == "cut off":
             node.state = "ready"
             self._scribe.tell("node back", f"{node.name} is heard again", node=node.name)

@@ -75,10 +75,14 @@ class Life:
         self.is_started = True
         self.done |= outcome.done
         for failure in outcome.failures:
-            self.failures.setdefault(failure.rank, failure)
-            self.failed_s = self.failed_s or time.monotonic()
+            self.fail(failure)
         if outcome.is_over:
             self.over.add(node)
+
+    def fail(self, failure: Failure) -> None:
+        """A rank has failed; what was known of it first counts."""
+        self.failures.setdefault(failure.rank, failure)
+        self.failed_s = self.failed_s or time.monotonic()
 
     def view(self) -> Attempt:
         """What the machine decides upon."""

@@ -166,7 +166,8 @@ def _failure(view: JobView, attempt: Attempt) -> str | None:
         return None
     first, waited_s = root_cause(attempt.failures), view.now_s - attempt.failed_s
     everybody_spoke = len({failure.rank for failure in attempt.failures}) + len(attempt.done) >= attempt.world_size
-    patience_s = ROOT_CAUSE_WAIT_S if first.peer_lost else 0.0 if first.cause == "died" else SETTLE_S
+    is_sure = first.cause in ("died", "froze")
+    patience_s = ROOT_CAUSE_WAIT_S if first.peer_lost else 0.0 if is_sure else SETTLE_S
     if first.peer_lost and any(view.nodes.get(node) == "cut off" for node in attempt.nodes):
         patience_s = math.inf  # the node is about to be found lost, or to say why
     return f"rank {first.rank} {first.how.splitlines()[0]}" if everybody_spoke or waited_s >= patience_s else None

@@ -41,6 +41,7 @@ class Node:
     """What is to be sent to it; None while it is not connected."""
     memory_free_bytes: int | None = None
     shared_memory_bytes: int | None = None
+    snapshot_bytes: int = 0
     in_memory: InMemory | None = None
     """Snapshots that its ranks have left there, when it was last told."""
 
@@ -120,6 +121,7 @@ def node_status(node: Node, ranks: tuple[int, ...], is_spare: bool) -> NodeStatu
         ranks=ranks,
         memory_free_bytes=node.memory_free_bytes,
         shared_memory_bytes=node.shared_memory_bytes,
+        snapshot_bytes=node.snapshot_bytes,
     )
 
 

@@ -1,10 +1,13 @@
 """The status of a job, from what its controller knows."""
 
 import os
+import time
 from typing import TYPE_CHECKING, Literal
 
 from evermesh.launcher.controller.nodes import node_status
-from evermesh.launcher.controller.status import JobStatus, RankStatus
+from evermesh.launcher.controller.remembering import snapshot_status
+from evermesh.launcher.controller.status import JobStatus, RankStatus, SnapshotStatus
+from evermesh.launcher.controller.work import newest_step
 
 if TYPE_CHECKING:
     from evermesh.launcher.controller.controller import Controller
@@ -37,9 +40,18 @@ def job_status(controller: "Controller") -> JobStatus:
         loss=report.loss if report else None,
         tokens_per_s=report.tokens_per_s if report else None,
         time_left_s=report.time_left_s if report else None,
+        snapshot=_snapshot_status(controller),
         started_s=record.started_s,
         pid=os.getpid(),
     )
+
+
+def _snapshot_status(controller: "Controller") -> SnapshotStatus | None:
+    report = controller.last_report
+    if report is None:
+        return None
+    since_s, is_on = time.monotonic() - controller.reported_s, controller.config.train.snapshot is not None
+    return snapshot_status(report, since_s, newest_step(controller.run), is_on=is_on)
 
 
 def _rank_status(life: "Life", rank: int, node: str) -> RankStatus:

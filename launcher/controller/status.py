@@ -48,6 +48,37 @@ class NodeStatus(_Frozen):
     memory_free_bytes: int | None = None
     shared_memory_bytes: int | None = None
     """Size of its shared-memory area."""
+    snapshot_bytes: int = 0
+    """That its keeper holds snapshots in."""
+
+
+class SnapshotStatus(_Frozen):
+    """The state in the memory of the nodes, and what a restart would lose now."""
+
+    is_on: bool
+    """The run wants snapshots; whether there is room for them the event log tells."""
+    step: int | None = None
+    """Of the newest that all ranks hold; None: there is none."""
+    age_steps: int | None = None
+    age_s: float | None = None
+    every: int | None = None
+    """Steps between two, as chosen or configured; None: not known yet."""
+    committed: int = 0
+    """Complete on all ranks, in this attempt, as the next two."""
+    skipped: int = 0
+    """Not begun, because the one before was not complete."""
+    lost: int = 0
+    """Begun, and given up because a rank lost its keeper."""
+    source: Literal["memory", "storage", "nothing"] = "nothing"
+    """Where a restart would get the state from; ``nothing``: training would begin anew."""
+    lost_steps: int = 0
+    """Steps that would be trained again if all workers were started again."""
+    lost_s: float = 0.0
+    """The time of so many steps like the last one, seconds."""
+    lost_steps_of_node: int = 0
+    """The same if a node were lost with its memory."""
+    protection: Literal["none", "protected", "degraded"] = "none"
+    """Whether other nodes can make the memory of a lost one again; ``degraded``: of fewer than they should."""
 
 
 class JobStatus(_Frozen):
@@ -72,6 +103,8 @@ class JobStatus(_Frozen):
     loss: float | None = None
     tokens_per_s: float | None = None
     time_left_s: float | None = None
+    snapshot: SnapshotStatus | None = None
+    """None before the first step of this controller."""
     started_s: float
     """Wall clock, seconds since 1970."""
     pid: int

@@ -19,6 +19,7 @@ from evermesh.fault.events import read_events
 from evermesh.fault.injection import KINDS, AtStep, Injection, RunShape, Schedule, Shot, draw, resolve
 from evermesh.fault.injection.flipping import choose_bit
 from evermesh.fault.injection.hook import Injector
+from evermesh.fault.snapshot.keeper.slots import HEADER_BYTES, Header, Record, SlotFiles, held_by
 
 SHAPE = RunShape(workers=4, nodes=2, steps=100, checkpoint_every=10)
 
@@ -251,6 +252,44 @@ def test_a_flipped_bit_is_one_bit_of_the_element_that_was_named(tmp_path: Path) 
     assert held.flatten().tolist() == expected
     text = "flip rank 0 at step 1, forward: bit 30 of element 4 of b, which was 4"
     assert fired(tmp_path / "events.jsonl") == [text]
+
+
+@pytest.mark.parametrize(("what", "file"), [("snapshot", "data"), ("header", "header")])
+def test_a_flipped_bit_of_a_snapshot_is_one_bit_of_the_newest_that_is_sealed(
+    tmp_path: Path, what: str, file: str
+) -> None:
+    events, area = tmp_path / "events.jsonl", tmp_path / "area"
+    before: dict[Path, bytes] = {}
+    for number, step in ((0, 9), (1, 5)):
+        files = SlotFiles.of(area, 2, number)
+        files.folder.mkdir(parents=True)
+        files.header.write_bytes(bytes(HEADER_BYTES))
+        files.data.write_bytes(bytes(range(100)))
+        header = Header(files.header)
+        header.hold(Record(2, 1, step, 100, 1, "0" * 16, "a" * 64), "committed")
+        header.close()
+        before |= {path: path.read_bytes() for path in (files.header, files.data)}
+    fault = {"kind": "flip", "what": what, "target": "rank 2", "at": {"step": 11}, "element": 70, "bit": 3}
+    own = injector(events, fault, rank=2)
+    own.memory = area
+    own.reach("forward", 11)
+    hit = getattr(SlotFiles.of(area, 2, 0), file)
+    for path, content in before.items():
+        expected = bytearray(content)
+        expected[70] ^= 8 if path == hit else 0
+        assert path.read_bytes() == bytes(expected)
+    assert [held.record.step for held in held_by(area, 2)] == ([9, 5] if what == "snapshot" else [5])
+    text = f"bit 3 of byte 70 of {hit.name} of the snapshot of step 9"
+    assert fired(events) == [f"flip rank 2 at step 11, forward: {text}"]
+
+
+def test_a_rank_without_snapshots_says_so(tmp_path: Path) -> None:
+    fault = {"kind": "flip", "what": "snapshot", "target": "rank 0", "at": {"step": 1}}
+    own = injector(tmp_path / "events.jsonl", fault)
+    with pytest.raises(LookupError, match=r"rank 0 has no snapshot in memory yet\. Flip it in a later step"):
+        own.reach("forward", 1)
+    with pytest.raises(ValidationError, match="a snapshot has bytes; leave tensor out"):
+        schedule_of(fault | {"tensor": "a"})
 
 
 def _flipped(value: float, bit: int) -> float:

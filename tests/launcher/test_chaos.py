@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from evermesh.fault.events import read_events
+from evermesh.fault.events import Event, read_events
 from evermesh.fault.injection import AtStep, Injection, Kill, Schedule, Target, resolve
 from evermesh.launcher import Run
 from evermesh.launcher.chaos.record import forget_injection, read_injection, write_injection
@@ -17,6 +17,7 @@ from evermesh.launcher.chaos.running import shape_of
 from evermesh.launcher.controller.work import training_work
 from evermesh.launcher.job_file import load_job
 from evermesh.runtime.telemetry import read_telemetry
+from tests.launcher.conftest import write_job
 from tests.launcher.jobs import launched, with_faults
 from tests.launcher.test_cli import evermesh
 
@@ -108,6 +109,84 @@ def test_f26_all_workers_killed_at_once_are_one_restart(survived: ChaosReport) -
     killed = [fault for fault in survived.faults if fault.fault.endswith("step 32, copy")]
     assert [fault.outcome for fault in killed] == ["restarted", "restarted"]
     assert killed[0].cause == killed[1].cause
+
+
+def test_f7_a_rank_that_hangs_is_found_from_outside_with_default_settings(job_file: Path) -> None:
+    faults: list[dict[str, Any]] = [
+        {"kind": "hang", "target": "rank 1", "at": {"step": 5, "phase": "backward"}},
+        {"kind": "hang", "target": "rank 0", "at": {"step": 11, "phase": "all-reduce"}, "holds_gil": True},
+    ]
+    report = with_faults(job_file, "train.steps=16", *EVERY_4, faults=faults)
+    assert report.passed, report.problems
+    assert report.attempts == 3
+    told = [event for event in _told(report) if event.kind == "stacks"]
+    for rank, fault, event in zip((1, 0), report.faults, told, strict=True):
+        assert fault.outcome == "restarted"
+        assert fault.cause is not None
+        assert f" hangs in step {fault.step}" in fault.cause
+        assert ": no rank has computed anything for 3." in fault.cause
+        assert fault.training_after_s is not None
+        assert fault.training_after_s < 30  # 5 on an idle machine
+        # whoever waits for the rank in a ring may be named beside it; what they were doing leaves no doubt
+        assert event.text.splitlines()[1].startswith(f"  rank {rank} was in hook.py:")
+        assert event.fields["waiting"] == [1 - rank]
+    assert str(report.faults[1].cause).startswith("rank 0 hangs in step 11: ")
+
+
+@pytest.fixture(scope="module")
+def remembered(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> ChaosReport:
+    """A job that goes on from memory alone, and whose keepers and snapshots this happens to."""
+    faults: list[dict[str, Any]] = [
+        {"kind": "slow", "target": "rank 0", "at": {"step": 10}, "sleep_s": 0.05, "steps": 150},  # time to look
+        kill("keeper 0", 12),
+        {"kind": "stop", "target": "keeper 1", "at": {"step": 30}},
+        {"kind": "flip", "what": "snapshot", "target": "rank 1", "at": {"step": 130}},
+        kill("rank 1", 131),
+        {"kind": "flip", "what": "header", "element": 70, "target": "rank 0", "at": {"step": 146}},
+        kill("rank 0", 147),
+    ]
+    more = ("nodes=2", "train.checkpoint.every=null", "train.snapshot.every=4", "restarts=20")
+    job_file = write_job(corpus, tmp_path_factory.mktemp("remembered"))
+    return with_faults(job_file, "train.steps=160", *more, faults=faults, compared=True)
+
+
+def test_a_job_whose_keepers_and_snapshots_are_hit_has_the_bits_of_a_clean_run(remembered: ChaosReport) -> None:
+    assert remembered.passed, remembered.problems
+    assert remembered.comparison is not None
+    assert remembered.comparison.verdict == "bit-equal"
+    assert remembered.attempts == 3
+    resumed = [event for event in _told(remembered) if event.kind == "resumed"]
+    assert [event.fields["source"] for event in resumed] == ["memory"] * 2
+
+
+def test_f6_a_keeper_that_was_killed_or_is_stopped_is_replaced_while_training_goes_on(remembered: ChaosReport) -> None:
+    killed, stopped = one(remembered, "kill keeper 0"), one(remembered, "stop keeper 1")
+    assert (killed.outcome, stopped.outcome) == ("survived", "survived")
+    assert killed.cause == "node-0: the keeper of snapshots: it had died; another one is started"
+    assert stopped.cause is not None
+    assert stopped.cause.startswith("node-1: the keeper of snapshots: it was stopped for 2.")
+    assert stopped.detected_after_s is not None
+    assert stopped.detected_after_s < 30  # 3.5 on an idle machine
+    (lost,) = [event for event in _told(remembered) if event.kind == "keeper lost" and "node-1" in event.text]
+    later = [event for event in _told(remembered) if event.kind == "resumed" and event.time_s > lost.time_s]
+    assert later[0].step is not None
+    assert lost.step is not None
+    assert later[0].step > lost.step, "the next keeper makes snapshots too"
+
+
+def test_f19_f21_of_a_snapshot_with_a_flipped_byte_the_one_before_is_used(remembered: ChaosReport) -> None:
+    in_data, in_header = one(remembered, "flip rank 1"), one(remembered, "flip rank 0")
+    assert in_data.cause is not None
+    assert "the checksum is wrong" in in_data.cause
+    resumed = [event.step for event in _told(remembered) if event.kind == "resumed"]
+    for told, step in zip((in_data, in_header), resumed, strict=True):
+        assert told.injected is not None
+        flipped = int(told.injected.rpartition(" ")[2])
+        assert step == flipped - 4
+
+
+def _told(report: ChaosReport) -> list[Event]:
+    return list(read_events(Path(report.run) / "events.jsonl"))
 
 
 def test_f3_an_exception_before_the_first_step_is_not_retried_and_its_traceback_comes_last(job_file: Path) -> None:

@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from evermesh import checkpoint
+from evermesh.fault.events import read_events
 from evermesh.runtime.telemetry import read_telemetry
 from tests.launcher.jobs import clean_losses, launched
 from tests.processes import still_alive
@@ -63,6 +64,37 @@ def test_f5_an_agent_that_is_killed_takes_its_workers_with_it_and_another_goes_o
         assert code == 0, stderr
         assert "lost node-1. Going on from step" in stdout
         assert job.losses == expected
+
+
+def test_f7_a_rank_that_is_stopped_for_good_is_found_from_outside_and_one_that_goes_on_in_time_is_left_alone(
+    job_file: Path, expected: list[float]
+) -> None:
+    with launched(job_file, ENDLESS, "nodes=2", "train.checkpoint.every=10") as job:
+        rank = psutil.Process(job.wait_training().ranks[1].pid)
+        job.wait_checkpoint()
+        rank.suspend()
+        time.sleep(1.0)
+        rank.resume()
+        steps = len(job.losses)
+        job.wait(lambda: len(job.losses) > steps + 5)
+        assert job.client.status().generation == 1
+        rank.suspend()
+        stopped_s = time.time()
+        job.wait_training(2)
+        again = next(entry for entry in job.journal if entry.fields.get("to") == "training" and entry.generation == 2)
+        assert again.time_s - stopped_s < 10  # 4 on an idle machine
+        told = {event.kind: event for event in read_events(job.run.events)}
+        assert "worker 1 has been stopped for 2." in told["failed"].text
+        doing = told["stacks"].fields["doing"]
+        assert isinstance(doing, dict)
+        assert sorted(doing) == ["0", "1"]
+        assert all(doing.values())
+        job.wait(lambda: len(job.losses) >= STEPS)
+        job.process.send_signal(signal.SIGTERM)
+        code, stdout, stderr = job.end()
+        assert code == 143, stderr
+        assert job.losses[:STEPS] == expected
+        assert "  rank 1 w" in stdout
 
 
 def test_f16_an_agent_cut_off_from_the_controller_trains_on_and_is_taken_back(job_file: Path) -> None:

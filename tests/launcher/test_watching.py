@@ -169,6 +169,23 @@ def test_status_as_json_is_that_of_the_controller(job: Job, name: str) -> None:
     assert all(psutil.pid_exists(rank["pid"]) for rank in told["ranks"])
 
 
+def test_status_tells_what_a_restart_would_lose(job: Job) -> None:
+    job.wait(lambda: (found := job.client.status().snapshot) is not None and found.step is not None)
+    told = json.loads(evermesh("status", "watched", "--json").stdout)
+    found = told["snapshot"]
+    assert found["is_on"]
+    assert found["step"] <= told["step"]
+    assert found["lost_steps"] <= found["lost_steps_of_node"]
+    assert found["committed"] >= 1
+    assert found["protection"] == "none"
+    assert all(node["snapshot_bytes"] > 0 for node in told["nodes"])
+    for command in (("status", "watched"), ("top", "watched", "--once")):
+        shown = " ".join(evermesh(*command).stdout.split())
+        assert " in memory, " in shown
+        assert " MiB per node" in shown
+        assert "a restart loses " in shown
+
+
 def test_nodes_lists_leases_and_ranks(job: Job) -> None:
     told = json.loads(evermesh("nodes", "watched", "--json").stdout)
     assert [(node["node"], node["state"], node["ranks"]) for node in told] == [

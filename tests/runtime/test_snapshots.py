@@ -121,6 +121,28 @@ def test_killed_ranks_go_on_from_memory(
     assert _losses(tmp_path) == undisturbed[1]
 
 
+def test_how_often_is_chosen_by_what_was_measured_told_once_and_changes_no_bit(corpus: Path, tmp_path: Path) -> None:
+    parameters, told = [], []
+    for name, snapshot in (("chosen", {"most_cost": 0.5, "node_mtbf_h": 1e-4}), ("given", {"every": 3})):
+        directory = tmp_path / name
+        with _keepers(directory):
+            parameters.append(run_ranks(2, _fit, _config(corpus, steps=60, snapshot=snapshot), directory, 1, {})[0])
+        events = list(read_events(directory / "events.jsonl"))
+        told.append([event for event in events if event.kind == "snapshot interval"])
+        report = read_telemetry(directory / "telemetry.jsonl")[-1].snapshot
+        assert report.step is not None
+        assert report.committed >= 2
+        assert report.every == told[-1][-1].fields["steps"]
+    chosen, given = told
+    assert 1 <= len(chosen) <= 8
+    assert all(0 < float(str(event.fields["lost_share"])) <= 1 for event in chosen)
+    assert "chosen: it stops training for " in chosen[0].text
+    assert len(given) == 1
+    assert "every 3 steps" in given[0].text
+    assert "as configured" in given[0].text
+    assert largest_difference(*parameters) == 0.0
+
+
 def _flip_a_byte(directory: Path, rank: int, step: int) -> None:
     area = area_of(directory, "node-0")
     held = next(held for held in held_by(area, rank) if held.record.step == step)

@@ -7,7 +7,9 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
+from evermesh.fault.snapshot.keeper.answers import Answers
 from evermesh.fault.snapshot.keeper.area import AgentMark, Identity, identity_in, sweep
 from evermesh.fault.snapshot.keeper.client import KeeperClient, KeeperLost
 
@@ -29,6 +31,9 @@ class KeeperProcess:
         self.area, self._key, self._log, self._idle_s = area, key, log, idle_s
         self._child: subprocess.Popen[bytes] | None = None
         self._client: KeeperClient | None = None
+        self._answers = Answers()
+        self.lost_because = ""
+        """Why the one before the last was started again, in words."""
         self._mark = AgentMark(area)
         sweep()
         self.is_adopted = self._adopt()
@@ -42,12 +47,24 @@ class KeeperProcess:
         return found if found is not None and found.is_alive else None
 
     def look(self) -> bool:
-        """Whether it lives; else another one is started, for the same memory. Called now and then, does not wait."""
+        """Whether it lives and answers; else another one is started, for the same memory. Called now and then, does not wait
+        for an answer: one that gives none for too long is killed."""
         self._connect()
         is_alive = self._child.poll() is None if self._child is not None else self.identity is not None
+        self.lost_because = "it had died"
+        found = self.identity if is_alive else None
+        if found is not None and (wrong := self._answers.missing(found.pid)):
+            self.lost_because = f"{wrong}, and was killed"
+            self._kill(found)
+            is_alive = False
         if not is_alive:
             self._start()
         return is_alive
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """What it answered last, to ``inventory``; empty before that."""
+        return self._answers.last
 
     def end(self) -> None:
         """End it; its memory is gone when this returns."""
@@ -92,16 +109,23 @@ class KeeperProcess:
                 self._child.poll()
             time.sleep(_LOOK_S)
         if found is not None and found.is_alive:
-            with suppress(ProcessLookupError):
-                os.kill(found.pid, signal.SIGKILL)
+            self._kill(found)
         if self._child is not None:
             self._child.wait(_ANSWER_S)
             self._child = None
+
+    def _kill(self, found: Identity) -> None:
+        with suppress(ProcessLookupError):
+            os.kill(found.pid, signal.SIGKILL)
+        if self._child is not None:
+            with suppress(subprocess.TimeoutExpired):  # it waits for a disk
+                self._child.wait(_ANSWER_S)
 
     def _start(self) -> None:
         if self._client is not None:
             self._client.close()
             self._client = None
+        self._answers = Answers()
         paths = os.pathsep.join(path for path in sys.path if path)
         command = [sys.executable, "-P", "-m", _MODULE, str(self.area), self._key, str(self._idle_s)]
         with self._log.open("ab") as output:
@@ -118,10 +142,10 @@ class KeeperProcess:
         """As long as an agent is connected the keeper is wanted."""
         if self._client is not None:
             try:
-                self._client.answers()
+                self._answers.take(self._client)
             except KeeperLost:
                 self._client.close()
-                self._client = None
+                self._client, self._answers = None, Answers()
         if self._client is None:
             with suppress(KeeperLost):
                 self._client = KeeperClient(self.area)

@@ -41,6 +41,8 @@ _STATE_AT, _TICKET_AT, _RECORD_AT = 0, 8, 64
 _MAGIC, _VERSION = b"evermesh", 1
 _RECORD = struct.Struct("<8sIIQQQQ16s64s")
 _DIGEST = struct.Struct("<Q")
+RECORD_BYTES = _RECORD_AT + _RECORD.size + _DIGEST.size
+"""Of a header; the rest of it is empty."""
 
 
 class Record(NamedTuple):

@@ -255,3 +255,41 @@ print([name for name in ("torch", "numpy", "pydantic") if name in sys.modules])
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+def test_a_keeper_that_is_stopped_is_killed_and_another_finds_what_it_held_but_one_that_goes_on_in_time_is_kept(
+    tmp_path: Path,
+) -> None:
+    with keeper_of(tmp_path) as keeper:
+        client = KeeperClient(keeper.area)
+        assert _reserve(client)["ok"]
+        _fill(keeper.area, 0, 7)
+        assert _seal(client, 0, 7)["ok"]
+        first = keeper.identity
+        assert first is not None
+        _look_for(keeper, 2.0)
+        assert [told["step"] for told in keeper.told["snapshots"]] == [7]
+        os.kill(first.pid, signal.SIGSTOP)
+        _look_for(keeper, 1.0)
+        os.kill(first.pid, signal.SIGCONT)
+        _look_for(keeper, 2.0)
+        assert keeper.identity == first
+        os.kill(first.pid, signal.SIGSTOP)
+        _wait(lambda: _looks_lost(keeper))
+        assert keeper.lost_because.startswith("it was stopped for 2.")
+        assert not first.is_alive
+        assert KeeperClient(keeper.area, WAIT_S).ask("hello", WAIT_S)["pid"] != first.pid
+        assert [held.record.step for held in held_by(keeper.area, 0)] == [7]
+
+
+def _look_for(keeper: KeeperProcess, seconds: float) -> None:
+    """As an agent does, while it is expected to live."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        assert keeper.look(), keeper.lost_because
+        time.sleep(0.1)
+
+
+def _looks_lost(keeper: KeeperProcess) -> bool:
+    time.sleep(0.1)
+    return not keeper.look()

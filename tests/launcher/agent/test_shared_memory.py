@@ -39,7 +39,7 @@ print("ready", flush=True)
 number = 0
 while True:
     number += 1
-    board.write(0, Slot(number, number, number, float(number), float(number)))
+    board.write(0, Slot(number, number, number, float(number), float(number), float(number), number))
 """
 
 
@@ -110,7 +110,7 @@ def test_threads_may_read_while_one_writes(area: SharedArea) -> None:
     reader = threading.Thread(target=read)
     reader.start()
     for number in range(20_000):
-        board.write(0, Slot(number, number, number, float(number), float(number)))
+        board.write(0, Slot(number, number, number, float(number), float(number), float(number), number))
     is_over.set()
     reader.join()
     assert torn == []
@@ -127,15 +127,15 @@ try:
 except SharedMemoryMissing as error:
     told["error"] = str(error)
 told["left"] = __import__("os").listdir("/dev/shm")
-with SharedArea("fits", slots=512) as area:
+with SharedArea("fits", slots=256) as area:
     try:
         open("/dev/shm/ballast", "wb").write(bytes(1 << 20))
     except OSError:
         pass
     board = Board(area.board)
-    for place in range(512):
+    for place in range(256):
         board.write(place, Slot(1, 2, place, 0.0, 0.0))
-    told["read"] = board.read(511).step
+    told["read"] = board.read(255).step
 print(json.dumps(told))
 """
 
@@ -149,8 +149,8 @@ def test_no_room_is_an_error_with_the_numbers_and_what_was_reserved_can_be_writt
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ)  # SIGBUS would show
     told = json.loads(done.stdout)
     assert told["error"] == (
-        "262144 bytes of shared memory cannot be had in /dev/shm (65,536 free): No space left on device. Make it "
+        "524288 bytes of shared memory cannot be had in /dev/shm (65,536 free): No space left on device. Make it "
         "larger (docker: --shm-size)."
     )
     assert told["left"] == []
-    assert told["read"] == 511
+    assert told["read"] == 255

@@ -14,7 +14,7 @@ import pytest
 
 from evermesh.launcher.agent import warm
 from evermesh.launcher.agent.loop import Loop
-from evermesh.launcher.agent.shared_memory import Board, SharedArea
+from evermesh.launcher.agent.shared_memory import POINTS, Board, SharedArea
 from evermesh.launcher.agent.worker_group import Hooks, WorkerGroup
 from evermesh.launcher.interrupts import SIGNALS
 from evermesh.launcher.messages import Outcome, Place, Store, TrainingWork
@@ -124,11 +124,16 @@ def test_a_killed_worker_is_noticed_within_100_ms_and_its_last_words_are_told(tm
         assert "one of 2 workers" in failure.text
 
 
-def test_a_stopped_worker_is_ended_with_the_others(tmp_path: Path) -> None:
+def test_a_stopped_worker_is_ended_with_the_others_and_tells_before_where_it_was(tmp_path: Path) -> None:
     with running("stopped", 2, tmp_path) as job:
         assert job.until(lambda seen: bool(seen.failures)).failures[0].peer_lost
+        stopped, until = psutil.Process(job.group.pids[1]), time.monotonic() + WAIT_S
+        while stopped.status() != psutil.STATUS_STOPPED:
+            assert time.monotonic() < until
+        assert 1 not in job.group.write_stacks("asked for")  # it is not woken for that
         job.group.end("rank 0 failed")
         job.until(lambda seen: seen.is_over)
+    assert "worker_functions.py" in (tmp_path / "rank-1.stacks").read_text()
 
 
 def test_a_worker_whose_end_nobody_has_noted_yet_is_not_asked_what_it_is_doing(tmp_path: Path) -> None:
@@ -169,7 +174,7 @@ def test_how_far_a_worker_is_can_be_read_from_outside_though_it_is_wedged(tmp_pa
         while any(psutil.Process(pid).status() != psutil.STATUS_STOPPED for pid in job.group.pids.values()):
             assert time.monotonic() < until
         for place, pid in enumerate(job.group.pids[rank] for rank in range(2)):
-            assert board.read(place) == (1, pid, 7, 0.5, 0.25)
+            assert board.read(place) == (1, pid, 7, 0.5, 0.25, 0.5, POINTS.index("sum"))
         board.close()
 
 

@@ -74,5 +74,6 @@ def meet(worker: Worker) -> dict[str, Any]:
 def stop_after_7(worker: Worker) -> None:
     """Finish seven steps, then stop as if wedged."""
     worker.beat(7, 0.5, 0.25)
+    worker.reach("sum")
     worker.report({})
     os.kill(os.getpid(), signal.SIGSTOP)

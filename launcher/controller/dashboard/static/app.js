@@ -136,10 +136,11 @@ function showTimeLeft(state, left) {
 }
 
 function showFacts() {
-  const { generation, restarts, max_restarts: most, workers, started_s: started, directory, pid } = status;
+  const { generation, restarts, max_restarts: most, workers, started_s: started, directory, pid, snapshot } = status;
   const facts = {
     Attempt: `${generation}`,
     Restarts: `${restarts} of at most ${most}`,
+    "A restart loses": snapshot ? `${format.whole(snapshot.lost_steps)} steps, from ${snapshot.source}` : "–",
     Workers: format.whole(workers),
     Started: format.clock(started),
     Controller: `process ${pid}`,

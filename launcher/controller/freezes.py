@@ -1,0 +1,58 @@
+"""Whether a rank is frozen: a pure function of what the agents see of all ranks from outside.
+
+A rank that is *stopped* shows it in its process. One that *hangs* does not: but then nobody computes, in the middle of
+a step, for far longer than any step took. Whoever waits for data, compiles, evaluates, saves or starts may take its time.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from evermesh.launcher.config import HangConfig
+from evermesh.launcher.messages import RankBeat
+
+_IN_A_STEP = frozenset(("train", "probe", "sum"))
+"""Points whose length the steps before tell."""
+
+
+class Frozen(NamedTuple):
+    """What was found."""
+
+    rank: int
+    how: str
+    """In words, on one line."""
+
+
+def frozen(beats: Iterable[RankBeat], world_size: int, config: HangConfig, *, sees_work: bool) -> Frozen | None:
+    """The rank that is frozen, if one is.
+
+    Args:
+        beats: the newest of every rank that runs.
+        world_size: ranks of the attempt.
+        sees_work: whether a rank that works uses its processor: one that waits for a GPU need not.
+    """
+    ranks = sorted(beats, key=lambda beat: beat.rank)
+    stopped = max(ranks, key=lambda beat: beat.stopped_s, default=None)
+    if stopped is not None and stopped.stopped_s >= config.stopped_s:
+        return Frozen(stopped.rank, f"has been stopped for {stopped.stopped_s:.1f} s (SIGSTOP)")
+    if not sees_work or len(ranks) < world_size:
+        return None
+    if any(beat.point not in _IN_A_STEP or not beat.step for beat in ranks):
+        return None
+    limit_s = max(config.idle_s, config.steps * max(beat.longest_s for beat in ranks))
+    idle_s = min(beat.idle_s for beat in ranks)
+    return _hung(ranks, idle_s, limit_s) if idle_s >= limit_s else None
+
+
+def _hung(ranks: Sequence[RankBeat], idle_s: float, limit_s: float) -> Frozen:
+    """Of ranks that wait for each other, one that has not come where most wait."""
+    step = min(beat.step for beat in ranks)
+    behind = [beat for beat in ranks if beat.step == step]
+    missing = [beat for beat in behind if beat.point != "sum"] or behind
+    others = f", as may {_named(missing[1:])}" if len(missing) > 1 else ""
+    how = f"hangs in step {step + 1}{others}: no rank has computed anything for {idle_s:.1f} s (limit {limit_s:.1f} s)"
+    return Frozen(missing[0].rank, how)
+
+
+def _named(ranks: Sequence[RankBeat], most: int = 8) -> str:
+    names = ", ".join(str(beat.rank) for beat in ranks[:most])
+    return f"rank{'s' * (len(ranks) > 1)} {names}{', ...' * (len(ranks) > most)}"

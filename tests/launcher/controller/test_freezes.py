@@ -1,0 +1,79 @@
+"""Which ranks count as frozen: the table. Whatever may take long is never taken for a freeze."""
+
+from typing import Any
+
+import pytest
+
+from evermesh.launcher.config import HangConfig
+from evermesh.launcher.controller.freezes import frozen
+from evermesh.launcher.messages import RankBeat
+
+DEFAULT = HangConfig()
+
+
+def beat(rank: int, **changes: Any) -> RankBeat:
+    """A rank that waits for the others at the end of step 8, whose steps take milliseconds."""
+    values = {"step": 7, "step_s": 0.01, "compute_s": 0.01, "longest_s": 0.02, "point": "sum"}
+    return RankBeat.model_validate({"rank": rank, "pid": 100 + rank} | values | changes)
+
+
+QUIET = {"idle_s": 3.1}
+HANGS = (beat(0, **QUIET), beat(1, point="train", **QUIET))
+
+FINE = [
+    ("nobody is silent", (beat(0), beat(1))),
+    ("not long enough", (beat(0, idle_s=2.9), beat(1, idle_s=2.9))),
+    ("one computes, and the other waits for it", (beat(0, idle_s=500.0), beat(1, point="train"))),
+    ("the first step", (beat(0, idle_s=500.0, step=0, longest_s=0.0), beat(1, idle_s=500.0, step=0, longest_s=0.0))),
+    ("a step of a minute", (beat(0, idle_s=60.0, longest_s=60.0), beat(1, idle_s=60.0, longest_s=1.0))),
+    ("one rank has not begun", (beat(0, **QUIET),)),
+    ("stopped for a moment", (beat(0), beat(1, stopped_s=1.9, idle_s=1.9))),
+    *[
+        (f"{point}", (beat(0, idle_s=500.0), beat(1, idle_s=500.0, point=point)))
+        for point in ("start-up", "data", "compile", "evaluate", "checkpoint")
+    ],
+]
+
+
+@pytest.mark.parametrize(("situation", "beats"), FINE, ids=[name for name, _ in FINE])
+def test_it_is_no_freeze_that(situation: str, beats: tuple[RankBeat, ...]) -> None:
+    assert frozen(beats, 2, DEFAULT, sees_work=True) is None, situation
+
+
+def test_a_rank_that_hangs_is_the_one_that_the_others_wait_for() -> None:
+    found = frozen(HANGS, 2, DEFAULT, sees_work=True)
+    assert found == (1, "hangs in step 8: no rank has computed anything for 3.1 s (limit 3.0 s)")
+
+
+def test_where_nobody_has_come_to_the_sum_or_all_have_every_rank_is_named() -> None:
+    for point in ("sum", "train"):
+        found = frozen([beat(rank, point=point, **QUIET) for rank in (2, 0, 1)], 3, DEFAULT, sees_work=True)
+        assert found is not None
+        assert found.rank == 0
+        assert "hangs in step 8, as may ranks 1, 2: " in found.how
+
+
+def test_a_rank_that_is_a_step_behind_is_named_though_others_are_at_no_sum() -> None:
+    found = frozen((beat(0, point="train", **QUIET), beat(1, step=6, **QUIET)), 2, DEFAULT, sees_work=True)
+    assert found is not None
+    assert found.rank == 1
+
+
+def test_the_limit_follows_the_longest_of_the_last_steps() -> None:
+    slow = (beat(0, longest_s=60.0, idle_s=299.0), beat(1, longest_s=1.0, idle_s=299.0))
+    assert frozen(slow, 2, DEFAULT, sees_work=True) is None
+    slower = [found.model_copy(update={"idle_s": 300.0}) for found in slow]
+    assert frozen(slower, 2, DEFAULT, sees_work=True) is not None
+
+
+def test_where_work_cannot_be_seen_only_a_stopped_rank_is_found() -> None:
+    assert frozen(HANGS, 2, DEFAULT, sees_work=False) is None
+    stopped = (beat(0, idle_s=2.0), beat(1, idle_s=2.0, stopped_s=2.0))
+    assert frozen(stopped, 2, DEFAULT, sees_work=False) == (1, "has been stopped for 2.0 s (SIGSTOP)")
+
+
+@pytest.mark.parametrize("point", ["start-up", "checkpoint", "train"])
+def test_a_stopped_rank_is_found_whatever_it_was_doing(point: str) -> None:
+    found = frozen((beat(0, point="data"), beat(1, point=point, step=0, stopped_s=2.5)), 2, DEFAULT, sees_work=True)
+    assert found is not None
+    assert found.rank == 1
