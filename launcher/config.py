@@ -90,3 +90,14 @@ class JobConfig(BaseModel):
             train = train.model_copy(update={"layout": train.layout.fitted_to(workers)})
         check_layout(train)
         return train
+
+    @field_validator("train")
+    @classmethod
+    def _nodes_suffice_for_code(cls, train: TrainConfig, info: ValidationInfo) -> TrainConfig:
+        nodes, code = info.data.get("nodes"), train.snapshot.code if train.snapshot else "none"
+        if nodes is not None and "+" in code and int(code.partition("+")[2]) >= nodes:
+            raise ValueError(
+                f"train.snapshot.code {code} keeps parity on {code.partition('+')[2]} other nodes, but there are {nodes} "
+                "nodes in all; use fewer parity parts, more nodes, or auto"
+            )
+        return train

@@ -25,6 +25,7 @@ from evermesh.launcher.agent.revival import Revival
 from evermesh.launcher.agent.shared_memory import Board, SharedArea
 from evermesh.launcher.agent.spec import AgentSpec
 from evermesh.launcher.agent.store import StoreProcess
+from evermesh.launcher.agent.striping import NodeStripe
 from evermesh.launcher.agent.worker_group import Hooks, WorkerGroup
 from evermesh.launcher.contact import read_contact
 from evermesh.launcher.errors import LauncherError
@@ -35,6 +36,8 @@ from evermesh.launcher.messages import (
     ChangeLayout,
     End,
     Hello,
+    JoinStripe,
+    Keep,
     Leave,
     OpenStore,
     Outcome,
@@ -42,6 +45,7 @@ from evermesh.launcher.messages import (
     Preempted,
     Progress,
     RankBeat,
+    Rebuild,
     Report,
     Start,
     Started,
@@ -72,6 +76,7 @@ class Agent:
         self._revival = Revival(spec.run, spec.node) if spec.revives else None
         hooks = LinkHooks(self._greet, self._receive, self._note_lost)
         self._link = Link(self._loop, spec.node, token, lambda: read_contact(spec.run, spec.node), hooks)
+        self._stripe = NodeStripe(self._loop, self._keeper, spec.address, token, self._link.send)
 
     def run(self) -> None:
         """Serve until told to leave. No process of it is left."""
@@ -110,6 +115,12 @@ class Agent:
         if self._is_stale(message):
             return
         match message:
+            case Keep():
+                self._stripe.keep(message)
+            case JoinStripe():
+                self._stripe.join(message)
+            case Rebuild():
+                self._stripe.rebuild(message)
             case OpenStore():
                 self._try(message.generation, lambda: self._open_store(message.generation))
             case Start():
@@ -186,7 +197,7 @@ class Agent:
         memory = psutil.virtual_memory().available
         self._link.send(Beat(generation=generation, ranks=tuple(self._rank_beats()), memory_free_bytes=memory))
         self._loop.after(_BEAT_S, self._beat)
-        self._keeper.look()
+        self._stripe.look(had_died=self._keeper.look())
         self._look_after_controller()
 
     def _rank_beats(self) -> Iterator[RankBeat]:

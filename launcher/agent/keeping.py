@@ -4,15 +4,16 @@ from pathlib import Path
 
 from evermesh.fault.snapshot.keeper.area import area_of, identity_in
 from evermesh.fault.snapshot.keeper.keeper import inventory
+from evermesh.fault.snapshot.keeper.parity import protected_in
 from evermesh.fault.snapshot.keeper.process import KeeperProcess
-from evermesh.launcher.messages import InMemory, SnapshotPart
+from evermesh.launcher.messages import InMemory, ProtectedPart, SnapshotPart
 
 
 class NodeKeeper:
     """The keeper of ``node`` in ``run``, if workers leave snapshots there. It outlives this agent, unless the job is over."""
 
     def __init__(self, run: Path, node: str) -> None:
-        self._area, self._log = area_of(run, node), run / "logs" / f"keeper-{node}.log"
+        self.area, self._log = area_of(run, node), run / "logs" / f"keeper-{node}.log"
         self._process: KeeperProcess | None = None
         self._launch: str | None = None
 
@@ -24,30 +25,34 @@ class NodeKeeper:
         if self._process is None or launch != self._launch:
             self.leave(job_is_over=False)
             try:
-                self._process = KeeperProcess(self._area, launch, self._log)
+                self._process = KeeperProcess(self.area, launch, self._log)
             except OSError as error:  # another agent of this node may not have gone yet
                 print(f"no keeper, so workers make no snapshots: {error}", flush=True)
                 return None
             self._launch = launch
             how = "found" if self._process.is_adopted else "started"
-            print(f"{how} the keeper of this node in {self._area}", flush=True)
-        return self._area
+            print(f"{how} the keeper of this node in {self.area}", flush=True)
+        return self.area
 
-    def look(self) -> None:
-        """Called now and then: a keeper that has died is started again, and finds what the one before it has left."""
-        if self._process is not None and not self._process.look():
+    def look(self) -> bool:
+        """Called now and then: a keeper that has died is started again, and finds what the one before it has left. Whether
+        that was needed."""
+        had_died = self._process is not None and not self._process.look()
+        if had_died:
             print("the keeper had died: another one is started", flush=True)
+        return had_died
 
     def in_memory(self) -> InMemory | None:
         """What ranks have left in memory, also before this agent; None if there is nothing."""
-        found = identity_in(self._area)
+        found = identity_in(self.area)
         if found is None:
             return None
         fields = SnapshotPart.model_fields
         parts = tuple(
-            SnapshotPart.model_validate({name: part[name] for name in fields}) for part in inventory(self._area)
+            SnapshotPart.model_validate({name: part[name] for name in fields}) for part in inventory(self.area)
         )
-        return InMemory(launch=found.key, parts=parts)
+        protected = tuple(ProtectedPart.model_validate(one.values()) for one in protected_in(self.area))
+        return InMemory(launch=found.key, parts=parts, protected=protected)
 
     def leave(self, *, job_is_over: bool) -> None:
         """Let the keeper live on for the next agent, or end it with all that it keeps."""

@@ -67,9 +67,7 @@ class Stripe:
             "bytes_per_s": None,
         } | changes
         chosen = range(len(self.sizes)) if nodes is None else nodes
-        return [
-            clients[node].ask("join", WAIT_S, **told, member=node, ranks=list(self.ranks[node])) for node in chosen
-        ]
+        return [clients[node].ask("join", WAIT_S, **told, member=node, ranks=list(self.ranks[node])) for node in chosen]
 
     def take(self, step: int, nodes: Sequence[int] | None = None, generation: int = 1) -> Version:
         """Ranks of these nodes copy and have sealed; returns without waiting for the protection."""

@@ -103,7 +103,9 @@ def test_a_damaged_record_of_parity_counts_as_a_lost_member(tmp_path: Path) -> N
             assert stripe.digests(version) == whole
 
 
-def test_f6_a_keeper_that_dies_while_it_protects_leaves_snapshots_sealed_and_the_next_is_protected(tmp_path: Path) -> None:
+def test_f6_a_keeper_that_dies_while_it_protects_leaves_snapshots_sealed_and_the_next_is_protected(
+    tmp_path: Path,
+) -> None:
     with stripe_of(tmp_path, "2+1", ((24 * MIB,),) * 3) as stripe:
         assert all(answer["ok"] for answer in stripe.join(bytes_per_s=4e6))  # slow enough to be met inside
         version = stripe.take(4)
