@@ -13,7 +13,9 @@ from evermesh.launcher.messages import JoinStripe, Keep
 class Places:
     """Has the keepers of an attempt take their places, and knows which have."""
 
-    def __init__(self, nodes: Nodes, life: Life, groups: Sequence[Group], scribe: Scribe, bytes_per_s: float | None) -> None:
+    def __init__(
+        self, nodes: Nodes, life: Life, groups: Sequence[Group], scribe: Scribe, bytes_per_s: float | None
+    ) -> None:
         self._nodes, self._life, self._groups, self._scribe = nodes, life, groups, scribe
         self._bytes_per_s, self._generation = bytes_per_s, scribe.generation
         self._ports: dict[str, int] = {}
@@ -29,12 +31,12 @@ class Places:
 
     def take_port(self, name: str, port: int) -> bool:
         """The keeper of a node is reached there; whether it is another one than before."""
-        is_another = name in self._ports and self._ports[name] != port
-        if self._ports.get(name) != port:
+        group, before = self.group_of(name), self._ports.get(name)
+        self._ports[name] = port
+        if before != port or group.number not in self._epochs:
             self.missing.pop(name, None)
-            self._ports[name] = port
-            self.give(self.group_of(name))
-        return is_another
+            self.give(group)
+        return before is not None and before != port
 
     def give(self, group: Group) -> None:
         """Give all members of a group their places anew, once they are known to listen: what they do for earlier ones is

@@ -64,7 +64,7 @@ def test_f8_f11_f12_f13_f14_what_the_code_makes_up_for(
     code: str, lost: tuple[int, ...], rebuilt: set[int] | None
 ) -> None:
     groups = groups_of(6, code)
-    assert [group.places for group in groups] == [(0, 2, 4), (1, 3, 5)] or sorted(groups[1].places) == [1, 3, 5]
+    assert [group.places for group in groups] == [(0, 2, 4), (1, 3, 5)]
     numbers = {place: group.number for group in groups for place in group.places}
     memories = _all(groups, [(1, 8), (1, 9)], [(1, 8), (1, 9)])
     for place in lost:
