@@ -78,7 +78,7 @@ class ParityBuffer:
         Raises:
             RoomMissing: there are not so many; it has none then.
         """
-        self._protected.unlink(missing_ok=True)
+        self.forget()
         if self._parity.is_file() and self._parity.stat().st_size == num_bytes:
             return
         self.release()
@@ -92,6 +92,10 @@ class ParityBuffer:
         except OSError:
             self.release()
             raise
+
+    def forget(self) -> None:
+        """Be parity of nothing."""
+        self._protected.unlink(missing_ok=True)
 
     @contextmanager
     def opened(self) -> Iterator[memoryview]:

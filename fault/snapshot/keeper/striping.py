@@ -218,12 +218,15 @@ class StripeMember:
     def _held(self, version: Version, protected: Protected) -> tuple[ParityBuffer | None, StripeRecord | None]:
         """What this node has of it; all or nothing."""
         buffer = buffer_of(self._area, version)
-        if buffer is None or buffer.protected() != protected:
+        if buffer is None:
             return None, None
         try:
-            return buffer, StripeRecord.from_bytes(buffer.record())
+            if buffer.protected() == protected:
+                return buffer, StripeRecord.from_bytes(buffer.record())
         except (OSError, RecordUnreadable):
-            return None, None
+            pass  # as if it had nothing
+        buffer.forget()
+        return None, None
 
     def _make_slots(self, portions: Sequence[Portion]) -> None:
         for portion in portions:

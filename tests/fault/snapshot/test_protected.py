@@ -81,7 +81,7 @@ def test_f19_f20_flipped_bytes_of_data_and_of_parity_are_repaired(tmp_path: Path
             stripe.join()
             (answer, *others) = stripe.rebuild(version)
             assert answer["lost"] == []
-            assert answer["repaired"] == {"0" if file is files.data else "1": 1}
+            assert answer["repaired"] == {"1" if file == parity else "0": 1}
             assert [one["repaired"] for one in others] == [answer["repaired"]] * 2
             assert stripe.digests(version) == whole
             assert parity.read_bytes() == before
@@ -109,7 +109,8 @@ def test_f6_a_keeper_that_dies_while_it_protects_leaves_snapshots_sealed_and_the
     with stripe_of(tmp_path, "2+1", ((24 * MIB,),) * 3) as stripe:
         assert all(answer["ok"] for answer in stripe.join(bytes_per_s=4e6))  # slow enough to be met inside
         version = stripe.take(4)
-        wait(lambda: stripe.states(version) == {"protecting"})
+        wait(lambda: all(list(stripe.area(node).glob("parity-*/parity")) for node in range(3)))
+        assert stripe.states(version) == {"protecting"}
         stripe.lose(1, memory=False)
         wait(lambda: {held.state for node in (0, 2) for held in held_by(stripe.area(node), node)} == {"sealed"})
         assert "member" in _fact(stripe, 0)
