@@ -16,8 +16,8 @@ from pydantic import (
 )
 
 from evermesh.runtime.config import TrainConfig
-from evermesh.runtime.guard.config import or_default
 from evermesh.runtime.layout import check_layout
+from evermesh.runtime.on_or_off import or_default
 
 _LONGEST_NAME = 100
 
@@ -106,4 +106,15 @@ class JobConfig(BaseModel):
         else:
             train = train.model_copy(update={"layout": train.layout.fitted_to(workers)})
         check_layout(train)
+        return train
+
+    @field_validator("train")
+    @classmethod
+    def _nodes_suffice_for_code(cls, train: TrainConfig, info: ValidationInfo) -> TrainConfig:
+        nodes, code = info.data.get("nodes"), train.snapshot.code if train.snapshot else "none"
+        if nodes is not None and "+" in code and int(code.partition("+")[2]) >= nodes:
+            raise ValueError(
+                f"train.snapshot.code {code} keeps parity on {code.partition('+')[2]} other nodes, but there are {nodes} "
+                "nodes in all; use fewer parity parts, more nodes, or auto"
+            )
         return train

@@ -30,7 +30,18 @@ from evermesh.runtime.telemetry import StepReport
 _LOOK_S = 0.02
 DEAD_AFTER_S = 6.0
 """How long a run may be without a controller; an agent, or who shows the job, starts a dead one again before that."""
-_TOLD = ("restarted", "stacks", "node cut off", "node back", "node lost", "keeper lost", "fresh interpreters")
+_TOLD = (
+    "restarted",
+    "stacks",
+    "node cut off",
+    "node back",
+    "node lost",
+    "keeper lost",
+    "fresh interpreters",
+    "snapshots degraded",
+    "snapshot rebuilt",
+    "snapshot lost",
+)
 """Events that are shown among the steps."""
 _LOG_LINES = 8
 

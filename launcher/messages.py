@@ -63,12 +63,26 @@ class SnapshotPart(_Message):
     """Digest."""
 
 
+class ProtectedPart(_Message):
+    """A snapshot that a stripe protects, as the keeper of one of its members knows it."""
+
+    version: tuple[int, int, str]
+    """Generation, step, and digest of the shard map."""
+    stripe: str
+    member: int
+    code: str
+    portions: tuple[tuple[tuple[int, int, int, int], ...], ...]
+    """By member: of each of its ranks the rank, and the bytes of data, index and objects."""
+
+
 class InMemory(_Message):
     """The snapshots that the keeper of a node has, or has left."""
 
     launch: str
     """Which launch they belong to; those of another are of no use."""
     parts: tuple[SnapshotPart, ...] = ()
+    protected: tuple[ProtectedPart, ...] = ()
+    """Of which the node can help to rebuild the parts of others."""
 
 
 # from the agent
@@ -166,8 +180,38 @@ class Noticed(_Message):
     text: str
 
 
+class KeeperTells(_Message):
+    """The keeper of the node has done what it was told, or cannot; or something about its stripe has changed."""
+
+    kind: Literal["keeper"] = "keeper"
+    generation: int
+    epoch: int = 0
+    """Of its place in a stripe; 0 without one."""
+    about: Literal["listen", "join", "rebuild", "standing"]
+    ok: bool
+    """Done; of ``standing``: the newest snapshot is protected."""
+    text: str = ""
+    """Why it is not."""
+    port: int | None = None
+    """Where other keepers reach it at the address of the node."""
+    step: int | None = None
+    repaired: int = 0
+    """Chunks of this node that were corrupt and are right now."""
+    in_memory: InMemory | None = None
+
+
 FromAgent = Annotated[
-    Hello | Beat | StoreOpened | Started | Report | PlanReport | Progress | Preempted | CannotStart | Noticed,
+    Hello
+    | Beat
+    | StoreOpened
+    | Started
+    | Report
+    | PlanReport
+    | Progress
+    | Preempted
+    | CannotStart
+    | Noticed
+    | KeeperTells,
     Field(discriminator="kind"),
 ]
 FromAgentAdapter: TypeAdapter[FromAgent] = TypeAdapter(FromAgent)
@@ -195,6 +239,40 @@ class Place(_Message):
     world_size: int
     node_rank: int
     nodes: int
+
+
+class Keep(_Message):
+    """Have a keeper that other keepers can reach, before ranks are started."""
+
+    kind: Literal["keep"] = "keep"
+    generation: int
+    launch: str
+
+
+class JoinStripe(_Message):
+    """Have your keeper protect snapshots together with those of other nodes; they know each other by a secret of the job."""
+
+    kind: Literal["join_stripe"] = "join_stripe"
+    generation: int
+    epoch: int
+    """Nothing that belongs to an earlier one is done any more."""
+    stripe: str
+    member: int
+    code: str
+    addresses: tuple[tuple[str, int], ...]
+    ranks: tuple[int, ...]
+    """Of this node."""
+    bytes_per_s: float | None = None
+
+
+class Rebuild(_Message):
+    """Have your keeper make a snapshot whole together with all others of its stripe."""
+
+    kind: Literal["rebuild"] = "rebuild"
+    generation: int
+    epoch: int
+    protected: ProtectedPart
+    timeout_s: float
 
 
 class OpenStore(_Message):
@@ -251,5 +329,8 @@ class Leave(_Message):
     kind: Literal["leave"] = "leave"
 
 
-ToAgent = Annotated[OpenStore | Start | Ask | ChangeLayout | End | WriteStacks | Leave, Field(discriminator="kind")]
+ToAgent = Annotated[
+    Keep | JoinStripe | Rebuild | OpenStore | Start | Ask | ChangeLayout | End | WriteStacks | Leave,
+    Field(discriminator="kind"),
+]
 ToAgentAdapter: TypeAdapter[ToAgent] = TypeAdapter(ToAgent)

@@ -1,34 +1,53 @@
 """Topology, layouts, batch plans, the cost model, the planner, and what applies parallelism to a model.
 
-Names that need torch or the planner's compiler are imported when they are first used, so that the command line and the
-controller start fast.
+Names are imported when they are first used, so that keepers, the command line and the controller start fast.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from evermesh.parallelism.batch_plan import BatchPlan, Certificate, MicroBatch, Piece
-from evermesh.parallelism.collectives import CollectiveRecord, Communicator, Moment
-from evermesh.parallelism.cost import CostModel, ModelShape
-from evermesh.parallelism.errors import EvermeshError, LayoutDoesNotFit, PlanInvalid, SequenceTooLong
-from evermesh.parallelism.layout import Layout
-from evermesh.parallelism.ledger import ByteLedger, Traffic
-from evermesh.parallelism.pool import Pool
-from evermesh.parallelism.simulator import Timeline, simulate
-from evermesh.parallelism.topology import Topology
-from evermesh.parallelism.verifier import verify_plan
-
 if TYPE_CHECKING:
     from evermesh.parallelism.attention.ring import ring_attention
+    from evermesh.parallelism.batch_plan import BatchPlan, Certificate, MicroBatch, Piece
+    from evermesh.parallelism.collectives import CollectiveRecord, Communicator, Moment
+    from evermesh.parallelism.cost import CostModel, ModelShape
+    from evermesh.parallelism.errors import EvermeshError, LayoutDoesNotFit, PlanInvalid, SequenceTooLong
+    from evermesh.parallelism.layout import Layout
+    from evermesh.parallelism.ledger import ByteLedger, Traffic
     from evermesh.parallelism.planner import HybridPlanner, Planner, plan_batch
+    from evermesh.parallelism.pool import Pool
+    from evermesh.parallelism.simulator import Timeline, simulate
+    from evermesh.parallelism.topology import Topology
+    from evermesh.parallelism.verifier import verify_plan
 
-_LATE = {
+_MODULES = {
+    "BatchPlan": "evermesh.parallelism.batch_plan",
+    "ByteLedger": "evermesh.parallelism.ledger",
+    "Certificate": "evermesh.parallelism.batch_plan",
+    "CollectiveRecord": "evermesh.parallelism.collectives",
+    "Communicator": "evermesh.parallelism.collectives",
+    "CostModel": "evermesh.parallelism.cost",
+    "EvermeshError": "evermesh.parallelism.errors",
     "HybridPlanner": "evermesh.parallelism.planner",
+    "Layout": "evermesh.parallelism.layout",
+    "LayoutDoesNotFit": "evermesh.parallelism.errors",
+    "MicroBatch": "evermesh.parallelism.batch_plan",
+    "ModelShape": "evermesh.parallelism.cost",
+    "Moment": "evermesh.parallelism.collectives",
+    "Piece": "evermesh.parallelism.batch_plan",
+    "PlanInvalid": "evermesh.parallelism.errors",
     "Planner": "evermesh.parallelism.planner",
+    "Pool": "evermesh.parallelism.pool",
+    "SequenceTooLong": "evermesh.parallelism.errors",
+    "Timeline": "evermesh.parallelism.simulator",
+    "Topology": "evermesh.parallelism.topology",
+    "Traffic": "evermesh.parallelism.ledger",
     "plan_batch": "evermesh.parallelism.planner",
     "ring_attention": "evermesh.parallelism.attention.ring",
+    "simulate": "evermesh.parallelism.simulator",
+    "verify_plan": "evermesh.parallelism.verifier",
 }
-"""Names that are imported when first used, and where from."""
+"""Where names are imported from when they are first used."""
 
 __all__ = [
     "BatchPlan",
@@ -60,6 +79,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in _LATE:
-        return getattr(importlib.import_module(_LATE[name]), name)
+    if name in _MODULES:
+        return getattr(importlib.import_module(_MODULES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -122,6 +122,15 @@ class SnapshotConfig(_Frozen):
     node_mtbf_h: PositiveFloat = 2000.0
     """Hours between two failures of a node, hardware or software, as believed before the run has seen any; from those it
     learns. Published for large clusters: 3,700 to 6,300."""
+    code: Annotated[str, Field(pattern=r"^(auto|none|[1-9]\d{0,2}\+[1-9]\d{0,2})$")] = "auto"
+    """How nodes protect each other's snapshots, as data + parity parts of an erasure code, such as ``6+2``: as many lost
+    nodes of a stripe of 8 as it has parity parts cost no read of storage. Each node needs 2/6 more memory for each of its two
+    snapshots then. ``auto``: one parity part, two from 6 nodes on, up to 8 parts; 2 nodes keep copies. ``none``: no
+    protection, and no memory for it."""
+    bytes_per_s: PositiveFloat | None = None
+    """What a node sends to the others at most to protect snapshots; null: as much as it can."""
+    rebuild_timeout_s: PositiveFloat = 300.0
+    """How long lost parts may take to be rebuilt before storage is read instead."""
 
 
 class EvaluationConfig(_Frozen):

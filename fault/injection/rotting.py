@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from evermesh.fault.injection.schedule import Flip
-from evermesh.fault.snapshot.keeper.slots import RECORD_BYTES, SlotFiles, held_by
+from evermesh.fault.snapshot.keeper.slots import HEADER_USED_BYTES, SlotFiles, held_by
 
 
 class Byte(NamedTuple):
@@ -40,7 +40,9 @@ def choose_byte(fault: Flip, area: Path | None, rank: int, seed: str) -> Byte:
         raise LookupError(f"rank {rank} has no snapshot in memory yet. Flip it in a later step, or set train.snapshot.")
     newest = max(held, key=lambda one: one.record.step)
     files, chance = SlotFiles.of(area, rank, newest.number), random.Random(seed)
-    file, size = (files.data, newest.record.data_bytes) if fault.what == "snapshot" else (files.header, RECORD_BYTES)
+    file, size = (
+        (files.data, newest.record.data_bytes) if fault.what == "snapshot" else (files.header, HEADER_USED_BYTES)
+    )
     byte = chance.randrange(max(1, size)) if fault.element is None else fault.element
     bit = chance.randrange(8) if fault.bit is None else fault.bit
     if byte >= size or bit >= 8:

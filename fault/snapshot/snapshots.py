@@ -186,7 +186,10 @@ class Snapshots:
             if state in ("sealed", "protected"):
                 return 0.0
             self._look_at_keeper()
-            if not self._is_lost and state in ("writing", None):
+            if state == "protecting" and self._client is None:  # it is whole; nobody protects it any more
+                self._is_lost = False
+                return 0.0
+            if not self._is_lost and state in ("writing", "protecting", None):
                 return _WAITS
         return _LOST
 

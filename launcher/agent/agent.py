@@ -18,7 +18,7 @@ import psutil
 from pydantic import ValidationError
 
 from evermesh.launcher.agent import warm
-from evermesh.launcher.agent.keeping import NodeKeeper
+from evermesh.launcher.agent.keeping import KEEPER_LOST, NodeKeeper
 from evermesh.launcher.agent.link import Link, LinkHooks
 from evermesh.launcher.agent.loop import Loop
 from evermesh.launcher.agent.pulse import Pulse
@@ -26,6 +26,7 @@ from evermesh.launcher.agent.revival import Revival
 from evermesh.launcher.agent.shared_memory import POINTS, Board, SharedArea
 from evermesh.launcher.agent.spec import AgentSpec
 from evermesh.launcher.agent.store import StoreProcess
+from evermesh.launcher.agent.striping import NodeStripe
 from evermesh.launcher.agent.worker_group import Hooks, WorkerGroup
 from evermesh.launcher.contact import read_contact
 from evermesh.launcher.errors import LauncherError
@@ -36,6 +37,8 @@ from evermesh.launcher.messages import (
     ChangeLayout,
     End,
     Hello,
+    JoinStripe,
+    Keep,
     Leave,
     Noticed,
     OpenStore,
@@ -44,6 +47,7 @@ from evermesh.launcher.messages import (
     Preempted,
     Progress,
     RankBeat,
+    Rebuild,
     Report,
     Start,
     Started,
@@ -76,6 +80,7 @@ class Agent:
         self._revival = Revival(spec.run, spec.node) if spec.revives else None
         hooks = LinkHooks(self._greet, self._receive, self._note_lost)
         self._link = Link(self._loop, spec.node, token, lambda: read_contact(spec.run, spec.node), hooks)
+        self._stripe = NodeStripe(self._loop, self._keeper, spec.address, token, self._link.send)
 
     def run(self) -> None:
         """Serve until told to leave. No process of it is left."""
@@ -114,6 +119,12 @@ class Agent:
         if self._is_stale(message):
             return
         match message:
+            case Keep():
+                self._stripe.keep(message)
+            case JoinStripe():
+                self._stripe.join(message)
+            case Rebuild():
+                self._stripe.rebuild(message)
             case OpenStore():
                 self._try(message.generation, lambda: self._open_store(message.generation))
             case Start():
@@ -197,9 +208,11 @@ class Agent:
             )
         )
         self._loop.after(_BEAT_S, self._beat)
-        for kind, text in self._keeper.look():
+        noticed = list(self._keeper.look())
+        for kind, text in noticed:
             print(f"{kind}: {text}", flush=True)
             self._link.send(Noticed(event=kind, text=text))
+        self._stripe.look(had_died=any(kind == KEEPER_LOST for kind, _ in noticed))
         self._look_after_controller()
 
     def _rank_beats(self) -> Iterator[RankBeat]:

@@ -6,15 +6,19 @@ from pathlib import Path
 
 from evermesh.fault.snapshot.keeper.area import area_of, identity_in
 from evermesh.fault.snapshot.keeper.keeper import inventory
+from evermesh.fault.snapshot.keeper.parity import protected_in
 from evermesh.fault.snapshot.keeper.process import KeeperProcess
-from evermesh.launcher.messages import InMemory, SnapshotPart
+from evermesh.launcher.messages import InMemory, ProtectedPart, SnapshotPart
+
+KEEPER_LOST = "keeper lost"
+"""The event that another keeper is started."""
 
 
 class NodeKeeper:
     """The keeper of ``node`` in ``run``, if workers leave snapshots there. It outlives this agent, unless the job is over."""
 
     def __init__(self, run: Path, node: str) -> None:
-        self._area, self._log = area_of(run, node), run / "logs" / f"keeper-{node}.log"
+        self.area, self._log = area_of(run, node), run / "logs" / f"keeper-{node}.log"
         self._process: KeeperProcess | None = None
         self._launch: str | None = None
         self._told_rotten = 0
@@ -28,14 +32,14 @@ class NodeKeeper:
         if self._process is None or launch != self._launch:
             self.leave(job_is_over=False)
             try:
-                self._process = KeeperProcess(self._area, launch, self._log)
+                self._process = KeeperProcess(self.area, launch, self._log)
             except OSError as error:  # another agent of this node may not have gone yet
                 print(f"no keeper, so workers make no snapshots: {error}", flush=True)
                 return None
             self._launch = launch
             how = "found" if self._process.is_adopted else "started"
-            print(f"{how} the keeper of this node in {self._area}", flush=True)
-        return self._area
+            print(f"{how} the keeper of this node in {self.area}", flush=True)
+        return self.area
 
     def look(self) -> Iterator[tuple[str, str]]:
         """Called now and then: a keeper that has died, or is stopped, is started again, and finds what the one before it has
@@ -44,7 +48,7 @@ class NodeKeeper:
             return
         if not self._process.look():
             self._told_rotten = 0
-            yield "keeper lost", f"the keeper of snapshots: {self._process.lost_because}; another one is started"
+            yield KEEPER_LOST, f"the keeper of snapshots: {self._process.lost_because}; another one is started"
         rotten = self._process.told.get("rotten", [])
         for text in rotten[self._told_rotten :]:
             yield "snapshot damaged", f"memory of a snapshot has changed, and nobody will use it: {text}"
@@ -54,21 +58,22 @@ class NodeKeeper:
     def num_bytes(self) -> int:
         """Memory of the snapshots."""
         found = 0
-        for path in self._area.glob("rank-*/slot-*/*"):
+        for path in self.area.glob("rank-*/slot-*/*"):
             with suppress(OSError):  # it is being given back
                 found += path.stat().st_size
         return found
 
     def in_memory(self) -> InMemory | None:
         """What ranks have left in memory, also before this agent; None if there is nothing."""
-        found = identity_in(self._area)
+        found = identity_in(self.area)
         if found is None:
             return None
         fields = SnapshotPart.model_fields
         parts = tuple(
-            SnapshotPart.model_validate({name: part[name] for name in fields}) for part in inventory(self._area)
+            SnapshotPart.model_validate({name: part[name] for name in fields}) for part in inventory(self.area)
         )
-        return InMemory(launch=found.key, parts=parts)
+        protected = tuple(ProtectedPart.model_validate(one.values()) for one in protected_in(self.area))
+        return InMemory(launch=found.key, parts=parts, protected=protected)
 
     def leave(self, *, job_is_over: bool) -> None:
         """Let the keeper live on for the next agent, or end it with all that it keeps."""

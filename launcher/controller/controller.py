@@ -23,8 +23,16 @@ from evermesh.launcher.controller.roster import Roster
 from evermesh.launcher.controller.scribe import Scribe
 from evermesh.launcher.controller.stacks import stacks_of, told_stacks
 from evermesh.launcher.controller.status import ENDED, JobState
+from evermesh.launcher.controller.stripes import Stripes
 from evermesh.launcher.controller.telling import explain, going_on, told_stop
-from evermesh.launcher.controller.work import drop_unfinished_line, last_step, newest_step, report_of, training_work
+from evermesh.launcher.controller.work import (
+    drop_unfinished_line,
+    last_step,
+    launch_of,
+    newest_step,
+    report_of,
+    training_work,
+)
 from evermesh.launcher.messages import (
     Ask,
     Beat,
@@ -33,6 +41,7 @@ from evermesh.launcher.messages import (
     End,
     FromAgent,
     Hello,
+    KeeperTells,
     Leave,
     Noticed,
     OpenStore,
@@ -73,6 +82,7 @@ class Controller:
         self.reported_s = time.monotonic()
         """When that came."""
         self.plan: dict[str, Any] | None = None
+        self._store: Store | None = None
         is_revived = run.state().state == "running"
         if not is_revived:
             generation = journal.entries[-1].generation if journal.entries else run.state().attempt
@@ -80,6 +90,7 @@ class Controller:
         self.record = replay(journal.entries)
         self._scribe.generation = self.record.generation
         self.life = Life.from_record(self.record, config)
+        self._stripes = self._stripes_of(self.life) if self.life else None
         self._since_s = time.monotonic()
         self._roster.find(self.record.pids if is_revived else {})
 
@@ -104,6 +115,8 @@ class Controller:
         if hello.outcome is not None:
             self._take_outcome(node, hello.outcome)
         self._repeat_orders(node, hello)
+        if self._stripes is not None:
+            self._stripes.greet(node)
         self._changed.set()
         return node
 
@@ -115,7 +128,8 @@ class Controller:
                 self._take_beat(node, message)
                 return
             case StoreOpened() if message.generation == self.generation:
-                self._start_ranks(message.store)
+                self._store = message.store
+                self._start_ranks()
             case Started() if message.generation == self.generation and self.life:
                 self.life.pids |= message.pids
                 if message.fresh_because:
@@ -135,6 +149,8 @@ class Controller:
                 self.stop(message.signal, at_once=False, grace_s=self.config.grace_s)
             case Noticed():
                 self._scribe.tell(message.event, f"{node.name}: {message.text}", node=node.name)
+            case KeeperTells() if message.generation == self.generation and self._stripes is not None:
+                self._stripes.hear(node, message)
             case CannotStart() if message.generation == self.generation:
                 self._roster.refusal = message.text
         self._changed.set()
@@ -243,6 +259,10 @@ class Controller:
         if self._roster.is_finding_out():
             return
         self._count_attempt()
+        if self._stripes is not None and self.life is not None and not self.life.is_ending:
+            self._stripes.look()
+            if not self.life.is_started:
+                self._start_ranks()
         while (transition := decide(self.view())) is not None:
             self._carry_out(transition)
 
@@ -287,12 +307,23 @@ class Controller:
         self.record.generation, self.life = self.generation + 1, life  # from here on nothing can be refused
         drop_unfinished_line(self.run.telemetry)
         self.nodes.last_step = 0
+        self._store, self._stripes = None, self._stripes_of(life)
+        self._stripes.begin()
         self.nodes[nodes[0]].send(OpenStore(generation=self.generation))
 
-    def _start_ranks(self, store: Store) -> None:
-        if self.life is None or self.state != "starting":
+    def _stripes_of(self, life: Life) -> Stripes:
+        launch = launch_of(self.record.started_s)
+        return Stripes(self.nodes, life, self.config, self._scribe, launch, newest_step(self.run))
+
+    def _start_ranks(self) -> None:
+        """As soon as there is a store, and all is in memory that can be had there."""
+        store, stripes = self._store, self._stripes
+        if self.life is None or self.state != "starting" or store is None or stripes is None or not stripes.are_ready:
             return
-        self.life.is_started = True
+        if not self.life.is_started:
+            self.life.is_started, self.life.remembered = True, stripes.remembered()
+            if stripes.has_failed:
+                self.life.began_at = newest_of(newest_step(self.run), self.life.remembered)
         work = training_work(self.run, self.config, self.record.started_s, self.life.remembered)
         seen = {"failures": len(self.record.history), "running_s": max(0.0, time.time() - self.record.started_s)}
         work = work.model_copy(update={"arguments": work.arguments | seen})

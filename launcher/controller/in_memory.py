@@ -2,30 +2,34 @@
 
 from collections.abc import Sequence
 
-from evermesh.fault.snapshot.choosing import Version, common_versions
 from evermesh.launcher.config import JobConfig
 from evermesh.launcher.controller.nodes import Nodes
+from evermesh.launcher.controller.recovery import Group, find_recovery, groups_of
 from evermesh.launcher.controller.work import launch_of
+from evermesh.launcher.messages import InMemory
 
 
 def remembered_step(nodes: Nodes, chosen: Sequence[str], config: JobConfig, since_s: float) -> int | None:
     """Step of the newest snapshot of which the ranks on the nodes ``chosen``, in this order, all have their part in the
-    memory of their own node. None: there is none.
+    memory of their own node, or will have when it is rebuilt. None: there is none.
 
     The ranks choose by themselves once more when they start, by the same rule: they see what was damaged, or sealed since.
     """
-    ranks_per_node = config.workers // config.nodes
-    held: dict[int, list[Version]] = {}
-    for number, name in enumerate(chosen):
-        found = nodes[name].in_memory
-        if found is None or found.launch != launch_of(since_s):
-            return None
-        for part in found.parts:
-            if part.rank // ranks_per_node == number:
-                version = Version(part.generation, part.step, part.shard_map)
-                held.setdefault(part.rank, []).append(version)
-    versions = common_versions(held, config.workers)
-    return versions[0].step if versions else None
+    found = find_recovery(
+        job_groups(config), memories_of(nodes, chosen, launch_of(since_s)), config.workers // config.nodes
+    )
+    return found.version.step if found is not None else None
+
+
+def job_groups(config: JobConfig) -> tuple[Group, ...]:
+    """The stripes of a job."""
+    return groups_of(config.nodes, config.train.snapshot.code if config.train.snapshot else "none")
+
+
+def memories_of(nodes: Nodes, chosen: Sequence[str], launch: str) -> list[InMemory | None]:
+    """What the nodes ``chosen`` hold of a launch, as far as it is known."""
+    told = [nodes[name].in_memory for name in chosen]
+    return [found if found is not None and found.launch == launch else None for found in told]
 
 
 def newest_of(saved: int | None, remembered: int | None) -> int | None:

@@ -23,6 +23,8 @@ class Life:
         self.is_counted = self.is_ending = False
         self.is_started = False
         """Its ranks have been told to start, or an agent tells of them."""
+        self.is_taken_over = False
+        """An earlier controller began it."""
         self.has_reported = False
         """Rank 0 has reported a step, to this controller or to an earlier one."""
         self.done: dict[int, dict[str, Any]] = {}
@@ -40,7 +42,7 @@ class Life:
             return None
         life = cls(record.attempt_nodes, config, record.began_at)
         life.is_counted, life.is_ending = record.is_counted, record.is_ending
-        life.has_reported = record.has_stepped
+        life.has_reported, life.is_taken_over = record.has_stepped, True
         return life
 
     @property

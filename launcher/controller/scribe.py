@@ -20,13 +20,13 @@ class Scribe:
         self._run, self._journal, self._workers = run, journal, workers
         self.generation = 0
 
-    def note(self, kind: str, reason: str, **fields: JsonValue) -> None:
-        """Append to the journal; on disk when this returns.
+    def note(self, kind: str, reason: str, **fields: JsonValue) -> int:
+        """Append to the journal, on disk when this returns; the number of the entry, higher than any before.
 
         Raises:
             OSError: it could not be written.
         """
-        self._journal.append(self.generation, kind, reason, **fields)
+        return self._journal.append(self.generation, kind, reason, **fields).seq
 
     def tell(self, kind: str, text: str, *, step: int | None = None, **fields: JsonValue) -> None:
         """Note an event, for people too; an event log that takes nothing ends no job."""

@@ -72,6 +72,11 @@ class KeeperClient:
         self._answers.clear()
         return found
 
+    @property
+    def descriptor(self) -> int:
+        """Readable when ``answers`` has something to say."""
+        return self._socket.fileno()
+
     def close(self) -> None:
         """Leave."""
         with suppress(OSError):

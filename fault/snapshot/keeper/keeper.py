@@ -7,6 +7,9 @@ It answers orders, each a JSON object with ``order``; every answer has ``ok``, a
     seal      generation, rank, slot, step                  what the rank has copied there is complete
     inventory                                               the snapshots there are
     scrub                                                   look now whether they are still what was sealed
+    listen    host                                          which port other keepers reach this one at
+    join      epoch, stripe, member, ...                    take a place in a stripe; what is sealed is protected from now on
+    rebuild   epoch, version, protected                     make a snapshot whole, together with all other members
     release   rank                                          give its memory back
     end                                                     give everything back, and end
 
@@ -20,14 +23,17 @@ import socketserver
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from evermesh.checkpoint.background.memory import RoomMissing
 from evermesh.fault.snapshot.keeper.area import SOCKET, Area
 from evermesh.fault.snapshot.keeper.scrubbing import Scrubber
 from evermesh.fault.snapshot.keeper.sealing import NotSealed, Reservation, seal
-from evermesh.fault.snapshot.keeper.slots import NUM_SLOTS, held_by, ranks_in
+from evermesh.fault.snapshot.keeper.slots import NUM_SLOTS, State, held_by, ranks_in
 from evermesh.fault.snapshot.keeper.wire import is_own, line_of
+
+if TYPE_CHECKING:
+    from evermesh.fault.snapshot.keeper.striping import StripeMember
 
 _LOOK_S = 0.2
 Order = dict[str, Any]
@@ -47,6 +53,7 @@ class Keeper:
         self._connected, self._last_s = 0, time.monotonic()
         self._has_ended = threading.Event()
         self._scrubber = Scrubber(area.path)
+        self._stripe: StripeMember | None = None
 
     def run(self) -> None:
         """Return when it has ended; its memory is gone then."""
@@ -105,7 +112,11 @@ class Keeper:
         with self._slots_of(rank):
             if not is_wanted():
                 raise NotSealed(f"generation {generation} is over")
-            seal(self._area.path, told, order["slot"], order["step"], is_wanted)
+            stripe = self._stripe if self._stripe is not None and self._stripe.has_place else None
+            then: State = "sealed" if stripe is None else "protecting"
+            record = seal(self._area.path, told, order["slot"], order["step"], is_wanted, then)
+        if stripe is not None:
+            stripe.note_sealed(rank, record.version)
         return {"step": order["step"], "seconds": time.monotonic() - began_s}
 
     def _inventory_order(self, _: Order) -> Order:
@@ -114,6 +125,27 @@ class Keeper:
     def _scrub_order(self, _: Order) -> Order:
         self._scrubber.look(pace=None)
         return {"rotten": self._scrubber.rotten}
+
+    def _listen_order(self, order: Order) -> Order:
+        from evermesh.fault.snapshot.keeper.striping import StripeMember  # takes numpy, which one node does not need
+
+        with self._lock:
+            if self._stripe is None or self._stripe.host != order["host"]:
+                self._stripe = StripeMember(self._area.path, order["host"], self._area.make_room)
+            return {"port": self._stripe.port}
+
+    def _join_order(self, order: Order) -> Order:
+        self._member.join(order)
+        return {}
+
+    def _rebuild_order(self, order: Order) -> Order:
+        return self._member.rebuild(order)
+
+    @property
+    def _member(self) -> "StripeMember":
+        if self._stripe is None:
+            raise LookupError("it was not told where to listen")
+        return self._stripe
 
     def _release_order(self, order: Order) -> Order:
         with self._lock:

@@ -13,7 +13,7 @@ import xxhash
 from evermesh.checkpoint.encoding import index_payload
 from evermesh.checkpoint.files import CHUNK_BYTES, DIGITS
 from evermesh.checkpoint.merging import told_of
-from evermesh.fault.snapshot.keeper.slots import Header, Record, SlotFiles
+from evermesh.fault.snapshot.keeper.slots import Header, Record, SlotFiles, State
 
 
 class Reservation(NamedTuple):
@@ -33,8 +33,10 @@ class NotSealed(Exception):
     """A copy did not become a snapshot."""
 
 
-def seal(area: Path, told: Reservation, number: int, step: int, is_wanted: Callable[[], bool]) -> Record:
-    """Make what lies in a slot a snapshot; the slot is ``sealed`` when this returns.
+def seal(
+    area: Path, told: Reservation, number: int, step: int, is_wanted: Callable[[], bool], then: State = "sealed"
+) -> Record:
+    """Make what lies in a slot a snapshot; the slot is in the state ``then`` when this returns.
 
     Raises:
         NotSealed: the slot is not being written to, or nobody wants it any more.
@@ -53,7 +55,7 @@ def seal(area: Path, told: Reservation, number: int, step: int, is_wanted: Calla
         root = xxhash.xxh3_64_hexdigest(payload[: payload.index(b"\n") + 1])
         record = Record(told.rank, told.generation, step, told.data_bytes, len(payload), root, told.shard_map)
         if is_wanted() and header.ticket == step:
-            header.hold(record, "sealed")
+            header.hold(record, then)
         if header.ticket != step:  # given up, and written to again meanwhile
             header.state = "writing"
             raise NotSealed(f"slot {number} of rank {told.rank} is written to again")

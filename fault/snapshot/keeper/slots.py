@@ -6,7 +6,10 @@ AREA/rank-00003/slot-0/header                    state and record
                        objects.json              what the rank says besides tensors
                /slot-1/...
 
-EMPTY ── worker ──► WRITING ── keeper: digests, index, record ──► SEALED (──► PROTECTED) ── worker: all ranks ──► COMMITTED
+EMPTY ── worker ──► WRITING ── keeper: digests, index, record ──► SEALED ── worker: all ranks have theirs ──► COMMITTED
+
+In a stripe the keeper seals it as PROTECTING, and says PROTECTED when the other nodes have their parity, or SEALED when that
+failed; ranks wait for one of both.
 
 The state is one aligned word, which no kill can tear; the record is written before the state says that it is valid, with a
 digest of its own. Whoever cannot read one of both takes the other slot.
@@ -22,27 +25,30 @@ from typing import Literal, NamedTuple, Self
 import xxhash
 
 from evermesh.checkpoint.committing import data_name, index_name
+from evermesh.fault.snapshot.choosing import Version
 
 NUM_SLOTS = 2
 HEADER_BYTES = 4096
-State = Literal["empty", "writing", "sealed", "protected", "committed", "damaged"]
+State = Literal["empty", "writing", "protecting", "sealed", "protected", "committed", "damaged"]
 _WORDS: dict[State, bytes] = {
     "empty": bytes(8),
     "writing": b"writing.",
+    "protecting": b"parity..",
     "sealed": b"sealed..",
     "protected": b"protect.",
     "committed": b"commit..",
     "damaged": b"damaged.",
 }
 _STATES = {word: state for state, word in _WORDS.items()}
-USABLE: frozenset[State] = frozenset(("sealed", "protected", "committed"))
+USABLE: frozenset[State] = frozenset(("protecting", "sealed", "protected", "committed"))
 """States in which a slot holds all of a snapshot."""
 _STATE_AT, _TICKET_AT, _RECORD_AT = 0, 8, 64
 _MAGIC, _VERSION = b"evermesh", 1
 _RECORD = struct.Struct("<8sIIQQQQ16s64s")
 _DIGEST = struct.Struct("<Q")
-RECORD_BYTES = _RECORD_AT + _RECORD.size + _DIGEST.size
-"""Of a header; the rest of it is empty."""
+RECORD_BYTES = _RECORD.size + _DIGEST.size
+HEADER_USED_BYTES = _RECORD_AT + RECORD_BYTES
+"""The rest of a header is empty."""
 
 
 class Record(NamedTuple):
@@ -60,6 +66,11 @@ class Record(NamedTuple):
     shard_map: str
     """Digest of the map that the ranks of the attempt have."""
 
+    @property
+    def version(self) -> Version:
+        """Of which snapshot it is a part."""
+        return Version(self.generation, self.step, self.shard_map)
+
     def pack(self) -> bytes:
         """The record with its digest."""
         sizes = (self.generation, self.step, self.data_bytes, self.index_bytes)
@@ -69,7 +80,7 @@ class Record(NamedTuple):
     @classmethod
     def unpack(cls, payload: bytes) -> Self | None:
         """The record that ``pack`` made; None if it is torn, altered or of another version."""
-        packed, digest = payload[: _RECORD.size], payload[_RECORD.size : _RECORD.size + _DIGEST.size]
+        packed, digest = payload[: _RECORD.size], payload[_RECORD.size : RECORD_BYTES]
         if len(digest) != _DIGEST.size or _DIGEST.unpack(digest)[0] != xxhash.xxh3_64_intdigest(packed):
             return None
         magic, version, rank, generation, step, data_bytes, index_bytes, root, shard_map = _RECORD.unpack(packed)
@@ -110,7 +121,7 @@ class Header:
     @property
     def record(self) -> Record | None:
         """None: torn, altered, or there is none yet."""
-        return Record.unpack(self._memory[_RECORD_AT : _RECORD_AT + _RECORD.size + _DIGEST.size])
+        return Record.unpack(self._memory[_RECORD_AT : _RECORD_AT + RECORD_BYTES])
 
     def hold(self, record: Record, state: State) -> None:
         """Say what the slot holds, and then that it does."""

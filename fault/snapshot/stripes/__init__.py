@@ -7,6 +7,7 @@ from evermesh.fault.snapshot.stripes.errors import (
     SnapshotsDiffer,
     StripesImpossible,
     TransferFailed,
+    TransferGivenUp,
     WrongGeneration,
 )
 from evermesh.fault.snapshot.stripes.membership import Address, Membership, listen
@@ -29,6 +30,7 @@ __all__ = [
     "StripeTransfer",
     "StripesImpossible",
     "TransferFailed",
+    "TransferGivenUp",
     "WrongGeneration",
     "digests_of",
     "listen",

@@ -7,7 +7,8 @@ EvermeshError
     ├── MemberLost                            a member closed its connection, or was silent too long
     ├── WrongGeneration                       a member belongs to another attempt
     ├── SnapshotsDiffer                       members hold different snapshots, or began different transfers
-    └── ChunkCorrupt                          a chunk has another digest than the record says
+    ├── ChunkCorrupt                          a chunk has another digest than the record says
+    └── TransferGivenUp                       nobody wants it any more
 """
 
 from evermesh.parallelism.errors import EvermeshError
@@ -44,3 +45,7 @@ class SnapshotsDiffer(TransferFailed):
 
 class ChunkCorrupt(TransferFailed):
     """A chunk has another digest than was announced."""
+
+
+class TransferGivenUp(TransferFailed):
+    """Another thread of this member has given it up."""

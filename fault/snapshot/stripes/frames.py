@@ -30,6 +30,8 @@ class Kind(IntEnum):
     """What the sender has in ``row``, or what it computed for the receiver."""
     DONE = 5
     """The sender has all it needs; the digests of its parity, where it was protected."""
+    TELL = 6
+    """Something that the caller has to say to all."""
 
 
 class Header(NamedTuple):

@@ -25,7 +25,13 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from evermesh.fault.snapshot.coding import Code
-from evermesh.fault.snapshot.stripes.errors import MemberLost, StripesImpossible, TransferFailed, WrongGeneration
+from evermesh.fault.snapshot.stripes.errors import (
+    MemberLost,
+    StripesImpossible,
+    TransferFailed,
+    TransferGivenUp,
+    WrongGeneration,
+)
 
 _MAGIC = b"EVMESH01"
 _HELLO = struct.Struct("!8s16sQHH32s")
@@ -90,13 +96,18 @@ def listen(host: str, port: int = 0) -> socket.socket:
 
 
 def connect(
-    mine: Membership, listener: socket.socket, absent: Iterable[int] = (), timeout_s: float = 30.0
+    mine: Membership,
+    listener: socket.socket,
+    absent: Iterable[int] = (),
+    timeout_s: float = 30.0,
+    given_up: threading.Event | None = None,
 ) -> dict[int, socket.socket]:
     """Connections to all other members but the ``absent``, by rank; non-blocking.
 
     Collective: all of them call it. Who does not know the secret is cut off and leaves no trace.
 
     Raises:
+        TransferGivenUp: another thread has set ``given_up``.
         WrongGeneration: a member belongs to another one, and refused us.
         MemberLost: a member did not come within ``timeout_s``; names those that are missing.
     """
@@ -104,9 +115,9 @@ def connect(
     others = set(range(len(mine.addresses))) - {mine.rank, *absent}
     found: dict[int, socket.socket] = {}
     try:
-        with _Acceptor(mine, listener, others) as acceptor:
+        with _Acceptor(mine, listener, others, given_up or threading.Event()) as acceptor:
             for rank in sorted(other for other in others if other > mine.rank):
-                found[rank] = _dial(mine, rank, deadline_s)
+                found[rank] = _dial(mine, rank, deadline_s, acceptor.given_up)
             found |= acceptor.wait({other for other in others if other < mine.rank}, deadline_s)
     except BaseException:
         close_all(found)
@@ -126,8 +137,10 @@ def close_all(connections: Mapping[int, socket.socket]) -> None:
 class _Acceptor:
     """Accepts in a thread, and lets a thread per connection ask who it is: a silent stranger delays nobody."""
 
-    def __init__(self, mine: Membership, listener: socket.socket, expected: set[int]) -> None:
-        self._mine, self._listener, self._expected = mine, listener, expected
+    def __init__(
+        self, mine: Membership, listener: socket.socket, expected: set[int], given_up: threading.Event
+    ) -> None:
+        self._mine, self._listener, self._expected, self.given_up = mine, listener, expected, given_up
         self._accepted: queue.Queue[tuple[int, socket.socket]] = queue.Queue()
         self._slots, self._is_closed = threading.Semaphore(_MOST_STRANGERS), threading.Event()
         self._wrong: dict[int, int] = {}
@@ -148,9 +161,12 @@ class _Acceptor:
         """The connections of ``ranks``; of one that connected twice the later, which has replaced the other."""
         found: dict[int, socket.socket] = {}
         while missing := ranks - set(found):
+            left_s = max(deadline_s - time.monotonic(), 0)
             try:
-                rank, connection = self._accepted.get(timeout=max(deadline_s - time.monotonic(), 0))
+                rank, connection = self._accepted.get(timeout=min(left_s, _RETRY_S))
             except queue.Empty:
+                if left_s > 0 and not self.given_up.is_set():
+                    continue
                 close_all(found)
                 raise self._missing(missing) from None
             if rank in found:
@@ -159,6 +175,8 @@ class _Acceptor:
         return found
 
     def _missing(self, missing: set[int]) -> TransferFailed:
+        if self.given_up.is_set():
+            return TransferGivenUp("the transfer was given up.")
         if wrong := {rank: self._wrong[rank] for rank in sorted(missing) if rank in self._wrong}:
             told = ", ".join(f"member {rank} is of generation {generation}" for rank, generation in wrong.items())
             return WrongGeneration(f"{told}; this is {self._mine.generation}.", tuple(wrong))
@@ -211,8 +229,10 @@ class _Acceptor:
         return rank
 
 
-def _dial(mine: Membership, rank: int, deadline_s: float) -> socket.socket:
+def _dial(mine: Membership, rank: int, deadline_s: float, given_up: threading.Event) -> socket.socket:
     while True:
+        if given_up.is_set():
+            raise TransferGivenUp("the transfer was given up.")
         try:
             connection = socket.create_connection(mine.addresses[rank], timeout=_HANDSHAKE_S)
         except OSError as error:

@@ -7,12 +7,13 @@ come or gone.
 
 import selectors
 import socket
+import threading
 import time
 from collections.abc import Generator, Mapping
 from typing import TypeAlias
 
 from evermesh.fault.snapshot.stripes.bandwidth import TokenBucket
-from evermesh.fault.snapshot.stripes.errors import MemberLost
+from evermesh.fault.snapshot.stripes.errors import MemberLost, TransferGivenUp
 
 Incoming: TypeAlias = Generator[memoryview | None, int, None]
 """Yields a buffer and is sent how many bytes came into it, at least one; or yields None: nothing can be taken for
@@ -24,22 +25,33 @@ PIECE_BYTES = 1 << 18
 """Received or sent at a time: still in the cache of the core when it is hashed and added up."""
 _TURN_BYTES = 1 << 20
 """Of one connection before the others have their turn."""
+_LOOK_S = 0.1
+"""How soon a transfer that was given up ends."""
 
 
 class Pump:
     """Runs generators over connections, by rank of the member at the other end.
 
-    A connection that takes no byte and brings none for ``timeout_s`` seconds while it should is lost.
+    A connection that takes no byte and brings none for ``timeout_s`` seconds while it should is lost. Another thread ends
+    everything with ``given_up``.
     """
 
-    def __init__(self, connections: Mapping[int, socket.socket], bucket: TokenBucket, timeout_s: float) -> None:
+    def __init__(
+        self,
+        connections: Mapping[int, socket.socket],
+        bucket: TokenBucket,
+        timeout_s: float,
+        given_up: threading.Event,
+    ) -> None:
         self._connections, self._bucket, self._timeout_s = connections, bucket, timeout_s
+        self._given_up = given_up
 
     def run(self, incoming: Mapping[int, Incoming], outgoing: Mapping[int, Outgoing]) -> None:
         """Return when all generators have ended.
 
         Raises:
             MemberLost: a connection was closed, or nothing moved for too long.
+            TransferGivenUp: it was.
         """
         flows: list[_Flow] = []
         flows += [_Receiving(rank, self._connections[rank], stream) for rank, stream in incoming.items()]
@@ -48,9 +60,11 @@ class Pump:
         with selectors.DefaultSelector() as selector:
             watched: dict[int, int] = {}
             while flows := _unfinished(flows):
+                if self._given_up.is_set():
+                    raise TransferGivenUp("the transfer was given up.")
                 delay_s = self._bucket.wait_s()
                 self._watch(selector, watched, flows, may_send=delay_s == 0)
-                ready = {key.fd: events for key, events in selector.select(delay_s or self._timeout_s)}
+                ready = {key.fd: events for key, events in selector.select(min(delay_s or _LOOK_S, _LOOK_S))}
                 turns = [flow for flow in flows if ready.get(flow.connection.fileno(), 0) & flow.event]
                 if sum(flow.turn() for flow in turns):
                     moved_s = time.monotonic()

@@ -1,6 +1,7 @@
 """How the members of a stripe protect a snapshot, and rebuild what some of them have lost."""
 
 import socket
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import NamedTuple, Self
@@ -9,12 +10,15 @@ from evermesh.fault.snapshot.coding import choose_engine
 from evermesh.fault.snapshot.coding.engine import Engine
 from evermesh.fault.snapshot.stripes.bandwidth import TokenBucket
 from evermesh.fault.snapshot.stripes.errors import TransferFailed
+from evermesh.fault.snapshot.stripes.frames import Kind, Transfer, frame, read_frame
 from evermesh.fault.snapshot.stripes.membership import Membership, close_all, connect
 from evermesh.fault.snapshot.stripes.payload import Digests, Payload, digests_of
 from evermesh.fault.snapshot.stripes.protecting import Protection
 from evermesh.fault.snapshot.stripes.pump import Incoming, Outgoing, Pump
 from evermesh.fault.snapshot.stripes.rebuilding import Held, Rebuilding
 from evermesh.fault.snapshot.stripes.record import StripeRecord
+
+_MOST_TOLD_BYTES = 1 << 24
 
 
 class Rebuilt(NamedTuple):
@@ -38,6 +42,7 @@ class StripeTransfer:
         absent: members that are lost and not replaced.
         bytes_per_s: bound on what is sent.
         timeout_s: a member that does nothing for so long is lost.
+        given_up: set by another thread, it ends whatever is under way.
 
     Raises:
         WrongGeneration, MemberLost: as :func:`connect`.
@@ -52,11 +57,13 @@ class StripeTransfer:
         bytes_per_s: float | None = None,
         timeout_s: float = 30.0,
         engine: Engine | None = None,
+        given_up: threading.Event | None = None,
     ) -> None:
         self._mine, self._absent = mine, frozenset(absent)
         self._engine = engine or choose_engine().engine
-        self._connections = connect(mine, listener, self._absent, timeout_s)
-        self._pump = Pump(self._connections, TokenBucket(bytes_per_s), timeout_s)
+        given_up = given_up or threading.Event()
+        self._connections = connect(mine, listener, self._absent, timeout_s, given_up)
+        self._pump = Pump(self._connections, TokenBucket(bytes_per_s), timeout_s, given_up)
 
     def __enter__(self) -> Self:
         return self
@@ -70,6 +77,25 @@ class StripeTransfer:
         """Close all connections."""
         close_all(self._connections)
         self._connections.clear()
+
+    def tell_all(self, step: int, told: bytes) -> tuple[bytes, ...]:
+        """What every member tells the others, by rank; every member calls it, and nobody is absent.
+
+        Raises:
+            TransferFailed: a member failed, or told more than 16 MiB.
+        """
+        self._need_all()
+        transfer, heard = Transfer(step, self._mine.generation), {self._mine.rank: told}
+
+        def hear(peer: int) -> Incoming:
+            heard[peer] = bytes((yield from read_frame(transfer, Kind.TELL, peer, 0, _MOST_TOLD_BYTES)))
+
+        try:
+            self._phase(lambda peer: frame(transfer, Kind.TELL, told), hear)
+        except BaseException:
+            self.close()
+            raise
+        return tuple(heard[member] for member in range(self._mine.code.parts))
 
     def protect(
         self, step: int, data: Sequence[memoryview], parity: memoryview, digests: Digests | None = None

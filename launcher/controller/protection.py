@@ -1,0 +1,51 @@
+"""What people are told about the protection of snapshots: once per change, not once per snapshot."""
+
+from typing import NamedTuple
+
+from evermesh.launcher.controller.scribe import Scribe
+from evermesh.launcher.messages import KeeperTells
+
+
+class NamedStripe(NamedTuple):
+    """A stripe with the nodes that take part now."""
+
+    number: int
+    nodes: tuple[str, ...]
+    code: str | None
+
+    def __str__(self) -> str:
+        return f"stripe {self.number} ({', '.join(self.nodes)}; code {self.code or 'none'})"
+
+
+class Protection:
+    """Which stripes protect their newest snapshot, as keepers tell."""
+
+    def __init__(self, scribe: Scribe) -> None:
+        self._scribe = scribe
+        self._standing: dict[int, dict[str, KeeperTells]] = {}
+        self._is_protected: dict[int, bool] = {}
+        """By number of the stripe, as it was told last."""
+
+    def note(self, stripe: NamedStripe, node: str, told: KeeperTells) -> None:
+        """A keeper of this stripe has protected a snapshot, or has not. Another one is needed for that to be told again."""
+        standing = self._standing.setdefault(stripe.number, {})
+        standing[node] = told
+        unprotected = {name: one.text for name, one in standing.items() if not one.ok}
+        if unprotected:
+            self._change(stripe, told, self._degraded(stripe, unprotected), is_protected=False)
+        elif len(standing) == len(stripe.nodes):
+            tolerated = (stripe.code or "+0").partition("+")[2]
+            text = f"{stripe} protects step {told.step}: {tolerated} of its nodes can be lost without a read of storage"
+            self._change(stripe, told, text, is_protected=True)
+
+    def _change(self, stripe: NamedStripe, told: KeeperTells, text: str, *, is_protected: bool) -> None:
+        if self._is_protected.get(stripe.number) == is_protected:
+            return
+        self._is_protected[stripe.number] = is_protected
+        kind = "snapshots protected" if is_protected else "snapshots degraded"
+        self._scribe.tell(kind, text, step=told.step, stripe=stripe.number)
+
+    @staticmethod
+    def _degraded(stripe: NamedStripe, unprotected: dict[str, str]) -> str:
+        why = "; ".join(f"{name}: {text}" for name, text in sorted(unprotected.items()))
+        return f"{stripe} does not protect its newest snapshot, which a lost node would cost; training goes on. {why}"
