@@ -53,6 +53,15 @@ class SnapshotPart(_Message):
     step: int
     shard_map: str
     """Digest."""
+    world_size: int | None = None
+    """Ranks of the attempt; None: the node does not know."""
+
+
+class KeeperAt(_Message):
+    """Where ranks of other nodes read what the keeper of a node has."""
+
+    host: str
+    port: int
 
 
 class InMemory(_Message):
@@ -87,6 +96,7 @@ class Beat(_Message):
     generation: int
     ranks: tuple[RankBeat, ...] = ()
     memory_free_bytes: int
+    keeper: KeeperAt | None = None
 
 
 class StoreOpened(_Message):
@@ -166,6 +176,8 @@ class TrainingWork(_Message):
     logs: str
     launch: str | None = None
     """Ranks leave snapshots with a keeper that keeps them for this launch; None: they leave none."""
+    keepers: tuple[KeeperAt, ...] = ()
+    """Of the nodes of the job, also of some that are lost: their memory may be there."""
 
 
 class Place(_Message):

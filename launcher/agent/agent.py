@@ -65,7 +65,7 @@ class Agent:
         self._board = Board(self._area.board)
         self._group: WorkerGroup | None = None
         self._store: StoreProcess | None = None
-        self._keeper = NodeKeeper(spec.run, spec.node)
+        self._keeper = NodeKeeper(spec.run, spec.node, spec.address, token)
         self._interface = interface_of(spec.address)
         self._has_left = False
         self._preempted: int | None = None
@@ -153,7 +153,8 @@ class Agent:
         hooks = Hooks(self._tell_progress, self._pass_report, self._pass_plan)
         group = self._group = WorkerGroup(self._loop, message.generation, message.place, Path(message.work.logs), hooks)
         keeper = self._keeper.keep_for(message.work.launch)
-        group.start(message.store, message.work, self._area.board, self._interface, keeper)
+        keepers = self._keeper.others(message.work.launch, message.work.keepers)
+        group.start(message.store, message.work, self._area.board, self._interface, keeper, keepers)
         self._tell_started(group)
 
     def _end(self, message: End) -> None:
@@ -184,7 +185,8 @@ class Agent:
     def _beat(self) -> None:
         generation = self._group.generation if self._group else 0
         memory = psutil.virtual_memory().available
-        self._link.send(Beat(generation=generation, ranks=tuple(self._rank_beats()), memory_free_bytes=memory))
+        ranks, keeper = tuple(self._rank_beats()), self._keeper.address
+        self._link.send(Beat(generation=generation, ranks=ranks, memory_free_bytes=memory, keeper=keeper))
         self._loop.after(_BEAT_S, self._beat)
         self._keeper.look()
         self._look_after_controller()

@@ -57,7 +57,7 @@ def train(
         beat=worker.beat,
         asked=worker.asked,
         faults=_injector(worker, Path(directory), faults) if faults else None,
-        keeping=Keeping(worker.keeper, worker.generation, newest) if worker.keeper else None,
+        keeping=Keeping(worker.keeper, worker.generation, newest, worker.keepers) if worker.keeper else None,
     )
     result = trainer.fit()
     # only after success: after a failure it would wait for ranks that are gone

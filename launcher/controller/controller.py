@@ -18,6 +18,7 @@ from evermesh.launcher.controller.life import Life
 from evermesh.launcher.controller.machine import JobView, Stop, Transition, choose_nodes, decide
 from evermesh.launcher.controller.nodes import Node
 from evermesh.launcher.controller.record import replay
+from evermesh.launcher.controller.rescue import Rescue
 from evermesh.launcher.controller.roster import Roster
 from evermesh.launcher.controller.scribe import Scribe
 from evermesh.launcher.controller.status import ENDED, JobState
@@ -65,6 +66,7 @@ class Controller:
         names = [f"node-{number}" for number in range(config.nodes + config.spares)]
         self._roster = Roster(run, names, placement, self._scribe)
         self.nodes = self._roster.nodes
+        self._rescue = Rescue(run, self.nodes, self._scribe)
         self._changed = asyncio.Event()
         self.last_report: StepReport | None = None
         self.plan: dict[str, Any] | None = None
@@ -236,7 +238,15 @@ class Controller:
             return
         self._count_attempt()
         while (transition := decide(self.view())) is not None:
+            if transition.to == "failed" and self._is_rescuing():
+                return
             self._carry_out(transition)
+
+    def _is_rescuing(self) -> bool:
+        """Whether what is in memory alone is being written to storage: the job ends after that."""
+        if self.record.stop is not None:
+            self._rescue.give_up()
+        return self._rescue.is_under_way(self.record.started_s)
 
     async def _sleep(self) -> None:
         try:
@@ -270,9 +280,11 @@ class Controller:
         before = self.life.nodes if self.life else ()
         nodes = choose_nodes(self.nodes.states(), self.config.nodes, before)
         assert nodes is not None, "the machine starts no attempt without nodes"
-        remembered = remembered_step(self.nodes, nodes, self.config, self.record.started_s)
+        remembered = remembered_step(self.nodes, self.config, self.record.started_s)
         life = Life(nodes, self.config, newest_of(newest_step(self.run), remembered))
         life.remembered = remembered
+        self._rescue.give_up()  # ranks go on from memory, and write to it
+        self._rescue = Rescue(self.run, self.nodes, self._scribe)
         self._scribe.generation = self.generation + 1
         self._scribe.note("attempt", reason, nodes=list(nodes), began_at=life.began_at)
         self._scribe.begin()
@@ -285,7 +297,8 @@ class Controller:
         if self.life is None or self.state != "starting":
             return
         self.life.is_started = True
-        work = training_work(self.run, self.config, self.record.started_s, self.life.remembered)
+        keepers = tuple(node.keeper for node in self.nodes if node.keeper is not None)
+        work = training_work(self.run, self.config, self.record.started_s, self.life.remembered, keepers)
         for number, name in enumerate(self.life.nodes):
             place = self.life.place(number)
             self.nodes[name].send(Start(generation=self.generation, place=place, store=store, work=work))
@@ -307,7 +320,7 @@ class Controller:
         states, gone = self.nodes.states(), life.over | life.lost
         if any(node not in gone and states[node] == "ready" for node in life.nodes):
             return
-        remembered = remembered_step(self.nodes, life.nodes, self.config, self.record.started_s)
+        remembered = remembered_step(self.nodes, self.config, self.record.started_s)
         newest = newest_of(newest_step(self.run), remembered)
         progressed = (newest or 0) > (life.began_at or 0)
         failed = life.failed(self.record.reason, progressed=progressed)
@@ -373,6 +386,7 @@ class Controller:
 
     def _take_beat(self, node: Node, beat: Beat) -> None:
         node.memory_free_bytes = beat.memory_free_bytes
+        node.keeper = beat.keeper or node.keeper
         if node.state == "cut off":
             node.state = "ready"
             self._scribe.tell("node back", f"{node.name} is heard again", node=node.name)
