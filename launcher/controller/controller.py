@@ -15,7 +15,7 @@ from evermesh.launcher.config import JobConfig
 from evermesh.launcher.controller.in_memory import newest_of, remembered_step
 from evermesh.launcher.controller.journal import Journal
 from evermesh.launcher.controller.life import Life
-from evermesh.launcher.controller.machine import JobView, Stop, Transition, choose_nodes, decide
+from evermesh.launcher.controller.machine import JobView, Stop, Transition, choose_nodes, decide, size_of_attempt
 from evermesh.launcher.controller.nodes import Node
 from evermesh.launcher.controller.record import replay
 from evermesh.launcher.controller.rescue import Rescue
@@ -24,6 +24,7 @@ from evermesh.launcher.controller.scribe import Scribe
 from evermesh.launcher.controller.status import ENDED, JobState
 from evermesh.launcher.controller.telling import explain, going_on, told_stop
 from evermesh.launcher.controller.work import drop_unfinished_line, last_step, newest_step, report_of, training_work
+from evermesh.launcher.elastic import node_counts
 from evermesh.launcher.messages import (
     Ask,
     Beat,
@@ -67,6 +68,7 @@ class Controller:
         self._roster = Roster(run, names, placement, self._scribe)
         self.nodes = self._roster.nodes
         self._rescue = Rescue(run, self.nodes, self._scribe)
+        self._fewer_nodes = node_counts(config)[1:]
         self._changed = asyncio.Event()
         self.last_report: StepReport | None = None
         self.plan: dict[str, Any] | None = None
@@ -213,6 +215,8 @@ class Controller:
             requeue_on_term=self.config.requeue_on_term,
             refusal=self._roster.refusal,
             shortage=self._roster.shortage(),
+            fewer_nodes=self._fewer_nodes,
+            shrink_after_s=self.config.shrink_after_s,
         )
 
     def _end_unwritten(self, error: OSError) -> None:
@@ -278,7 +282,7 @@ class Controller:
 
     def _begin_attempt(self, reason: str) -> None:
         before = self.life.nodes if self.life else ()
-        nodes = choose_nodes(self.nodes.states(), self.config.nodes, before)
+        nodes = choose_nodes(self.nodes.states(), size_of_attempt(self.view()) or self.config.nodes, before)
         assert nodes is not None, "the machine starts no attempt without nodes"
         remembered = remembered_step(self.nodes, self.config, self.record.started_s)
         life = Life(nodes, self.config, newest_of(newest_step(self.run), remembered))
@@ -298,7 +302,9 @@ class Controller:
             return
         self.life.is_started = True
         keepers = tuple(node.keeper for node in self.nodes if node.keeper is not None)
-        work = training_work(self.run, self.config, self.record.started_s, self.life.remembered, keepers)
+        work = training_work(
+            self.run, self.config, self.record.started_s, self.life.world_size, self.life.remembered, keepers
+        )
         for number, name in enumerate(self.life.nodes):
             place = self.life.place(number)
             self.nodes[name].send(Start(generation=self.generation, place=place, store=store, work=work))

@@ -72,7 +72,7 @@ def test_a_job_without_restarts_left_writes_down_what_is_in_memory(job_file: Pat
 
 
 @contextmanager
-def _nobody_comes_back(job: Job, node: str) -> Iterator[None]:
+def _nobody_comes_back(job: Job, node: str) -> Iterator[list[psutil.Process]]:
     """Every agent that is started for a node from now on stands still before it joins."""
     before = job.agents[node]
     stopped: list[psutil.Process] = []
@@ -94,7 +94,7 @@ def _nobody_comes_back(job: Job, node: str) -> Iterator[None]:
     psutil.Process(before).kill()
     try:
         job.wait(stop_the_next)
-        yield
+        yield stopped
     finally:
         for process in stopped:
             with suppress(psutil.NoSuchProcess):

@@ -30,7 +30,7 @@ STEPS = 8
 def _config(corpus: Path) -> dict[str, Any]:
     """Of a run that writes no checkpoint before its end."""
     return small_config(
-        corpus, checkpoint={"every": None}, snapshot={"every": 1}, layout={"capacity": 300}, steps=STEPS
+        corpus, checkpoint={"every": None}, snapshot={"every": 1}, layout={"capacity": 600}, steps=STEPS
     )
 
 
