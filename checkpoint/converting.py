@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from pydantic import JsonValue
 
@@ -18,13 +18,10 @@ from evermesh.checkpoint.foreign.torch_distributed_writing import write_torch_di
 from evermesh.checkpoint.foreign.torch_writing import contents_of
 from evermesh.checkpoint.foreign.training import Training, training_of
 from evermesh.checkpoint.formats import Format
-from evermesh.checkpoint.lazy import Streamed
 from evermesh.checkpoint.loading import FLOATING
-from evermesh.checkpoint.regions import Box
+from evermesh.checkpoint.rewriting import rewrite
 from evermesh.checkpoint.safetensors_writing import MOST_FILE_BYTES, write_safetensors
-from evermesh.checkpoint.saving import save
-from evermesh.checkpoint.shard_map import Shard, ShardMap, TensorShards
-from evermesh.checkpoint.sources import Source, find
+from evermesh.checkpoint.sources import Source
 from evermesh.checkpoint.stores.places import ObjectPath, Place, place_of
 from evermesh.checkpoint.stores.store import store_of
 
@@ -172,21 +169,9 @@ def _to_deepspeed(training: Training, directory: Path, conversion: Conversion, t
 def _to_ours(training: Training, directory: Place, conversion: Conversion, tell: Tell | None) -> Place:
     """A step of one rank; any number of ranks loads it."""
     source = training.source  # under our names
-    tensors = {
-        name: TensorShards(tensor.dtype, tensor.shape, (Shard(Box((0,) * len(tensor.shape), tensor.shape), (0,)),))
-        for name, tensor in source.tensors.items()
-    }
-    found, _ = find(source, None)
-    streamed = {name: [Streamed(source, found, name, tell)] for name in tensors}
-    return save(
-        directory,
-        _step_of(training, conversion),
-        ShardMap(tensors),
-        cast(Any, streamed),  # not tensors, but what a save needs of one
-        source.objects if conversion.groups is None else {**source.objects, "groups": _json(training)},
-        keep=None,
-        description=dict(source.description) | {"converted_from": source.kind},
-    )
+    objects = source.objects if conversion.groups is None else {**source.objects, "groups": _json(training)}
+    description = dict(source.description) | {"converted_from": source.kind}
+    return rewrite(source, directory, _step_of(training, conversion), objects, description, tell)
 
 
 def _json(training: Training) -> JsonValue:

@@ -96,6 +96,12 @@ def index_of(path: Place, expected: RankFiles) -> RankIndex:
         payload = store_of(path).read(path)
     except FileNotFoundError as error:
         raise CheckpointCorrupt(path, "the file is missing") from error
+    return index_in(payload, path, expected)
+
+
+def index_in(payload: bytes, path: Place, expected: RankFiles) -> RankIndex:
+    """The index whose bytes these are; ``path`` is told in errors. Raises ``CheckpointCorrupt`` unless it is what was
+    saved."""
     if not _is_whole(payload, expected):
         raise CheckpointCorrupt(path, "the index is not what was saved")
     return _parsed(path, payload, expected)

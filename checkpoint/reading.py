@@ -15,7 +15,6 @@ from evermesh.checkpoint.format import StoredFile
 from evermesh.checkpoint.scattering import FileRuns, Piece, by_chunk
 from evermesh.checkpoint.sources import Source
 from evermesh.checkpoint.stores.places import ObjectPath
-from evermesh.checkpoint.stores.store import store_of
 
 _FILES_IN_FLIGHT = 4
 _STRETCHES = 4
@@ -35,7 +34,7 @@ class FileReader:
         self.path, self.bytes_read = source.path / name, 0
         self._num_bytes = source.files[name].num_bytes
         try:
-            self._open = store_of(self.path).open(self.path)
+            self._open = source.open(name)
         except FileNotFoundError as error:
             raise CheckpointCorrupt(self.path, "the file is missing") from error
         if self._open.num_bytes != self._num_bytes:

@@ -21,7 +21,7 @@ from evermesh.checkpoint.recovery import Recovery
 from evermesh.checkpoint.regions import Box
 from evermesh.checkpoint.stores.looking import num_bytes
 from evermesh.checkpoint.stores.places import Place
-from evermesh.checkpoint.stores.store import store_of
+from evermesh.checkpoint.stores.store import OpenFile, store_of
 
 Kind = Literal["evermesh", "safetensors", "deepspeed", "deepspeed-universal", "torch-distributed", "megatron"]
 
@@ -63,12 +63,19 @@ class Source:
     """Bytes of all files that have checksums, told without looking into any of them; None: none have checksums."""
     recovery: Recovery | None = None
     """What makes lost or damaged bytes again; None: nothing does."""
+    open_file: Callable[[str], OpenFile] | None = None
+    """Opens one of the files, which are at different places; None: all are below ``path``."""
 
     @property
     def directory(self) -> Path:
         """``path`` in a file system, where all checkpoints of other projects are."""
         assert isinstance(self.path, Path), self.path
         return self.path
+
+    def open(self, file: str) -> OpenFile:
+        """One of the files, to read. Raises ``FileNotFoundError``."""
+        place = self.path / file
+        return store_of(place).open(place) if self.open_file is None else self.open_file(file)
 
     def tensors_in(self, file: str, start: int, stop: int) -> list[str]:
         """Names of the tensors that have elements in bytes [start, stop) of a file."""

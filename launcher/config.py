@@ -57,6 +57,11 @@ class JobConfig(BaseModel):
     """Worker processes, on all nodes together: one per CPU slot or GPU."""
     nodes: PositiveInt = 1
     """Nodes that share the workers equally; on one machine: agents, each with workers of its own."""
+    min_nodes: PositiveInt | None = None
+    """Nodes with which the job goes on, on fewer workers, when others are lost; None: all of them. Batches stay as they
+    are, so losses do too; at the next restart it takes nodes that have come back."""
+    shrink_after_s: PositiveFloat = 5.0
+    """How long to wait for a lost node to be replaced before going on without it, seconds."""
     spares: NonNegativeInt = 0
     """Nodes beyond those, which wait to take the place of a lost one."""
     on: str = "local"
@@ -87,6 +92,14 @@ class JobConfig(BaseModel):
                 f"or {nodes * max(1, workers // nodes)} workers"
             )
         return nodes
+
+    @field_validator("min_nodes")
+    @classmethod
+    def _fewer_than_nodes(cls, least: int | None, info: ValidationInfo) -> int | None:
+        nodes = info.data.get("nodes")
+        if least is not None and nodes is not None and least > nodes:
+            raise ValueError(f"{least} nodes at least, but the job has {nodes}; use 1 to {nodes}, or more nodes")
+        return least
 
     @field_validator("on")
     @classmethod

@@ -5,6 +5,7 @@ controller-NODE.json    another way, by which one node reaches it, and the proce
 token                   what every request must show
 """
 
+import hmac
 import json
 import os
 import secrets
@@ -35,6 +36,11 @@ def read_token(run: Path) -> str:
         OSError: there is none yet, or it belongs to somebody else.
     """
     return (run / _TOKEN).read_text().strip()
+
+
+def keeper_secret(token: str, launch: str) -> bytes:
+    """What the keepers of a launch, and those who read from them, show each other that they know."""
+    return hmac.digest(token.encode(), b"keepers\0" + launch.encode(), "sha256")
 
 
 def write_contact(run: Path, url: str) -> None:

@@ -61,6 +61,15 @@ class SnapshotPart(_Message):
     step: int
     shard_map: str
     """Digest."""
+    world_size: int | None = None
+    """Ranks of the attempt; None: the node does not know."""
+
+
+class KeeperAt(_Message):
+    """Where ranks of other nodes read what the keeper of a node has."""
+
+    host: str
+    port: int
 
 
 class ProtectedPart(_Message):
@@ -111,6 +120,7 @@ class Beat(_Message):
     memory_free_bytes: int
     snapshot_bytes: int = 0
     """Memory that the keeper holds snapshots in."""
+    keeper: KeeperAt | None = None
 
 
 class StoreOpened(_Message):
@@ -229,6 +239,8 @@ class TrainingWork(_Message):
     logs: str
     launch: str | None = None
     """Ranks leave snapshots with a keeper that keeps them for this launch; None: they leave none."""
+    keepers: tuple[KeeperAt, ...] = ()
+    """Of the nodes of the job, also of some that are lost: their memory may be there."""
 
 
 class Place(_Message):

@@ -6,25 +6,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
-import torch
-
-from evermesh import checkpoint
-from evermesh.checkpoint.agreement import RankFailure, together
 from evermesh.fault.errors import KeeperRefused
-from evermesh.fault.snapshot.choosing import Version, common_versions
 from evermesh.fault.snapshot.frequency import Failures
-from evermesh.fault.snapshot.keeper.slots import NUM_SLOTS
-from evermesh.fault.snapshot.snapshots import Counts, Keeping, Snapshots, ranks_of_node
-from evermesh.fault.snapshot.source import slot_with, source_of_node, versions_of
-from evermesh.parallelism.collectives import Communicator
+from evermesh.fault.snapshot.snapshots import Counts, Keeping, Snapshots
 from evermesh.runtime.config import SnapshotConfig
+from evermesh.runtime.restoring import Restoring
 from evermesh.runtime.snapshot_schedule import SnapshotSchedule
 from evermesh.runtime.telemetry import SnapshotReport
 
 if TYPE_CHECKING:
     from evermesh.runtime.trainer import Trainer
-
-_CALL_SITE = "checkpoint"
 
 
 class Remembered(NamedTuple):
@@ -111,57 +102,29 @@ class RunSnapshots:
         )
 
     def restore(self) -> bool:
-        """Take over the newest snapshot that all ranks hold and that no checkpoint is newer than; whether there was one.
-        Collective.
+        """Take over the newest snapshot that no checkpoint is newer than; whether there was one. Collective.
 
-        Every rank reads the memory of its own node. A snapshot that is damaged on any rank is told in the event log, and
-        the one before it is tried. Where none can be used, the state is as it was.
+        In the layout in which it was made, every rank reads the memory of its own node. In another one, or where nodes have
+        changed, it is put together from the memory of all nodes that can be reached. A snapshot that is damaged for any
+        rank is told in the event log, and the one before it is tried. Where none can be used, the state is as it was.
         """
         if self._keeping is None:
             return False
-        trainer, newest = self._trainer, -1 if self._keeping.newest is None else self._keeping.newest
-        versions = _agreed(self._keeping, trainer.shards.digest(), trainer.groups.host)
-        is_touched = False
-        for version in versions:
-            if version.step < newest:
-                break
-            try:
-                self._restore(version)
-            except RankFailure as failure:
-                is_touched = True
-                text = f"the snapshot of step {version.step} cannot be used: {failure}"
-                trainer.reporter.log("snapshot damaged", text, step=version.step, rank=failure.rank)
-                continue
+        trainer, restoring = self._trainer, Restoring(self._trainer, self._keeping)
+        if restoring.run():
+            assert restoring.version is not None
+            self._restored = restoring.slot
+            self._newest = Remembered(restoring.version.step, restoring.began_s)
+            if restoring.is_elsewhere:
+                self._schedule.hurry()  # what came from another layout, or from other nodes, is to be here soon
             return True
-        if is_touched and newest < 0:  # what was read of it must not stay
+        if restoring.is_touched and self._keeping.newest is None:  # what was read of it must not stay
             groups = trainer.groups
             trainer.dismantle()
             gc.collect()
             trainer.build(trainer.config, initialize=True, before=groups)
             groups.leave(trainer.groups)
         return False
-
-    def _restore(self, version: Version) -> None:
-        trainer, began_s = self._trainer, time.monotonic()
-        assert self._keeping is not None
-        area, state = self._keeping.area, trainer.state
-        if trainer.faults is not None:
-            trainer.faults.reach("restore", version.step)
-        mates = ranks_of_node(trainer.groups.host)
-
-        def load() -> checkpoint.LoadResult:
-            source = source_of_node(area, mates, version, trainer.shards, trainer.workers)
-            return state.load_snapshot(source)
-
-        loaded = together(trainer.groups.host, load)
-        self._restored = slot_with(area, trainer.rank, version)
-        self._newest = Remembered(version.step, began_s)
-        state.take_objects(loaded)
-        seconds = time.monotonic() - began_s
-        text = f"from memory, step {version.step} of attempt {version.generation}, on {trainer.workers} workers"
-        trainer.reporter.log(
-            "resumed", text, step=version.step, load_s=seconds, source="memory", bytes_read=loaded.bytes_read
-        )
 
     def _scheduled(self, trainer: "Trainer") -> SnapshotSchedule:
         seen = Failures(0, 0.0, len(set(trainer.groups.world.nodes)) or 1)
@@ -191,17 +154,3 @@ class RunSnapshots:
                 lost=found.lost,
                 stop_s=found.stop_s,
             )
-
-
-def _agreed(keeping: Keeping, digest: str, communicator: Communicator) -> list[Version]:
-    """The snapshots in this layout of which every rank holds its part, newest first. Collective."""
-    own = [version for version in versions_of(keeping.area, communicator.rank) if version.shard_map == digest]
-    rows = [(version.generation, version.step) for version in own]
-    told = torch.tensor(rows + [(-1, -1)] * (NUM_SLOTS - len(rows)), dtype=torch.int64).flatten()
-    gathered = torch.empty(communicator.size * len(told), dtype=torch.int64)
-    communicator.all_gather(gathered, told, _CALL_SITE)
-    held = {
-        rank: [Version(generation, step, digest) for generation, step in of_rank if generation >= 0]
-        for rank, of_rank in enumerate(gathered.view(communicator.size, NUM_SLOTS, 2).tolist())
-    }
-    return common_versions(held, communicator.size)

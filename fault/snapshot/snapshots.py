@@ -19,7 +19,9 @@ from evermesh.checkpoint.tensors import Held
 from evermesh.fault.errors import KeeperRefused
 from evermesh.fault.snapshot.copies import CopyPlan, SlotCopies
 from evermesh.fault.snapshot.keeper.client import KeeperClient, KeeperLost
+from evermesh.fault.snapshot.keeper.layouts import Group, write_layout
 from evermesh.fault.snapshot.keeper.slots import NUM_SLOTS
+from evermesh.fault.snapshot.remote import Keepers
 from evermesh.parallelism.collectives import Communicator
 
 _START_S = 10.0
@@ -45,6 +47,8 @@ class Keeping:
     """Attempts before this one that failed."""
     running_s: float = 0.0
     """Since the job was launched, seconds."""
+    keepers: Keepers | None = None
+    """Of all nodes, if their memory can be read; None: there is only this node's."""
 
 
 @dataclass(slots=True)
@@ -81,7 +85,10 @@ class Snapshots:
     ) -> None:
         self._keeping, self._tensors = keeping, tensors
         self.counts = Counts()
-        self._plan = CopyPlan.of(shard_map, communicator.rank, ranks_of_node(communicator))
+        mates = tuple(ranks_of_node(communicator))
+        self._plan = CopyPlan.of(shard_map, communicator.rank, mates)
+        self._group = Group(keeping.generation, self._plan.digest, mates, communicator.size)
+        self._map = shard_map.to_json() if communicator.rank == mates[0] else None
         self._client: KeeperClient | None = None
         self._copies: SlotCopies | None = None
         self._committed: int | None = restored
@@ -143,6 +150,7 @@ class Snapshots:
     def _begin(self) -> None:
         self._connect(_START_S)
         assert self._client is not None
+        self._write_layout()
         answer = self._client.ask("reserve", _START_S, **self._plan.reservation(self._keeping.generation))
         if not answer["ok"]:
             raise OSError(answer["fact"])
@@ -166,12 +174,18 @@ class Snapshots:
         not waited for: until that is there this raises ``OSError``."""
         self._connect(0.0)
         assert self._client is not None
+        self._write_layout()
         self._client.tell("reserve", **self._plan.reservation(self._keeping.generation))
         if self._copies is not None and not self._copies.are_there:
             self._copies.close()
             self._copies, self._committed = None, None
         if self._copies is None:
             self._copies = SlotCopies(self._keeping.area, self._plan, self._tensors)
+
+    def _write_layout(self) -> None:
+        """Say, once on a node, what ranks of other layouts must know; it is there before any snapshot."""
+        if self._map is not None:
+            write_layout(self._keeping.area, self._group, self._map)
 
     @property
     def _free_slot(self) -> int:

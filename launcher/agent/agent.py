@@ -73,7 +73,7 @@ class Agent:
         self._pulses: dict[int, Pulse] = {}
         """By local rank of the group."""
         self._store: StoreProcess | None = None
-        self._keeper = NodeKeeper(spec.run, spec.node)
+        self._keeper = NodeKeeper(spec.run, spec.node, spec.address, token)
         self._interface = interface_of(spec.address)
         self._has_left = False
         self._preempted: int | None = None
@@ -169,7 +169,8 @@ class Agent:
         group = self._group = WorkerGroup(self._loop, message.generation, message.place, Path(message.work.logs), hooks)
         self._pulses = {local_rank: Pulse() for local_rank in range(message.place.ranks)}
         keeper = self._keeper.keep_for(message.work.launch)
-        group.start(message.store, message.work, self._area.board, self._interface, keeper)
+        keepers = self._keeper.others(message.work.launch, message.work.keepers)
+        group.start(message.store, message.work, self._area.board, self._interface, keeper, keepers)
         self._tell_started(group)
 
     def _end(self, message: End) -> None:
@@ -205,6 +206,7 @@ class Agent:
                 ranks=tuple(self._rank_beats()),
                 memory_free_bytes=psutil.virtual_memory().available,
                 snapshot_bytes=self._keeper.num_bytes,
+                keeper=self._keeper.address,
             )
         )
         self._loop.after(_BEAT_S, self._beat)

@@ -1,23 +1,32 @@
 """The keeper of a node, as its agent sees to it: started for a launch, started again if it dies, ended with the job."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from evermesh.fault.snapshot.handshake import Address
 from evermesh.fault.snapshot.keeper.area import area_of, identity_in
 from evermesh.fault.snapshot.keeper.keeper import inventory
+from evermesh.fault.snapshot.keeper.layouts import groups_in
 from evermesh.fault.snapshot.keeper.parity import protected_in
 from evermesh.fault.snapshot.keeper.process import KeeperProcess
-from evermesh.launcher.messages import InMemory, ProtectedPart, SnapshotPart
+from evermesh.fault.snapshot.keeper.serving import address_in
+from evermesh.fault.snapshot.remote import Keepers
+from evermesh.launcher.contact import keeper_secret
+from evermesh.launcher.messages import InMemory, KeeperAt, ProtectedPart, SnapshotPart
 
 KEEPER_LOST = "keeper lost"
 """The event that another keeper is started."""
 
 
 class NodeKeeper:
-    """The keeper of ``node`` in ``run``, if workers leave snapshots there. It outlives this agent, unless the job is over."""
+    """The keeper of ``node`` in ``run``, if workers leave snapshots there. It outlives this agent, unless the job is over.
 
-    def __init__(self, run: Path, node: str) -> None:
+    Others reach it at ``address``, with a secret that follows from the ``token`` of the run.
+    """
+
+    def __init__(self, run: Path, node: str, address: str, token: str) -> None:
+        self._address, self._token = address, token
         self.area, self._log = area_of(run, node), run / "logs" / f"keeper-{node}.log"
         self._process: KeeperProcess | None = None
         self._launch: str | None = None
@@ -32,7 +41,8 @@ class NodeKeeper:
         if self._process is None or launch != self._launch:
             self.leave(job_is_over=False)
             try:
-                self._process = KeeperProcess(self.area, launch, self._log)
+                secret = keeper_secret(self._token, launch)
+                self._process = KeeperProcess(self.area, launch, self._log, host=self._address, secret=secret)
             except OSError as error:  # another agent of this node may not have gone yet
                 print(f"no keeper, so workers make no snapshots: {error}", flush=True)
                 return None
@@ -63,14 +73,34 @@ class NodeKeeper:
                 found += path.stat().st_size
         return found
 
+    @property
+    def address(self) -> KeeperAt | None:
+        """Where other nodes read; None: nowhere, or it does not listen yet."""
+        found = address_in(self.area) if self._process is not None else None
+        return KeeperAt(host=found.host, port=found.port) if found is not None else None
+
+    def others(self, launch: str | None, keepers: Sequence[KeeperAt]) -> Keepers | None:
+        """What workers need to read the memory of all nodes; None: they make no snapshots."""
+        if launch is None:
+            return None
+        addresses = tuple(Address(keeper.host, keeper.port) for keeper in keepers)
+        return Keepers(addresses, launch, keeper_secret(self._token, launch))
+
     def in_memory(self) -> InMemory | None:
         """What ranks have left in memory, also before this agent; None if there is nothing."""
         found = identity_in(self.area)
         if found is None:
             return None
-        fields = SnapshotPart.model_fields
+        worlds = {(group.generation, group.shard_map): group.world_size for group in groups_in(self.area)}
         parts = tuple(
-            SnapshotPart.model_validate({name: part[name] for name in fields}) for part in inventory(self.area)
+            SnapshotPart(
+                rank=part["rank"],
+                generation=part["generation"],
+                step=part["step"],
+                shard_map=part["shard_map"],
+                world_size=worlds.get((part["generation"], part["shard_map"])),
+            )
+            for part in inventory(self.area)
         )
         protected = tuple(ProtectedPart.model_validate(one.values()) for one in protected_in(self.area))
         return InMemory(launch=found.key, parts=parts, protected=protected)

@@ -59,7 +59,7 @@ def train(
         beat=worker.beat,
         asked=worker.asked,
         faults=_injector(worker, Path(directory), faults) if faults else None,
-        keeping=Keeping(worker.keeper, worker.generation, newest, failures, running_s) if worker.keeper else None,
+        keeping=_keeping(worker, newest, failures, running_s),
     )
     trainer.groups.moment.watch = worker.reach
     result = trainer.fit()
@@ -67,6 +67,12 @@ def train(
     process_group.stop()
     checkpoint = str(result.checkpoint) if result.checkpoint else None
     return {"step": result.step, "reason": result.reason, "checkpoint": checkpoint}
+
+
+def _keeping(worker: Worker, newest: int | None, failures: int, running_s: float) -> Keeping | None:
+    if worker.keeper is None:
+        return None
+    return Keeping(worker.keeper, worker.generation, newest, failures, running_s, worker.keepers)
 
 
 def _injector(worker: Worker, directory: Path, faults: Sequence[dict[str, Any]]) -> "Injector":

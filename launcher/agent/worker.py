@@ -24,6 +24,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from evermesh.fault.snapshot.remote import Keepers
 from evermesh.launcher.agent.death import end_with_parent
 from evermesh.launcher.agent.shared_memory import POINTS, Board, Slot
 from evermesh.launcher.interrupts import SIGNALS
@@ -74,6 +75,8 @@ class WorkerSpec:
     arguments: dict[str, Any]
     keeper: str | None = None
     """Where the node's keeper holds snapshots; None: there is none."""
+    keepers: Keepers | None = None
+    """Where those of all nodes are read."""
 
 
 class Worker:
@@ -83,6 +86,7 @@ class Worker:
         self.rank, self.world_size, self.generation = spec.rank, spec.world_size, spec.generation
         self._spec, self._connection = spec, connection
         self.keeper = Path(spec.keeper) if spec.keeper else None
+        self.keepers = spec.keepers
         self._board = Board(Path(spec.board)) if spec.board else None
         self._asked: deque[Literal["save", "stop"] | dict[str, Any]] = deque()
         self._last_plan_s = -math.inf

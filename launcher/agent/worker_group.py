@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from evermesh.fault.process_state import ProcessState
+from evermesh.fault.snapshot.remote import Keepers
 from evermesh.launcher.agent import warm
 from evermesh.launcher.agent.loop import Loop
 from evermesh.launcher.agent.worker import WorkerSpec, main
@@ -75,9 +76,15 @@ class WorkerGroup:
         }
 
     def start(
-        self, store: Store, work: TrainingWork, board: Path | None, interface: str | None, keeper: Path | None = None
+        self,
+        store: Store,
+        work: TrainingWork,
+        board: Path | None,
+        interface: str | None,
+        keeper: Path | None = None,
+        keepers: Keepers | None = None,
     ) -> None:
-        """Start every rank of this node; ``keeper`` is where they leave snapshots."""
+        """Start every rank of this node; ``keeper`` is where they leave snapshots, ``keepers`` where they find others."""
         self._logs.mkdir(parents=True, exist_ok=True)
         for local_rank in range(self.place.ranks):
             rank = self.place.first_rank + local_rank
@@ -95,6 +102,7 @@ class WorkerGroup:
                 entry=work.entry,
                 arguments=work.arguments,
                 keeper=str(keeper) if keeper else None,
+                keepers=keepers,
             )
             self._members.append(self._start_one(spec))
 

@@ -13,12 +13,13 @@ from pydantic import JsonValue
 
 from evermesh.launcher.config import JobConfig
 from evermesh.launcher.controller.freezes import frozen
-from evermesh.launcher.controller.in_memory import newest_of, remembered_step
+from evermesh.launcher.controller.in_memory import complete_step, newest_of, remembered_step
 from evermesh.launcher.controller.journal import Journal
 from evermesh.launcher.controller.life import Life
-from evermesh.launcher.controller.machine import JobView, Stop, Transition, choose_nodes, decide
+from evermesh.launcher.controller.machine import JobView, Stop, Transition, choose_nodes, decide, size_of_attempt
 from evermesh.launcher.controller.nodes import Node
 from evermesh.launcher.controller.record import replay
+from evermesh.launcher.controller.rescue import Rescue
 from evermesh.launcher.controller.roster import Roster
 from evermesh.launcher.controller.scribe import Scribe
 from evermesh.launcher.controller.stacks import stacks_of, told_stacks
@@ -33,6 +34,7 @@ from evermesh.launcher.controller.work import (
     report_of,
     training_work,
 )
+from evermesh.launcher.elastic import node_counts
 from evermesh.launcher.messages import (
     Ask,
     Beat,
@@ -77,6 +79,8 @@ class Controller:
         names = [f"node-{number}" for number in range(config.nodes + config.spares)]
         self._roster = Roster(run, names, placement, self._scribe)
         self.nodes = self._roster.nodes
+        self._rescue = Rescue(run, self.nodes, self._scribe)
+        self._fewer_nodes = node_counts(config)[1:]
         self._changed = asyncio.Event()
         self.last_report: StepReport | None = None
         self.reported_s = time.monotonic()
@@ -234,6 +238,8 @@ class Controller:
             requeue_on_term=self.config.requeue_on_term,
             refusal=self._roster.refusal,
             shortage=self._roster.shortage(),
+            fewer_nodes=self._fewer_nodes,
+            shrink_after_s=self.config.shrink_after_s,
         )
 
     def _end_unwritten(self, error: OSError) -> None:
@@ -264,7 +270,15 @@ class Controller:
             if not self.life.is_started:
                 self._start_ranks()
         while (transition := decide(self.view())) is not None:
+            if transition.to == "failed" and self._is_rescuing():
+                return
             self._carry_out(transition)
+
+    def _is_rescuing(self) -> bool:
+        """Whether what is in memory alone is being written to storage: the job ends after that."""
+        if self.record.stop is not None:
+            self._rescue.give_up()
+        return self._rescue.is_under_way(self.record.started_s)
 
     async def _sleep(self) -> None:
         try:
@@ -296,11 +310,13 @@ class Controller:
 
     def _begin_attempt(self, reason: str) -> None:
         before = self.life.nodes if self.life else ()
-        nodes = choose_nodes(self.nodes.states(), self.config.nodes, before)
+        nodes = choose_nodes(self.nodes.states(), size_of_attempt(self.view()) or self.config.nodes, before)
         assert nodes is not None, "the machine starts no attempt without nodes"
         remembered = remembered_step(self.nodes, nodes, self.config, self.record.started_s)
         life = Life(nodes, self.config, newest_of(newest_step(self.run), remembered))
         life.remembered = remembered
+        self._rescue.give_up()  # ranks go on from memory, and write to it
+        self._rescue = Rescue(self.run, self.nodes, self._scribe)
         self._scribe.generation = self.generation + 1
         self._scribe.note("attempt", reason, nodes=list(nodes), began_at=life.began_at)
         self._scribe.begin()
@@ -321,10 +337,14 @@ class Controller:
         if self.life is None or self.state != "starting" or store is None or stripes is None or not stripes.are_ready:
             return
         if not self.life.is_started:
-            self.life.is_started, self.life.remembered = True, stripes.remembered()
+            anywhere = complete_step(self.nodes, self.config, self.record.started_s)
+            self.life.is_started, self.life.remembered = True, newest_of(stripes.remembered(), anywhere)
             if stripes.has_failed:
                 self.life.began_at = newest_of(newest_step(self.run), self.life.remembered)
-        work = training_work(self.run, self.config, self.record.started_s, self.life.remembered)
+        keepers = tuple(node.keeper for node in self.nodes if node.keeper is not None)
+        work = training_work(
+            self.run, self.config, self.record.started_s, self.life.world_size, self.life.remembered, keepers
+        )
         seen = {"failures": len(self.record.history), "running_s": max(0.0, time.time() - self.record.started_s)}
         work = work.model_copy(update={"arguments": work.arguments | seen})
         for number, name in enumerate(self.life.nodes):
@@ -431,6 +451,7 @@ class Controller:
 
     def _take_beat(self, node: Node, beat: Beat) -> None:
         node.memory_free_bytes, node.snapshot_bytes = beat.memory_free_bytes, beat.snapshot_bytes
+        node.keeper = beat.keeper or node.keeper
         if node.state == "cut off":
             node.state = "ready"
             self._scribe.tell("node back", f"{node.name} is heard again", node=node.name)

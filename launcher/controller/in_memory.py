@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from evermesh.fault.snapshot.choosing import Version
 from evermesh.launcher.config import JobConfig
 from evermesh.launcher.controller.nodes import Nodes
 from evermesh.launcher.controller.recovery import Group, find_recovery, groups_of
@@ -11,19 +12,37 @@ from evermesh.launcher.messages import InMemory
 
 def remembered_step(nodes: Nodes, chosen: Sequence[str], config: JobConfig, since_s: float) -> int | None:
     """Step of the newest snapshot of which the ranks on the nodes ``chosen``, in this order, all have their part in the
-    memory of their own node, or will have when it is rebuilt. None: there is none.
+    memory of their own node, or will have when it is rebuilt; or which is complete elsewhere. None: there is none.
 
-    The ranks choose by themselves once more when they start, by the same rule: they see what was damaged, or sealed since.
+    The ranks choose by themselves once more when they start: they see what was damaged, or sealed since, what keepers have
+    whose agents are gone, and where copies make up for a part.
     """
-    found = find_recovery(
-        job_groups(config), memories_of(nodes, chosen, launch_of(since_s)), config.workers // config.nodes
-    )
-    return found.version.step if found is not None else None
+    memories = memories_of(nodes, chosen, launch_of(since_s))
+    found = find_recovery(job_groups(config, len(chosen)), memories, config.workers // config.nodes)
+    rebuilt = found.version.step if found is not None else None
+    return newest_of(rebuilt, complete_step(nodes, config, since_s))
 
 
-def job_groups(config: JobConfig) -> tuple[Group, ...]:
-    """The stripes of a job."""
-    return groups_of(config.nodes, config.train.snapshot.code if config.train.snapshot else "none")
+def complete_step(nodes: Nodes, config: JobConfig, since_s: float) -> int | None:
+    """Step of the newest snapshot of which the parts of all ranks are in the memory of nodes that are there, in whatever
+    layout and wherever. None: there is none."""
+    held: dict[Version, set[int]] = {}
+    worlds: dict[Version, int] = {}
+    for node in nodes:
+        found = node.in_memory
+        if found is None or found.launch != launch_of(since_s) or node.state != "ready":
+            continue
+        for part in found.parts:
+            version = Version(part.generation, part.step, part.shard_map)
+            held.setdefault(version, set()).add(part.rank)
+            worlds[version] = part.world_size or config.workers
+    complete = [version for version, ranks in held.items() if len(ranks) == worlds[version]]
+    return max(complete).step if complete else None
+
+
+def job_groups(config: JobConfig, nodes: int) -> tuple[Group, ...]:
+    """The stripes of an attempt on so many nodes."""
+    return groups_of(nodes, config.train.snapshot.code if config.train.snapshot else "none")
 
 
 def memories_of(nodes: Nodes, chosen: Sequence[str], launch: str) -> list[InMemory | None]:

@@ -18,8 +18,8 @@ class Life:
         """``began_at``: step of the newest checkpoint or snapshot when it began."""
         self.remembered: int | None = None
         """Step of the newest snapshot then."""
-        self.world_size = config.workers
         self.ranks_per_node = config.workers // config.nodes
+        self.world_size = self.ranks_per_node * len(nodes)
         self.is_counted = self.is_ending = False
         self.is_started = False
         """Its ranks have been told to start, or an agent tells of them."""

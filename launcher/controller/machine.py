@@ -70,6 +70,7 @@ class JobView:
     now_s: float
     nodes: Mapping[str, NodeState]
     nodes_needed: int
+    """On all of which the job runs if it can."""
     join_timeout_s: float
     max_restarts: int
     history: tuple[FailedAttempt, ...]
@@ -81,6 +82,10 @@ class JobView:
     """Why no attempt can be started at all."""
     shortage: str = ""
     """Why nodes are missing, as their place tells it."""
+    fewer_nodes: tuple[int, ...] = ()
+    """Smaller numbers of nodes on which it can go on, most first."""
+    shrink_after_s: float = 0.0
+    """How long it waits for the others before it does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,12 +116,21 @@ def exit_code(view: JobView) -> int:
     return REQUEUE if view.stop.signal == signal.SIGTERM and view.requeue_on_term else 128 + view.stop.signal
 
 
+def size_of_attempt(view: JobView) -> int | None:
+    """The number of nodes that the next attempt may have, of those that are ready; None: too few."""
+    ready = sum(state == "ready" for state in view.nodes.values())
+    return next((count for count in (view.nodes_needed, *view.fewer_nodes) if count <= ready), None)
+
+
 def choose_nodes(nodes: Mapping[str, NodeState], needed: int, before: tuple[str, ...]) -> tuple[str, ...] | None:
     """The nodes of the next attempt in the order of their ranks; None if there are too few.
 
-    A node that took part keeps its place, so that its ranks find what they left there; others take the free places.
+    A node that took part keeps its place, so that its ranks find what they left there; others take the free places. If
+    there are fewer places than before, those that took part move up.
     """
     ready = [node for node, state in nodes.items() if state == "ready"]
+    if len(before) > needed:
+        before = tuple(node for node in before if node in ready)
     fresh = iter([node for node in ready if node not in before])
     places = [node if node in ready else next(fresh, None) for node in before[:needed]]
     places += [next(fresh, None) for _ in range(needed - len(places))]
@@ -130,8 +144,14 @@ def _place(view: JobView) -> Transition | None:
     if view.refusal is not None:
         return Transition("failed", view.refusal, 1)
     ready = sum(state == "ready" for state in view.nodes.values())
-    if ready >= view.nodes_needed and (view.attempt is None or _is_over(view, view.attempt)):
+    may_start = view.attempt is None or _is_over(view, view.attempt)
+    if ready >= view.nodes_needed and may_start:
         return Transition("starting", f"{ready} of {view.nodes_needed} nodes are ready")
+    patience_s = view.join_timeout_s if view.attempt is None else min(view.shrink_after_s, view.join_timeout_s)
+    size = size_of_attempt(view)
+    if size is not None and may_start and view.now_s - view.since_s > patience_s:
+        missing = f"{ready} of {view.nodes_needed} nodes were there after {patience_s:g} s"
+        return Transition("starting", f"{missing}; going on with {size}, with the same batches")
     if view.now_s - view.since_s > view.join_timeout_s:
         reason = (
             f"{ready} of {view.nodes_needed} nodes were there after {view.join_timeout_s:g} s (join_timeout_s)."

@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from evermesh.launcher.controller.leases import LEASE_S, NodeSigns, node_state
 from evermesh.launcher.controller.machine import NodeState
 from evermesh.launcher.controller.status import NodeStatus
-from evermesh.launcher.messages import Hello, InMemory
+from evermesh.launcher.messages import Hello, InMemory, KeeperAt
 
 _PROVING_STEPS = 2
 """The first step after a node fell silent may have been nearly over by then."""
@@ -44,6 +44,8 @@ class Node:
     snapshot_bytes: int = 0
     in_memory: InMemory | None = None
     """Snapshots that its ranks have left there, when it was last told."""
+    keeper: KeeperAt | None = None
+    """Where others read them; it may live when its agent does not."""
 
     def send(self, message: BaseModel) -> None:
         """Send ``message`` soon. Without a connection it is dropped: who connects is told all again."""
@@ -71,8 +73,8 @@ class Nodes:
         return self._nodes.setdefault(name, Node(name))
 
     def expect(self, name: str) -> None:
-        """Count ``name`` as joining: an agent was started for it."""
-        self._nodes[name] = Node(name)
+        """Count ``name`` as joining: an agent was started for it. A keeper may have outlived the one before."""
+        self._nodes[name] = Node(name, keeper=self[name].keeper)
 
     def states(self) -> dict[str, NodeState]:
         """State of every node, in the order in which they were named."""

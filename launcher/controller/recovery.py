@@ -68,7 +68,7 @@ def find_recovery(
         memories: by place: what the node there holds, None where nothing is known.
         unwanted: snapshots that were tried in vain.
     """
-    held = [_held(memory, place, ranks_per_node) for place, memory in enumerate(memories)]
+    held = _all_held(memories, ranks_per_node)
     known = {
         (group.number, member): _protected(memories[place], group, member)
         for group in groups
@@ -92,7 +92,7 @@ def find_recovery(
 
 def newest_known(memories: Sequence[InMemory | None], ranks_per_node: int) -> Version | None:
     """The newest snapshot of which any node holds its part."""
-    held = [_held(memory, place, ranks_per_node) for place, memory in enumerate(memories)]
+    held = _all_held(memories, ranks_per_node)
     return max((version for of_node in held for version in of_node), default=None)
 
 
@@ -100,15 +100,21 @@ def lacking(
     group: Group, memories: Sequence[InMemory | None], ranks_per_node: int, version: Version
 ) -> tuple[int, ...]:
     """The places of a group that have lost their part of a snapshot."""
-    return tuple(place for place in group.places if version not in _held(memories[place], place, ranks_per_node))
+    held = _all_held(memories, ranks_per_node)
+    return tuple(place for place in group.places if version not in held[place])
 
 
-def _held(memory: InMemory | None, place: int, ranks_per_node: int) -> set[Version]:
-    """The snapshots of which the node in this place holds the parts of all its ranks."""
+def _all_held(memories: Sequence[InMemory | None], ranks_per_node: int) -> list[set[Version]]:
+    """By place: the snapshots, made by so many ranks, of which the node there holds the parts of all its ranks."""
+    world_size = len(memories) * ranks_per_node
+    return [_held(memory, place, ranks_per_node, world_size) for place, memory in enumerate(memories)]
+
+
+def _held(memory: InMemory | None, place: int, ranks_per_node: int, world_size: int) -> set[Version]:
     ranks = range(place * ranks_per_node, (place + 1) * ranks_per_node)
     by_rank: dict[int, set[Version]] = {rank: set() for rank in ranks}
     for part in memory.parts if memory is not None else ():
-        if part.rank in by_rank:
+        if part.rank in by_rank and part.world_size in (None, world_size):
             by_rank[part.rank].add(Version(part.generation, part.step, part.shard_map))
     return set.intersection(*by_rank.values())
 

@@ -29,7 +29,7 @@ def job_status(controller: "Controller") -> JobStatus:
         if record.state not in ("recovering", "failed")
         else max(0, len(record.history) - 1),
         max_restarts=config.restarts,
-        workers=config.workers,
+        workers=life.world_size if life else config.workers,
         nodes=tuple(
             node_status(node, life.ranks_of(node.name) if life else (), bool(members) and node.name not in members)
             for node in controller.nodes

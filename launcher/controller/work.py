@@ -3,6 +3,7 @@
 import json
 import os
 from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ from evermesh import checkpoint
 from evermesh.fault.events import read_events
 from evermesh.launcher.chaos.record import read_injection
 from evermesh.launcher.config import JobConfig
-from evermesh.launcher.messages import TrainingWork
+from evermesh.launcher.elastic import layout_on
+from evermesh.launcher.messages import KeeperAt, TrainingWork
 from evermesh.launcher.run_directory import Run
 from evermesh.parallelism.layout import Layout
 from evermesh.runtime.telemetry import StepReport
@@ -18,12 +20,23 @@ from evermesh.runtime.telemetry import StepReport
 ENTRY = "evermesh.launcher.agent.training:train"
 
 
-def training_work(run: Run, config: JobConfig, since_s: float, remembered: int | None = None) -> TrainingWork:
+def training_work(
+    run: Run,
+    config: JobConfig,
+    since_s: float,
+    workers: int,
+    remembered: int | None = None,
+    keepers: Sequence[KeeperAt] = (),
+) -> TrainingWork:
     """Train on from the newest checkpoint or snapshot, or from the beginning where there is none.
 
-    ``since_s`` is when the job was launched, or resumed, with ``config``; ``remembered`` the step of the newest snapshot.
+    ``since_s`` is when the job was launched, or resumed, with ``config``; ``workers`` the ranks of this
+    attempt, ``remembered`` the step of the newest snapshot,
+    ``keepers`` whom ranks may ask for it.
     """
     newest, layout = newest_step(run), layout_of_newest(run, config.train.layout, since_s, remembered)
+    if layout.world_size != workers:
+        layout = layout_on(config, workers) or layout  # of fewer nodes than before, or of more
     train = config.train.model_copy(update={"layout": layout})
     arguments: dict[str, Any] = {
         "config": train.model_dump(mode="json"),
@@ -34,7 +47,8 @@ def training_work(run: Run, config: JobConfig, since_s: float, remembered: int |
     if injection is not None:
         arguments["faults"] = [shot.model_dump(mode="json") for shot in injection.shots if shot.is_inside]
     launch = None if train.snapshot is None else launch_of(since_s)
-    return TrainingWork(entry=ENTRY, arguments=arguments, logs=str(run.logs.absolute()), launch=launch)
+    logs = str(run.logs.absolute())
+    return TrainingWork(entry=ENTRY, arguments=arguments, logs=logs, launch=launch, keepers=tuple(keepers))
 
 
 def launch_of(since_s: float) -> str:

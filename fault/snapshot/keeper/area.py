@@ -70,7 +70,7 @@ class Area:
         self._lock = _locked(path, _LOCK)
         before = identity_in(path)
         if before is not None and before.key != key:
-            for folder in (*path.glob("rank-*"), *path.glob("parity-*")):
+            for folder in (*path.glob("rank-*"), *path.glob("parity-*"), *path.glob("layouts")):
                 shutil.rmtree(folder)
         identity = Identity(os.getpid(), started_at(os.getpid()) or 0, nonce, key)
         new = path / f"{_IDENTITY}.new"

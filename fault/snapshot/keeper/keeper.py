@@ -11,6 +11,7 @@ It answers orders, each a JSON object with ``order``; every answer has ``ok``, a
     join      epoch, stripe, member, ...                    take a place in a stripe; what is sealed is protected from now on
     rebuild   epoch, version, protected                     make a snapshot whole, together with all other members
     release   rank                                          give its memory back
+    serve     host, secret                                  let other nodes read, over TCP on this address
     end                                                     give everything back, and end
 
 Nothing that belongs to an older generation than the newest that a rank told is done.
@@ -27,8 +28,10 @@ from typing import TYPE_CHECKING, Any
 
 from evermesh.checkpoint.background.memory import RoomMissing
 from evermesh.fault.snapshot.keeper.area import SOCKET, Area
+from evermesh.fault.snapshot.keeper.layouts import forget_layouts
 from evermesh.fault.snapshot.keeper.scrubbing import Scrubber
 from evermesh.fault.snapshot.keeper.sealing import NotSealed, Reservation, seal
+from evermesh.fault.snapshot.keeper.serving import ReadService
 from evermesh.fault.snapshot.keeper.slots import NUM_SLOTS, State, held_by, ranks_in
 from evermesh.fault.snapshot.keeper.wire import is_own, line_of
 
@@ -54,6 +57,7 @@ class Keeper:
         self._has_ended = threading.Event()
         self._scrubber = Scrubber(area.path)
         self._stripe: StripeMember | None = None
+        self._service: ReadService | None = None
 
     def run(self) -> None:
         """Return when it has ended; its memory is gone then."""
@@ -64,6 +68,8 @@ class Keeper:
         self._scrubber.start()
         while not self._has_ended.wait(_LOOK_S) and not self._is_forgotten():
             pass
+        if self._service is not None:
+            self._service.close()
         self._area.close()
 
     def answer(self, order: Order) -> Order:
@@ -98,6 +104,9 @@ class Keeper:
             self._reservations[told.rank] = told  # what an older attempt still has sealed is given up
         with self._slots_of(told.rank):
             self._area.make_room(told.rank, told.data_bytes)
+        held = [held.record for rank in ranks_in(self._area.path) for held in held_by(self._area.path, rank)]
+        wanted = {(record.generation, record.shard_map) for record in held}
+        forget_layouts(self._area.path, wanted | {(told.generation, told.shard_map)})
         return {}
 
     def _seal_order(self, order: Order) -> Order:
@@ -153,6 +162,19 @@ class Keeper:
         with self._slots_of(order["rank"]):
             self._area.release(order["rank"])
         return {}
+
+    def _serve_order(self, order: Order) -> Order:
+        host, secret = str(order["host"]), bytes.fromhex(order["secret"])
+        with self._lock:
+            before = self._service
+        if before is None or (before.host, before.secret) != (host, secret):
+            if before is not None:
+                before.close()
+            service = ReadService(self._area.path, self._key, host, secret, self.note_connection)
+            with self._lock:
+                self._service = service
+        assert self._service is not None
+        return {"port": self._service.address.port}
 
     def _end_order(self, _: Order) -> Order:
         self._has_ended.set()

@@ -9,9 +9,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from evermesh.fault.snapshot.handshake import LEAST_SECRET_BYTES, Address
 from evermesh.fault.snapshot.keeper.answers import Answers
 from evermesh.fault.snapshot.keeper.area import AgentMark, Identity, identity_in, sweep
 from evermesh.fault.snapshot.keeper.client import KeeperClient, KeeperLost
+from evermesh.fault.snapshot.keeper.serving import address_in
 
 _MODULE = "evermesh.fault.snapshot.keeper"
 _ANSWER_S = 2.0
@@ -24,11 +26,17 @@ class KeeperProcess:
     """The keeper of ``area`` for a launch: it lives in a session of its own when the constructor returns, though it may not
     listen yet.
 
-    One of an earlier launch is ended first. What nobody holds any more on this machine is swept.
+    One of an earlier launch is ended first. What nobody holds any more on this machine is swept. With a ``host``, other
+    nodes that know the ``secret`` may read what it keeps, over TCP on this address.
     """
 
-    def __init__(self, area: Path, key: str, log: Path, idle_s: float = IDLE_S) -> None:
+    def __init__(
+        self, area: Path, key: str, log: Path, idle_s: float = IDLE_S, host: str | None = None, secret: bytes = b""
+    ) -> None:
+        if host is not None and len(secret) < LEAST_SECRET_BYTES:
+            raise ValueError(f"a secret of {len(secret)} bytes can be guessed; give at least {LEAST_SECRET_BYTES}.")
         self.area, self._key, self._log, self._idle_s = area, key, log, idle_s
+        self._host, self._secret = host, secret
         self._child: subprocess.Popen[bytes] | None = None
         self._client: KeeperClient | None = None
         self._answers = Answers()
@@ -45,6 +53,11 @@ class KeeperProcess:
         """Of the process that keeps the area now, if one does."""
         found = identity_in(self.area)
         return found if found is not None and found.is_alive else None
+
+    @property
+    def address(self) -> Address | None:
+        """Where other nodes read from it; None: nowhere, or it does not listen yet."""
+        return address_in(self.area)
 
     def look(self) -> bool:
         """Whether it lives and answers; else another one is started, for the same memory. Called now and then, does not wait
@@ -149,6 +162,8 @@ class KeeperProcess:
         if self._client is None:
             with suppress(KeeperLost):
                 self._client = KeeperClient(self.area)
+                if self._host is not None:
+                    self._client.tell("serve", host=self._host, secret=self._secret.hex())
 
     def _leave(self) -> None:
         if self._client is not None:

@@ -1,5 +1,6 @@
 """Which nodes protect each other's snapshots, what that survives, and how they move the bytes."""
 
+from evermesh.fault.snapshot.handshake import Address, listen
 from evermesh.fault.snapshot.stripes.errors import (
     ChunkCorrupt,
     MemberLost,
@@ -10,7 +11,7 @@ from evermesh.fault.snapshot.stripes.errors import (
     TransferGivenUp,
     WrongGeneration,
 )
-from evermesh.fault.snapshot.stripes.membership import Address, Membership, listen
+from evermesh.fault.snapshot.stripes.membership import Membership
 from evermesh.fault.snapshot.stripes.payload import Payload, digests_of
 from evermesh.fault.snapshot.stripes.record import StripeRecord
 from evermesh.fault.snapshot.stripes.rotation import CHUNK_BYTES, parity_bytes

@@ -1,30 +1,25 @@
 """The connections of a stripe: one between every two members, each of which has proved that it knows the secret of the
 job.
 
-The member with the lower rank dials. Numbers are big-endian, MAC is HMAC-SHA256 with the secret over a label, the hello
-and the nonce of the acceptor:
+The member with the lower rank dials. It proves itself as ``handshake`` says, numbers are big-endian:
 
     hello      magic 8, stripe 16, generation 8, rank of the dialer 2, of the acceptor 2, nonce 32
-    challenge  nonce 32, MAC labelled "acceptor"
-    proof      MAC labelled "dialer"
     verdict    1 (welcome) or 0 (refused), generation of the acceptor 8
 
 What follows is raw bytes, guarded by digests against accidents and not against somebody on the wire.
 """
 
 import hashlib
-import hmac
 import queue
-import secrets
 import socket
 import struct
 import threading
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 from evermesh.fault.snapshot.coding import Code
+from evermesh.fault.snapshot.handshake import LEAST_SECRET_BYTES, Address, admit, new_nonce, prove, receive
 from evermesh.fault.snapshot.stripes.errors import (
     MemberLost,
     StripesImpossible,
@@ -35,23 +30,12 @@ from evermesh.fault.snapshot.stripes.errors import (
 
 _MAGIC = b"EVMESH01"
 _HELLO = struct.Struct("!8s16sQHH32s")
-_CHALLENGE = struct.Struct("!32s32s")
-_PROOF = struct.Struct("!32s")
 _VERDICT = struct.Struct("!BQ")
-_NONCE_BYTES = 32
-_LEAST_SECRET_BYTES = 16
 _RETRY_S = 0.05
 _HANDSHAKE_S = 5.0
 """How long a stranger may keep a connection that says nothing."""
 _MOST_STRANGERS = 64
 """Handshakes at a time; further connections wait in the backlog."""
-
-
-class Address(NamedTuple):
-    """Where a member listens."""
-
-    host: str
-    port: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,21 +62,15 @@ class Membership:
                 f"member {self.rank} of {len(self.addresses)}, but code {self.code} has {self.code.parts} parts: "
                 "give an address for each of them, and a rank below."
             )
-        if len(self.secret) < _LEAST_SECRET_BYTES:
+        if len(self.secret) < LEAST_SECRET_BYTES:
             raise StripesImpossible(
-                f"a secret of {len(self.secret)} bytes can be guessed; give at least {_LEAST_SECRET_BYTES} random bytes."
+                f"a secret of {len(self.secret)} bytes can be guessed; give at least {LEAST_SECRET_BYTES} random bytes."
             )
 
     @property
     def digest(self) -> bytes:
         """Of what members of a stripe have in common."""
         return hashlib.blake2b(f"{self.stripe}\0{self.code}".encode(), digest_size=16).digest()
-
-
-def listen(host: str, port: int = 0) -> socket.socket:
-    """A socket that accepts on ``host`` only; port 0 takes a free one. Raises ``OSError`` as the system does."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    return socket.create_server((host, port), family=family, backlog=128)
 
 
 def connect(
@@ -211,15 +189,11 @@ class _Acceptor:
 
     def _authenticate(self, connection: socket.socket) -> int | None:
         """The rank at the other end, if it is welcome."""
-        hello = _receive(connection, _HELLO.size)
+        hello = receive(connection, _HELLO.size)
         magic, stripe, generation, rank, wanted, _ = _HELLO.unpack(hello)
         if magic != _MAGIC or stripe != self._mine.digest or wanted != self._mine.rank:
             return None
-        nonce = secrets.token_bytes(_NONCE_BYTES)
-        connection.sendall(_CHALLENGE.pack(nonce, _mac(self._mine, b"acceptor", hello, nonce)))
-        if not hmac.compare_digest(_receive(connection, _PROOF.size), _mac(self._mine, b"dialer", hello, nonce)):
-            return None
-        if rank not in self._expected:
+        if not admit(connection, hello, self._mine.secret) or rank not in self._expected:
             return None
         is_welcome = generation == self._mine.generation
         connection.sendall(_VERDICT.pack(is_welcome, self._mine.generation))
@@ -258,26 +232,8 @@ def _dial(mine: Membership, rank: int, deadline_s: float, given_up: threading.Ev
 
 
 def _prove(mine: Membership, rank: int, connection: socket.socket) -> None:
-    hello = _HELLO.pack(_MAGIC, mine.digest, mine.generation, mine.rank, rank, secrets.token_bytes(_NONCE_BYTES))
-    connection.sendall(hello)
-    nonce, shown = _CHALLENGE.unpack(_receive(connection, _CHALLENGE.size))
-    if not hmac.compare_digest(shown, _mac(mine, b"acceptor", hello, nonce)):
-        raise ConnectionRefusedError("whoever listens there does not know the secret")
-    connection.sendall(_mac(mine, b"dialer", hello, nonce))
-    is_welcome, generation = _VERDICT.unpack(_receive(connection, _VERDICT.size))
+    hello = _HELLO.pack(_MAGIC, mine.digest, mine.generation, mine.rank, rank, new_nonce())
+    prove(connection, hello, mine.secret)
+    is_welcome, generation = _VERDICT.unpack(receive(connection, _VERDICT.size))
     if not is_welcome:
         raise WrongGeneration(f"member {rank} is of generation {generation}; this is {mine.generation}.", (rank,))
-
-
-def _mac(mine: Membership, label: bytes, hello: bytes, nonce: bytes) -> bytes:
-    return hmac.digest(mine.secret, label + b"\0" + hello + nonce, "sha256")
-
-
-def _receive(connection: socket.socket, num_bytes: int) -> bytes:
-    found = b""
-    while len(found) < num_bytes:
-        part = connection.recv(num_bytes - len(found))
-        if not part:
-            raise ConnectionResetError("the connection was closed in the handshake")
-        found += part
-    return found

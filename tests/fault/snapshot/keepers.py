@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -14,12 +15,19 @@ WAIT_S = 20.0
 
 
 @contextmanager
-def keeper_of(run: Path, node: str = "node-0", key: str = "launch") -> Iterator[KeeperProcess]:
-    """A keeper that listens; nothing of it is left at the end."""
-    keeper = KeeperProcess(area_of(run, node), key, run / f"{node}.log")
+def keeper_of(
+    run: Path, node: str = "node-0", key: str = "launch", secret: bytes | None = None
+) -> Iterator[KeeperProcess]:
+    """A keeper that listens, with a ``secret`` also for other nodes; nothing of it is left at the end."""
+    serving = {} if secret is None else {"host": "127.0.0.1", "secret": secret}
+    keeper = KeeperProcess(area_of(run, node), key, run / f"{node}.log", **serving)  # type: ignore[arg-type]
     try:
         KeeperClient(keeper.area, WAIT_S).close()
         keeper.look()  # stays connected, as an agent does
+        until_s = time.monotonic() + WAIT_S
+        while secret is not None and keeper.address is None:
+            assert time.monotonic() < until_s, "the keeper serves nobody"
+            time.sleep(0.01)
         yield keeper
     finally:
         kill_keeper(keeper.area)

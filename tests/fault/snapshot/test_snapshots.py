@@ -24,8 +24,9 @@ from evermesh.fault.snapshot.choosing import Version, common_versions
 from evermesh.fault.snapshot.keeper.area import area_of
 from evermesh.fault.snapshot.keeper.process import KeeperProcess
 from evermesh.fault.snapshot.keeper.slots import SlotFiles, held_by
+from evermesh.fault.snapshot.parts import LocalPart, Said
 from evermesh.fault.snapshot.snapshots import Keeping, Snapshots
-from evermesh.fault.snapshot.source import objects_of, source_of_node, versions_of
+from evermesh.fault.snapshot.source import slot_with, source_of_node, versions_of
 from evermesh.parallelism.collectives import Communicator
 from tests.checkpoint import states
 from tests.cluster import RankFailed, run_ranks
@@ -200,7 +201,9 @@ def test_f19_a_flipped_byte_is_found_when_it_is_loaded_and_the_older_slot_is_who
 
 def _restored_by_both(folder: str, version: Version) -> None:
     for rank in range(2):
-        objects_of(_area(folder, 0), rank, version)
+        area = _area(folder, 0)
+        (held,) = (one for one in held_by(area, rank) if one.number == slot_with(area, rank, version))
+        assert Said(LocalPart(area, held)).values
         _restored(folder, (0, 0), rank, version)
 
 

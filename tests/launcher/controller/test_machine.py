@@ -234,3 +234,57 @@ def test_nodes_keep_their_places_and_spares_take_free_ones(
     names = {"r": "ready", "j": "joining", "c": "cut off", "l": "lost"}
     nodes: Any = {str(number): names[state] for number, state in enumerate(states)}
     assert choose_nodes(nodes, 2, tuple(before)) == (None if expected is None else tuple(expected))
+
+
+FEWER = {"fewer_nodes": (2, 1), "nodes_needed": 3, "shrink_after_s": 5.0}
+
+
+def _three(states: str) -> Any:
+    names = {"r": "ready", "j": "joining", "c": "cut off", "l": "lost"}
+    return {f"node-{number}": names[state] for number, state in enumerate(states)}
+
+
+@pytest.mark.parametrize(
+    ("states", "waited_s", "expected"),
+    [
+        ("rrj", 4.9, None),
+        ("rrj", 5.1, "2 of 3 nodes were there after 5 s; going on with 2, with the same batches"),
+        ("rlc", 5.1, "1 of 3 nodes were there after 5 s; going on with 1, with the same batches"),
+        ("jlc", 5.1, None),
+        ("rrr", 0.0, "3 of 3 nodes are ready"),
+    ],
+)
+def test_f9_a_job_goes_on_with_fewer_nodes_after_a_short_wait(
+    states: str, waited_s: float, expected: str | None
+) -> None:
+    seen = view("waiting", ENDED, nodes=_three(states), since_s=NOW_S - waited_s, **FEWER)
+    found = decide(seen)
+    assert (found.reason if found else None) == expected
+    assert found is None or found.to == "starting"
+
+
+def test_a_job_that_has_not_begun_waits_longer_for_all_its_nodes() -> None:
+    seen = view("placing", nodes=_three("rrj"), since_s=NOW_S - 59.0, **FEWER)
+    assert decide(seen) is None
+    found = decide(replace(seen, since_s=NOW_S - 60.1))
+    assert found is not None
+    assert (found.to, found.reason.split(";")[1]) == ("starting", " going on with 2, with the same batches")
+    assert decide(replace(seen, since_s=NOW_S - 60.1, fewer_nodes=())).to == "failed"  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("states", "needed", "before", "expected"),
+    [
+        ("lr", 1, "01", "1"),
+        ("lrr", 2, "012", "12"),
+        ("rrr", 3, "12", "120"),
+        ("rr", 1, "01", "0"),
+        ("rlr", 2, "01", "02"),
+        ("ll", 1, "01", None),
+    ],
+)
+def test_who_is_left_moves_up_and_who_comes_back_is_last(
+    states: str, needed: int, before: str, expected: str | None
+) -> None:
+    nodes = {name.removeprefix("node-"): state for name, state in _three(states).items()}
+    assert choose_nodes(nodes, needed, tuple(before)) == (None if expected is None else tuple(expected))

@@ -1,0 +1,94 @@
+"""On how many nodes a job goes on, in which layout; and that it computes the same there."""
+
+import signal
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from pydantic import ValidationError
+
+from evermesh.fault.events import read_events
+from evermesh.launcher.config import JobConfig
+from evermesh.launcher.elastic import layout_on, node_counts
+from tests.launcher.jobs import clean_losses, launched
+from tests.launcher.test_flush import _nobody_comes_back, _wait_in_memory
+
+
+def _job(corpus: Path, *, workers: int, nodes: int, least: int | None, heads: int = 4, **layout: Any) -> JobConfig:
+    model = {"hidden": 16, "layers": 2, "heads": heads, "kv_heads": heads, "ffn": 32}
+    data = {"sources": [{"kind": "corpus", "path": str(corpus)}], "context": 256, "batch_tokens": 1024}
+    train = {"steps": 6, "model": model, "data": data, "layout": {"capacity": 256, **layout}}
+    return JobConfig.model_validate({"workers": workers, "nodes": nodes, "min_nodes": least, "train": train})
+
+
+def test_the_layout_of_fewer_nodes_keeps_its_replicas_whole_where_it_can(corpus: Path) -> None:
+    job = _job(corpus, workers=16, nodes=4, least=1, tp=4)
+    assert node_counts(job) == (4, 3, 2, 1)
+    for count in node_counts(job):
+        layout = layout_on(job, 4 * count)
+        assert layout is not None
+        assert (layout.tp, layout.pp, layout.hdp) == (4, 1, count)
+    assert layout_on(job, 16) == job.train.layout
+
+
+def test_where_replicas_do_not_divide_the_workers_they_become_smaller(corpus: Path) -> None:
+    job = _job(corpus, workers=8, nodes=4, least=1, tp=4)
+    found = {count: layout_on(job, 2 * count) for count in node_counts(job)}
+    assert {count: (one.tp, one.hdp) for count, one in found.items() if one} == {
+        4: (4, 2),
+        3: (2, 3),
+        2: (4, 1),
+        1: (2, 1),
+    }
+
+
+def test_the_longest_sequence_must_find_room(corpus: Path) -> None:
+    job = _job(corpus, workers=4, nodes=4, least=1, capacity=100)
+    assert node_counts(job) == (4, 3), "256 tokens are more than 2 x 100"
+
+
+def test_without_a_least_number_all_nodes_are_needed(corpus: Path) -> None:
+    assert node_counts(_job(corpus, workers=4, nodes=4, least=None)) == (4,)
+    assert node_counts(_job(corpus, workers=4, nodes=4, least=3)) == (4, 3)
+    with pytest.raises(ValidationError, match="5 nodes at least, but the job has 4"):
+        _job(corpus, workers=4, nodes=4, least=5)
+
+
+def test_f9_a_job_shrinks_without_a_node_and_grows_back_with_it(job_file: Path) -> None:
+    """Without a checkpoint: the memory of the lost node is read through its keeper, which lives."""
+    exact = (
+        "train.dtype=float64",
+        "nodes=2",
+        "train.layout.capacity=320",
+        "train.data.batch_tokens=16384",
+    )  # slow steps
+    elastic = ("train.steps=100000", "min_nodes=1", "shrink_after_s=1")
+    with launched(job_file, *exact, *elastic, "train.checkpoint.every=null", "train.snapshot.every=1") as job:
+        job.wait_training()
+        _wait_in_memory(job, 3)
+        with _nobody_comes_back(job, "node-1") as stopped:
+            job.wait_training(2)
+            assert {found.rank for found in job.client.status().ranks} == {0}
+            step = len(job.losses)
+            job.wait(lambda: len(job.losses) > step + 2)
+            for process in stopped:
+                process.resume()
+            job.wait(lambda: all(node.state == "ready" for node in job.client.status().nodes))
+            job.kill_rank(0)
+            job.wait_training(3)
+            assert {found.rank for found in job.client.status().ranks} == {0, 1}
+            step = len(job.losses)
+            job.wait(lambda: len(job.losses) > step + 2)
+            job.process.send_signal(signal.SIGTERM)
+            code, _, stderr = job.end()
+        assert code == 143, stderr
+        resumed = [event for event in read_events(job.run.events) if event.kind == "resumed"]
+        assert [event.fields["source"] for event in resumed] == ["memory"] * 2
+        assert int(str(resumed[0].fields["bytes_received"])) > 0
+        assert "on 1 workers" in resumed[0].text
+        assert "on 2 workers" in resumed[1].text
+        losses = job.losses
+        assert not any(psutil.pid_exists(process.pid) for process in stopped)
+    expected = clean_losses(job_file, 100000, f"train.stop_at={len(losses)}", *exact, "train.snapshot=off")
+    assert losses == pytest.approx(expected, rel=1e-9)

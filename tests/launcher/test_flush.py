@@ -1,0 +1,129 @@
+"""A job that cannot go on leaves what was in memory alone as a checkpoint, from which it can be resumed in any layout."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import psutil
+import pytest
+
+from evermesh import checkpoint
+from evermesh.fault.events import Event, read_events
+from evermesh.fault.snapshot.keeper.area import area_of
+from evermesh.fault.snapshot.keeper.slots import held_by
+from evermesh.launcher.contact import keeper_secret, read_token
+from evermesh.launcher.controller.work import launch_of
+from tests.launcher.jobs import Job, clean_losses, launched
+from tests.launcher.test_cli import evermesh
+
+ENDLESS, COMPARED = "train.steps=100000", 25
+WITHOUT_STORAGE = ("train.checkpoint.every=null", "train.snapshot.every=1")
+
+
+@pytest.fixture(scope="module")
+def expected(job_file_of_module: Path) -> list[float]:
+    return clean_losses(job_file_of_module, 100000, f"train.stop_at={COMPARED}", "nodes=2", "train.snapshot=off")
+
+
+def _wait_in_memory(job: Job, step: int) -> None:
+    areas = [area_of(job.run.directory, f"node-{number}") for number in range(2)]
+    job.wait(
+        lambda: all(
+            max((held.record.step for rank in range(2) for held in held_by(area, rank)), default=0) >= step
+            for area in areas
+        )
+    )
+
+
+def _flushed(job: Job) -> Event:
+    (event,) = (event for event in read_events(job.run.events) if event.kind == "flushed")
+    return event
+
+
+def _is_whole_and_resumed(job: Job, expected: list[float]) -> None:
+    """What was flushed is a checkpoint like any other, and another number of workers goes on from it."""
+    found = checkpoint.checkpoints(job.run.checkpoints)
+    assert [one.step for one in found] == [_flushed(job).step]
+    assert found[0].step >= 3
+    assert "whole" in evermesh("checkpoint", "verify", found[0].path).stdout
+    resumed = evermesh(
+        "resume", job.run.directory, "--workers", "3", "--nodes", "1", "--set", f"train.stop_at={COMPARED}"
+    )
+    assert resumed.returncode == 0, resumed.stderr
+    assert job.losses == pytest.approx(expected, rel=1e-5)
+    secret = keeper_secret(read_token(job.run.directory), launch_of(_launched_s(job)))
+    for file in [job.run.events, job.run.journal, *job.run.logs.iterdir()]:
+        assert secret.hex() not in file.read_text(errors="replace"), file
+        assert read_token(job.run.directory) not in file.read_text(errors="replace"), file
+
+
+def _launched_s(job: Job) -> float:
+    return next(entry.time_s for entry in job.journal if entry.kind == "launch")
+
+
+def test_a_job_without_restarts_left_writes_down_what_is_in_memory(job_file: Path, expected: list[float]) -> None:
+    with launched(job_file, ENDLESS, "nodes=2", "restarts=0", *WITHOUT_STORAGE) as job:
+        job.wait_training()
+        _wait_in_memory(job, 3)
+        job.kill_rank(1)
+        code, _, stderr = job.end()
+        assert code == 1, stderr
+        _is_whole_and_resumed(job, expected)
+
+
+@contextmanager
+def _nobody_comes_back(job: Job, node: str) -> Iterator[list[psutil.Process]]:
+    """Every agent that is started for a node from now on stands still before it joins."""
+    before = job.agents[node]
+    stopped: list[psutil.Process] = []
+
+    def stop_the_next() -> bool:
+        for process in psutil.process_iter(["pid", "cmdline"]):
+            line = process.info["cmdline"] or []
+            if (
+                process.pid != before
+                and "evermesh.launcher.agent" in line
+                and any(f'"{node}"' in part for part in line)
+            ):
+                with suppress(psutil.NoSuchProcess):
+                    process.suspend()
+                    stopped.append(process)
+                    return True
+        return False
+
+    psutil.Process(before).kill()
+    try:
+        job.wait(stop_the_next)
+        yield stopped
+    finally:
+        for process in stopped:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+
+
+def test_f10_a_lost_node_that_nobody_replaces_ends_the_job_with_75_and_a_checkpoint_out_of_memory(
+    job_file: Path, expected: list[float]
+) -> None:
+    with launched(job_file, ENDLESS, "nodes=2", "join_timeout_s=8", *WITHOUT_STORAGE) as job:
+        job.wait_training()
+        _wait_in_memory(job, 3)
+        with _nobody_comes_back(job, "node-1"):
+            code, _, stderr = job.end()
+        assert code == 75, stderr
+        assert "1 of 2 nodes were there after 8 s" in stderr
+        assert int(str(_flushed(job).fields["bytes_received"])) > 0
+        _is_whole_and_resumed(job, expected)
+
+
+def test_a_job_whose_storage_is_newer_flushes_nothing(job_file: Path) -> None:
+    with launched(
+        job_file, ENDLESS, "nodes=2", "restarts=0", "train.checkpoint.every=1", "train.snapshot.every=1"
+    ) as job:
+        job.wait_training()
+        _wait_in_memory(job, 3)
+        job.kill_rank(1)
+        code, _, stderr = job.end()
+        assert code == 1, stderr
+        newest = max(one.step for one in checkpoint.checkpoints(job.run.checkpoints))
+        flushed = [event for event in read_events(job.run.events) if event.kind == "flushed"]
+        assert [event.step for event in flushed] in ([], [newest])
