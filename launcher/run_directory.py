@@ -6,6 +6,7 @@ runs/NAME/  job.yaml         the resolved configuration
             controller.json, token    how the controller is reached
             faults.json     what is injected into the run, where it was launched by ``evermesh chaos``
             journal.jsonl    what the controller did and why; journal.sqlite is its index
+            members.json     who takes part in the succession of the controller, with three or more nodes
             logs/            rank-N.log: what worker N printed; rank-N.stacks: what it was doing when that was asked
             telemetry.jsonl, events.jsonl, checkpoints/, loss.png
 """
