@@ -16,7 +16,7 @@ import fcntl
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -248,8 +248,10 @@ class Run:
         return False
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self) -> Iterator[Callable[[], None]]:
         """Hold the run's lock; the kernel gives it back however this process ends.
+
+        Gives a function that raises RunAlive if a controller that was elected has put its own lock there since.
 
         Raises:
             RunAlive: another controller holds it.
@@ -260,7 +262,11 @@ class Run:
                 if time.monotonic() > until:
                     raise RunAlive(self.directory, self.state().pid)
                 time.sleep(0.05)
-            yield
+            yield lambda: self._check_lock(file.fileno())
+
+    def _check_lock(self, descriptor: int) -> None:
+        if not _is_at(descriptor, self.directory / "run.lock"):
+            raise RunAlive(self.directory, self.state().pid)
 
     @contextmanager
     def taken_over(self) -> Iterator[None]:

@@ -83,6 +83,8 @@ class Agent:
         """Serve until told to leave. No process of it is left."""
         with _signals(self._preempt):
             try:
+                if self._candidate:
+                    self._candidate.begin()
                 warm.warm_up(self.spec.warm_module, self.spec.threads)
                 self._beat()
                 self._loop.run_until(lambda: self._has_left)
@@ -246,6 +248,8 @@ class Agent:
         if missing_s is None:
             if self._candidate and self._candidate.term_heard is not None:
                 self._obeys()  # another may have been elected by those who do not hear this one
+            return
+        if self._candidate and self._candidate.is_starting:
             return
         is_head = self._candidate is not None and self._candidate.is_head
         if self._revival and self._revival.consider(missing_s, is_head=is_head) and self._candidate:

@@ -26,19 +26,23 @@ class Candidate:
         """
         assert spec.journal_folder is not None
         self._spec, self._missing_s = spec, missing_s
+        self._elected_until_s = self._reviving_until_s = float("-inf")
+        """Monotonic clock: how long others leave it the time for what it has begun."""
+        self.term_heard: int | None = None
+        """Of the controller that this agent is connected to; None while it is not, or that has not said it yet."""
         self._memory = DiskMemory(spec.journal_folder, token)
         self._replica = Replica(self._memory)
         self._replica.hears = lambda: self.term_heard is not None and self.obeys(self.term_heard)
-        self._replica.is_reviving = lambda: time.monotonic() < self._starting_until_s
+        self._replica.is_reviving = lambda: self.is_starting or time.monotonic() < self._reviving_until_s
         self._server = ReplicaServer(self._replica, spec.node, spec.address, token)
-        self._starting_until_s = float("-inf")
         self._attempts = 0
-        self.term_heard: int | None = None
-        """Of the controller that this agent is connected to; None while it is not, or that has not said it yet."""
         copy_path = spec.journal_folder / "copy.jsonl"
         self._standing = Standing(
             self._replica, self.seat, copy_path, token, missing_s=self._wanted_s, start=self._take_office
         )
+
+    def begin(self) -> None:
+        """Look for a controller, or be elected, whenever there is none."""
         self._standing.begin()
 
     @property
@@ -51,6 +55,11 @@ class Candidate:
         """Whether its node is the one that the controller counts to."""
         view = self._replica.word.view
         return self._spec.is_head if view is None or view.leader is None else view.leader == self._spec.node
+
+    @property
+    def is_starting(self) -> bool:
+        """Whether it was elected, and the controller that it has started then may not be heard yet."""
+        return time.monotonic() < self._elected_until_s
 
     def obeys(self, term: int) -> bool:
         """Whether what is said in ``term`` may be done."""
@@ -65,14 +74,14 @@ class Candidate:
 
     def note_revival(self) -> None:
         """The controller is being started again by this agent: others leave it the time for that, once."""
-        if self._starting_until_s == float("-inf"):
-            self._starting_until_s = time.monotonic() + START_S
+        if self._reviving_until_s == float("-inf"):
+            self._reviving_until_s = time.monotonic() + START_S
 
     def note_heard(self, term: int | None) -> None:
         """A controller of this term is connected; None: it is gone."""
         self.term_heard = term
         if term is not None:
-            self._starting_until_s = float("-inf")
+            self._elected_until_s = self._reviving_until_s = float("-inf")
 
     def close(self, *, job_is_over: bool) -> None:
         """Take part no more; what it has promised is kept unless the job is over."""
@@ -89,5 +98,5 @@ class Candidate:
             return None  # a controller needs the directory of the run
 
     def _take_office(self, mandate: Mandate) -> None:
-        self._starting_until_s = time.monotonic() + START_S
+        self._elected_until_s = time.monotonic() + START_S
         start_elected_controller(Run(self._spec.run), mandate)

@@ -9,7 +9,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +24,7 @@ from evermesh.launcher.controller.journal import (
     read_journal,
     restore_journal,
 )
+from evermesh.launcher.controller.record import replay
 from evermesh.launcher.errors import LauncherError, RunAlive, Superseded
 from evermesh.launcher.patient_output import outlive_a_full_disk
 from evermesh.launcher.placement import placement_for
@@ -54,15 +55,15 @@ def main() -> None:
         signal.signal(number, signal.SIG_IGN)
     try:
         with (
-            run.locked() if mandate is None else contextlib.nullcontext(),
+            run.locked() if mandate is None else contextlib.nullcontext(_nothing) as check_lock,
             registry.register("run", run.name, run.directory.absolute()),
         ):
-            sys.exit(asyncio.run(_control(run, mandate)))
+            sys.exit(asyncio.run(_control(run, mandate, check_lock)))
     except RunAlive as error:
         print(error, flush=True)
 
 
-async def _control(run: Run, mandate: Mandate | None) -> int:
+async def _control(run: Run, mandate: Mandate | None, check_lock: Callable[[], None]) -> int:
     config, token = run.config(), make_token(run.directory)
     try:
         placement = placement_for(run, config, token)
@@ -71,6 +72,7 @@ async def _control(run: Run, mandate: Mandate | None) -> int:
         url = f"http://{host}:{port}"
         lines = journal_lines(run.journal) if mandate is None else read_copy(mandate.copy_path)
         office = _office(run, config, lines, token, url, mandate)
+        check_lock()  # whoever was elected took the lock before it wrote its term into the journal, which was read just now
     except LauncherError as error:
         return _refuse(run, error)
     with contextlib.ExitStack() as stack:
@@ -112,13 +114,18 @@ def _office(
     if mandate is not None:
         views = elected_views(mandate, url)
     elif run.state().state == "running":
-        views = views_again(run.directory, launch_number(read_journal(run.journal)), url)
+        entries = read_journal(run.journal)
+        views = views_again(run.directory, launch_number(entries), replay(entries).term, url)
     else:
         views = first_views(len(lines) + 1, url)
     office = take_office(run.directory, views, lines, token, copies=config.journal_copies, superseded=_end_at_once)
     if mandate is not None:
         office.begin()
     return office
+
+
+def _nothing() -> None:
+    """An elected controller takes the lock when it is in office."""
 
 
 def _end_at_once(error: Superseded) -> None:

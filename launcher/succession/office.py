@@ -150,8 +150,8 @@ def take_office(
 ) -> Office:
     """The office of the controller that ``views`` tell of; the journal so far is ``lines``."""
     leader = Leader(views, lines, Peers(token, _TIMEOUT_S), copies, lambda found: _write_views(directory, found))
-    before = views.before.leader if views.before is not None else None
-    reason = "launched" if views.before is None else f"{views.view.leader} takes over, {before or 'the first'} is lost"
+    before = (views.before.leader if views.before is not None else None) or "the first controller"
+    reason = "launched" if views.before is None else f"{views.view.leader} takes over: nothing is heard from {before}"
     return Office(leader, reason, superseded)
 
 
@@ -162,18 +162,18 @@ def first_views(launch: int, url: str) -> Views:
     )
 
 
-def views_again(directory: Path, launch: int | None, url: str) -> Views:
-    """Of a controller that is started again on its machine, in the same term.
+def views_again(directory: Path, launch: int | None, term: int, url: str) -> Views:
+    """Of a controller that is started again on its machine, in the same term; ``term`` is that of the journal.
 
     Raises:
         RunNotFound: nothing tells who takes part; agents that hold copies of the journal will elect another.
         ResumeRefused: the last one was on another machine.
     """
     found = read_views(directory)
-    if found is None or found.view.launch != launch:
+    if found is None or (found.view.launch, found.view.term) != (launch, term):
         raise RunNotFound(
-            f"{directory / _VIEWS} does not tell which agents take part, so this controller cannot go on. Those that hold "
-            "copies of the journal elect another; else start again with evermesh resume."
+            f"{directory / _VIEWS} and the journal do not tell together which agents take part, so this controller cannot go "
+            "on. Those that hold copies of the journal elect another; else start again with evermesh resume."
         )
     if found.view.machine != _machine():
         raise ResumeRefused(

@@ -56,7 +56,8 @@ class Standing:
     def close(self) -> None:
         """Stand no more."""
         self._is_closed.set()
-        self._thread.join(START_S)
+        if self._thread.is_alive():
+            self._thread.join(START_S)
         self._peers.close()
 
     def _watch(self) -> None:
