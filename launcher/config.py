@@ -76,6 +76,11 @@ class JobConfig(BaseModel):
     """How long to wait for enough nodes, seconds; then the job ends with 75 (requeue)."""
     grace_s: PositiveFloat = 25.0
     """From SIGTERM to the end of all workers, seconds: the time for the step and its checkpoint."""
+    journal_copies: NonNegativeInt = 2
+    """Other nodes that keep a copy of the controller's journal, so that one of them takes over if the node of the controller
+    is lost. It needs three nodes, spares included, of which more than half are left; 0: nobody takes over."""
+    journal_folder: Path | None = None
+    """Folder for these copies, on a disk that every node has of its own; by default below ``/var/tmp``."""
     requeue_on_term: bool = False
     """End with 75 (requeue) instead of 143 after SIGTERM."""
     train: TrainConfig

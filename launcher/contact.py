@@ -67,14 +67,20 @@ def read_contact(run: Path, node: str | None = None) -> str | None:
 
     The controller may be gone since.
     """
-    try:
-        way = json.loads(_way(run, node).read_text()) if node is not None else {}
-        if way and psutil.pid_exists(way["pid"]):
-            return str(way["url"])
-    except (OSError, ValueError, KeyError):
-        pass  # it has no way of its own
+    way = read_way(run, node) if node is not None else None
+    if way is not None:
+        return way
     try:
         return str(json.loads((run / _CONTACT).read_text())["url"])
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def read_way(run: Path, node: str) -> str | None:
+    """The way of its own by which ``node`` reaches the controller; None: it has none."""
+    try:
+        way = json.loads(_way(run, node).read_text())
+        return str(way["url"]) if psutil.pid_exists(way["pid"]) else None
     except (OSError, ValueError, KeyError):
         return None
 

@@ -21,6 +21,8 @@
         ├── WarmProcessLost  (RuntimeError)     the process that forks workers ended
         ├── SharedMemoryMissing (OSError)       a node has no room for its shared-memory area
         ├── ControllerLost   (RuntimeError)     the controller of a run does not answer
+        ├── NotReplicated    (OSError)          too few agents answer their controller
+        ├── Superseded       (RuntimeError)     agents obey another controller
         ├── Interrupted      (RuntimeError)     somebody stopped a run before it could be judged
         └── DemoFailed       (AssertionError)   the demo ran, but something it promises did not happen
 
@@ -169,3 +171,19 @@ class DemoFailed(LauncherError, AssertionError):
     """A check of the demo did not hold."""
 
     exit_code = 1
+
+
+class NotReplicated(LauncherError, OSError):
+    """Too few agents answer their controller: another may have been elected, so nothing is decided."""
+
+    exit_code = 75
+
+
+class Superseded(LauncherError, RuntimeError):
+    """Another controller has been elected."""
+
+    exit_code = 1
+
+    def __init__(self, term: int, promised: int) -> None:
+        self.term, self.promised = term, promised
+        super().__init__(f"the agents obey the controller of term {promised}; this one, of term {term}, ends")

@@ -25,6 +25,7 @@ from evermesh.launcher.errors import ControllerLost, StoppedAtOnce, WorkersFaile
 from evermesh.launcher.interrupts import Interrupts
 from evermesh.launcher.progress import Progress
 from evermesh.launcher.run_directory import Run, RunState
+from evermesh.launcher.succession.office import election_s
 from evermesh.runtime.telemetry import StepReport
 
 _LOOK_S = 0.02
@@ -98,7 +99,8 @@ class Follower:
         self._client = Client(run)
         self._stopped_by: signal.Signals | None = None
         self._last_alive_s = time.monotonic()
-        self._revival = Revival(run.directory, None)
+        self._election_s = election_s(run.config())
+        self._revival = Revival(run.directory, None, self._election_s)
 
     def follow(self, controller: subprocess.Popen[bytes] | None = None, *, until_controlled: bool = False) -> JobResult:
         """Show steps and events until the job ends; pass on what signals ask for. Call it from the main thread.
@@ -174,7 +176,7 @@ class Follower:
         is_starting = controller is not None and controller.poll() is None
         if is_starting or self._run.is_alive():
             self._last_alive_s = time.monotonic()
-        elif time.monotonic() - self._last_alive_s > DEAD_AFTER_S:
+        elif time.monotonic() - self._last_alive_s > DEAD_AFTER_S + self._election_s:
             log = self._run.logs / "controller.log"
             last = "".join(f"\n  | {line}" for line in _tail(log))
             raise ControllerLost(f"the controller of run {self._run.name} is gone. Its log, {log}, ends with:{last}")

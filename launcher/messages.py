@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter
 
 from evermesh.launcher.policy import Failure
+from evermesh.launcher.succession.protocol import Seat
 from evermesh.parallelism.collectives import Point
 
 
@@ -109,6 +110,10 @@ class Hello(_Message):
     """Of the generation that runs here or ran here last."""
     shared_memory_bytes: int = 0
     in_memory: InMemory | None = None
+    seat: Seat | None = None
+    """Where it is asked about the journal; None: it has no part in that."""
+    is_head: bool = False
+    """It shares a machine with the first controller of the job."""
 
 
 class Beat(_Message):
@@ -230,6 +235,13 @@ FromAgentAdapter: TypeAdapter[FromAgent] = TypeAdapter(FromAgent)
 # to the agent
 
 
+class Welcome(_Message):
+    """The first message of a connection: what follows is said in this term."""
+
+    kind: Literal["welcome"] = "welcome"
+    term: int
+
+
 class TrainingWork(_Message):
     """Workers of ours: ``MODULE:FUNCTION``, run as ``function(worker, **arguments)`` in forks of the warm process."""
 
@@ -342,7 +354,7 @@ class Leave(_Message):
 
 
 ToAgent = Annotated[
-    Keep | JoinStripe | Rebuild | OpenStore | Start | Ask | ChangeLayout | End | WriteStacks | Leave,
+    Welcome | Keep | JoinStripe | Rebuild | OpenStore | Start | Ask | ChangeLayout | End | WriteStacks | Leave,
     Field(discriminator="kind"),
 ]
 ToAgentAdapter: TypeAdapter[ToAgent] = TypeAdapter(ToAgent)

@@ -10,10 +10,14 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from evermesh.launcher.agent.spec import AgentSpec
     from evermesh.launcher.run_directory import Run
+    from evermesh.launcher.succession.office import Mandate
 
 AGENT_MODULE = "evermesh.launcher.agent"
 TOKEN_VARIABLE = "EVERMESH_TOKEN"
 """The token goes through the environment: a command line can be read by everybody on the machine."""
+
+_APART = ("/bin/sh", "-c", '"$@" &', "sh")
+"""Starts what follows as nobody's child."""
 
 
 def start_controller(run: "Run") -> subprocess.Popen[bytes]:
@@ -23,8 +27,12 @@ def start_controller(run: "Run") -> subprocess.Popen[bytes]:
 
 def start_controller_apart(run: "Run") -> None:
     """Start the controller as nobody's child: Ray ends an actor together with its children."""
-    shell = ["/bin/sh", "-c", '"$@" &', "sh"]
-    _start([*shell, *_controller(run)], run.logs / "controller.log").wait()
+    _start([*_APART, *_controller(run)], run.logs / "controller.log").wait()
+
+
+def start_elected_controller(run: "Run", mandate: "Mandate") -> None:
+    """Start the controller that ``mandate`` tells of, as nobody's child."""
+    _start([*_APART, *_controller(run), mandate.model_dump_json()], run.logs / "controller.log").wait()
 
 
 def start_agent(spec: "AgentSpec", token: str) -> subprocess.Popen[bytes]:

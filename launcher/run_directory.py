@@ -6,6 +6,7 @@ runs/NAME/  job.yaml         the resolved configuration
             controller.json, token    how the controller is reached
             faults.json     what is injected into the run, where it was launched by ``evermesh chaos``
             journal.jsonl    what the controller did and why; journal.sqlite is its index
+            members.json     who takes part in the succession of the controller, with three or more nodes
             logs/            rank-N.log: what worker N printed; rank-N.stacks: what it was doing when that was asked
             telemetry.jsonl, events.jsonl, checkpoints/, loss.png
 """
@@ -15,7 +16,7 @@ import fcntl
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -247,18 +248,33 @@ class Run:
         return False
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self) -> Iterator[Callable[[], None]]:
         """Hold the run's lock; the kernel gives it back however this process ends.
+
+        Gives a function that raises RunAlive if a controller that was elected has put its own lock there since.
 
         Raises:
             RunAlive: another controller holds it.
         """
         with (self.directory / "run.lock").open("a") as file:
             until = time.monotonic() + _LOCK_WAIT_S
-            while not _lock(file.fileno()):
+            while not (_lock(file.fileno()) and _is_at(file.fileno(), self.directory / "run.lock")):
                 if time.monotonic() > until:
                     raise RunAlive(self.directory, self.state().pid)
                 time.sleep(0.05)
+            yield lambda: self._check_lock(file.fileno())
+
+    def _check_lock(self, descriptor: int) -> None:
+        if not _is_at(descriptor, self.directory / "run.lock"):
+            raise RunAlive(self.directory, self.state().pid)
+
+    @contextmanager
+    def taken_over(self) -> Iterator[None]:
+        """Hold a lock of one's own in the place of that of a controller that is fenced off, but may hold its own for long."""
+        new = self.directory / "run.lock.new"
+        with new.open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            os.replace(new, self.directory / "run.lock")
             yield
 
 
@@ -289,6 +305,14 @@ def _made(directory: Path) -> bool:
     except FileExistsError:
         return False
     return True
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    """Whether ``path`` is still this open file: another controller may have put its own there."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _lock(descriptor: int) -> bool:

@@ -11,6 +11,7 @@ from evermesh.launcher.errors import ControllerLost, RunNotFound
 from evermesh.launcher.finding import FoundJob
 from evermesh.launcher.following import DEAD_AFTER_S
 from evermesh.launcher.run_directory import Run
+from evermesh.launcher.succession.office import election_s
 from evermesh.launcher.summary import last_report
 
 _LOOK_S = 0.05
@@ -36,11 +37,11 @@ def stop_job(job: FoundJob, *, at_once: bool, grace_s: float | None, wait: bool)
 
 def _wait_ended(run: Run) -> None:
     """Return when the job has ended and its controller is gone: the run can be resumed then."""
-    alive_s = time.monotonic()
+    alive_s, dead_after_s = time.monotonic(), DEAD_AFTER_S + election_s(run.config())
     while run.is_alive() or run.state().state == "running":
         if run.is_alive():
             alive_s = time.monotonic()
-        elif time.monotonic() - alive_s > DEAD_AFTER_S:
+        elif time.monotonic() - alive_s > dead_after_s:
             raise ControllerLost(
                 f"the controller of run {run.name} is gone, and nobody starts it again. Its log: "
                 f"{run.logs / 'controller.log'}. Go on with: evermesh resume {run.directory}"

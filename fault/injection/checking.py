@@ -116,7 +116,7 @@ def _target_problems(fault: Fault, shape: RunShape) -> Iterator[tuple[str, str]]
 def _allowed(fault: Fault) -> tuple[str, ...]:
     """What a kind of fault can hit."""
     if isinstance(fault, Kill):
-        return ("rank", "node", "agent", "keeper", "controller", "launcher", "job")
+        return ("rank", "node", "agent", "keeper", "controller", "head", "launcher", "job")
     if isinstance(fault, Stop):
         return ("rank", "node", "agent", "keeper", "controller")
     return ("node",) if fault.kind == "cut" else ("rank",)

@@ -70,15 +70,15 @@ Moment = Annotated[
     Discriminator(_unit_of),
 ]
 
-_TARGET = re.compile(r"(rank|node|agent|keeper) (\d+|any|all)|controller|launcher|job")
+_TARGET = re.compile(r"(rank|node|agent|keeper) (\d+|any|all)|controller|head|launcher|job")
 
 
 class Target(_Frozen):
     """Who is hit; written as ``rank 1``, ``node any`` (the seed chooses), ``agent all``, ``keeper 0`` (which holds
-    the snapshots of node 0), ``controller``, ``launcher`` (who shows the job) or ``job`` (every process of it but the
-    launcher). A node is its agent and all below it."""
+    the snapshots of node 0), ``controller``, ``head`` (it and the node that it counts to), ``launcher`` (who shows
+    the job) or ``job`` (every process of it but the launcher). A node is its agent and all below it."""
 
-    of: Literal["rank", "node", "agent", "keeper", "controller", "launcher", "job"]
+    of: Literal["rank", "node", "agent", "keeper", "controller", "head", "launcher", "job"]
     which: NonNegativeInt | Literal["any", "all"] | None = None
 
     @model_validator(mode="before")
@@ -88,8 +88,8 @@ class Target(_Frozen):
             return value
         if not _TARGET.fullmatch(value):
             raise ValueError(
-                f"{value!r} is no target; write rank 1, rank any, rank all, node 0, agent 0, keeper 0, controller, launcher "
-                "or job"
+                f"{value!r} is no target; write rank 1, rank any, rank all, node 0, agent 0, keeper 0, controller, head, "
+                "launcher or job"
             )
         of, _, which = value.partition(" ")
         return {"of": of, "which": int(which) if which.isdecimal() else which or None}

@@ -18,6 +18,7 @@ import psutil
 from pydantic import ValidationError
 
 from evermesh.launcher.agent import warm
+from evermesh.launcher.agent.candidate import Candidate
 from evermesh.launcher.agent.keeping import KEEPER_LOST, NodeKeeper
 from evermesh.launcher.agent.link import Link, LinkHooks
 from evermesh.launcher.agent.loop import Loop
@@ -54,8 +55,10 @@ from evermesh.launcher.messages import (
     StoreOpened,
     ToAgent,
     ToAgentAdapter,
+    Welcome,
     WriteStacks,
 )
+from evermesh.launcher.succession.office import START_S
 
 _BEAT_S = 0.25
 _LEAVE_WAIT_S = 5.0
@@ -77,22 +80,38 @@ class Agent:
         self._interface = interface_of(spec.address)
         self._has_left = False
         self._preempted: int | None = None
-        self._revival = Revival(spec.run, spec.node) if spec.revives else None
+        self._candidate = self._make_candidate(token)
+        later_s = START_S if self._candidate else 0.0  # leave others time to be elected
+        self._revival = Revival(spec.run, spec.node, later_s) if spec.revives else None
         hooks = LinkHooks(self._greet, self._receive, self._note_lost)
-        self._link = Link(self._loop, spec.node, token, lambda: read_contact(spec.run, spec.node), hooks)
+        find = self._candidate.find if self._candidate else lambda: read_contact(spec.run, spec.node)
+        self._link = Link(self._loop, spec.node, token, find, hooks)
         self._stripe = NodeStripe(self._loop, self._keeper, spec.address, token, self._link.send)
 
     def run(self) -> None:
         """Serve until told to leave. No process of it is left."""
         with _signals(self._preempt):
             try:
+                if self._candidate:
+                    self._candidate.begin()
                 warm.warm_up(self.spec.warm_module, self.spec.threads)
                 self._beat()
                 self._loop.run_until(lambda: self._has_left)
             finally:
                 self._leave()
 
+    def _make_candidate(self, token: str) -> Candidate | None:
+        if self.spec.journal_folder is None:
+            return None
+        try:
+            return Candidate(self.spec, token, self._missing_s)
+        except OSError as error:
+            print(f"no copy of the journal is kept here, and this node never takes over: {error}", flush=True)
+            return None
+
     def _greet(self) -> None:
+        if self._candidate:
+            self._candidate.note_heard(None)  # until it has said its term
         outcome = self._group.outcome if self._group else None
         self._link.send(
             Hello(
@@ -103,6 +122,8 @@ class Agent:
                 outcome=outcome,
                 shared_memory_bytes=self._area.num_bytes,
                 in_memory=self._keeper.in_memory(),
+                seat=self._candidate.seat if self._candidate else None,
+                is_head=self.spec.is_head,
             )
         )
         if self._group and not self._group.outcome.is_over:
@@ -116,7 +137,9 @@ class Agent:
         except ValidationError as error:  # a controller of another version: the workers go on
             print(f"not understood: {error}", flush=True)
             return
-        if self._is_stale(message):
+        if self._candidate and isinstance(message, Welcome):
+            self._candidate.note_heard(message.term)
+        if self._is_stale(message) or not self._obeys():
             return
         match message:
             case Keep():
@@ -143,6 +166,17 @@ class Agent:
     def _is_stale(self, message: ToAgent) -> bool:
         """Whether it is about an older generation than the one that runs here: its sender missed something."""
         return self._group is not None and getattr(message, "generation", sys.maxsize) < self._group.generation
+
+    def _obeys(self) -> bool:
+        """Whether who is at the other end of the link is the controller; else the link is given up."""
+        if self._candidate is None:
+            return True
+        term = self._candidate.term_heard
+        if term is not None and self._candidate.obeys(term):
+            return True
+        print(f"the controller of term {term} is not obeyed any more", flush=True)
+        self._link.drop()
+        return False
 
     def _try(self, generation: int, action: Any) -> None:
         try:
@@ -238,19 +272,30 @@ class Agent:
                     stopped_s=pulse.stopped_s,
                 )
 
-    def _look_after_controller(self) -> None:
+    def _missing_s(self) -> float | None:
+        """Seconds without a controller; None while there is one. Any thread may ask."""
         lost_s = self._link.lost_since_s
-        if lost_s is None:
+        return None if lost_s is None else time.monotonic() - lost_s
+
+    def _look_after_controller(self) -> None:
+        missing_s = self._missing_s()
+        if missing_s is None:
+            if self._candidate and self._candidate.term_heard is not None:
+                self._obeys()  # another may have been elected by those who do not hear this one
             return
-        missing_s = time.monotonic() - lost_s
-        if self._revival:
-            self._revival.consider(missing_s)
+        if self._candidate and self._candidate.is_starting:
+            return
+        is_head = self._candidate is not None and self._candidate.is_head
+        if self._revival and self._revival.consider(missing_s, is_head=is_head) and self._candidate:
+            self._candidate.note_revival()
         is_idle = self._group is None or self._group.outcome.is_over
         if is_idle and missing_s > self.spec.orphan_limit_s:
             print(f"no controller for {missing_s:.0f} s and nothing to run: leaving", flush=True)
             self._has_left = True
 
     def _note_lost(self) -> None:
+        if self._candidate:
+            self._candidate.note_heard(None)
         print("the controller is not there any more; the workers go on", flush=True)
 
     def _preempt(self, number: int, frame: FrameType | None) -> None:
@@ -262,6 +307,8 @@ class Agent:
 
     def _leave(self) -> None:
         self._link.close()
+        if self._candidate:
+            self._candidate.close(job_is_over=self._has_left)
         if self._group:
             self._group.kill()
             self._group.wait_gone()

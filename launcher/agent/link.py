@@ -1,8 +1,10 @@
 """The persistent connection of an agent to its controller: found, kept, and found again by a thread of its own."""
 
+import socket
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 from pydantic import BaseModel
@@ -49,6 +51,13 @@ class Link:
                 connection.send(message.model_dump_json())
             except (WebSocketException, OSError):
                 return  # the thread notices
+
+    def drop(self) -> None:
+        """Give the connection up, without a word, and look for another controller."""
+        connection = self._connection
+        if connection is not None:
+            with suppress(OSError):  # it is gone
+                connection.socket.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         """Close the connection and keep it closed."""

@@ -22,5 +22,9 @@ class AgentSpec(BaseModel):
     threads: PositiveInt = 1
     revives: bool = False
     """It shares a machine with the controller, and starts it again should it die."""
+    is_head: bool = False
+    """It is the node that the first controller of the job counts to."""
+    journal_folder: Path | None = None
+    """Where it keeps its copy of the journal and what it has promised; None: it takes no part in elections."""
     orphan_limit_s: PositiveFloat = 600.0
     """Without a controller and without ranks to run it leaves after this time, seconds."""

@@ -16,6 +16,7 @@ from evermesh.fault.injection import Target
 from evermesh.fault.snapshot.keeper.area import area_of
 from evermesh.launcher.controller.journal import read_journal
 from evermesh.launcher.run_directory import Run
+from evermesh.launcher.succession.office import read_views
 
 _LOOK_S = 0.05
 _SHARED_MEMORY = Path("/dev/shm")
@@ -47,8 +48,11 @@ def victims(run: Run, target: Target) -> list[psutil.Process]:
         case "controller":
             return _first_of(found, "controller.log")
         case "node":
-            agents = _first_of(found, f"agent-node-{target.which}.log")
-            return [process for agent in agents for process in (agent, *_below(agent))]
+            return _node(found, f"node-{target.which}")
+        case "head":
+            views = read_views(run.directory)
+            first = _first_of(found, "controller.log")  # it would start another agent there
+            return [*first, *_node(found, (views.view.leader if views else None) or "node-0")] if first else []
         case "job":
             first = _first_of(found, "controller.log")  # it would start others in their place
             return [*first, *(process for process in found if process not in first)] if first else []
@@ -78,6 +82,11 @@ def _first_of(found: Mapping[psutil.Process, str], log: str) -> list[psutil.Proc
     """The process that a log is named after: of those that write it, the one whose parent does not."""
     writers = [process for process, name in found.items() if name == log]
     return [process for process in writers if _parent(process) not in writers]
+
+
+def _node(found: Mapping[psutil.Process, str], node: str) -> list[psutil.Process]:
+    agents = _first_of(found, f"agent-{node}.log")
+    return [process for agent in agents for process in (agent, *_below(agent))]
 
 
 def _below(process: psutil.Process) -> Iterator[psutil.Process]:

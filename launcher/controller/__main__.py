@@ -1,22 +1,44 @@
-"""``python -m evermesh.launcher.controller RUN``: the controller of a run as a process of this machine."""
+"""``python -m evermesh.launcher.controller RUN [MANDATE]``: the controller of a run as a process of this machine.
+
+With a mandate (JSON) it takes over from a controller whose node was lost.
+"""
 
 import asyncio
 import contextlib
+import os
 import signal
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from evermesh.launcher import registry
+from evermesh.launcher.config import JobConfig
 from evermesh.launcher.contact import last_port, make_token, write_contact
 from evermesh.launcher.controller.controller import Controller
-from evermesh.launcher.controller.journal import Journal
-from evermesh.launcher.errors import LauncherError, RunAlive
+from evermesh.launcher.controller.journal import (
+    Journal,
+    journal_lines,
+    launch_number,
+    read_journal,
+    restore_journal,
+)
+from evermesh.launcher.controller.record import replay
+from evermesh.launcher.errors import LauncherError, RunAlive, Superseded
 from evermesh.launcher.patient_output import outlive_a_full_disk
 from evermesh.launcher.placement import placement_for
 from evermesh.launcher.run_directory import Run, now
+from evermesh.launcher.succession.copy import read_copy
+from evermesh.launcher.succession.office import (
+    Mandate,
+    Office,
+    can_be_succeeded,
+    elected_views,
+    first_views,
+    take_office,
+    views_again,
+)
 
 if TYPE_CHECKING:
     import uvicorn
@@ -28,29 +50,42 @@ def main() -> None:
     """Control the run; a second controller ends at once."""
     outlive_a_full_disk()
     run = Run(Path(sys.argv[1]))
+    mandate = Mandate.model_validate_json(sys.argv[2]) if len(sys.argv) > 2 else None
     for number in (signal.SIGINT, signal.SIGHUP):  # they belong to whoever shows the job
         signal.signal(number, signal.SIG_IGN)
     try:
         with (
-            run.locked(),
+            run.locked() if mandate is None else contextlib.nullcontext(_nothing) as check_lock,
             registry.register("run", run.name, run.directory.absolute()),
-            Journal(run.journal) as journal,
         ):
-            sys.exit(asyncio.run(_control(run, journal)))
+            sys.exit(asyncio.run(_control(run, mandate, check_lock)))
     except RunAlive as error:
         print(error, flush=True)
 
 
-async def _control(run: Run, journal: Journal) -> int:
+async def _control(run: Run, mandate: Mandate | None, check_lock: Callable[[], None]) -> int:
     config, token = run.config(), make_token(run.directory)
     try:
         placement = placement_for(run, config, token)
+        listener = _listen(placement.address, last_port(run.directory))
+        host, port = listener.getsockname()[:2]
+        url = f"http://{host}:{port}"
+        lines = journal_lines(run.journal) if mandate is None else read_copy(mandate.copy_path)
+        office = _office(run, config, lines, token, url, mandate)
+        check_lock()  # whoever was elected took the lock before it wrote its term into the journal, which was read just now
     except LauncherError as error:
         return _refuse(run, error)
-    listener = _listen(placement.address, last_port(run.directory))
-    host, port = listener.getsockname()[:2]
-    write_contact(run.directory, f"http://{host}:{port}")
-    controller = Controller(run, config, journal, placement)  # starts agents, which load torch meanwhile
+    with contextlib.ExitStack() as stack:
+        if mandate is not None:  # all that follows replaces what the controller before has written
+            stack.enter_context(run.taken_over())
+            restore_journal(run.journal, lines)
+        journal = stack.enter_context(Journal(run.journal, office))
+        write_contact(run.directory, url)
+        controller = Controller(run, config, journal, placement, office)  # starts agents, which load torch meanwhile
+        return await _serve(controller, config, listener, token)
+
+
+async def _serve(controller: Controller, config: JobConfig, listener: socket.socket, token: str) -> int:
     from evermesh.launcher.controller.api import make_app
 
     server = _server(make_app(controller, token))
@@ -64,6 +99,39 @@ async def _control(run: Run, journal: Journal) -> int:
     finally:
         server.should_exit = True
         await serving
+
+
+def _office(
+    run: Run, config: JobConfig, lines: Sequence[str], token: str, url: str, mandate: Mandate | None
+) -> Office | None:
+    """The term of this controller, in force when this returns; None: the job has too few nodes for another to take over.
+
+    Raises:
+        LauncherError: it must not go on.
+    """
+    if not can_be_succeeded(config.nodes + config.spares, config.journal_copies):
+        return None
+    if mandate is not None:
+        views = elected_views(mandate, url)
+    elif run.state().state == "running":
+        entries = read_journal(run.journal)
+        views = views_again(run.directory, launch_number(entries), replay(entries).term, url)
+    else:
+        views = first_views(len(lines) + 1, url)
+    office = take_office(run.directory, views, lines, token, copies=config.journal_copies, superseded=_end_at_once)
+    if mandate is not None:
+        office.begin()
+    return office
+
+
+def _nothing() -> None:
+    """An elected controller takes the lock when it is in office."""
+
+
+def _end_at_once(error: Superseded) -> None:
+    """Nothing of what it was about to do is done, its agents are not told to leave: they are another controller's."""
+    print(error, flush=True)
+    os._exit(error.exit_code)
 
 
 def _refuse(run: Run, error: LauncherError) -> int:

@@ -35,6 +35,7 @@ from evermesh.launcher.controller.work import (
     training_work,
 )
 from evermesh.launcher.elastic import node_counts
+from evermesh.launcher.errors import NotReplicated
 from evermesh.launcher.messages import (
     Ask,
     Beat,
@@ -57,11 +58,13 @@ from evermesh.launcher.messages import (
     Store,
     StoreOpened,
     ToAgent,
+    Welcome,
     WriteStacks,
 )
 from evermesh.launcher.placement import Placement
-from evermesh.launcher.policy import Failure, root_cause
+from evermesh.launcher.policy import REQUEUE, Failure, root_cause
 from evermesh.launcher.run_directory import Run
+from evermesh.launcher.succession.office import Office
 from evermesh.runtime.telemetry import StepReport
 
 _TICK_S = 0.1
@@ -71,10 +74,12 @@ _WRITE_WAIT_S = 10.0
 
 
 class Controller:
-    """The controller of ``run``; ``serve`` may be called once."""
+    """The controller of ``run``; ``serve`` may be called once. ``office`` is its term; None: nobody could take over."""
 
-    def __init__(self, run: Run, config: JobConfig, journal: Journal, placement: Placement) -> None:
-        self.run, self.config = run, config
+    def __init__(
+        self, run: Run, config: JobConfig, journal: Journal, placement: Placement, office: Office | None = None
+    ) -> None:
+        self.run, self.config, self._office = run, config, office
         self._scribe = Scribe(run, journal, config.workers)
         names = [f"node-{number}" for number in range(config.nodes + config.spares)]
         self._roster = Roster(run, names, placement, self._scribe)
@@ -93,6 +98,9 @@ class Controller:
             journal.append(generation, "launch", f"{config.workers} workers, {config.nodes} nodes", on=config.on)
         self.record = replay(journal.entries)
         self._scribe.generation = self.record.generation
+        if office is not None and office.term != self.record.term:
+            self._scribe.note("term", office.reason, term=office.term, node=office.node)
+            self.record.term = office.term
         self.life = Life.from_record(self.record, config)
         self._stripes = self._stripes_of(self.life) if self.life else None
         self._since_s = time.monotonic()
@@ -102,6 +110,8 @@ class Controller:
 
     def greet(self, node_name: str, hello: Hello, outbox: "asyncio.Queue[str]") -> Node:
         """An agent has connected."""
+        if self._office is not None:
+            self._office.meet(hello.seat)
         if self.record.pids.get(node_name) != hello.pid:
             self._scribe.note("node", f"agent {hello.pid} on {hello.host}", node=node_name, pid=hello.pid)
             self.record.pids[node_name] = hello.pid
@@ -111,6 +121,8 @@ class Controller:
         if is_new and before is not None:
             node.send(Leave())  # to the agent that is still there: one of a node is enough
         node.outbox = outbox
+        if self._office is not None:
+            node.send(Welcome(term=self._office.term))
         node.in_memory = hello.in_memory
         if self.life and is_new and node_name in self.life.nodes:
             self.life.lost.add(node_name)  # what ran under the agent before died with it
@@ -214,7 +226,9 @@ class Controller:
                 written_s = time.monotonic()
             except OSError as error:  # the journal or the state cannot be written: what was not done is tried again
                 self._scribe.make_room()
-                if time.monotonic() - written_s > _WRITE_WAIT_S:
+                self._roster.restart_ended(error)
+                wait_s = self.config.join_timeout_s if isinstance(error, NotReplicated) else _WRITE_WAIT_S
+                if time.monotonic() - written_s > wait_s:
                     self._end_unwritten(error)
                 await asyncio.sleep(_WRITE_AGAIN_S)
             if self.state not in ENDED:
@@ -247,9 +261,13 @@ class Controller:
         text = (
             f"what the controller does can no longer be written down in {self.run.directory}: {error}. Make room there."
         )
+        code = 1
+        if isinstance(error, NotReplicated) and self._office is not None:
+            self._office.check_nobody_else(self.run.directory)
+            text, code = f"{error} They did not within {self.config.join_timeout_s:g} s (join_timeout_s).", REQUEUE
         print(text, flush=True)
-        self._scribe.end("failed", 1, text, None)
-        self.record.state, self.record.exit_code = "failed", 1
+        self._scribe.end("failed", code, text, None)
+        self.record.state, self.record.exit_code = "failed", code
 
     def _take_over(self) -> None:
         """Say that this process controls the job; end it where an earlier one decided that, and was killed."""
@@ -260,6 +278,8 @@ class Controller:
 
     def _advance(self) -> None:
         """Do what follows from all that is known by now."""
+        if self._office is not None:
+            self._office.attend(list(self.nodes))
         self._roster.judge(self.life, self.state)
         self._look_for_frozen()
         if self._roster.is_finding_out():

@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Self
+from typing import Protocol, Self
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
@@ -34,10 +34,24 @@ class Entry(BaseModel):
     fields: dict[str, JsonValue] = Field(default_factory=dict)
 
 
-class Journal:
-    """The journal of one run, for its only writer. Entries are on disk when ``append`` returns. A context manager."""
+class Copies(Protocol):
+    """The copies of a journal on other nodes."""
 
-    def __init__(self, path: Path) -> None:
+    def commit(self, line: str) -> None:
+        """Have the next line copied."""
+
+    def retract(self) -> None:
+        """The last line was not written into the journal itself."""
+
+
+class Journal:
+    """The journal of one run, for its only writer. Entries are on disk, and copied, when ``append`` returns.
+
+    A context manager.
+    """
+
+    def __init__(self, path: Path, copies: Copies | None = None) -> None:
+        self._copies = copies
         self.entries, size = _read(path)
         self._descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
         os.ftruncate(self._descriptor, size)  # without the line that a killed writer left unfinished
@@ -59,7 +73,7 @@ class Journal:
         """Write down what is about to be done.
 
         Raises:
-            OSError: it could not be written; nothing of it is in the file, and nothing may be done then.
+            OSError: it could not be written or copied; nothing of it is in the file, and nothing may be done then.
         """
         entry = Entry(
             seq=len(self.entries) + 1,
@@ -69,12 +83,15 @@ class Journal:
             reason=reason,
             fields=fields,
         )
-        line = entry.model_dump_json().encode() + b"\n"
+        line = entry.model_dump_json()
+        if self._copies is not None:
+            self._copies.commit(line)
         try:
-            self._write(line)
+            self._write_patiently(line.encode() + b"\n")
         except OSError:
-            self.make_room()
-            self._write(line)
+            if self._copies is not None:
+                self._copies.retract()
+            raise
         self.entries.append(entry)
         self._index.catch_up(self.entries)
         return entry
@@ -83,6 +100,13 @@ class Journal:
         """Give up the space that is kept so that the end of a job can be told on a full disk."""
         with suppress(OSError):
             self._reserve.unlink(missing_ok=True)
+
+    def _write_patiently(self, line: bytes) -> None:
+        try:
+            self._write(line)
+        except OSError:
+            self.make_room()
+            self._write(line)
 
     def _write(self, line: bytes) -> None:
         size = os.fstat(self._descriptor).st_size
@@ -169,6 +193,27 @@ def _reserve(path: Path) -> None:
 def read_journal(path: Path) -> Sequence[Entry]:
     """The entries of a journal, oldest first, up to the first line that is none: a killed writer left it."""
     return _read(path)[0]
+
+
+def journal_lines(path: Path) -> list[str]:
+    """The lines of a journal as they were written."""
+    size = _read(path)[1]
+    return path.read_bytes()[:size].decode().split("\n")[:-1] if size else []
+
+
+def restore_journal(path: Path, lines: Sequence[str]) -> None:
+    """Put ``lines`` in the place of a journal; whoever still writes into the old file writes for nobody."""
+    new = path.with_suffix(".new")
+    with new.open("wb") as file:
+        file.write("".join(f"{line}\n" for line in lines).encode())
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(new, path)
+
+
+def launch_number(entries: Sequence[Entry]) -> int | None:
+    """Number of the entry of the newest launch; None if there is none."""
+    return next((entry.seq for entry in reversed(entries) if entry.kind == "launch"), None)
 
 
 def _read(path: Path) -> tuple[list[Entry], int]:

@@ -12,6 +12,7 @@ from evermesh.launcher.controller.leases import LEASE_S, NodeSigns, node_state
 from evermesh.launcher.controller.machine import NodeState
 from evermesh.launcher.controller.status import NodeStatus
 from evermesh.launcher.messages import Hello, InMemory, KeeperAt
+from evermesh.launcher.succession.protocol import Seat
 
 _PROVING_STEPS = 2
 """The first step after a node fell silent may have been nearly over by then."""
@@ -46,6 +47,9 @@ class Node:
     """Snapshots that its ranks have left there, when it was last told."""
     keeper: KeeperAt | None = None
     """Where others read them; it may live when its agent does not."""
+    seat: Seat | None = None
+    """Where its agent is asked about the journal."""
+    is_head: bool = False
 
     def send(self, message: BaseModel) -> None:
         """Send ``message`` soon. Without a connection it is dropped: who connects is told all again."""
@@ -86,6 +90,7 @@ class Nodes:
         is_new = node.pid is not None and node.pid != hello.pid
         node.host, node.address, node.pid = hello.host, hello.address, hello.pid
         node.shared_memory_bytes = hello.shared_memory_bytes
+        node.seat, node.is_head = hello.seat, hello.is_head
         node.state = "ready"
         node.hear()
         return is_new

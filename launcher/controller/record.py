@@ -33,6 +33,8 @@ class Record:
     exit_code: int | None = None
     """Of the final states."""
     stop: Stop | None = None
+    term: int = 0
+    """Of the controller; 0 where nobody could take over."""
     pids: dict[str, int] = field(default_factory=dict)
     """Agents by node."""
     started_s: float = field(default_factory=time.time)
@@ -67,6 +69,8 @@ def _apply(record: Record, entry: Entry) -> None:
             record.is_counted = True
         case "stop":
             record.stop = _read_stop(fields)
+        case "term":
+            record.term = fields["term"]
         case "node":
             record.pids[fields["node"]] = fields["pid"]
 

@@ -11,6 +11,7 @@ from evermesh.launcher.controller.nodes import Node, Nodes
 from evermesh.launcher.controller.scribe import Scribe
 from evermesh.launcher.controller.status import JobState
 from evermesh.launcher.controller.telling import told_early_end
+from evermesh.launcher.errors import NotReplicated
 from evermesh.launcher.messages import Leave
 from evermesh.launcher.placement import Placement
 from evermesh.launcher.run_directory import Run
@@ -64,6 +65,13 @@ class Roster:
         """Have another agent started for a node that was lost, if its place can have one."""
         if self._placement.replace(name):
             self.nodes.expect(name)
+
+    def restart_ended(self, error: OSError) -> None:
+        """While too few agents answer: start those again whose processes are known to have ended, for they are missed."""
+        if isinstance(error, NotReplicated):
+            for node in self.nodes:
+                if self._placement.is_alive(node.name) is False:
+                    self._placement.replace(node.name)
 
     async def dismiss(self) -> None:
         """Send every agent away; returns when they are gone."""

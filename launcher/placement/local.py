@@ -14,9 +14,12 @@ from evermesh.launcher.agent.spec import AgentSpec
 from evermesh.launcher.config import JobConfig
 from evermesh.launcher.processes import AGENT_MODULE, start_agent
 from evermesh.launcher.run_directory import Run
+from evermesh.launcher.succession.office import journal_folder
 from evermesh.runtime.config import CpuDevice
 
 WARM_MODULE = "evermesh.launcher.agent.training"
+_HEAD = "node-0"
+"""Nodes of one machine count as machines: the controller is lost with this one, and another node takes over."""
 _END_WAIT_S = 5.0
 _LOOK_S = 0.02
 
@@ -102,6 +105,8 @@ class LocalPlacement:
             warm_module=WARM_MODULE,
             threads=device.threads if isinstance(device, CpuDevice) else 1,
             revives=True,
+            is_head=node == _HEAD,
+            journal_folder=journal_folder(self._run, self._config, node),
         )
 
 

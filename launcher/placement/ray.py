@@ -23,6 +23,7 @@ from evermesh.launcher.placement import ray_cluster as cluster
 from evermesh.launcher.placement.local import WARM_MODULE
 from evermesh.launcher.placement.ray_agent import RayAgent, Surroundings, machine
 from evermesh.launcher.run_directory import Run
+from evermesh.launcher.succession.office import journal_folder
 from evermesh.runtime.config import CpuDevice
 
 _LOOK_S = 0.1
@@ -224,6 +225,7 @@ class RayPlacement:
             slots=self._config.workers // self._config.nodes,
             warm_module=WARM_MODULE,
             threads=device.threads if isinstance(device, CpuDevice) else 1,
+            journal_folder=journal_folder(self._run, self._config, node),
         )
 
 

@@ -54,7 +54,8 @@ class RayAgent:
         os.environ.update(surroundings.variables)
         if surroundings.folder.is_dir():
             os.chdir(surroundings.folder)
-        here = {"address": ray.util.get_node_ip_address(), "revives": machine() == surroundings.host}
+        is_beside = machine() == surroundings.host
+        here = {"address": ray.util.get_node_ip_address(), "revives": is_beside, "is_head": is_beside}
         Agent(spec.model_copy(update=here), token).run()
         _give_back()
         ray.actor.exit_actor()

@@ -1,6 +1,7 @@
 """Jobs in tests: started as a user starts them, looked into from outside, ended for certain."""
 
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -19,6 +20,7 @@ from evermesh.launcher import Client, Run
 from evermesh.launcher.chaos.report import ChaosReport
 from evermesh.launcher.controller.journal import Entry, read_journal
 from evermesh.launcher.controller.status import JobStatus
+from evermesh.launcher.succession.replica import folder_of
 from evermesh.runtime.telemetry import read_telemetry
 from tests.fault.snapshot.keepers import kill_keeper
 from tests.launcher.test_cli import EVERMESH
@@ -159,6 +161,7 @@ def end_for_certain(job: Job) -> None:
     with suppress(OSError):
         for node in job.agents:
             kill_keeper(area_of(job.run.directory, node))
+            shutil.rmtree(folder_of(job.run.directory, node), ignore_errors=True)
         sweep()
 
 

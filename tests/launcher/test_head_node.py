@@ -1,0 +1,107 @@
+"""F23: the node of the controller is lost; another node's agent starts a controller from its copy of the journal.
+
+Nodes are processes of this machine, each counts as a machine. Losses are compared bit for bit with those of a clean run.
+"""
+
+from pathlib import Path
+
+import psutil
+import pytest
+
+from evermesh import checkpoint
+from evermesh.launcher.succession.office import read_views
+from tests.launcher.jobs import Job, launched
+from tests.processes import still_alive
+
+STEPS = 300
+JOB = (f"train.steps={STEPS}", "workers=3", "nodes=3", "train.checkpoint.every=20", "join_timeout_s=600")
+PATIENT_S = 400.0
+"""Three agents load torch, on a machine that does other things too."""
+
+
+@pytest.fixture(scope="module")
+def expected(job_file_of_module: Path) -> list[float]:
+    with launched(job_file_of_module, f"train.steps={STEPS}", "workers=3", "join_timeout_s=600", name="clean") as job:
+        code, _, stderr = job.end(PATIENT_S)
+        assert code == 0, stderr
+        return job.losses
+
+
+def protected(job: Job) -> None:
+    """Wait until another node could take over."""
+
+    def is_protected() -> bool:
+        views = read_views(job.run.directory)
+        return views is not None and views.view == views.before and len(views.view.holders) == 2
+
+    job.wait(is_protected, PATIENT_S)
+
+
+def wait_training(job: Job, generation: int) -> None:
+    """Wait for the first step of an attempt."""
+    job.wait(
+        lambda: any(one.generation == generation and one.fields.get("to") == "training" for one in job.journal),
+        PATIENT_S,
+    )
+
+
+def kill_head_node(job: Job) -> None:
+    """SIGKILL the controller, the agent of its node, and all below that; they are gone when this returns."""
+    agent = psutil.Process(job.agents["node-0"])
+    controller = psutil.Process(job.run.state().pid)
+    victims = [controller, agent, *agent.children(recursive=True)]
+    for victim in victims:
+        victim.suspend()  # at once: nobody sees another die
+    for victim in victims:
+        victim.kill()
+    assert still_alive(victims, 5) == []
+
+
+def terms(job: Job) -> list[tuple[int, str | None]]:
+    """Every term that the journal tells of, with its node."""
+    return [(entry.fields["term"], entry.fields["node"]) for entry in job.journal if entry.kind == "term"]
+
+
+def test_the_head_node_and_the_journal_are_lost_and_the_losses_are_those_of_a_clean_run(
+    job_file: Path, expected: list[float]
+) -> None:
+    with launched(job_file, *JOB) as job:
+        protected(job)
+        wait_training(job, 1)
+        job.wait(lambda: checkpoint.latest(job.run.checkpoints) is not None, PATIENT_S)
+        before = job.journal
+        kill_head_node(job)
+        job.run.journal.unlink()  # all that is left of it are the copies
+        job.wait(lambda: len(terms(job)) == 2, PATIENT_S)
+        wait_training(job, 2)
+        code, _, stderr = job.end(PATIENT_S)
+        assert code == 0, stderr
+        assert job.losses == expected
+        assert [term for term, _ in terms(job)] == [1, 2]
+        assert terms(job)[1][1] in ("node-1", "node-2")
+        assert job.journal[: len(before)] == before  # nothing that was decided is lost
+
+
+def test_a_controller_that_was_stopped_is_replaced_without_a_restart_and_nothing_it_says_later_is_obeyed(
+    job_file: Path, expected: list[float]
+) -> None:
+    with launched(job_file, *JOB) as job:
+        protected(job)
+        wait_training(job, 1)
+        agents = job.agents
+        old = psutil.Process(job.run.state().pid)
+        old.suspend()  # it keeps its lock, its port and its connections
+        job.wait(lambda: len(terms(job)) == 2, PATIENT_S)
+        job.wait(lambda: job.run.state().pid != old.pid, PATIENT_S)
+        old.resume()
+        assert still_alive([old], 20) == []
+        assert (
+            "the agents obey the controller of term 2; this one, of term 1, ends"
+            in (job.run.logs / "controller.log").read_text()
+        )
+        code, _, stderr = job.end(PATIENT_S)
+        assert code == 0, stderr
+        assert job.losses == expected
+        assert [term for term, _ in terms(job)] == [1, 2]
+        assert job.agents == agents  # none was lost, and none was killed by the old one
+        assert job.run.state().attempt == 1
