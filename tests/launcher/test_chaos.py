@@ -124,7 +124,7 @@ def test_f7_a_rank_that_hangs_is_found_from_outside_with_default_settings(job_fi
         assert fault.outcome == "restarted"
         assert fault.cause is not None
         assert f" hangs in step {fault.step}" in fault.cause
-        assert ": no rank has computed anything for 3." in fault.cause
+        assert ": no rank has computed anything for " in fault.cause
         assert fault.training_after_s is not None
         assert fault.training_after_s < 30  # 5 on an idle machine
         # whoever waits for the rank in a ring may be named beside it; what they were doing leaves no doubt
