@@ -124,7 +124,7 @@ def test_f7_a_rank_that_hangs_is_found_from_outside_with_default_settings(job_fi
         assert fault.outcome == "restarted"
         assert fault.cause is not None
         assert f" hangs in step {fault.step}" in fault.cause
-        assert ": no rank has computed anything for 3." in fault.cause
+        assert ": no rank has computed anything for " in fault.cause
         assert fault.training_after_s is not None
         assert fault.training_after_s < 30  # 5 on an idle machine
         # whoever waits for the rank in a ring may be named beside it; what they were doing leaves no doubt
@@ -177,7 +177,11 @@ def test_f6_a_keeper_that_was_killed_or_is_stopped_is_replaced_while_training_go
 def test_f19_f21_of_a_snapshot_with_a_flipped_byte_the_one_before_is_used(remembered: ChaosReport) -> None:
     in_data, in_header = one(remembered, "flip rank 1"), one(remembered, "flip rank 0")
     assert in_data.cause is not None
-    assert "the checksum is wrong" in in_data.cause
+    by_whom = (
+        "the checksum is wrong",
+        "memory of a snapshot has changed",
+    )  # a rank that restores, the scrubber before it
+    assert any(text in in_data.cause for text in by_whom)
     resumed = [event.step for event in _told(remembered) if event.kind == "resumed"]
     for told, step in zip((in_data, in_header), resumed, strict=True):
         assert told.injected is not None

@@ -69,7 +69,7 @@ def test_f5_an_agent_that_is_killed_takes_its_workers_with_it_and_another_goes_o
 def test_f7_a_rank_that_is_stopped_for_good_is_found_from_outside_and_one_that_goes_on_in_time_is_left_alone(
     job_file: Path, expected: list[float]
 ) -> None:
-    with launched(job_file, ENDLESS, "nodes=2", "train.checkpoint.every=10") as job:
+    with launched(job_file, f"train.steps={STEPS}", "nodes=2", "train.checkpoint.every=10") as job:
         rank = psutil.Process(job.wait_training().ranks[1].pid)
         job.wait_checkpoint()
         rank.suspend()
@@ -82,18 +82,16 @@ def test_f7_a_rank_that_is_stopped_for_good_is_found_from_outside_and_one_that_g
         stopped_s = time.time()
         job.wait_training(2)
         again = next(entry for entry in job.journal if entry.fields.get("to") == "training" and entry.generation == 2)
-        assert again.time_s - stopped_s < 10  # 4 on an idle machine
+        assert again.time_s - stopped_s < 30  # 4 on an idle machine
         told = {event.kind: event for event in read_events(job.run.events)}
         assert "worker 1 has been stopped for 2." in told["failed"].text
         doing = told["stacks"].fields["doing"]
         assert isinstance(doing, dict)
         assert sorted(doing) == ["0", "1"]
         assert all(doing.values())
-        job.wait(lambda: len(job.losses) >= STEPS)
-        job.process.send_signal(signal.SIGTERM)
         code, stdout, stderr = job.end()
-        assert code == 143, stderr
-        assert job.losses[:STEPS] == expected
+        assert code == 0, stderr
+        assert job.losses == expected
         assert "  rank 1 w" in stdout
 
 
