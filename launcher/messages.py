@@ -70,6 +70,7 @@ class InMemory(_Message):
     launch: str
     """Which launch they belong to; those of another are of no use."""
     parts: tuple[SnapshotPart, ...] = ()
+    keeper: KeeperAt | None = None
 
 
 # from the agent

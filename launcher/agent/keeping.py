@@ -67,6 +67,7 @@ class NodeKeeper:
         found = identity_in(self._area)
         if found is None:
             return None
+        self.look()
         worlds = {(group.generation, group.shard_map): group.world_size for group in groups_in(self._area)}
         parts = tuple(
             SnapshotPart(
@@ -78,7 +79,7 @@ class NodeKeeper:
             )
             for part in inventory(self._area)
         )
-        return InMemory(launch=found.key, parts=parts)
+        return InMemory(launch=found.key, parts=parts, keeper=self.address)
 
     def leave(self, *, job_is_over: bool) -> None:
         """Let the keeper live on for the next agent, or end it with all that it keeps."""
