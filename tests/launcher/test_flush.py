@@ -51,7 +51,7 @@ def _is_whole_and_resumed(job: Job, expected: list[float]) -> None:
     found = checkpoint.checkpoints(job.run.checkpoints)
     assert [one.step for one in found] == [_flushed(job).step]
     assert found[0].step >= 3
-    assert "whole" in evermesh("checkpoint", "verify", found[0].path).stdout
+    assert "whole" in evermesh("checkpoint", "verify", str(found[0].path)).stdout
     resumed = evermesh(
         "resume", job.run.directory, "--workers", "3", "--nodes", "1", "--set", f"train.stop_at={COMPARED}"
     )

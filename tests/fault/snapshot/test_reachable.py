@@ -19,7 +19,7 @@ from evermesh.fault.snapshot.keeper.area import area_of
 from evermesh.fault.snapshot.keeper.layouts import Group, groups_in, write_layout
 from evermesh.fault.snapshot.keeper.process import KeeperProcess
 from evermesh.fault.snapshot.keeper.serving import MOST_BYTES
-from evermesh.fault.snapshot.keeper.slots import SlotFiles, held_by
+from evermesh.fault.snapshot.keeper.slots import Held, SlotFiles, held_by
 from evermesh.fault.snapshot.reachable import Memories, covers, from_json, to_json
 from evermesh.fault.snapshot.remote import Keepers, KeeperUnreachable, RemoteKeeper
 from tests.checkpoint import states
@@ -90,7 +90,7 @@ def test_any_number_of_ranks_restores_from_the_memory_of_all_nodes(taken: tuple[
         assert memories.bytes_received < 4 * 5 * data_bytes // 2, "and what is on the own node does not"
 
 
-def _held(folder: Path, node: int) -> list[object]:
+def _held(folder: Path, node: int) -> list[Held]:
     area = area_of(folder, f"node-{node}")
     return [held for rank in range(4) for held in held_by(area, rank)]
 
