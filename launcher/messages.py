@@ -93,6 +93,7 @@ class InMemory(_Message):
     parts: tuple[SnapshotPart, ...] = ()
     protected: tuple[ProtectedPart, ...] = ()
     """Of which the node can help to rebuild the parts of others."""
+    keeper: KeeperAt | None = None
 
 
 # from the agent

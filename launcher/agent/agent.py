@@ -244,7 +244,7 @@ class Agent:
             )
         )
         self._loop.after(_BEAT_S, self._beat)
-        noticed = list(self._keeper.look())
+        noticed = self._keeper.look()
         for kind, text in noticed:
             print(f"{kind}: {text}", flush=True)
             self._link.send(Noticed(event=kind, text=text))

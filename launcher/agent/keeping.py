@@ -1,6 +1,6 @@
 """The keeper of a node, as its agent sees to it: started for a launch, started again if it dies, ended with the job."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -30,6 +30,7 @@ class NodeKeeper:
         self.area, self._log = area_of(run, node), run / "logs" / f"keeper-{node}.log"
         self._process: KeeperProcess | None = None
         self._launch: str | None = None
+        self._noticed: list[tuple[str, str]] = []
         self._told_rotten = 0
         """How much of what the keeper found damaged was told."""
 
@@ -51,18 +52,12 @@ class NodeKeeper:
             print(f"{how} the keeper of this node in {self.area}", flush=True)
         return self.area
 
-    def look(self) -> Iterator[tuple[str, str]]:
+    def look(self) -> list[tuple[str, str]]:
         """Called now and then: a keeper that has died, or is stopped, is started again, and finds what the one before it has
-        left. Yields what the event log is to tell, kind and text."""
-        if self._process is None:
-            return
-        if not self._process.look():
-            self._told_rotten = 0
-            yield KEEPER_LOST, f"the keeper of snapshots: {self._process.lost_because}; another one is started"
-        rotten = self._process.told.get("rotten", [])
-        for text in rotten[self._told_rotten :]:
-            yield "snapshot damaged", f"memory of a snapshot has changed, and nobody will use it: {text}"
-        self._told_rotten = len(rotten)
+        left. Returns what the event log is to tell, kind and text."""
+        self._look()
+        noticed, self._noticed = self._noticed, []
+        return noticed
 
     @property
     def num_bytes(self) -> int:
@@ -91,6 +86,7 @@ class NodeKeeper:
         found = identity_in(self.area)
         if found is None:
             return None
+        self._look()  # the address is that of a keeper that lives
         worlds = {(group.generation, group.shard_map): group.world_size for group in groups_in(self.area)}
         parts = tuple(
             SnapshotPart(
@@ -103,7 +99,7 @@ class NodeKeeper:
             for part in inventory(self.area)
         )
         protected = tuple(ProtectedPart.model_validate(one.values()) for one in protected_in(self.area))
-        return InMemory(launch=found.key, parts=parts, protected=protected)
+        return InMemory(launch=found.key, parts=parts, protected=protected, keeper=self.address)
 
     def leave(self, *, job_is_over: bool) -> None:
         """Let the keeper live on for the next agent, or end it with all that it keeps."""
@@ -113,3 +109,15 @@ class NodeKeeper:
             else:
                 self._process.leave()
             self._process = None
+
+    def _look(self) -> None:
+        if self._process is None:
+            return
+        if not self._process.look():
+            self._told_rotten = 0
+            text = f"the keeper of snapshots: {self._process.lost_because}; another one is started"
+            self._noticed.append((KEEPER_LOST, text))
+        rotten = self._process.told.get("rotten", [])
+        for text in rotten[self._told_rotten :]:
+            self._noticed.append(("snapshot damaged", f"memory of a snapshot has changed, and nobody will use it: {text}"))
+        self._told_rotten = len(rotten)

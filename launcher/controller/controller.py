@@ -123,7 +123,8 @@ class Controller:
         node.outbox = outbox
         if self._office is not None:
             node.send(Welcome(term=self._office.term))
-        node.in_memory = hello.in_memory
+        node.in_memory = None
+        node.remember(hello.in_memory)
         if self.life and is_new and node_name in self.life.nodes:
             self.life.lost.add(node_name)  # what ran under the agent before died with it
         elif was_cut_off:
@@ -159,7 +160,7 @@ class Controller:
             case PlanReport() if message.generation == self.generation:
                 self.plan = message.values
             case Progress():
-                node.in_memory = message.in_memory or node.in_memory
+                node.remember(message.in_memory)
                 self._take_outcome(node, message.outcome)
             case Preempted():
                 self.stop(message.signal, at_once=False, grace_s=self.config.grace_s)

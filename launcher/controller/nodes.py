@@ -56,6 +56,11 @@ class Node:
         if self.outbox is not None:
             self.outbox.put_nowait(message.model_dump_json())
 
+    def remember(self, told: InMemory | None) -> None:
+        """Take what its agent tells of its memory, if it does."""
+        self.in_memory = told or self.in_memory
+        self.keeper = (told.keeper if told is not None else None) or self.keeper
+
     def hear(self) -> None:
         """Note that something came from it."""
         self.heard_s = self.proof_s = time.monotonic()

@@ -78,7 +78,7 @@ class Stripes:
         """An agent tells of its keeper."""
         if not self._is_on or node.name not in self._life.nodes:
             return
-        node.in_memory = told.in_memory or node.in_memory
+        node.remember(told.in_memory)
         if told.about != "listen" and told.epoch != self._places.epoch_of(self._places.group_of(node.name)):
             return  # of a place that it had before
         match told.about:

@@ -19,7 +19,7 @@ from evermesh.fault.snapshot.keeper.area import area_of
 from evermesh.fault.snapshot.keeper.layouts import Group, groups_in, write_layout
 from evermesh.fault.snapshot.keeper.process import KeeperProcess
 from evermesh.fault.snapshot.keeper.serving import MOST_BYTES
-from evermesh.fault.snapshot.keeper.slots import SlotFiles, held_by
+from evermesh.fault.snapshot.keeper.slots import Held, SlotFiles, held_by
 from evermesh.fault.snapshot.reachable import Memories, covers, from_json, to_json
 from evermesh.fault.snapshot.remote import Keepers, KeeperUnreachable, RemoteKeeper
 from tests.checkpoint import states
@@ -41,12 +41,19 @@ def _nodes(folder: Path, nodes: tuple[int, ...] = NODES) -> Iterator[Nodes]:
         }
 
 
-@pytest.fixture
-def taken(tmp_path: Path) -> Iterator[tuple[Path, Nodes]]:
+@contextmanager
+def _taken(folder: Path) -> Iterator[tuple[Path, Nodes]]:
     """Keepers of two nodes, with the snapshots of steps 4 and 9 of four ranks, who have ended."""
-    with _nodes(tmp_path) as keepers:
-        run_ranks(len(NODES), _take, str(tmp_path), NODES, (4, 9), 1)
-        yield tmp_path, keepers
+    with _nodes(folder) as keepers:
+        run_ranks(len(NODES), _take, str(folder), NODES, (4, 9), 1)
+        yield folder, keepers
+
+
+@pytest.fixture(scope="module")
+def taken(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Nodes]]:
+    """For tests that leave it as it is."""
+    with _taken(tmp_path_factory.mktemp("taken")) as found:
+        yield found
 
 
 def _keepers(nodes: Nodes, launch: str = "launch", secret: bytes = SECRET) -> Keepers:
@@ -83,7 +90,7 @@ def test_any_number_of_ranks_restores_from_the_memory_of_all_nodes(taken: tuple[
         assert memories.bytes_received < 4 * 5 * data_bytes // 2, "and what is on the own node does not"
 
 
-def _held(folder: Path, node: int) -> list[object]:
+def _held(folder: Path, node: int) -> list[Held]:
     area = area_of(folder, f"node-{node}")
     return [held for rank in range(4) for held in held_by(area, rank)]
 
@@ -108,8 +115,13 @@ def test_one_byte_wrong_in_the_memory_of_another_node_is_found(taken: tuple[Path
         states.load_and_compare(memories.source(kept, before), before.step, 2)  # type: ignore[arg-type]
 
 
-def test_what_was_written_over_meanwhile_is_refused(taken: tuple[Path, Nodes]) -> None:
-    folder, nodes = taken
+def test_what_was_written_over_meanwhile_is_refused_and_what_a_dead_keeper_had_is_gone(tmp_path: Path) -> None:
+    with _taken(tmp_path) as (folder, nodes):
+        _is_written_over(folder, nodes)
+        _is_gone_with_its_keeper(folder, nodes)
+
+
+def _is_written_over(folder: Path, nodes: Nodes) -> None:
     with Memories(None, _keepers(nodes)) as memories:
         kept, _ = memories.look()
         source = memories.source(kept, memories.complete(kept)[1])
@@ -120,8 +132,7 @@ def test_what_was_written_over_meanwhile_is_refused(taken: tuple[Path, Nodes]) -
         assert memories.complete(kept)[0].generation == 2
 
 
-def test_a_dead_keeper_takes_away_what_nobody_else_held(taken: tuple[Path, Nodes]) -> None:
-    folder, nodes = taken
+def _is_gone_with_its_keeper(folder: Path, nodes: Nodes) -> None:
     keepers = _keepers(nodes)
     kill_keeper(nodes[1].area)
     with Memories(_area(folder, 0), keepers) as memories:
@@ -132,8 +143,8 @@ def test_a_dead_keeper_takes_away_what_nobody_else_held(taken: tuple[Path, Nodes
     with Memories(_area(folder, 1), keepers) as memories:  # its files are there, for its own node
         kept, _ = memories.look()
         assert {part.record.rank for one in kept for part in one.parts} == {0, 1, 2, 3}
-        assert [version.step for version in memories.complete(kept)] == [9, 4]
-        states.load_and_compare(memories.source(kept, memories.complete(kept)[0]), 9, 3)  # type: ignore[arg-type]
+        assert [version.step for version in memories.complete(kept)] == [12, 9]
+        states.load_and_compare(memories.source(kept, memories.complete(kept)[0]), 12, 3)  # type: ignore[arg-type]
 
 
 def test_copies_on_nodes_that_are_left_make_up_for_one_that_is_gone(tmp_path: Path) -> None:
@@ -230,14 +241,14 @@ def test_a_damaged_layout_is_no_layout(taken: tuple[Path, Nodes]) -> None:
     with Memories(None, _keepers(nodes)) as memories:
         kept, _ = memories.look()
         (version, _) = memories.complete(kept)
-        for keeper in nodes.values():
-            for file in (keeper.area / "layouts").iterdir():
-                content = bytearray(file.read_bytes())
-                content[-3] ^= 1
-                file.write_bytes(content)
+        before = {file: file.read_bytes() for keeper in nodes.values() for file in (keeper.area / "layouts").iterdir()}
+        for file, content in before.items():
+            file.write_bytes(content[:-3] + bytes([content[-3] ^ 1]) + content[-2:])
         with pytest.raises(CheckpointCorrupt, match="its shard map cannot be read: it is not what was written"):
             memories.source(kept, version)
         assert memories.complete(memories.look()[0]) == []
+        for file, content in before.items():
+            file.write_bytes(content)
 
 
 def _group(ranks: tuple[int, ...], generation: int = 1, world_size: int = 4) -> Group:

@@ -236,7 +236,7 @@ def test_nodes_keep_their_places_and_spares_take_free_ones(
     assert choose_nodes(nodes, 2, tuple(before)) == (None if expected is None else tuple(expected))
 
 
-FEWER = {"fewer_nodes": (2, 1), "nodes_needed": 3, "shrink_after_s": 5.0}
+FEWER: dict[str, Any] = {"fewer_nodes": (2, 1), "nodes_needed": 3, "shrink_after_s": 5.0}
 
 
 def _three(states: str) -> Any:
