@@ -175,7 +175,7 @@ def test_an_entry_is_copied_before_it_is_written_and_neither_stands_without_the_
         copies.are_reached = True
         journal.append(0, "node", "second")
         descriptor, journal._descriptor = journal._descriptor, os.open("/dev/full", os.O_RDWR)
-        with pytest.raises(OSError, match="argument|space"):
+        with pytest.raises(OSError, match=r"argument|space"):
             journal.append(0, "node", "not written")
         os.close(journal._descriptor)
         journal._descriptor = descriptor
