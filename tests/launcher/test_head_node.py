@@ -16,6 +16,7 @@ from evermesh.launcher.succession.replica import folder_of
 from tests.launcher.jobs import Job, launched
 from tests.processes import still_alive
 
+pytestmark = pytest.mark.timeout(900)
 STEPS = 300
 JOB = (f"train.steps={STEPS}", "workers=3", "nodes=3", "train.checkpoint.every=20", "join_timeout_s=600")
 PATIENT_S = 400.0
