@@ -69,6 +69,8 @@ from evermesh.runtime.telemetry import StepReport
 
 _TICK_S = 0.1
 _WRITE_AGAIN_S = 0.5
+_GRACE_S = 3.0
+"""Agents may be in the middle of asking a controller that was stopped; that takes 2 s."""
 _WRITE_WAIT_S = 10.0
 """How long nobody may make room on a full disk before the job is ended."""
 
@@ -104,7 +106,7 @@ class Controller:
         self.life = Life.from_record(self.record, config)
         self._stripes = self._stripes_of(self.life) if self.life else None
         self._since_s = time.monotonic()
-        self._roster.find(self.record.pids if is_revived else {})
+        self._roster.find(self.record.pids if is_revived else {}, 0.0 if office is None else _GRACE_S)
 
     # what happens
 
@@ -279,8 +281,8 @@ class Controller:
 
     def _advance(self) -> None:
         """Do what follows from all that is known by now."""
-        if self._office is not None:
-            self._office.attend(list(self.nodes))
+        if self._office is not None and not self._office.attend(list(self.nodes)):
+            return
         self._roster.judge(self.life, self.state)
         self._look_for_frozen()
         if self._roster.is_finding_out():

@@ -24,25 +24,30 @@ class Roster:
 
     def __init__(self, run: Run, names: Sequence[str], placement: Placement, scribe: Scribe) -> None:
         self._run, self._names, self._placement, self._scribe = run, names, placement, scribe
-        self._began_s = time.monotonic()
+        self._found_by_s = time.monotonic() + LEASE_S
         self.nodes = Nodes()
         self.refusal: str | None = None
         """Why no attempt can be started at all."""
 
-    def find(self, pids: Mapping[str, int]) -> None:
-        """Take over the agents of an earlier controller, by node, and start one for every other node."""
+    def find(self, pids: Mapping[str, int], grace_s: float = 0.0) -> None:
+        """Take over the agents of an earlier controller, by node, and start one for every other node.
+
+        Those may need ``grace_s`` longer than a lease until they are heard: they may still try to reach the one before.
+        """
+        self._found_by_s += grace_s
         for name in self._names:
             self.nodes.expect(name)
         self._placement.adopt(dict(pids))
         for name, pid in pids.items():
             node = self.nodes[name]
             node.state, node.pid = "cut off", pid
+            node.heard_s = node.proof_s = node.heard_s + grace_s
         self._placement.start([name for name in self._names if name not in pids])
 
     def is_finding_out(self) -> bool:
         """Whether agents of an earlier controller may still be about to say hello."""
         missing = [node for node in self.nodes if node.state == "cut off" and node.host == ""]
-        return bool(missing) and time.monotonic() - self._began_s < LEASE_S
+        return bool(missing) and time.monotonic() < self._found_by_s
 
     def shortage(self) -> str:
         """What the place lacks to start more agents."""

@@ -21,8 +21,7 @@ from evermesh.launcher.succession.replica import folder_of
 
 _CONFIRM_S = 1.0
 """How old the consent of a majority may be when something is decided."""
-_TIMEOUT_S = 0.5
-"""The controller answers nobody while it waits for an agent."""
+_QUICK_S = 0.2
 START_S = 12.0
 """How long an elected controller, or one that is started again, may take until the next election."""
 _VIEWS = "members.json"
@@ -102,8 +101,10 @@ class Office:
         """The last line could not be written into the journal itself."""
         self._leader.retract()
 
-    def attend(self, nodes: Sequence[Watched]) -> None:
+    def attend(self, nodes: Sequence[Watched]) -> bool:
         """Make sure of the office, and have all agents that are there take part. Called before anything is decided.
+
+        False if that took so long that what agents have said meanwhile has to be heard first.
 
         Raises:
             NotReplicated: nothing may be decided now.
@@ -114,6 +115,7 @@ class Office:
                 self._leader.confirm()
                 self._confirmed_s = now_s
             self._leader.tend(self._present(nodes), self._head(nodes))
+            return time.monotonic() - now_s < _QUICK_S
 
     def check_nobody_else(self, directory: Path) -> None:
         """Called before the end of a job is written down without the consent of the agents: not if another is in office."""
@@ -149,7 +151,7 @@ def take_office(
     superseded: Callable[[Superseded], None],
 ) -> Office:
     """The office of the controller that ``views`` tell of; the journal so far is ``lines``."""
-    leader = Leader(views, lines, Peers(token, _TIMEOUT_S), copies, lambda found: _write_views(directory, found))
+    leader = Leader(views, lines, Peers(token), copies, lambda found: _write_views(directory, found))
     before = (views.before.leader if views.before is not None else None) or "the first controller"
     reason = "launched" if views.before is None else f"{views.view.leader} takes over: nothing is heard from {before}"
     return Office(leader, reason, superseded)

@@ -11,7 +11,7 @@ from websockets.sync.client import ClientConnection, connect
 from evermesh.launcher.succession.protocol import Answer, Request, Seat
 
 TIMEOUT_S = 1.0
-"""How long an answer is waited for; it takes a write to disk."""
+"""How long an answer is waited for; it takes a write to disk. The controller hears nobody meanwhile."""
 _SILENT_S = 5.0
 """How long who has not answered in time is not asked by those who can do without."""
 _CLOSE_S = 0.1

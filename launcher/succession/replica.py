@@ -3,11 +3,13 @@
 What it has said is on its disk before it says it: an agent that is killed and started again on its node keeps its word.
 """
 
+import fcntl
 import os
 import secrets
 import shutil
 import stat
 import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -18,6 +20,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from evermesh.launcher.succession.copy import Chain, DiskCopy
 from evermesh.launcher.succession.protocol import Answer, Append, Confirm, Install, Peek, Request, View, Vote
 
+_LOCK_WAIT_S = 2.0
+"""An agent that was killed may not be gone yet."""
 _FOLDER = Path("/var/tmp")
 """On the disk of the node wherever one is; temporary only by name, it outlives the machine's end."""
 
@@ -135,11 +139,16 @@ class Replica:
 
 
 class DiskMemory:
-    """The memory of ``node`` in ``run`` in a folder of its node, for the agent of the node."""
+    """A memory in a folder of its node, for one agent at a time.
+
+    Raises:
+        OSError: another agent has it, there is no room, or others may write there.
+    """
 
     def __init__(self, folder: Path, token: str) -> None:
         _make_private(folder)
         self.folder = folder
+        self._lock = _locked(folder / "lock")
         run = xxhash.xxh3_128_hexdigest(token.encode())
         word = _read_word(folder / "member.json")
         if word is None or word.run != run:
@@ -173,6 +182,7 @@ class DiskMemory:
         self._copy.close()
         if job_is_over:
             shutil.rmtree(self.folder, ignore_errors=True)
+        os.close(self._lock)
 
 
 def folder_of(run: Path, node: str, folder: Path | None = None) -> Path:
@@ -196,6 +206,22 @@ def _make_private(folder: Path) -> None:
             "place with --set journal_folder=DIR."
         )
     _sync_folder(folder.parent)
+
+
+def _locked(path: Path) -> int:
+    """The descriptor of a lock that no other process has; the kernel gives it back with this one."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    until_s = time.monotonic() + _LOCK_WAIT_S
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > until_s:
+                os.close(descriptor)
+                raise
+            time.sleep(0.05)
+        else:
+            return descriptor
 
 
 def _read_word(path: Path) -> Word | None:

@@ -13,6 +13,7 @@ from evermesh import checkpoint
 from evermesh.fault.events import read_events
 from evermesh.launcher import Run
 from evermesh.launcher.chaos.report import ChaosReport
+from evermesh.launcher.controller.journal import read_journal
 from evermesh.runtime.telemetry import read_telemetry
 from tests.launcher.jobs import chaos, launched, with_faults
 from tests.launcher.test_cli import EVERMESH, evermesh
@@ -182,3 +183,14 @@ def test_a_disk_that_fills_up_ends_the_job_with_the_numbers_and_it_goes_on_when_
     assert report.passed
     assert "No space left on device" in found.stderr
     assert "finished: 40 steps" in found.stderr
+
+
+def test_f23_the_head_node_is_lost_and_then_the_next_one(job_file: Path) -> None:
+    faults = [{"kind": "kill", "target": "head", "at": {"step": 20}, "times": 2, "every": 40}]
+    report = with_faults(job_file, "workers=3", "nodes=3", "train.steps=100", faults=faults, compared=True)
+    assert report.passed, report.problems
+    assert report.attempts == 3
+    assert report.comparison is not None
+    assert report.comparison.verdict == "bit-equal"
+    journal = read_journal(Run(Path(report.run)).journal)
+    assert [entry.fields["term"] for entry in journal if entry.kind == "term"] == [1, 2, 3]

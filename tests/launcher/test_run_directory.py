@@ -122,3 +122,16 @@ def test_a_disk_that_is_full_when_a_run_is_made_leaves_nothing_of_it(
     with pytest.raises(RunUnusable, match="No space left on device"):
         Run.create(job)
     assert list(job.runs.iterdir()) == []
+
+
+def test_an_elected_controller_holds_the_lock_although_a_stopped_one_still_has_its_own(job: JobConfig) -> None:
+    run = Run.create(job)
+    with run.locked() as check_lock:
+        check_lock()
+        with run.taken_over():
+            assert run.is_alive()
+            with pytest.raises(RunAlive):
+                check_lock()
+            with pytest.raises(RunAlive), run.locked():
+                pass
+        assert not run.is_alive()  # what the old one holds is no lock of the run any more

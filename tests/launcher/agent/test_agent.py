@@ -32,8 +32,11 @@ from evermesh.launcher.messages import (
     Started,
     Store,
     TrainingWork,
+    Welcome,
 )
 from evermesh.launcher.processes import AGENT_MODULE, TOKEN_VARIABLE
+from evermesh.launcher.succession.peers import Peers
+from evermesh.launcher.succession.protocol import Vote
 from tests.launcher.agent.listening import TOKEN, Controller, controlled
 from tests.processes import lives
 
@@ -218,3 +221,25 @@ def test_it_says_why_it_cannot_begin_and_nothing_else(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert done.stderr.startswith("128 bytes of shared memory cannot be had in /dev/shm (")
     assert "Traceback" not in done.stderr
+
+
+def test_a_controller_of_a_lower_term_than_was_promised_is_not_obeyed_and_not_listened_to(tmp_path: Path) -> None:
+    with serving(tmp_path, journal_folder=tmp_path / "memory" / "node-0") as agent:
+        agent.send(Welcome(term=1))
+        agent.start(1)
+        ranks = agent.started(1)
+        seat = agent.all(Hello)[0].seat
+        assert seat is not None
+        assert Peers(TOKEN).ask({seat: Vote(launch=0, term=2)})[seat.identity].accepted
+        agent.until(lambda: len(agent.all(Hello)) > 1)  # it has given the connection up, and looks for another
+        agent.send(End(generation=1))  # before it says its term
+        agent.until(lambda: len(agent.all(Hello)) > 2)
+        agent.send(Welcome(term=1))
+        agent.send(Leave())
+        agent.until(lambda: len(agent.all(Hello)) > 3)
+        assert all(map(lives, ranks))
+        assert agent.process.poll() is None
+        agent.send(Welcome(term=2))
+        agent.send(Leave())
+        assert agent.process.wait(WAIT_S) == 0
+        assert not (tmp_path / "memory" / "node-0").exists()

@@ -1,5 +1,6 @@
 """The journal survives a writer that is killed at any byte, a full disk, and the loss of its index."""
 
+import os
 import resource
 import signal
 import subprocess
@@ -8,7 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from evermesh.launcher.controller.journal import Journal, JournalIndex, read_journal
+from evermesh.launcher.controller.journal import (
+    Journal,
+    JournalIndex,
+    journal_lines,
+    launch_number,
+    read_journal,
+    restore_journal,
+)
+from evermesh.launcher.errors import NotReplicated
 
 KINDS = ("launch", "node", "transition", "attempt", "node")
 
@@ -138,3 +147,48 @@ def test_no_room_for_the_index_is_no_reason_not_to_write(path: Path) -> None:
         signal.signal(signal.SIGXFSZ, ignored)
     with Journal(path):
         assert found(path) == [1, 2, 3, 4, 5, 6]
+
+
+class Copies:
+    """Copies on other nodes, which can be out of reach."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.are_reached = True
+
+    def commit(self, line: str) -> None:
+        if not self.are_reached:
+            raise NotReplicated("only 1 of 3 agents answer")
+        self.lines.append(line)
+
+    def retract(self) -> None:
+        self.lines.pop()
+
+
+def test_an_entry_is_copied_before_it_is_written_and_neither_stands_without_the_other(tmp_path: Path) -> None:
+    copies = Copies()
+    with Journal(tmp_path / "journal.jsonl", copies) as journal:
+        journal.append(0, "launch", "first")
+        copies.are_reached = False
+        with pytest.raises(NotReplicated):
+            journal.append(0, "node", "not copied")
+        copies.are_reached = True
+        journal.append(0, "node", "second")
+        descriptor, journal._descriptor = journal._descriptor, os.open("/dev/full", os.O_RDWR)
+        with pytest.raises(OSError, match=r"argument|space"):
+            journal.append(0, "node", "not written")
+        os.close(journal._descriptor)
+        journal._descriptor = descriptor
+        journal.append(0, "node", "third")
+    assert copies.lines == journal_lines(tmp_path / "journal.jsonl")
+    assert [entry.reason for entry in read_journal(tmp_path / "journal.jsonl")] == ["first", "second", "third"]
+
+
+def test_a_journal_is_restored_byte_for_byte_and_the_old_file_is_nobodys(path: Path) -> None:
+    before, lines = path.read_bytes(), journal_lines(path)
+    with Journal(path) as old:
+        restore_journal(path, lines)
+        old.append(9, "node", "of a controller that was stopped")
+    assert path.read_bytes() == before
+    assert journal_lines(path) == lines
+    assert launch_number(read_journal(path)) == 1

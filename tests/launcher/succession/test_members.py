@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from evermesh.launcher.errors import NotReplicated, Superseded
+from evermesh.launcher.succession.copy import read_copy
 from evermesh.launcher.succession.leader import Leader, Views
 from evermesh.launcher.succession.office import Mandate
 from evermesh.launcher.succession.peers import Peers
@@ -90,7 +91,7 @@ def wait(holds: Callable[[], bool], timeout_s: float = 20.0) -> None:
 
 def test_a_committed_line_is_on_the_disks_of_two_nodes_beside_that_of_the_controller(members: list[Member]) -> None:
     led(members)
-    assert [len(DiskMemory(member.folder, TOKEN).chain) for member in members] == [0, 3, 3]
+    assert [len(read_copy(member.folder / "copy.jsonl")) for member in members] == [0, 3, 3]
 
 
 def test_who_does_not_show_the_token_is_not_answered(members: list[Member]) -> None:
@@ -112,7 +113,13 @@ def test_a_member_that_was_killed_keeps_its_promise_and_one_of_another_run_has_n
     one.memory.close(job_is_over=False)
     other = DiskMemory(one.folder, "token of another run")
     assert (other.word.promised, other.word.view, len(other.chain)) == (0, None, 0)
+    other.close(job_is_over=True)
     one.memory = DiskMemory(one.folder, TOKEN)
+
+
+def test_two_agents_of_a_node_never_share_what_it_has_promised(members: list[Member]) -> None:
+    with pytest.raises(BlockingIOError):
+        DiskMemory(members[0].folder, TOKEN)
 
 
 def test_a_folder_that_others_may_write_into_is_refused(tmp_path: Path) -> None:
@@ -135,7 +142,7 @@ def test_when_the_head_node_is_gone_exactly_one_is_elected_with_the_whole_journa
     assert mandate.term == 2
     assert mandate.node in ("node-1", "node-2")
     assert mandate.view == leader.view
-    assert DiskMemory(mandate.copy_path.parent, TOKEN).chain.lines == ["line 0", "line 1", "line 2"]
+    assert read_copy(mandate.copy_path) == ["line 0", "line 1", "line 2"]
     with pytest.raises((Superseded, NotReplicated)):
         leader.commit("of the old one")
 

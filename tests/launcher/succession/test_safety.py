@@ -16,7 +16,7 @@ from evermesh.launcher.succession.leader import Views
 from evermesh.launcher.succession.protocol import Seat
 from tests.launcher.succession.worlds import Crash, Network, Office, first_office, member, next_term, stand
 
-WALKS = int(os.environ.get("WALKS", "1500"))
+WALKS = int(os.environ.get("WALKS", "900"))
 STEPS = 120
 
 
