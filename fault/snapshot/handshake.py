@@ -15,6 +15,7 @@ import hmac
 import secrets
 import socket
 import struct
+from collections.abc import Callable
 from typing import NamedTuple
 
 NONCE_BYTES = 32
@@ -44,14 +45,17 @@ def listen(host: str, port: int = 0) -> socket.socket:
     return socket.create_server((host, port), family=family, backlog=128)
 
 
-def prove(connection: socket.socket, hello: bytes, secret: bytes) -> None:
-    """Say ``hello`` and show that we know the secret, once the other end has. Blocks for as long as its timeout.
+def prove(connection: socket.socket, hello: bytes, secret: bytes, wait: Callable[[], None] | None = None) -> None:
+    """Say ``hello`` and show that we know the secret, once the other end has. Blocks for as long as its timeout; ``wait``
+    returns when there is an answer, or raises.
 
     Raises:
         ConnectionRefusedError: whoever is there does not know the secret. It has learnt nothing about ours.
         OSError: as the system does, also if the other end refuses us: it hangs up.
     """
     connection.sendall(hello)
+    if wait is not None:
+        wait()
     nonce, shown = _CHALLENGE.unpack(receive(connection, _CHALLENGE.size))
     if not hmac.compare_digest(shown, _mac(secret, b"acceptor", hello, nonce)):
         raise ConnectionRefusedError("whoever listens there does not know the secret")

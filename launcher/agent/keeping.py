@@ -119,5 +119,7 @@ class NodeKeeper:
             self._noticed.append((KEEPER_LOST, text))
         rotten = self._process.told.get("rotten", [])
         for text in rotten[self._told_rotten :]:
-            self._noticed.append(("snapshot damaged", f"memory of a snapshot has changed, and nobody will use it: {text}"))
+            self._noticed.append(
+                ("snapshot damaged", f"memory of a snapshot has changed, and nobody will use it: {text}")
+            )
         self._told_rotten = len(rotten)

@@ -123,12 +123,17 @@ def test_f8_a_lost_node_is_rebuilt_into_the_memory_of_a_spare_and_protected_agai
 
 
 @pytest.mark.parity
-def test_f12_two_lost_nodes_of_a_stripe_with_two_parity_parts_come_back(job_file: Path, expected: list[float]) -> None:
-    with job_of(job_file, "train.snapshot.code=1+2", *WITHOUT_STORAGE) as job:
-        _wait_protected(job, (0, 1, 2), 3)
-        _lose(job, 1, 2)
+@pytest.mark.parametrize(("nodes", "code", "lost"), [(3, "1+2", (1, 2)), (4, "1+1", (0, 1))])
+def test_f12_f14_two_lost_nodes_come_back_of_one_stripe_with_two_parity_parts_and_of_two_with_one(
+    job_file: Path, nodes: int, code: str, lost: tuple[int, int]
+) -> None:
+    shape = (f"workers={nodes}", f"nodes={nodes}")
+    losses = clean_losses(job_file, 100000, f"train.stop_at={COMPARED}", *shape, "train.snapshot=off")
+    with job_of(job_file, f"train.snapshot.code={code}", *shape, *WITHOUT_STORAGE) as job:
+        _wait_protected(job, tuple(range(nodes)), 3)
+        _lose(job, *lost)
         job.wait(lambda: len(_told(job, "resumed")) == 1)
-        _assert_from_memory(job, _end(job), 2, expected)
+        _assert_from_memory(job, _end(job), 2, losses)
 
 
 def test_f11_more_lost_nodes_than_the_code_covers_cost_a_read_of_storage_and_are_named(

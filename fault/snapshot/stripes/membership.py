@@ -213,7 +213,7 @@ def _dial(mine: Membership, rank: int, deadline_s: float, given_up: threading.Ev
             reason: Exception = error
         else:
             try:
-                _prove(mine, rank, connection)
+                _prove(mine, rank, connection, given_up)
                 return connection
             except WrongGeneration:
                 connection.close()
@@ -231,9 +231,26 @@ def _dial(mine: Membership, rank: int, deadline_s: float, given_up: threading.Ev
         time.sleep(_RETRY_S)
 
 
-def _prove(mine: Membership, rank: int, connection: socket.socket) -> None:
+def _prove(mine: Membership, rank: int, connection: socket.socket, given_up: threading.Event) -> None:
     hello = _HELLO.pack(_MAGIC, mine.digest, mine.generation, mine.rank, rank, new_nonce())
-    prove(connection, hello, mine.secret)
+    # whoever does something else for now leaves it in the backlog
+    prove(connection, hello, mine.secret, lambda: _await_bytes(connection, given_up))
     is_welcome, generation = _VERDICT.unpack(receive(connection, _VERDICT.size))
     if not is_welcome:
         raise WrongGeneration(f"member {rank} is of generation {generation}; this is {mine.generation}.", (rank,))
+
+
+def _await_bytes(connection: socket.socket, given_up: threading.Event) -> None:
+    deadline_s = time.monotonic() + _HANDSHAKE_S
+    connection.settimeout(_RETRY_S)
+    while True:
+        if given_up.is_set():
+            raise TransferGivenUp("the transfer was given up.")
+        try:
+            connection.recv(1, socket.MSG_PEEK)
+        except TimeoutError:
+            if time.monotonic() > deadline_s:
+                raise
+            continue
+        connection.settimeout(_HANDSHAKE_S)
+        return

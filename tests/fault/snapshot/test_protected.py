@@ -121,6 +121,26 @@ def test_f6_a_keeper_that_dies_while_it_protects_leaves_snapshots_sealed_and_the
         assert standing_in(stripe.area(0)).is_protected  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("memory", [False, True], ids=["a keeper", "a second node"])
+def test_f30_a_second_loss_during_a_rebuild_is_survived_by_rebuilding_once_more(tmp_path: Path, memory: bool) -> None:
+    with stripe_of(tmp_path, "1+2", ((6 * MIB,),) * 3) as stripe:
+        version = stripe.protect(4)
+        whole = stripe.digests(version)
+        stripe.lose(0)
+        stripe.join(bytes_per_s=1e6)
+        told = protected_in(stripe.area(1))[0].values()
+        clients = [stripe.client(node) for node in range(3)]
+        for client in clients:
+            client.tell("rebuild", epoch=stripe.epoch, version=version, protected=told)
+        wait(lambda: _is_written(stripe, 0))
+        stripe.lose(1, memory=memory)
+        assert not held_by(stripe.area(0), 0)  # a part of it is none
+        stripe.join()
+        assert not answer_of(clients[0])["ok"]
+        assert [answer["lost"] for answer in stripe.rebuild(version)] == [[0, 1] if memory else [0]] * 3
+        assert stripe.digests(version) == whole
+
+
 def test_a_keeper_without_the_sealed_snapshot_of_others_is_not_waited_for_after_a_new_place(tmp_path: Path) -> None:
     with stripe_of(tmp_path, "2+1", SIZES) as stripe:
         version = stripe.take(4, nodes=(0, 1))
@@ -198,6 +218,12 @@ def test_parity_goes_into_the_buffer_that_protects_nothing_any_more(tmp_path: Pa
         found = free_buffer(stripe.area(0)).protected()
         assert found is not None
         assert found.version.step == 5
+
+
+def _is_written(stripe: Stripe, node: int) -> bool:
+    """Whether something has been rebuilt in the first slot of the only rank of a node."""
+    files = SlotFiles.of(stripe.area(node), node, 0)
+    return files.data.is_file() and any(files.data.read_bytes()[:4096])
 
 
 def _fact(stripe: Stripe, node: int) -> str:

@@ -28,6 +28,9 @@ from evermesh.launcher.messages import (
     End,
     FromAgent,
     Hello,
+    JoinStripe,
+    Keep,
+    KeeperTells,
     Leave,
     OpenStore,
     Outcome,
@@ -42,7 +45,7 @@ from evermesh.launcher.messages import (
 )
 from evermesh.launcher.policy import Failure
 
-_CLOCKED = ("controller", "life", "nodes", "record")
+_CLOCKED = ("controller", "life", "nodes", "record", "stripes")
 START_S = 1000.0
 _PIDS = itertools.count(100)
 
@@ -123,6 +126,10 @@ class Agent:
         if self.ranks is not None and getattr(message, "generation", 1 << 60) < self.ranks.generation:
             return True
         match message:
+            case Keep():
+                self.say(KeeperTells(generation=message.generation, about="listen", ok=True, port=self.pid))
+            case JoinStripe():
+                self.say(KeeperTells(generation=message.generation, epoch=message.epoch, about="join", ok=True))
             case OpenStore():
                 self.say(StoreOpened(generation=message.generation, store=Store(host="127.0.0.1", port=1)))
             case Start() if self.ranks is None or self.ranks.generation != message.generation:
