@@ -21,8 +21,8 @@ from evermesh.fault.injection.schedule import (
 )
 
 KINDS: Mapping[str, float] = {"kill": 4.0, "stop": 1.0, "slow": 1.0, "raise": 2.0}
-"""Kinds that are drawn where nobody chooses, each with its rate. The others end a run, change its numbers, or are found only
-when a collective times out."""
+"""Kinds that are drawn where nobody chooses, each with its rate. The others end a run, change its numbers, or cost
+seconds until they are found."""
 _PLACES: Sequence[Phase] = ("forward", "backward", "all-reduce", "copy", "write")
 _KILLED: Mapping[str, float] = {"rank any": 6.0, "agent any": 1.0, "controller": 1.0, "rank all": 1.0}
 

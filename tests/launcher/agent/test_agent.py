@@ -114,7 +114,7 @@ def agent(tmp_path: Path) -> Iterator[Served]:
 
 def test_it_says_who_it_is_and_workers_know_no_token(agent: Served) -> None:
     hello = agent.all(Hello)[0]
-    assert (hello.node, hello.pid, hello.outcome, hello.shared_memory_bytes) == ("node-0", agent.process.pid, None, 128)
+    assert (hello.node, hello.pid, hello.outcome, hello.shared_memory_bytes) == ("node-0", agent.process.pid, None, 256)
     agent.start(1)
     for rank in agent.started(1):
         assert TOKEN_VARIABLE not in rank.environ()
@@ -219,7 +219,7 @@ def test_it_says_why_it_cannot_begin_and_nothing_else(tmp_path: Path) -> None:
         command, env={**os.environ, TOKEN_VARIABLE: TOKEN}, capture_output=True, text=True, check=False, timeout=60
     )
     assert done.returncode == 1
-    assert done.stderr.startswith("128 bytes of shared memory cannot be had in /dev/shm (")
+    assert done.stderr.startswith("256 bytes of shared memory cannot be had in /dev/shm (")
     assert "Traceback" not in done.stderr
 
 
