@@ -15,15 +15,14 @@ def remembered_step(nodes: Nodes, chosen: Sequence[str], config: JobConfig, sinc
 
     The ranks choose by themselves once more when they start, by the same rule: they see what was damaged, or sealed since.
     """
-    found = find_recovery(
-        job_groups(config), memories_of(nodes, chosen, launch_of(since_s)), config.workers // config.nodes
-    )
+    groups, memories = job_groups(config, len(chosen)), memories_of(nodes, chosen, launch_of(since_s))
+    found = find_recovery(groups, memories, config.workers // config.nodes)
     return found.version.step if found is not None else None
 
 
-def job_groups(config: JobConfig) -> tuple[Group, ...]:
-    """The stripes of a job."""
-    return groups_of(config.nodes, config.train.snapshot.code if config.train.snapshot else "none")
+def job_groups(config: JobConfig, nodes: int) -> tuple[Group, ...]:
+    """The stripes of an attempt on so many nodes."""
+    return groups_of(nodes, config.train.snapshot.code if config.train.snapshot else "none")
 
 
 def memories_of(nodes: Nodes, chosen: Sequence[str], launch: str) -> list[InMemory | None]:

@@ -38,7 +38,7 @@ class Stripes:
     ) -> None:
         self._nodes, self._life, self._scribe, self._launch = nodes, life, scribe, launch
         self._newest_saved = -1 if newest_saved is None else newest_saved
-        self._config, self._groups = config.train.snapshot or SnapshotConfig(), job_groups(config)
+        self._config, self._groups = config.train.snapshot or SnapshotConfig(), job_groups(config, len(life.nodes))
         self._places = Places(nodes, life, self._groups, scribe, self._config.bytes_per_s)
         self._protection = Protection(scribe)
         self._pending: set[str] = set()
