@@ -42,7 +42,8 @@ def groups_of(nodes: int, code: str) -> tuple[Group, ...]:
 
     Places keep their groups whichever nodes take them: what one lost is rebuilt by those it protected before.
     """
-    if nodes == 1 or code == "none":
+    most_parity = int(code.partition("+")[2] or 0)
+    if nodes <= max(1, most_parity) or code == "none":
         return (Group(0, tuple(range(nodes)), None),)
     # only now: it loads numpy, which a controller of one node does without
     from evermesh.fault.snapshot.coding import Code

@@ -66,12 +66,12 @@ class Stripes:
 
     def begin(self) -> None:
         """Ask all nodes for their keepers."""
-        for name in self._life.nodes:
-            self.greet(self._nodes[name])
+        for node in self._nodes:
+            self.greet(node)
 
     def greet(self, node: Node) -> None:
-        """A node is there, perhaps again."""
-        if self._is_on and node.name in self._life.nodes:
+        """A node is there, perhaps again. The keeper of a spare is started before it is needed."""
+        if self._is_on:
             self._places.ask(node.name, self._launch)
 
     def hear(self, node: Node, told: KeeperTells) -> None:

@@ -81,6 +81,15 @@ def test_every_problem_is_reported_in_the_order_of_the_file(tmp_path: Path) -> N
     ]
 
 
+def test_a_code_that_the_nodes_cannot_hold_is_refused_with_both_numbers(tmp_path: Path) -> None:
+    path = write(tmp_path, GOOD + "  snapshot: {code: 2+2}\n")
+    [text] = errors(path, "nodes=2")
+    assert "train.snapshot.code 2+2 keeps parity on 2 other nodes, but there are 2 nodes in all" in text
+    for given in ("nodes=4", "train.snapshot.code=auto", "train.snapshot.code=none", "train.snapshot=off"):
+        load_job(path, ["nodes=2", given])
+    assert "train.snapshot.code" in errors(path, "train.snapshot.code=raid5")[0]
+
+
 def test_a_rule_between_values_names_the_line_of_their_section(tmp_path: Path) -> None:
     path = write(tmp_path, GOOD + "  model:\n    hidden: 100\n    heads: 3\n")
     assert errors(path) == [f"{path}:10: train.model: hidden 100 is not a multiple of heads 3."]

@@ -42,6 +42,7 @@ def _all(
 
 def test_places_keep_their_stripes_and_every_node_is_in_one() -> None:
     assert groups_of(1, "auto") == (Group(0, (0,), None),)
+    assert groups_of(2, "1+2") == (Group(0, (0, 1), None),)  # what is left of three
     assert groups_of(3, "none") == (Group(0, (0, 1, 2), None),)
     assert groups_of(2, "auto") == (Group(0, (0, 1), "1+1"),)
     assert groups_of(3, "auto") == (Group(0, (0, 1, 2), "2+1"),)
