@@ -107,21 +107,6 @@ def _nobody_comes_back(job: Job, node: str) -> Iterator[list[psutil.Process]]:
                 process.kill()
 
 
-@pytest.mark.soak  # it waits for nodes as long as agents may need to join on a busy machine
-def test_f10_a_lost_node_that_nobody_replaces_ends_the_job_with_75_and_a_checkpoint_out_of_memory(
-    job_file: Path, expected: list[float]
-) -> None:
-    with launched(job_file, ENDLESS, "nodes=2", "join_timeout_s=40", *WITHOUT_STORAGE) as job:
-        job.wait_training()
-        _wait_in_memory(job, 3)
-        with _nobody_comes_back(job, "node-1"):
-            code, _, stderr = job.end()
-        assert code == 75, stderr
-        assert "1 of 2 nodes were there after 40 s" in stderr
-        assert int(str(_flushed(job).fields["bytes_received"])) > 0
-        _is_whole_and_resumed(job, expected)
-
-
 def test_the_newest_whole_snapshot_is_written_and_none_that_storage_has_surpassed(tmp_path: Path) -> None:
     nodes, directory = (0, 0, 1, 1), tmp_path / "checkpoints"
     with ExitStack() as stack:
