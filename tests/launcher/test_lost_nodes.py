@@ -56,6 +56,13 @@ def _told(job: Job, kind: str) -> list[Event]:
     return [event for event in read_events(job.run.events) if event.kind == kind] if job.run.events.is_file() else []
 
 
+def _members(job: Job) -> tuple[int, ...]:
+    """The nodes of the latest attempt, by rank."""
+    names = [entry.fields["nodes"] for entry in job.journal if entry.kind == "attempt"][-1]
+    assert isinstance(names, list)
+    return tuple(int(str(name).removeprefix("node-")) for name in names)
+
+
 def _lose(job: Job, *nodes: int) -> None:
     """What the end of machines looks like from outside: agents, workers, keepers and memory are gone, all at once."""
     processes = []
@@ -106,18 +113,19 @@ def test_f8_a_lost_node_is_rebuilt_into_the_memory_of_a_spare_and_protected_agai
     job_file: Path, expected: list[float]
 ) -> None:
     with job_of(job_file, "spares=1", *WITHOUT_STORAGE) as job:
-        _wait_protected(job, (0, 1, 2), 3)
-        _lose(job, 1)
+        first = _members(job)  # the agent that came last is the spare
+        (spare,) = {0, 1, 2, 3} - set(first)
+        _wait_protected(job, first, 3)
+        _lose(job, first[1])
         job.wait(lambda: len(_told(job, "resumed")) == 1)
         (resumed,), (rebuilt,) = _told(job, "resumed"), _told(job, "snapshot rebuilt")
         assert rebuilt.step == resumed.step
-        assert "node-3" in rebuilt.text
+        assert f"node-{spare}" in rebuilt.text
         assert "code 2+1" in rebuilt.text
-        _wait_protected(job, (0, 2, 3), resumed.step or 0)
+        assert _members(job) == (first[0], spare, first[2])
+        _wait_protected(job, _members(job), resumed.step or 0)
         job.wait(lambda: len(_told(job, "snapshots protected")) == 2)
-        _lose(
-            job, 0
-        )  # the node of rank 0, and of the rendezvous: node-1, started anew with empty memory, takes its place
+        _lose(job, first[0])  # of rank 0 and the rendezvous: the node lost first, with empty memory, takes its place
         job.wait(lambda: len(_told(job, "resumed")) == 2)
         _assert_from_memory(job, _end(job), 3, expected)
 
