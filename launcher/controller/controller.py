@@ -23,7 +23,7 @@ from evermesh.launcher.controller.rescue import Rescue
 from evermesh.launcher.controller.roster import Roster
 from evermesh.launcher.controller.scribe import Scribe
 from evermesh.launcher.controller.stacks import stacks_of, told_stacks
-from evermesh.launcher.controller.status import ENDED, JobState
+from evermesh.launcher.controller.status import ENDED, JobState, Standing
 from evermesh.launcher.controller.stripes import Stripes
 from evermesh.launcher.controller.telling import explain, going_on, told_stop
 from evermesh.launcher.controller.work import (
@@ -215,6 +215,11 @@ class Controller:
     @property
     def generation(self) -> int:
         return self.record.generation
+
+    @property
+    def protection(self) -> Standing:
+        """Of the newest snapshot, by the memory of other nodes."""
+        return self._stripes.protection if self._stripes is not None else "none"
 
     async def serve(self) -> int:
         """Run the job to its end; returns the exit code. Agents and workers are gone then."""

@@ -1,8 +1,10 @@
 """What people are told about the protection of snapshots: once per change, not once per snapshot."""
 
+from collections.abc import Collection
 from typing import NamedTuple
 
 from evermesh.launcher.controller.scribe import Scribe
+from evermesh.launcher.controller.status import Standing
 from evermesh.launcher.messages import KeeperTells
 
 
@@ -25,6 +27,13 @@ class Protection:
         self._standing: dict[int, dict[str, KeeperTells]] = {}
         self._is_protected: dict[int, bool] = {}
         """By number of the stripe, as it was told last."""
+
+    def standing(self, stripes: Collection[int]) -> Standing:
+        """Of so many stripes together, by number."""
+        told = [self._is_protected.get(number) for number in stripes]
+        if False in told:
+            return "degraded"
+        return "protected" if told and None not in told else "none"
 
     def note(self, stripe: NamedStripe, node: str, told: KeeperTells) -> None:
         """A keeper of this stripe has protected a snapshot, or has not. Another one is needed for that to be told again."""

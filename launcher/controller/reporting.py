@@ -51,7 +51,8 @@ def _snapshot_status(controller: "Controller") -> SnapshotStatus | None:
     if report is None:
         return None
     since_s, is_on = time.monotonic() - controller.reported_s, controller.config.train.snapshot is not None
-    return snapshot_status(report, since_s, newest_step(controller.run), is_on=is_on)
+    newest, protection = newest_step(controller.run), controller.protection
+    return snapshot_status(report, since_s, newest, is_on=is_on, protection=protection)
 
 
 def _rank_status(life: "Life", rank: int, node: str) -> RankStatus:

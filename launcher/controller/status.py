@@ -52,6 +52,10 @@ class NodeStatus(_Frozen):
     """That its keeper holds snapshots in."""
 
 
+Standing = Literal["none", "protected", "degraded"]
+"""Of snapshots in the memory of other nodes."""
+
+
 class SnapshotStatus(_Frozen):
     """The state in the memory of the nodes, and what a restart would lose now."""
 
@@ -77,7 +81,7 @@ class SnapshotStatus(_Frozen):
     """The time of so many steps like the last one, seconds."""
     lost_steps_of_node: int = 0
     """The same if a node were lost with its memory."""
-    protection: Literal["none", "protected", "degraded"] = "none"
+    protection: Standing = "none"
     """Whether other nodes can make the memory of a lost one again; ``degraded``: of fewer than they should."""
 
 

@@ -20,6 +20,7 @@ from evermesh.launcher.controller.places import Places
 from evermesh.launcher.controller.protection import Protection
 from evermesh.launcher.controller.recovery import Group, Recovery, find_recovery, lacking, newest_known
 from evermesh.launcher.controller.scribe import Scribe
+from evermesh.launcher.controller.status import Standing
 from evermesh.launcher.messages import InMemory, KeeperTells, Rebuild
 from evermesh.runtime.config import SnapshotConfig
 
@@ -63,6 +64,11 @@ class Stripes:
         whole = Group(0, tuple(range(len(self._life.nodes))), None)
         found = find_recovery((whole,), self._memories(), self._life.ranks_per_node)
         return found.version.step if found is not None else None
+
+    @property
+    def protection(self) -> Standing:
+        """Whether the newest snapshot is protected."""
+        return self._protection.standing([group.number for group in self._groups]) if self._is_on else "none"
 
     def begin(self) -> None:
         """Ask all nodes for their keepers."""

@@ -49,6 +49,9 @@ def job_of(job_file: Path, *overrides: str) -> Iterator[Job]:
     with launched(job_file, *ENDLESS, "nodes=3", *overrides) as job:
         job.wait_training()
         job.wait(lambda: bool(_told(job, "snapshots protected")))
+        told = job.client.status().snapshot
+        assert told is not None
+        assert told.protection == "protected"
         yield job
 
 

@@ -40,6 +40,12 @@ def test_a_restart_from_memory_loses_the_steps_since_the_snapshot_and_a_lost_nod
     assert (found.committed, found.skipped, found.lost) == (30, 2, 1)
 
 
+def test_a_lost_node_costs_what_a_lost_worker_costs_where_other_nodes_protect_its_snapshots() -> None:
+    found = snapshot_status(REPORT, 0.25, 100, is_on=True, protection="protected")
+    assert (found.protection, found.lost_steps, found.lost_steps_of_node) == ("protected", 3, 3)
+    assert snapshot_status(REPORT, 0.25, 100, is_on=True, protection="degraded").lost_steps_of_node == 20
+
+
 @pytest.mark.parametrize(
     ("snapshot", "saved", "expected"),
     [(117, 119, ("storage", 1, 1)), (None, 100, ("storage", 20, 20)), (None, None, ("nothing", 120, 120)),
