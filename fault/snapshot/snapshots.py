@@ -44,9 +44,9 @@ class Keeping:
     newest: int | None = None
     """Step of the newest checkpoint in storage; None: there is none. What is older in memory is left there."""
     failures: int = 0
-    """Attempts before this one that failed."""
+    """Attempts that the controller has seen fail, since it was started."""
     running_s: float = 0.0
-    """Since the job was launched, seconds."""
+    """For which it has watched, seconds."""
     keepers: Keepers | None = None
     """Of all nodes, if their memory can be read; None: there is only this node's."""
 

@@ -42,7 +42,8 @@ def train(
     """Train until the run ends, is stopped, or the controller asks to stop. Collective over all workers.
 
     ``newest`` is the step of the newest checkpoint, None without one; ``faults`` are the shots that this run was given when
-    it was launched, if it was given any. ``failures`` attempts have failed in the ``running_s`` seconds since then.
+    it was launched, if it was given any. The controller has seen ``failures`` attempts fail in
+    ``running_s`` seconds.
     """
     train_config = TrainConfig.model_validate(config)
     if train_config.deterministic:

@@ -99,6 +99,8 @@ class Controller:
             generation = journal.entries[-1].generation if journal.entries else run.state().attempt
             journal.append(generation, "launch", f"{config.workers} workers, {config.nodes} nodes", on=config.on)
         self.record = replay(journal.entries)
+        self._began_s, self._failed_before = time.monotonic(), len(self.record.history)
+        """What this controller has seen fail, and in which time: of an earlier one only a clock on the wall could tell."""
         self._scribe.generation = self.record.generation
         if office is not None and office.term != self.record.term:
             self._scribe.note("term", office.reason, term=office.term, node=office.node)
@@ -373,7 +375,10 @@ class Controller:
         work = training_work(
             self.run, self.config, self.record.started_s, self.life.world_size, self.life.remembered, keepers
         )
-        seen = {"failures": len(self.record.history), "running_s": max(0.0, time.time() - self.record.started_s)}
+        seen = {
+            "failures": len(self.record.history) - self._failed_before,
+            "running_s": time.monotonic() - self._began_s,
+        }
         work = work.model_copy(update={"arguments": work.arguments | seen})
         for number, name in enumerate(self.life.nodes):
             place = self.life.place(number)

@@ -170,19 +170,19 @@ def test_status_as_json_is_that_of_the_controller(job: Job, name: str) -> None:
 
 
 def test_status_tells_what_a_restart_would_lose(job: Job) -> None:
-    job.wait(lambda: (found := job.client.status().snapshot) is not None and found.step is not None)
+    job.wait(lambda: (found := job.client.status().snapshot) is not None and found.protection == "protected")
     told = json.loads(evermesh("status", "watched", "--json").stdout)
     found = told["snapshot"]
     assert found["is_on"]
     assert found["step"] <= told["step"]
-    assert found["lost_steps"] <= found["lost_steps_of_node"]
+    assert found["lost_steps"] == found["lost_steps_of_node"], "the other node holds a copy"
     assert found["committed"] >= 1
-    assert found["protection"] == "none"
+    assert found["protection"] == "protected"
     assert all(node["snapshot_bytes"] > 0 for node in told["nodes"])
     for command in (("status", "watched"), ("top", "watched", "--once")):
         shown = " ".join(evermesh(*command).stdout.split())
         assert " in memory, " in shown
-        assert " MiB per node" in shown
+        assert " MiB per node, protected" in shown
         assert "a restart loses " in shown
 
 
