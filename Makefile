@@ -50,7 +50,7 @@ gpu: $(INSTALLED)  ## the checks that only a GPU can make; skips aloud without o
 	$(BIN)/python -m pytest tests/gpu -m gpu -rs
 
 parity: $(INSTALLED)  ## gradients on every layout against one process; takes minutes
-	$(BIN)/python -m pytest tests/runtime tests/parallelism tests/checkpoint tests/fault -m parity
+	$(BIN)/python -m pytest tests/runtime tests/parallelism tests/checkpoint tests/fault tests/launcher -m parity
 
 soak: $(INSTALLED)  ## long runs of jobs: 200 restarts in a row, a clock that jumps, killed copies (KILLS=1000), 30 random faults (FAULTS=300 SEED=1)
 	$(BIN)/python -m pytest tests/launcher tests/fault -m soak -s

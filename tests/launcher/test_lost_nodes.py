@@ -147,6 +147,7 @@ def test_f12_f14_two_lost_nodes_come_back_of_one_stripe_with_two_parity_parts_an
         _assert_from_memory(job, _end(job), 2, losses)
 
 
+@pytest.mark.parity
 def test_f11_more_lost_nodes_than_the_code_covers_cost_a_read_of_storage_and_are_named(
     job_file: Path, expected: list[float]
 ) -> None:

@@ -28,6 +28,7 @@ def _case(model: dict[str, Any], *, recompute: bool = False, **layout: Any) -> C
     return Case(recomputed(plan) if recompute else plan, "float64", MODEL.model_copy(update=model), whole, ONE_BUCKET)
 
 
+@pytest.mark.parity
 def test_gradients_of_compiled_blocks_on_two_ranks_equal_one_process() -> None:
     """Both on one mesh, so that two ranks compile once; the second one computes its blocks again."""
     cases = [_case({"layers": 4}, tp=2), _case({"layers": 4}, tp=2, recompute=True)]
