@@ -17,6 +17,7 @@ import torch.distributed as dist
 from evermesh.checkpoint import (
     Box,
     CheckpointCorrupt,
+    CheckpointNotFound,
     Interval,
     Shard,
     ShardMap,
@@ -28,7 +29,7 @@ from evermesh.checkpoint import (
     wanted_regions,
 )
 from evermesh.checkpoint.dtypes import DTYPES
-from evermesh.checkpoint.format import Extent
+from evermesh.checkpoint.format import MANIFEST, Extent
 from evermesh.parallelism.collectives import Communicator
 from tests.cluster import run_ranks
 
@@ -134,6 +135,10 @@ def _placed(text: str, name: str, extent: Extent, position: int) -> bool:
 
 def _check_found(path: Path, file: Path, how: str, extents: Mapping[str, list[tuple[str, Extent]]]) -> None:
     """What ``verify`` tells names the file, and the tensor and elements that a changed byte belongs to."""
+    if (file.name, how) == (MANIFEST, "lost"):
+        with pytest.raises(CheckpointNotFound, match=f"it has no {MANIFEST}"):
+            verify(path)
+        return
     problems = [problem for problem in verify(path).problems if problem.file == file.name]
     assert problems, (file, how)
     if not how.startswith("byte ") or file.name not in extents:
@@ -153,7 +158,7 @@ def _num_refused(path: Path) -> int:
         got = {name: torch.zeros_like(tensor) for name, tensor in expected.items()}
         try:
             load(path, wanted_regions(_map(), rank, got), shard_map=_map())
-        except CheckpointCorrupt:
+        except (CheckpointCorrupt, CheckpointNotFound):
             refused += 1
         else:
             assert all(torch.equal(got[name], tensor) for name, tensor in expected.items()), rank
