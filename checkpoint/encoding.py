@@ -14,8 +14,8 @@ from evermesh.checkpoint.stores.store import store_of
 
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
-SEAL = b'{"xxh3_64":"'
-"""A manifest begins with it; the checksum of the object without this field follows."""
+SEAL, SEAL_END = b'{"xxh3_64":"', b'",'
+"""Around the checksum with which a manifest begins: of the object without this field."""
 _ALIGNMENT_BYTES = 64
 _MOST_HEAD_BYTES = 1 << 16
 
@@ -33,7 +33,7 @@ class HeaderEntry(NamedTuple):
 def sealed(manifest: Mapping[str, Any]) -> bytes:
     """The JSON of a manifest, the xxh3-64 of the object in front. Numbers that are not finite become ``NaN`` and such."""
     body = json.dumps(manifest, separators=(",", ":")).encode()
-    return SEAL + xxhash.xxh3_64_hexdigest(body).encode() + b'",' + body[1:]
+    return SEAL + xxhash.xxh3_64_hexdigest(body).encode() + SEAL_END + body[1:]
 
 
 def safetensors_head(entries: Sequence[HeaderEntry], metadata: Mapping[str, str] | None = None) -> bytes:

@@ -20,7 +20,7 @@ from pydantic import JsonValue, TypeAdapter, ValidationError
 from evermesh.checkpoint.committing import index_name
 from evermesh.checkpoint.coverage import check_cover
 from evermesh.checkpoint.dtypes import DTYPES
-from evermesh.checkpoint.encoding import FORMAT_VERSION, SEAL, HeaderEntry, safetensors_head, sealed
+from evermesh.checkpoint.encoding import FORMAT_VERSION, SEAL, SEAL_END, HeaderEntry, safetensors_head, sealed
 from evermesh.checkpoint.encoding import MANIFEST as MANIFEST
 from evermesh.checkpoint.errors import CheckpointCorrupt, ShardMapInvalid
 from evermesh.checkpoint.files import CHUNK_BYTES, DIGITS
@@ -229,8 +229,8 @@ class Manifest:
         Raises:
             CheckpointCorrupt: it is truncated, altered, or of another format version.
         """
-        digits, body = payload[len(SEAL) :][:DIGITS], b"{" + payload[len(SEAL) + DIGITS + 2 :]
-        if payload[: len(SEAL)] != SEAL or digits != xxhash.xxh3_64_hexdigest(body).encode():
+        digits, body = payload[len(SEAL) :][:DIGITS], b"{" + payload[len(SEAL) + DIGITS + len(SEAL_END) :]
+        if not payload.startswith(SEAL + digits + SEAL_END) or digits != xxhash.xxh3_64_hexdigest(body).encode():
             raise CheckpointCorrupt(file, "the manifest is not what was saved")
         try:
             manifest = _manifest_adapter().validate_json(body)

@@ -1,6 +1,5 @@
 """The snapshots of a run: how often the state goes into the memory of the keepers, and how an attempt goes on from there."""
 
-import gc
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -42,7 +41,7 @@ class RunSnapshots:
         self._restored: int | None = None
         """Slot of this rank that the state came from."""
         self._schedule = self._scheduled(trainer)
-        self._is_due = False
+        self._is_due = self.is_touched = False
         self._newest = self._begun = Remembered()
         self._told_stop_s = 0.0
 
@@ -109,11 +108,12 @@ class RunSnapshots:
 
         In the layout in which it was made, every rank reads the memory of its own node. In another one, or where nodes have
         changed, it is put together from the memory of all nodes that can be reached. A snapshot that is damaged for any
-        rank is told in the event log, and the one before it is tried. Where none can be used, the state is as it was.
+        rank is told in the event log, and the one before it is tried. Where none can be used, the state is as it was, or
+        ``is_touched``.
         """
         if self._keeping is None:
             return False
-        trainer, restoring = self._trainer, Restoring(self._trainer, self._keeping)
+        restoring = Restoring(self._trainer, self._keeping)
         if restoring.run():
             assert restoring.version is not None
             self._restored = restoring.slot
@@ -121,12 +121,7 @@ class RunSnapshots:
             if restoring.is_elsewhere:
                 self._schedule.hurry()  # what came from another layout, or from other nodes, is to be here soon
             return True
-        if restoring.is_touched and self._keeping.newest is None:  # what was read of it must not stay
-            groups = trainer.groups
-            trainer.dismantle()
-            gc.collect()
-            trainer.build(trainer.config, initialize=True, before=groups)
-            groups.leave(trainer.groups)
+        self.is_touched = restoring.is_touched
         return False
 
     def _scheduled(self, trainer: "Trainer") -> SnapshotSchedule:

@@ -1,7 +1,10 @@
 """What a new run begins with that is not of its own seed: weights of another project, a checkpoint of another library."""
 
+import gc
 import time
 from typing import TYPE_CHECKING
+
+import torch
 
 from evermesh.checkpoint.stores.places import Place
 from evermesh.runtime.adopting import adopt_checkpoint
@@ -11,6 +14,23 @@ from evermesh.runtime.weights import load_initial_weights
 
 if TYPE_CHECKING:
     from evermesh.runtime.trainer import Trainer
+
+
+def begin(trainer: "Trainer", *, is_initialized: bool) -> None:
+    """Begin a run of which nothing was found in memory, and nothing is in storage. Collective.
+
+    First values take long, so they were not computed (``is_initialized``) where something was to be found, perhaps on some
+    ranks only; and what a damaged snapshot has left in the state must not stay. Then all is built once more.
+    """
+    groups = trainer.groups
+    is_wrong = torch.tensor([float(not is_initialized or trainer.snapshots.is_touched)], dtype=torch.float64)
+    groups.host.all_reduce(is_wrong, "checkpoint")
+    if is_wrong:
+        trainer.dismantle()
+        gc.collect()
+        trainer.build(trainer.config, initialize=True, before=groups)
+        groups.leave(trainer.groups)
+    take_first_weights(trainer)
 
 
 def take_first_weights(trainer: "Trainer") -> None:

@@ -40,7 +40,7 @@ from evermesh.runtime.reporting import Agreed, Asked, Reporter, StepOutcome
 from evermesh.runtime.saves import Saves
 from evermesh.runtime.schedule import learning_rate
 from evermesh.runtime.snapshots import RunSnapshots
-from evermesh.runtime.starting import take_first_weights
+from evermesh.runtime.starting import begin
 from evermesh.runtime.state import Progress, TrainingState
 from evermesh.runtime.stopwatch import Stopwatch
 from evermesh.runtime.telemetry import StepReport
@@ -122,7 +122,8 @@ class Trainer:
         self.guard = StepGuard(config.guard, config.max_skipped_steps, self.progress, config.seed, config.steps)
         self.compiled = Compiled()
         self._planner = planner
-        self.build(config, initialize=True)
+        is_restored = resume or (keeping is not None and keeping.generation > 1)  # most likely
+        self.build(config, initialize=not is_restored)
         self.rank, self.workers = self.groups.world.rank, self.groups.world.size
         self.reporter = Reporter(self, report, beat)
         self.saves, self.relayout, self.snapshots = Saves(self), Relayout(self), RunSnapshots(self, keeping)
@@ -131,7 +132,7 @@ class Trainer:
         elif resume:
             self._resume()
         else:
-            take_first_weights(self)
+            begin(self, is_initialized=not is_restored)
         self.plan: BatchPlan | None = None
         """Of the batch that is being trained."""
 
