@@ -5,8 +5,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
-import torch
-
 from evermesh.fault.errors import KeeperRefused
 from evermesh.fault.snapshot.frequency import Failures
 from evermesh.fault.snapshot.snapshots import Counts, Keeping, Snapshots
@@ -29,12 +27,11 @@ class Remembered(NamedTuple):
 
 
 class RunSnapshots:
-    """Snapshots of the state of a trainer, if all ranks have keepers (``keeping``) and its configuration wants them.
-    Collective."""
+    """Snapshots of the state of a trainer, if there are keepers (``keeping``) and its configuration wants them."""
 
     def __init__(self, trainer: "Trainer", keeping: Keeping | None) -> None:
         self._trainer = trainer
-        self._keeping = keeping if trainer.config.snapshot is not None and _all_have(trainer, keeping) else None
+        self._keeping = keeping if trainer.config.snapshot is not None else None
         if trainer.faults is not None and self._keeping is not None:
             trainer.faults.memory = self._keeping.area
         self._snapshots: Snapshots | None = None
@@ -152,14 +149,3 @@ class RunSnapshots:
                 lost=found.lost,
                 stop_s=found.stop_s,
             )
-
-
-def _all_have(trainer: "Trainer", keeping: Keeping | None) -> bool:
-    """Whether every rank has a keeper. Where a node could start none, the others cannot agree on a snapshot with it."""
-    ranks = torch.tensor([float(keeping is None)], dtype=torch.float64)
-    trainer.groups.host.all_reduce(ranks, "checkpoint")
-    missing = int(ranks)
-    if 0 < missing < trainer.workers:
-        text = f"{missing} of {trainer.workers} ranks have no keeper on their node, whose agent has logged why"
-        trainer.reporter.log("memory", f"no snapshots are made, so a restart goes on from a checkpoint: {text}")
-    return missing == 0

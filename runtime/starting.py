@@ -4,8 +4,6 @@ import gc
 import time
 from typing import TYPE_CHECKING
 
-import torch
-
 from evermesh.checkpoint.stores.places import Place
 from evermesh.runtime.adopting import adopt_checkpoint
 from evermesh.runtime.config import AdoptConfig
@@ -19,13 +17,11 @@ if TYPE_CHECKING:
 def begin(trainer: "Trainer", *, is_initialized: bool) -> None:
     """Begin a run of which nothing was found in memory, and nothing is in storage. Collective.
 
-    First values take long, so they were not computed (``is_initialized``) where something was to be found, perhaps on some
-    ranks only; and what a damaged snapshot has left in the state must not stay. Then all is built once more.
+    First values take long, so they were not computed (``is_initialized``) where something was to be found; and what a
+    damaged snapshot has left in the state must not stay. Then all is built once more.
     """
     groups = trainer.groups
-    is_wrong = torch.tensor([float(not is_initialized or trainer.snapshots.is_touched)], dtype=torch.float64)
-    groups.host.all_reduce(is_wrong, "checkpoint")
-    if is_wrong:
+    if not is_initialized or trainer.snapshots.is_touched:
         trainer.dismantle()
         gc.collect()
         trainer.build(trainer.config, initialize=True, before=groups)

@@ -37,16 +37,13 @@ def _fit(
     generation: int,
     killed: dict[int, str],
     nodes: int = 1,
-    without: frozenset[int] = frozenset(),
 ) -> dict[str, torch.Tensor]:
-    """Train, the ranks ``without`` a keeper; ``killed`` ranks end by themselves in step ``KILLED_AT``, between two steps or
-    inside the copy behind it."""
+    """Train; ``killed`` ranks end by themselves in step ``KILLED_AT``, between two steps or inside the copy behind it."""
     os.environ["LOCAL_WORLD_SIZE"] = str(workers // nodes)
     area = area_of(directory, f"node-{rank * nodes // workers}")
     layout = {"hdp": workers} | values["layout"]
     config = TrainConfig.model_validate(values | {"layout": layout})
-    keeping = None if rank in without else Keeping(area, generation)
-    trainer = Trainer(config, directory=directory, keeping=keeping)
+    trainer = Trainer(config, directory=directory, keeping=Keeping(area, generation))
     if rank in killed:
         _arrange_end(trainer, killed[rank])
     trainer.fit()
@@ -122,16 +119,6 @@ def test_killed_ranks_go_on_from_memory(
     assert KILLED_AT - 3 <= int(str(resumed.step)) < KILLED_AT
     assert largest_difference(parameters, undisturbed[0]) == 0.0
     assert _losses(tmp_path) == undisturbed[1]
-
-
-def test_where_one_node_has_no_keeper_all_train_without_snapshots_and_say_so(
-    corpus: Path, undisturbed: tuple[dict[str, torch.Tensor], list[float]], tmp_path: Path
-) -> None:
-    with _keepers(tmp_path, 2):
-        parameters = run_ranks(2, _fit, _config(corpus), tmp_path, 1, {}, 2, frozenset({1}))[0]
-    told = [event.text for event in read_events(tmp_path / "events.jsonl") if event.kind == "memory"]
-    assert sum("1 of 2 ranks have no keeper" in text for text in told) == 1
-    assert largest_difference(parameters, undisturbed[0]) == 0.0
 
 
 def test_how_often_is_chosen_by_what_was_measured_told_once_and_changes_no_bit(corpus: Path, tmp_path: Path) -> None:
