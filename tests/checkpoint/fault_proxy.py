@@ -105,6 +105,8 @@ class FaultProxy:
         try:
             while await self._pass_on(client, to_client, server, to_server):
                 pass
+            to_client.close()
+            await to_client.wait_closed()  # what is in buffers was promised
         except (_Cut, ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
             pass
         finally:
@@ -133,9 +135,6 @@ class FaultProxy:
             if not _EXPECT.search(head):
                 self._add(f"{method} up", await _body(head, client, None))
             to_client.write(_BUSY if fault == "503" else _DENIED)
-            await to_client.drain()
-            to_client.write_eof()
-            await asyncio.sleep(0.01)
             return False
         if _EXPECT.search(head):
             head = _EXPECT.sub(b"", head)

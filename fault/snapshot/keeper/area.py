@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import stat
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +18,8 @@ from evermesh.fault.snapshot.keeper.slots import HEADER_BYTES, NUM_SLOTS, SlotFi
 _PREFIX = "evermesh-keeper"
 _LOCK, _AGENT, _IDENTITY, SOCKET = "lock", "agent", "keeper.json", "socket"
 _ROOM = "room"
+_SWEEP_S, _LOOK_S = 2.0, 0.005
+"""How long somebody who sweeps may hold a lock, and how often it is tried meanwhile."""
 
 
 class Identity(NamedTuple):
@@ -162,20 +165,28 @@ def _lock_of(file: Path) -> int | None:
 
 
 def _locked(path: Path, name: str) -> int:
-    """Make the folder, which only this user may look into, and lock a file in it. Raises ``BlockingIOError``."""
+    """Make the folder, which only this user may look into, and lock a file in it.
+
+    Raises:
+        BlockingIOError: another process holds the lock, for longer than one that sweeps.
+    """
+    until_s = time.monotonic() + _SWEEP_S
     while True:
         with suppress(FileExistsError):
             path.mkdir(mode=0o700)
-        status = path.lstat()
-        if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
-            raise PermissionError(f"{path} is not a folder of user {os.getuid()} alone. Remove it.")
         with suppress(FileNotFoundError):  # swept in between: it is made again
+            status = path.lstat()
+            if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
+                raise PermissionError(f"{path} is not a folder of user {os.getuid()} alone. Remove it.")
             descriptor = _lock_of(path / name)
             if descriptor is None:
-                raise BlockingIOError(f"{path / name} is held by another process")
-            if os.fstat(descriptor).st_nlink:
+                if time.monotonic() > until_s:
+                    raise BlockingIOError(f"{path / name} is held by another process")
+                time.sleep(_LOOK_S)
+            elif os.fstat(descriptor).st_nlink:
                 return descriptor
-            os.close(descriptor)
+            else:
+                os.close(descriptor)
 
 
 def _make(file: Path, num_bytes: int) -> None:

@@ -6,6 +6,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -226,6 +227,26 @@ os.kill(os.getpid(), signal.SIGKILL)
     assert not area.exists()
 
 
+def test_an_area_can_be_taken_while_others_sweep(tmp_path: Path) -> None:
+    area, is_over = area_of(tmp_path, "node-0"), threading.Event()
+
+    def sweep_on() -> None:
+        while not is_over.is_set():
+            sweep()
+
+    thread = threading.Thread(target=sweep_on)
+    thread.start()
+    try:
+        for _ in range(300):
+            AgentMark(area).close()
+            Area(area, "launch", "nonce").close()
+    finally:
+        is_over.set()
+        thread.join()
+    sweep()
+    assert not area.exists()
+
+
 def test_only_one_keeper_holds_an_area_and_only_in_a_folder_of_its_user(tmp_path: Path) -> None:
     held = Area(area_of(tmp_path, "node-0"), "launch", "nonce")
     with pytest.raises(BlockingIOError):
@@ -250,6 +271,7 @@ def test_without_a_keeper_nobody_waits(tmp_path: Path) -> None:
 def test_the_keeper_starts_without_torch_numpy_and_pydantic() -> None:
     program = """
 import sys
+import threading
 import evermesh.fault.snapshot.keeper.keeper, evermesh.fault.snapshot.keeper.process
 print([name for name in ("torch", "numpy", "pydantic") if name in sys.modules])
 """
