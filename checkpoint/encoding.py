@@ -108,7 +108,13 @@ def read_index_heads(files: Sequence[Place]) -> list[IndexHead]:
 
 
 def index_head(line: bytes) -> IndexHead:
-    """The head that a line of an index is, its end included."""
-    told = json.loads(line)
+    """The head that a line of an index is, its end included. Raises ``ValueError`` for any other line."""
+    try:
+        told = json.loads(line)
+    except RecursionError as error:
+        raise ValueError("nested too deeply for the head of an index") from error
+    is_head = isinstance(told, dict) and isinstance(told.get("rest_bytes"), int) and isinstance(told.get("files"), dict)
+    if not is_head:
+        raise ValueError("not the head of an index")
     num_bytes = len(line) + told.pop("rest_bytes")
     return IndexHead(xxhash.xxh3_64_hexdigest(line), num_bytes, told.pop("files"), told)

@@ -192,4 +192,7 @@ def _refuse_cover(source: Source, found: Found) -> None:
             check_cover(stored.form, tuple((extent.region, extent.start, extent.stop) for extent in stored.extents))
         except ShardMapInvalid as error:
             raise CheckpointCorrupt(source.path, f"tensor {part.name}: {error}") from error
+        if not isinstance(stored.extents, tuple):
+            fact = f"tensor {part.name[:100]}: not the ranks that the manifest names wrote what it says they did"
+            raise CheckpointCorrupt(source.path, fact)
     raise AssertionError(f"{found}: runs do not add up although its extents cover it")

@@ -6,6 +6,7 @@ says by rules who wrote what, so that a reader opens the indexes that it needs a
 """
 
 import functools
+import itertools
 import json
 from abc import abstractmethod
 from collections import Counter
@@ -26,7 +27,7 @@ from evermesh.checkpoint.errors import CheckpointCorrupt, ShardMapInvalid
 from evermesh.checkpoint.files import CHUNK_BYTES, DIGITS
 from evermesh.checkpoint.parity import ParityPart, Stripes, payload_sizes
 from evermesh.checkpoint.regions import STRICT, Interval, Padding, Permutation, Region, StoredForm
-from evermesh.checkpoint.shard_map import TensorShards
+from evermesh.checkpoint.shard_map import ShardMap, TensorShards
 from evermesh.checkpoint.stores.places import Place
 
 
@@ -241,12 +242,36 @@ class Manifest:
             raise CheckpointCorrupt(file, f"not a manifest of format {FORMAT_VERSION}: {error.errors()[0]}") from error
         if manifest.format_version != FORMAT_VERSION:
             raise CheckpointCorrupt(file, f"format {manifest.format_version}; this version reads {FORMAT_VERSION}")
-        elsewhere = [
-            name for name in manifest.data_sizes | manifest.parity_sizes if Path(name).name != name or "\0" in name
-        ]
-        if elsewhere:
-            raise CheckpointCorrupt(file, f"it names the file {elsewhere[0][:100]!r}, which is not beside it")
+        fact = manifest._impossible()
+        if fact is not None:
+            raise CheckpointCorrupt(file, fact)
         return manifest
+
+    def _impossible(self) -> str | None:
+        """What cannot be: whoever can write a manifest can seal it, too."""
+        writers = (*self.ranks, *(self.parity.parts if self.parity is not None else ()))
+        for name, num_bytes in itertools.chain.from_iterable(of_rank.files.items() for of_rank in writers):
+            if Path(name).name != name or not name or "\0" in name:
+                return f"it names the file {name[:100]!r}, which is not beside it"
+            if num_bytes < 0:
+                return f"{name[:100]} is said to have {num_bytes:,} bytes"
+        if len(self.ranks) != self.world_size:
+            return f"{len(self.ranks)} ranks wrote it, {self.world_size} are said to have"
+        if min((of_rank.num_bytes for of_rank in writers), default=0) < 0:
+            return "an index is said to have less than no bytes"
+        if self.parity is not None:
+            if self.parity.width < 1:
+                return f"its parity is of stripes of {self.parity.width} ranks"
+            expected = {part.name: part.stop - part.start for part in self.parity_parts}
+            if expected != {name: size for part in self.parity.parts for name, size in part.files.items()}:
+                return "its parity does not fit its files"
+        whole = ShardMap(self.tensors)
+        try:
+            whole.check()
+            whole.check_ranks(self.world_size)
+        except ShardMapInvalid as error:
+            return f"its shard map is impossible: {error}"
+        return None
 
 
 @dataclass(frozen=True, slots=True)

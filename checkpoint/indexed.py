@@ -144,7 +144,10 @@ def _is_whole(payload: bytes, expected: RankFiles) -> bool:
     line, rest = payload[: payload.find(b"\n") + 1], payload[payload.find(b"\n") + 1 :]
     if len(payload) != expected.num_bytes or xxhash.xxh3_64_hexdigest(line) != expected.xxh3_64:
         return False
-    return bool(xxhash.xxh3_64_hexdigest(rest) == index_head(line).told["rest"])
+    try:
+        return bool(xxhash.xxh3_64_hexdigest(rest) == index_head(line).told.get("rest"))
+    except ValueError:  # it was saved as something else
+        return False
 
 
 class WrittenExtents(LocatedExtents):

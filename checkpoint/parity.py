@@ -114,6 +114,8 @@ class PayloadFiles:
     def _read(self, name: str, position: int, num_bytes: int) -> bytes:
         if name not in self._open:
             self._open[name] = os.open(self._folder / name, os.O_RDONLY | os.O_CLOEXEC)
+        if os.fstat(self._open[name]).st_size < position + num_bytes:  # before memory is asked for
+            raise EOFError(f"{self._folder / name} ends before byte {position + num_bytes:,}")
         found = b""
         while len(found) < num_bytes:
             part = os.pread(self._open[name], num_bytes - len(found), position + len(found))

@@ -21,6 +21,7 @@ from evermesh.checkpoint.errors import ShardMapInvalid
 
 IntArray = npt.NDArray[np.int64]
 STRICT: Any = ConfigDict(extra="forbid", ser_json_inf_nan="constants")
+_MOST_ELEMENTS = 1 << 62
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,9 +120,11 @@ class StoredForm:
         return math.prod(self.stored_shape) + flat
 
     def check(self) -> None:
-        """Raise ``ShardMapInvalid`` unless permutation and padding fit the shape."""
+        """Raise ``ShardMapInvalid`` unless permutation and padding fit the shape, which some memory could hold."""
+        sizes = (*self.shape, self.padding.length if self.padding is not None else 0)
+        is_possible = all(0 <= size <= _MOST_ELEMENTS for size in sizes) and self.num_elements <= _MOST_ELEMENTS
+        _require(is_possible, f"no tensor has the shape {self.shape} with padding {self.padding}")
         if self.padding is not None:
-            _require(self.padding.length >= 0, f"{self.padding} is negative")
             _require(_is_dim(self.padding.dim, self.shape), f"{self.padding} names no dim of shape {self.shape}")
         if self.permutation is not None:
             _require(

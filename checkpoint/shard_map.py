@@ -92,9 +92,9 @@ class TensorShards:
             self.placement.check(self.form)
             return
         for shard in self.placement:
-            if not shard.ranks or len(set(shard.ranks)) != len(shard.ranks):
+            if not shard.ranks or len(set(shard.ranks)) != len(shard.ranks) or min(shard.ranks) < 0:
                 raise ShardMapInvalid(
-                    f"{shard.region} is held by ranks {shard.ranks}. Name at least one, and each once."
+                    f"{shard.region} is held by ranks {shard.ranks}. Name at least one, each once, from 0 on."
                 )
         check_cover(self.form, tuple(whole(shard.region) for shard in self.placement))
 

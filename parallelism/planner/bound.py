@@ -9,7 +9,7 @@ from evermesh.parallelism.cost import CostModel
 from evermesh.parallelism.errors import SequenceTooLong
 from evermesh.parallelism.layout import Layout
 from evermesh.parallelism.planner.compiling import compiled
-from evermesh.parallelism.planner.costs import Coefficients, best_sharing, is_recomputed, linear, shared_s
+from evermesh.parallelism.planner.costs import Coefficients, best_sharing, is_recomputed, least_in_company_s, linear
 from evermesh.parallelism.planner.rings import Floats, Integers
 from evermesh.parallelism.planner.sorting import longest_first
 from evermesh.parallelism.pool import Pool
@@ -72,7 +72,7 @@ def bound_of(costs: Coefficients, lengths: Integers, speeds: Floats, node_size: 
     spread = (shared_s + fixed) / float(speeds.sum())
     fastest = float(speeds.max())
     longest = (fastest_s(costs, int(lengths[0]), len(speeds), node_size) + costs.micro_batch_s) / fastest
-    in_turn = _in_turn(costs, lengths, work_s, speeds, node_size)
+    in_turn = max(_in_turn(price, lengths, work, speeds, node_size) for price, work, _ in priced)
     if in_turn > max(spread, longest) * (1 + 1e-12):
         return LowerBound(in_turn, "long sequences in turn")
     if longest >= spread:
@@ -90,13 +90,12 @@ def least_work_s(costs: Coefficients, length: int, node_size: int) -> float:
     """
     smallest = (length + costs.capacity - 1) // costs.capacity
     if smallest == 1 and costs.keep_capacity >= length:
-        alone = shared_s(costs, length, 1, 1, False, False, False)
+        alone = least_in_company_s(costs, length, 1, node_size)
         if alone <= _relaxed_work_s(costs, length, 2, node_size):
             return alone * (1 - 1e-12)
     least, last = np.inf, smallest + max(4, smallest // 16)
     for ring in range(smallest, last + 1):
-        recomputed = is_recomputed(costs, (length + ring - 1) // ring)
-        least = min(least, ring * best_sharing(costs, length, ring, node_size, ring > node_size, recomputed)[0])
+        least = min(least, ring * least_in_company_s(costs, length, ring, node_size))
     return min(least, _relaxed_work_s(costs, length, last + 1, node_size)) * (1 - 1e-12)
 
 
@@ -109,12 +108,12 @@ def _relaxed_work_s(costs: Coefficients, length: int, smallest: int, node_size: 
     """
     kept = smallest
     if costs.keep_capacity > 0:
-        kept = max(kept, (length + costs.keep_capacity - 1) // costs.keep_capacity)
+        kept = max(kept, length // (costs.keep_capacity + 1) + 1)
     padded = (length + costs.tile - 1) // costs.tile * costs.tile
     least = np.inf
     for mode in range(2):
         first = smallest if mode == 0 else kept
-        recomputed = is_recomputed(costs, (length + first - 1) // first)
+        recomputed = is_recomputed(costs, max(1, length // first)) or (mode == 0 and costs.offloads)
         token_s = costs.token_s + (costs.recompute_token_s if recomputed else 0.0)
         pair_s = costs.pair_s + (costs.recompute_pair_s if recomputed else 0.0)
         shown = 1.0
@@ -141,7 +140,7 @@ def _relaxed_work_s(costs: Coefficients, length: int, smallest: int, node_size: 
                 least = min(least, seconds + max(attention, passed) + ring * steps * step_s)
                 if costs.gathers:
                     least = min(least, seconds + attention + passed + ring * min(steps, 2) * step_s)
-        if kept == smallest:
+        if kept == smallest and not costs.offloads:
             break
     return least
 
@@ -169,14 +168,14 @@ def fastest_s(costs: Coefficients, length: int, ranks: int, node_size: int) -> f
     smallest = (length + costs.capacity - 1) // costs.capacity
     best = np.inf
     for ring in range(smallest, ranks + 1):
-        recomputed = is_recomputed(costs, (length + ring - 1) // ring)
-        best = min(best, best_sharing(costs, length, ring, node_size, ring > node_size, recomputed)[0])
+        best = min(best, least_in_company_s(costs, length, ring, node_size))
     return best
 
 
 @compiled
 def _in_turn(costs: Coefficients, lengths: Integers, work_s: Floats, speeds: Floats, node_size: int) -> float:
     """The largest bound of a family of dual feasible functions, seconds; 0 if no sequence needs more than half of the ranks.
+    ``costs`` add up (``costs.linear``): those of sequences in turn are summed, and they may share micro-batches.
 
     With threshold t a ring of more than R - t ranks counts as all R, one of less than t as none, others as their size.
     """

@@ -161,6 +161,33 @@ def best_sharing(
 
 
 @compiled
+def least_shared_s(costs: Coefficients, length: int, ring: int, node_size: int, recomputed: bool) -> float:
+    """The cheapest way to share, wherever the members are: neighbours may divide heads if the largest node, of ``node_size``
+    ranks, has so many."""
+    least = np.inf
+    for heads in range(1, min(costs.most_heads, node_size, ring) + 1):
+        if ring % heads or costs.most_heads % heads:
+            continue
+        least = min(least, shared_s(costs, length, ring, heads, False, ring > node_size, recomputed))
+        if costs.gathers and ring > 1:
+            least = min(least, shared_s(costs, length, ring, heads, True, ring > node_size, recomputed))
+    return least
+
+
+@compiled
+def least_in_company_s(costs: Coefficients, length: int, ring: int, node_size: int) -> float:
+    """No member of a ring takes less, whatever shares its micro-batches.
+
+    Where a share could be kept its micro-batch may still be computed again, which is cheaper under some planes of offloading.
+    """
+    is_kept = not is_recomputed(costs, max(1, length // ring))
+    least = least_shared_s(costs, length, ring, node_size, False) if is_kept else np.inf
+    if not is_kept or costs.offloads:
+        least = min(least, least_shared_s(costs, length, ring, node_size, True))
+    return least
+
+
+@compiled
 def is_recomputed(costs: Coefficients, num_tokens: int) -> bool:
     """Whether a micro-batch with so many tokens computes its blocks again."""
     return num_tokens > costs.keep_capacity

@@ -27,7 +27,7 @@ from evermesh.parallelism.errors import SequenceTooLong
 from evermesh.parallelism.layout import Layout
 from evermesh.parallelism.planner.bound import LowerBound, smallest_ring
 from evermesh.parallelism.planner.compiling import compiled
-from evermesh.parallelism.planner.costs import Coefficients, best_sharing, linear, shared_s, ticks
+from evermesh.parallelism.planner.costs import Coefficients, best_sharing, least_shared_s, linear, shared_s, ticks
 from evermesh.parallelism.planner.fractions import with_fractions
 from evermesh.parallelism.planner.lock_step_filling import NEVER, Integers, Problem
 from evermesh.parallelism.planner.lock_step_loops import Waves, search
@@ -89,10 +89,10 @@ def lock_step_bound(lengths: Sequence[int], layout: Layout, cost: CostModel, poo
     distinct, numbers = np.unique(given, return_counts=True)
     node_size, group, ranks = pool.largest_node, _group_size(layout, len(pool)), len(pool)
     prices = [
-        np.array([_least(adding, length, ranks, node_size, True) for length in distinct])
+        (np.array([_least(adding, length, ranks, node_size, True) for length in distinct]), adding)
         for adding in linear(costs, given)
     ]
-    work_s = max(prices, key=lambda price: float(numbers @ price))
+    work_s, adding = max(prices, key=lambda price: float(numbers @ price[0]))
     tokens = sum(lengths)
     fixed_s = group * -(-tokens // (group * layout.capacity)) * cost.micro_batch_s
     speeds = math.fsum(pool.speeds)
@@ -101,7 +101,7 @@ def lock_step_bound(lengths: Sequence[int], layout: Layout, cost: CostModel, poo
     longest_s = alone_s / max(pool.speeds)
     if min(pool.speeds) == max(pool.speeds):
         numbers[-1] -= 1
-        waiting_s = _least_waiting(costs, distinct, numbers, work_s, ranks, node_size, group)
+        waiting_s = _least_waiting(adding, distinct, numbers, work_s, ranks, node_size, group)
         longest_s = max(longest_s, spread_s + waiting_s / speeds)
     if longest_s > 1.01 * spread_s:
         return LowerBound(longest_s, "longest sequence")
@@ -121,12 +121,15 @@ def _least_waiting(
     node_size: int,
     group: int,
 ) -> float:
-    """Seconds that ranks together wait for the longest sequence at least; ``numbers`` are of what may run beside it."""
+    """Seconds that ranks together wait for the longest sequence at least; ``numbers`` are of what may run beside it.
+
+    ``costs`` add up (``costs.linear``): more may be in the micro-batches of the longest, too.
+    """
     length, recomputed = distinct[len(distinct) - 1], costs.keep_capacity == 0
     by_intensity = np.argsort(-(work_s / distinct), kind="mergesort")
     least = np.inf
     for ring in range((length + costs.capacity - 1) // costs.capacity, min(ranks, length) + 1):
-        seconds = best_sharing(costs, length, ring, node_size, ring > node_size, recomputed)[0]
+        seconds = least_shared_s(costs, length, ring, node_size, recomputed)
         block = (ring + group - 1) // group * group
         room, beside_s = (block - ring) * costs.capacity, 0.0
         for i in by_intensity:
@@ -149,7 +152,7 @@ def _least(costs: Coefficients, length: int, ranks: int, node_size: int, togethe
         return shared_s(costs, length, 1, 1, False, False, recomputed)  # sharing only adds to the work
     least = np.inf
     for ring in range(first, min(ranks, max(first, length)) + 1):
-        seconds = best_sharing(costs, length, ring, node_size, ring > node_size, recomputed)[0]
+        seconds = least_shared_s(costs, length, ring, node_size, recomputed)
         least = min(least, ring * seconds if together else seconds)
     return least
 

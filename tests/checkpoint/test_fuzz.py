@@ -8,24 +8,29 @@ import random
 import shutil
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+import xxhash
 from safetensors.torch import save_file
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 
+from evermesh.checkpoint import ShardMap, TensorShards, save
 from evermesh.checkpoint.encoding import MANIFEST, SEAL, sealed
 from evermesh.checkpoint.errors import ForeignUnusable
 from evermesh.checkpoint.files import DIGITS
 from evermesh.checkpoint.foreign.torch_files import Part, read_torch_file
+from evermesh.checkpoint.rules import DimCut, FlatCut, RankGrid, ShardingRule
+from evermesh.parallelism.collectives import Communicator
 from tests.checkpoint.foreign_loads import refusal
-from tests.checkpoint.states import save_step
+from tests.checkpoint.states import QKV, SHAPES, local_storage, logical_state, save_step
 from tests.checkpoint.test_megatron_checkpoints import unpacked
-from tests.cluster import peak_memory
+from tests.cluster import peak_memory, run_ranks
 
 ROUNDS = 220
 """In each run of the tests, for each format; the long run has ``SOAK``."""
@@ -45,6 +50,34 @@ def _state() -> dict[str, Any]:
 
 def _own(folder: Path) -> Path:
     return save_step(folder, 1)
+
+
+def _own_of_four(folder: Path) -> Path:
+    """As trainers save: rules say who holds what, and ranks protect each other."""
+    return Path(run_ranks(4, _save_by_rules, str(folder))[0])
+
+
+def _save_by_rules(rank: int, world_size: int, folder: str) -> str:
+    grid, state = RankGrid(0, ((2, 2), (2, 1))), logical_state(1)
+    rules = {
+        "model.embed": ShardingRule(grid, (DimCut(1, (1,)),)),
+        "model.qkv": ShardingRule(grid, (DimCut(0, (0, 1), "up"),)),
+        "model.norm": ShardingRule(grid, (), FlatCut((0, 1), 5, 26)),
+        "optimizer.moment": ShardingRule(grid, (DimCut(0, (1,)),), FlatCut((0,), 0, 75_000)),
+    }
+    everywhere = ShardingRule(grid)
+    order = {"model.qkv": QKV}
+    tensors = {
+        name: TensorShards(dtype, shape, rules.get(name, everywhere), permutation=order.get(name))
+        for name, (dtype, shape) in SHAPES.items()
+    }
+    held = {
+        name: [local_storage(region, tensor.form, state[name]) for region in tensor.of_rank(rank)]
+        for name, tensor in tensors.items()
+    }
+    tap = Communicator(dist.group.WORLD)
+    held = {name: regions for name, regions in held.items() if regions}
+    return str(save(Path(folder), 1, ShardMap(tensors), held, {"cursor": 8}, communicator=tap, parity=4))
 
 
 def _hugging_face(folder: Path) -> Path:
@@ -73,6 +106,7 @@ def _megatron(folder: Path) -> Path:
 
 FORMATS: dict[str, Callable[[Path], Path]] = {
     "evermesh": _own,
+    "evermesh of four": _own_of_four,
     "hugging face": _hugging_face,
     "torch": _torch,
     "sharded": _sharded,
@@ -139,6 +173,25 @@ def _manifest_changed(content: bytes, choice: random.Random) -> bytes:
     return sealed(changed) if isinstance(changed, dict) else json.dumps(changed).encode()
 
 
+def _index_changed(file: Path, contents: Mapping[Path, bytes], choice: random.Random) -> dict[Path, bytes]:
+    """With the checksum of what it is now, also in the manifest: whoever can write a checkpoint can make both."""
+    line, rest = contents[file].splitlines()
+    head, body = json.loads(line), json.loads(rest)
+    if choice.random() < 0.8:
+        body = _value_changed(body, choice)
+    rest = json.dumps(body).encode()
+    head |= {"rest": xxhash.xxh3_64_hexdigest(rest), "rest_bytes": len(rest)}
+    if choice.random() < 0.3:
+        head = _value_changed(head, choice)
+    line = json.dumps(head).encode() + b"\n"
+    manifest = json.loads(contents[file.parent / MANIFEST])
+    del manifest["xxh3_64"]
+    told = {"xxh3_64": xxhash.xxh3_64_hexdigest(line), "num_bytes": len(line) + len(rest)}
+    of_rank = manifest["ranks"][int(file.stem.removeprefix("rank-"))]
+    of_rank |= told
+    return {file: line + rest, file.parent / MANIFEST: sealed(manifest)}
+
+
 def _metadata_changed(content: bytes, choice: random.Random) -> bytes:
     """Of torch: one attribute of one object in it is another."""
     metadata = pickle.loads(content)  # noqa: S301
@@ -153,10 +206,17 @@ def _metadata_changed(content: bytes, choice: random.Random) -> bytes:
     return pickle.dumps(metadata)
 
 
-def _mutated(file: Path, content: bytes, choice: random.Random) -> bytes:
-    """Half of the time the bytes, half the values that they stand for."""
+def _damaged(file: Path, contents: Mapping[Path, bytes], choice: random.Random) -> dict[Path, bytes]:
+    """What files hold then. Half of the time the bytes are changed, half the values that they stand for."""
+    content = contents[file]
     if not content or choice.random() < 0.5:
-        return _bytes_changed(content or b"\0", choice)
+        return {file: _bytes_changed(content or b"\0", choice)}
+    if file.suffix == ".index" and file.name.startswith("rank-"):
+        return _index_changed(file, contents, choice)
+    return {file: _with_other_values(file, content, choice)}
+
+
+def _with_other_values(file: Path, content: bytes, choice: random.Random) -> bytes:
     if file.name == MANIFEST:
         return _manifest_changed(content, choice)
     if file.suffix == ".json":
@@ -176,25 +236,32 @@ def fuzz(path: Path, rounds: int, seed: int) -> int:
     choice, refused = random.Random(seed), 0
     contents = {file: file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()}
     described = [
-        file for file in contents if file.suffix in (".json", ".safetensors", ".pt") or file.name == ".metadata"
+        file
+        for file in contents
+        if file.suffix in (".json", ".safetensors", ".pt", ".index") or file.name == ".metadata"
     ]
     with peak_memory() as peak:
         for round_ in range(rounds):
             file = choice.choice(described if choice.random() < 0.7 else list(contents))
-            file.write_bytes(_mutated(file, contents[file], choice))
+            damaged = _damaged(file, contents, choice)
+            for one, payload in damaged.items():
+                one.write_bytes(payload)
             began = time.monotonic()
             try:
                 reason = refusal(path)
             except BaseException as error:
                 kept = path.parent / "found"
-                shutil.copy(file, kept)
+                kept.mkdir()
+                for one in damaged:
+                    shutil.copy(one, kept)
                 raise AssertionError(
                     f"seed {seed}, round {round_}, {file.name}, kept as {kept}: {error!r:.300}"
                 ) from error
             assert reason is None or str(path) in reason
             assert time.monotonic() - began < MOST_S
             refused += reason is not None
-            file.write_bytes(contents[file])
+            for one in damaged:
+                one.write_bytes(contents[one])
     assert peak.num_bytes < MOST_BYTES
     return refused
 

@@ -54,6 +54,17 @@ def test_some_hundred_random_plans_are_accepted() -> None:
     assert min(counts[kind] for kind in ("free", "lock-step", "pipelines")) > 0
 
 
+@pytest.mark.parametrize("seed", [207, 61472, 102166])
+def test_sequences_in_turn_may_share_copies_that_hide(seed: int) -> None:
+    """One micro-batch hides the copies of its short documents under the attention of a long one."""
+    assert prove(seed, 1)[0].total() == 1
+
+
+def test_neighbours_of_a_ring_across_uneven_nodes_may_divide_heads() -> None:
+    """Four ranks of nodes of 3, 3 and 2 in pairs, though no pair divides a node of 3."""
+    assert prove(117429, 1)[0].total() == 1
+
+
 @pytest.mark.soak
 @pytest.mark.timeout(0)
 def test_a_million_random_plans_are_accepted() -> None:

@@ -10,7 +10,7 @@ from evermesh.parallelism.cost import CostModel
 from evermesh.parallelism.layout import Layout
 from evermesh.parallelism.planner.bound import LowerBound
 from evermesh.parallelism.planner.compiling import compiled
-from evermesh.parallelism.planner.costs import Coefficients, is_recomputed, linear, shared_s
+from evermesh.parallelism.planner.costs import Coefficients, is_recomputed, least_in_company_s, least_shared_s, linear
 from evermesh.parallelism.planner.pipelines.problem import Floats, Integers, check_batch
 from evermesh.parallelism.pool import Pool
 
@@ -99,32 +99,18 @@ def _least(
         first = (length + costs.capacity - 1) // costs.capacity
         for ring in range(first, min(speeds.size, length) + 1):
             recomputed = is_recomputed(costs, (length + ring - 1) // ring)
-            seconds = _shared_least_s(costs, length, ring, largest_node, recomputed)
+            seconds = least_shared_s(costs, length, ring, largest_node, recomputed)
             fewest = 4.0 if recomputed else 3.0
             most = 4.0 if costs.keep_capacity < costs.capacity else 3.0  # others in its micro-batch may need it
             whole = seconds + costs.micro_batch_s
-            area_s = _shared_least_s(adding, length, ring, largest_node, recomputed) if costs.offloads else seconds
+            area_s = least_in_company_s(adding, length, ring, largest_node) if costs.offloads else seconds
             area[index] = min(area[index], ring * area_s)
             chain = (fewest - 1.0 + last_weights) / fewest
             alone[index] = min(alone[index], chain * whole / speeds[ring - 1])
             forward[index] = min(forward[index], whole / most)
             backward[index] = min(backward[index], whole * (fewest - 1.0) / fewest)
-        area_alone[index] = min(area[index], shared_s(adding, length, 1, 1, False, False, is_recomputed(costs, length)))
+        area_alone[index] = min(area[index], least_in_company_s(adding, length, 1, largest_node))
     return area, area_alone, alone, forward, backward
-
-
-@compiled
-def _shared_least_s(costs: Coefficients, length: int, ring: int, largest_node: int, recomputed: bool) -> float:
-    """The cheapest way to share, wherever the members are: neighbours may divide heads if any node has so many ranks."""
-    crosses = ring > largest_node
-    least = shared_s(costs, length, ring, 1, False, crosses, recomputed)
-    for heads in range(1, min(costs.most_heads, largest_node, ring) + 1):
-        if ring % heads:
-            continue
-        least = min(least, shared_s(costs, length, ring, heads, False, crosses, recomputed))
-        if costs.gathers:
-            least = min(least, shared_s(costs, length, ring, heads, True, crosses, recomputed))
-    return least
 
 
 __all__ = ["pipeline_bound"]
