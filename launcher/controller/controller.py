@@ -7,12 +7,14 @@ that was killed goes on where it was; the workers do not need it between two dec
 import asyncio
 import signal
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from pydantic import JsonValue
 
 from evermesh.launcher.config import JobConfig
 from evermesh.launcher.controller.freezes import frozen
+from evermesh.launcher.controller.guests import Guests
 from evermesh.launcher.controller.in_memory import complete_step, newest_of, remembered_step
 from evermesh.launcher.controller.journal import Journal
 from evermesh.launcher.controller.life import Life
@@ -106,7 +108,8 @@ class Controller:
             self._scribe.note("term", office.reason, term=office.term, node=office.node)
             self.record.term = office.term
         self.life = Life.from_record(self.record, config)
-        self._stripes = self._stripes_of(self.life) if self.life else None
+        self._guests: Guests | None = None
+        self._stripes: Stripes | None = None
         self._since_s = time.monotonic()
         self._roster.find(self.record.pids if is_revived else {}, 0.0 if office is None else _GRACE_S)
 
@@ -138,6 +141,8 @@ class Controller:
         self._repeat_orders(node, hello)
         if self._stripes is not None:
             self._stripes.greet(node)
+        elif self._guests is not None:
+            self._guests.greet(node)
         self._changed.set()
         return node
 
@@ -161,6 +166,8 @@ class Controller:
                 self.last_report, self.reported_s = report_of(message.values), time.monotonic()
                 if self.life:  # it may fail before the next beat tells of the step
                     self.life.has_reported = True
+                if self.nodes.guests and self.last_report.snapshot.committed:
+                    self.nodes.end_guests(list(self.nodes.guests))
             case PlanReport() if message.generation == self.generation:
                 self.plan = message.values
             case Progress():
@@ -170,8 +177,8 @@ class Controller:
                 self.stop(message.signal, at_once=False, grace_s=self.config.grace_s)
             case Noticed():
                 self._scribe.tell(message.event, f"{node.name}: {message.text}", node=node.name)
-            case KeeperTells() if message.generation == self.generation and self._stripes is not None:
-                self._stripes.hear(node, message)
+            case KeeperTells() if message.generation == self.generation:
+                self._hear_of_keeper(node, message)
             case CannotStart() if message.generation == self.generation:
                 self._roster.refusal = message.text
         self._changed.set()
@@ -295,6 +302,7 @@ class Controller:
         if self._roster.is_finding_out():
             return
         self._count_attempt()
+        self._prepare_memory()
         if self._stripes is not None and self.life is not None and not self.life.is_ending:
             self._stripes.look()
             if not self.life.is_started:
@@ -342,24 +350,47 @@ class Controller:
         before = self.life.nodes if self.life else ()
         nodes = choose_nodes(self.nodes.states(), size_of_attempt(self.view()) or self.config.nodes, before)
         assert nodes is not None, "the machine starts no attempt without nodes"
+        self._scribe.generation = self.generation + 1
+        guests = self._guests_of(nodes)
         remembered = remembered_step(self.nodes, nodes, self.config, self.record.started_s)
+        remembered = newest_of(guests.step, remembered)
         life = Life(nodes, self.config, newest_of(newest_step(self.run), remembered))
         life.remembered = remembered
         self._rescue.give_up()  # ranks go on from memory, and write to it
         self._rescue = Rescue(self.run, self.nodes, self._scribe)
-        self._scribe.generation = self.generation + 1
         self._scribe.note("attempt", reason, nodes=list(nodes), began_at=life.began_at)
         self._scribe.begin()
         self.record.generation, self.life = self.generation + 1, life  # from here on nothing can be refused
         drop_unfinished_line(self.run.telemetry)
         self.nodes.last_step = 0
-        self._store, self._stripes = None, self._stripes_of(life)
-        self._stripes.begin()
+        self._store, self._guests, self._stripes = None, guests, None
+        guests.begin()
+        self._prepare_memory()
         self.nodes[nodes[0]].send(OpenStore(generation=self.generation))
 
-    def _stripes_of(self, life: Life) -> Stripes:
-        launch = launch_of(self.record.started_s)
-        return Stripes(self.nodes, life, self.config, self._scribe, launch, newest_step(self.run))
+    def _guests_of(self, chosen: Sequence[str]) -> Guests:
+        return Guests(self.nodes, chosen, self.config, self._scribe, self.record.started_s, newest_step(self.run))
+
+    def _prepare_memory(self) -> None:
+        """Once guests have what was lost with nodes that nobody replaces, keepers take the places of the attempt."""
+        life = self.life
+        if life is None or life.is_ending or self._stripes is not None:
+            return
+        if self._guests is None:  # an earlier controller began it, and may have been killed before that was done
+            self._guests = self._guests_of(life.nodes)
+            if not life.is_started and not life.has_stepped:
+                self._guests.begin()
+        self._guests.look()
+        if not self._guests.is_under_way:
+            launch = launch_of(self.record.started_s)
+            self._stripes = Stripes(self.nodes, life, self.config, self._scribe, launch, newest_step(self.run))
+            self._stripes.begin()
+
+    def _hear_of_keeper(self, node: Node, told: KeeperTells) -> None:
+        if self._stripes is None and self._guests is not None:
+            self._guests.hear(node, told)
+        elif self._stripes is not None and told.guest is None:
+            self._stripes.hear(node, told)
 
     def _start_ranks(self) -> None:
         """As soon as there is a store, and all is in memory that can be had there."""
@@ -369,11 +400,10 @@ class Controller:
         if not self.life.is_started:
             anywhere = complete_step(self.nodes, self.config, self.record.started_s)
             self.life.is_started, self.life.remembered = True, newest_of(stripes.remembered(), anywhere)
-            if stripes.has_failed:
+            if stripes.has_failed or (self._guests is not None and self._guests.has_failed):
                 self.life.began_at = newest_of(newest_step(self.run), self.life.remembered)
-        keepers = tuple(node.keeper for node in self.nodes if node.keeper is not None)
         work = training_work(
-            self.run, self.config, self.record.started_s, self.life.world_size, self.life.remembered, keepers
+            self.run, self.config, self.record.started_s, self.life.world_size, self.life.remembered, self.nodes.keepers
         )
         seen = {
             "failures": len(self.record.history) - self._failed_before,

@@ -97,7 +97,8 @@ def _nobody_comes_back(job: Job, node: str) -> Iterator[list[psutil.Process]]:
                     return True
         return False
 
-    psutil.Process(before).kill()
+    with suppress(psutil.NoSuchProcess):  # it may be gone already
+        psutil.Process(before).kill()
     try:
         job.wait(stop_the_next)
         yield stopped
