@@ -61,7 +61,7 @@ def complete_version(memories: Collection[InMemory], workers: int) -> Version | 
 def plan_guests(
     memories: Mapping[KeeperName, InMemory],
     hosts: Sequence[str],
-    generation: int,
+    label: str,
     workers: int,
     unwanted: Collection[Version] = (),
 ) -> GuestPlan | None:
@@ -70,7 +70,7 @@ def plan_guests(
     Args:
         memories: what is kept in the memory of nodes that are there, and of guests there.
         hosts: nodes that may have guests, the best first. Only those are asked that have a part of the snapshot themselves.
-        generation: of the attempt that needs them; their names tell it.
+        label: with which the names of new guests begin; no guest before had it.
         workers: as :func:`complete_version`.
         unwanted: snapshots that were tried in vain.
     """
@@ -79,18 +79,18 @@ def plan_guests(
     for version in sorted(known - set(unwanted), reverse=True):
         if complete is not None and version <= complete:
             return None
-        plan = _plan(version, memories, hosts, generation, workers)
+        plan = _plan(version, memories, hosts, label, workers)
         if plan is not None:
             return plan
     return None
 
 
 def _plan(
-    version: Version, memories: Mapping[KeeperName, InMemory], hosts: Sequence[str], generation: int, workers: int
+    version: Version, memories: Mapping[KeeperName, InMemory], hosts: Sequence[str], label: str, workers: int
 ) -> GuestPlan | None:
     held = {name: _parts(memory).get(version, set()) for name, memory in memories.items()}
     able = [host for host in hosts if held.get(KeeperName(host))]
-    names = (KeeperName(host, f"guest-{generation}-{number}") for host, number in zip(cycle(able), count()))
+    names = (KeeperName(host, f"{label}-{number}") for host, number in zip(cycle(able), count()))
     there = set().union(*held.values())
     stripes, guests = [], dict[KeeperName, tuple[int, ...]]()
     for helpers in _stripes(version, memories).values():

@@ -50,6 +50,7 @@ class Guests:
         self._pending: set[KeeperName] = set()
         """Who has not done yet what all are to do in this stage."""
         self._epoch = 0
+        """Of the old places, as they were given last; 0: not yet."""
         self._deadline_s = 0.0
         self.is_under_way = self.has_failed = False
         """``has_failed``: nothing of what was to be rebuilt is there."""
@@ -66,6 +67,7 @@ class Guests:
         if self._plan is None:
             return
         self._ports.clear()
+        self._epoch = 0
         self._enter("gathering", _GATHER_S)
         for name in _ranks(self._plan):
             self._ask(name)
@@ -109,7 +111,8 @@ class Guests:
         """The newest snapshot that is had only with guests, if it is worth it."""
         memories = self._nodes.memories(launch_of(self._since_s))
         hosts = sorted(self._chosen, key=lambda name: -(self._nodes[name].memory_free_bytes or 0))
-        plan = plan_guests(memories, hosts, self._generation, self._config.workers, self._in_vain)
+        label = f"guest-{self._generation}-{len(self._in_vain)}"  # what the guests before say late is of no other
+        plan = plan_guests(memories, hosts, label, self._config.workers, self._in_vain)
         if plan is None or plan.version.step < self._newest_saved:
             return None
         own = recovery_of(self._nodes, self._chosen, self._config, self._since_s)

@@ -17,7 +17,7 @@ from tests.launcher.test_lost_nodes import WITHOUT_STORAGE, _lose, _members, _to
 
 EXACT = ("train.dtype=float64", "train.layout.capacity=320", "train.data.batch_tokens=16384")  # slow steps
 ELASTIC = ("min_nodes=2", "shrink_after_s=0.5")
-GUEST = "guest-2-0"
+GUEST = "guest-2-0-0"
 """The first one of the second attempt."""
 
 
@@ -69,3 +69,25 @@ def test_f9_a_job_that_shrinks_goes_on_from_what_the_stripe_rebuilds_into_a_gues
         assert len(checkpoint.checkpoints(job.run.checkpoints)) == 1, "only at the end"
     shape = ("workers=3", "train.snapshot=off", f"train.stop_at={len(losses)}")
     assert losses == pytest.approx(clean_losses(job_file, 100000, *EXACT, *shape), rel=1e-9)
+
+
+def test_where_no_guest_can_be_had_a_job_that_shrinks_goes_on_from_storage_and_says_why(job_file: Path) -> None:
+    with job_of(job_file, *EXACT, *ELASTIC, *WITHOUT_STORAGE) as job, ExitStack() as stack:
+        job.client.save()
+        job.wait_checkpoint()
+        (saved,) = checkpoint.checkpoints(job.run.checkpoints)
+        _wait_protected(job, (0, 1, 2), saved.step + 1)
+        for number in range(2):  # for each snapshot that is in memory
+            area = area_of(job.run.directory, f"guest-2-{number}-0")
+            area.touch()
+            stack.callback(area.unlink)
+        with _shrunk(job, f"node-{_members(job)[2]}"):
+            (lost,), (resumed,) = _told(job, "snapshot lost"), _told(job, "resumed")
+            assert lost.text.count("no keeper can be started for it") == 2
+            assert not _told(job, "snapshot rebuilt")
+            assert resumed.step == saved.step
+            assert resumed.fields.get("source") != "memory"
+            step = len(job.losses)
+            job.wait(lambda: len(job.losses) > step + 1)
+            stack.close()
+            _end(job)
