@@ -12,7 +12,9 @@ from typing import Any
 
 from pydantic import JsonValue
 
+from evermesh.fault.snapshot.choosing import Version
 from evermesh.launcher.config import JobConfig
+from evermesh.launcher.contact import keeper_secret, read_token
 from evermesh.launcher.controller.freezes import frozen
 from evermesh.launcher.controller.guests import Guests
 from evermesh.launcher.controller.in_memory import complete_step, newest_of, remembered_step
@@ -20,6 +22,7 @@ from evermesh.launcher.controller.journal import Journal
 from evermesh.launcher.controller.life import Life
 from evermesh.launcher.controller.machine import JobView, Stop, Transition, choose_nodes, decide, size_of_attempt
 from evermesh.launcher.controller.nodes import Node
+from evermesh.launcher.controller.reach import Reach
 from evermesh.launcher.controller.record import replay
 from evermesh.launcher.controller.rescue import Rescue
 from evermesh.launcher.controller.roster import Roster
@@ -108,6 +111,8 @@ class Controller:
             self._scribe.note("term", office.reason, term=office.term, node=office.node)
             self.record.term = office.term
         self.life = Life.from_record(self.record, config)
+        self._reach: Reach | None = None
+        """Of the memory of all nodes, while the job waits for nodes and may go on with fewer."""
         self._guests: Guests | None = None
         self._stripes: Stripes | None = None
         self._since_s = time.monotonic()
@@ -302,6 +307,7 @@ class Controller:
         if self._roster.is_finding_out():
             return
         self._count_attempt()
+        self._look_at_memory()
         self._prepare_memory()
         if self._stripes is not None and self.life is not None and not self.life.is_ending:
             self._stripes.look()
@@ -310,7 +316,14 @@ class Controller:
         while (transition := decide(self.view())) is not None:
             if transition.to == "failed" and self._is_rescuing():
                 return
+            if transition.to == "starting" and self._is_looking():
+                return
             self._carry_out(transition)
+
+    def _is_looking(self) -> bool:
+        """Whether it is not known yet what fewer nodes than before would find in memory."""
+        is_smaller = size_of_attempt(self.view()) != self.config.nodes
+        return is_smaller and self._reach is not None and not self._reach.is_known
 
     def _is_rescuing(self) -> bool:
         """Whether what is in memory alone is being written to storage: the job ends after that."""
@@ -363,13 +376,23 @@ class Controller:
         self.record.generation, self.life = self.generation + 1, life  # from here on nothing can be refused
         drop_unfinished_line(self.run.telemetry)
         self.nodes.last_step = 0
-        self._store, self._guests, self._stripes = None, guests, None
+        self._store, self._reach, self._guests, self._stripes = None, None, guests, None
         guests.begin()
         self._prepare_memory()
         self.nodes[nodes[0]].send(OpenStore(generation=self.generation))
 
+    def _look_at_memory(self) -> None:
+        keepers, launch = self.nodes.keepers, launch_of(self.record.started_s)
+        if self.state == "waiting" and self._fewer_nodes and self._reach is None and keepers:
+            self._reach = Reach(keepers, launch, keeper_secret(read_token(self.run.directory), launch))
+
     def _guests_of(self, chosen: Sequence[str]) -> Guests:
-        return Guests(self.nodes, chosen, self.config, self._scribe, self.record.started_s, newest_step(self.run))
+        saved, reached = newest_step(self.run) or 0, self._reach.newest if self._reach is not None else None
+
+        def is_worth(version: Version) -> bool:
+            return version.step >= saved and (reached is None or version > reached)
+
+        return Guests(self.nodes, chosen, self.config, self._scribe, self.record.started_s, is_worth)
 
     def _prepare_memory(self) -> None:
         """Once guests have what was lost with nodes that nobody replaces, keepers take the places of the attempt."""

@@ -6,7 +6,7 @@ HostGuest, or Keep, to the members of the old stripes ──► where their keep
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 from evermesh.fault.snapshot.choosing import Version
@@ -27,7 +27,7 @@ Stage = Literal["gathering", "joining", "rebuilding"]
 class Guests:
     """The guests, if any, that the attempt on the nodes ``chosen`` needs, whose generation the scribe has.
 
-    ``since_s`` is when the job was launched, ``newest_saved`` the step of the newest checkpoint: older snapshots are left.
+    ``since_s`` is when the job was launched; ``is_worth`` says whether a snapshot is newer than all that is there without.
     """
 
     def __init__(
@@ -37,11 +37,10 @@ class Guests:
         config: JobConfig,
         scribe: Scribe,
         since_s: float,
-        newest_saved: int | None,
+        is_worth: Callable[[Version], bool],
     ) -> None:
         self._nodes, self._chosen, self._config, self._scribe = nodes, chosen, config, scribe
-        self._generation, self._since_s = scribe.generation, since_s
-        self._newest_saved = -1 if newest_saved is None else newest_saved
+        self._generation, self._since_s, self._is_worth = scribe.generation, since_s, is_worth
         self._snapshots = config.train.snapshot or SnapshotConfig()
         self._in_vain: list[Version] = []
         self._failures: list[str] = []
@@ -113,7 +112,7 @@ class Guests:
         hosts = sorted(self._chosen, key=lambda name: -(self._nodes[name].memory_free_bytes or 0))
         label = f"guest-{self._generation}-{len(self._in_vain)}"  # what the guests before say late is of no other
         plan = plan_guests(memories, hosts, label, self._config.workers, self._in_vain)
-        if plan is None or plan.version.step < self._newest_saved:
+        if plan is None or not self._is_worth(plan.version):
             return None
         own = recovery_of(self._nodes, self._chosen, self._config, self._since_s)
         return plan if own is None or own.version < plan.version else None

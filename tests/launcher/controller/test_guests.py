@@ -1,16 +1,24 @@
-"""The phase in which guests take the places of lost nodes, with agents that are only told of: what fails, and who is killed."""
+"""The phase in which guests take the places of lost nodes, with agents that are only told of: what may fail in it."""
 
 import json
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from evermesh.fault.events import Event, read_events
+from evermesh.fault.snapshot.choosing import Version
+from evermesh.launcher.controller.reach import Reach
 from evermesh.launcher.controller.work import launch_of
-from evermesh.launcher.messages import HostGuest, InMemory, ProtectedPart, Rebuild, Report, SnapshotPart
+from evermesh.launcher.messages import HostGuest, InMemory, KeeperAt, ProtectedPart, Rebuild, Report, SnapshotPart
 from evermesh.runtime.telemetry import SnapshotReport
+from tests.cluster import run_ranks
+from tests.fault.snapshot.keepers import keeper_of, kill_keeper
+from tests.fault.snapshot.members import SECRET
+from tests.fault.snapshot.test_snapshots import _take
 from tests.launcher.controller.test_remembering import REPORT
 from tests.launcher.controller.worlds import World, world
 
@@ -58,6 +66,14 @@ def _guests(job: World) -> dict[str, tuple[int, ...]]:
         for guest, found in agent.guests.items()
         if agent.is_alive
     }
+
+
+def _reached(keepers: list[KeeperAt]) -> Version | None:
+    reach, until_s = Reach(keepers, "launch", SECRET), time.monotonic() + 20
+    while not reach.is_known:
+        assert time.monotonic() < until_s
+        time.sleep(0.01)
+    return reach.newest
 
 
 def _generation(job: World) -> set[int | None]:
@@ -114,6 +130,29 @@ def test_where_none_can_be_rebuilt_ranks_start_without_and_it_is_told_why(
         assert _guests(job) == {}
         assert job.controller.life is not None
         assert job.controller.life.began_at is None
+
+
+def test_what_ranks_would_find_anyway_is_not_rebuilt(monkeypatch: pytest.MonkeyPatch) -> None:
+    with _about_to_shrink(monkeypatch) as job:
+        reach = Reach((), "", b"")
+        reach.newest = Version(1, 9, MAP)
+        monkeypatch.setattr(job.controller, "_reach", reach)
+        job.settle(3)
+        assert not _told(job, "snapshot rebuilt")
+        assert _generation(job) == {2}
+
+
+def test_keepers_that_live_on_are_found_without_their_agents(tmp_path: Path) -> None:
+    nodes = (0, 0, 1, 1)
+    with ExitStack() as stack:
+        keepers = [stack.enter_context(keeper_of(tmp_path, f"node-{node}", secret=SECRET)) for node in range(2)]
+        run_ranks(4, _take, str(tmp_path), nodes, (4, 9), 1)
+        addresses = [KeeperAt(host=one.address.host, port=one.address.port) for one in keepers if one.address]
+        found = _reached(addresses)
+        assert found is not None
+        assert found.step == 9
+        kill_keeper(keepers[1].area)
+        assert _reached(addresses) is None, "nobody has copies of what these ranks held"
 
 
 def test_a_controller_that_is_started_again_meanwhile_has_the_guests_made_anew(monkeypatch: pytest.MonkeyPatch) -> None:

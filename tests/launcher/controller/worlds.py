@@ -183,7 +183,9 @@ class Agent:
         """The keeper of the node, or a guest, has its part, or says that it cannot."""
         generation, step, shard_map = order.protected.version
         if step in self.cannot_rebuild:
-            told = KeeperTells(generation=order.generation, epoch=order.epoch, about="rebuild", ok=False, text="no room")
+            told = KeeperTells(
+                generation=order.generation, epoch=order.epoch, about="rebuild", ok=False, text="no room"
+            )
             return told.model_copy(update={"guest": order.guest})
         if order.guest is not None:
             parts = tuple(
