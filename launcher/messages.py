@@ -317,6 +317,13 @@ class JoinStripe(_Message):
     bytes_per_s: float | None = None
 
 
+class LeaveStripe(_Message):
+    """Have your keeper protect nothing any more: there are too few nodes for a stripe."""
+
+    kind: Literal["leave_stripe"] = "leave_stripe"
+    generation: int
+
+
 class Rebuild(_Message):
     """Have your keeper make a snapshot whole together with all others of its stripe."""
 
@@ -389,6 +396,7 @@ ToAgent = Annotated[
     | HostGuest
     | EndGuest
     | JoinStripe
+    | LeaveStripe
     | Rebuild
     | OpenStore
     | Start

@@ -44,6 +44,7 @@ from evermesh.launcher.messages import (
     JoinStripe,
     Keep,
     Leave,
+    LeaveStripe,
     Noticed,
     OpenStore,
     Outcome,
@@ -155,6 +156,8 @@ class Agent:
                 self._guests.end(message.guest)
             case JoinStripe() if stripe := self._stripe_of(message.guest):
                 stripe.join(message)
+            case LeaveStripe():
+                self._stripe.leave()
             case Rebuild() if stripe := self._stripe_of(message.guest):
                 stripe.rebuild(message)
             case OpenStore():

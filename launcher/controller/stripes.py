@@ -13,6 +13,7 @@ from typing import Literal
 
 from evermesh.fault.snapshot.choosing import Version
 from evermesh.launcher.config import JobConfig
+from evermesh.launcher.controller.guest_plan import complete_version
 from evermesh.launcher.controller.in_memory import job_groups, memories_of
 from evermesh.launcher.controller.life import Life
 from evermesh.launcher.controller.nodes import Node, Nodes
@@ -21,7 +22,7 @@ from evermesh.launcher.controller.protection import Protection
 from evermesh.launcher.controller.recovery import Group, Recovery, find_recovery, lacking, newest_known
 from evermesh.launcher.controller.scribe import Scribe
 from evermesh.launcher.controller.status import Standing
-from evermesh.launcher.messages import InMemory, KeeperTells, Rebuild
+from evermesh.launcher.messages import InMemory, KeeperTells, LeaveStripe, Rebuild
 from evermesh.runtime.config import SnapshotConfig
 
 _GATHER_S = 20.0
@@ -71,7 +72,7 @@ class Stripes:
         return self._protection.standing([group.number for group in self._groups]) if self._is_on else "none"
 
     def begin(self) -> None:
-        """Ask all nodes for their keepers."""
+        """Ask all nodes for their keepers, or have them leave the stripes of an attempt on more nodes."""
         for node in self._nodes:
             self.greet(node)
 
@@ -79,6 +80,8 @@ class Stripes:
         """A node is there, perhaps again. The keeper of a spare is started before it is needed."""
         if self._is_on:
             self._places.ask(node.name, self._launch)
+        elif node.name in self._life.nodes:
+            node.send(LeaveStripe(generation=self._scribe.generation))
 
     def hear(self, node: Node, told: KeeperTells) -> None:
         """An agent tells of its keeper."""
@@ -121,8 +124,7 @@ class Stripes:
         if self._places.awaited:
             return
         found = self._wanted()
-        is_empty = newest_known(self._memories(), self._life.ranks_per_node) is None
-        if is_empty or (found is not None and not found.rebuild):
+        if self._newest() is None or (found is not None and not found.rebuild):
             self.stage = "ready"
         elif found is None or self._places.blocked & found.rebuild.keys():
             self._fail("; ".join(f"{name}: {text}" for name, text in self._places.missing.items()))
@@ -167,14 +169,20 @@ class Stripes:
 
     def _needs_more(self) -> bool:
         """Whether the ranks would find less in the memory of their nodes than there is to be had, or was."""
-        memories, ranks_per_node = self._memories(), self._life.ranks_per_node
-        newest = newest_known(memories, ranks_per_node)
+        newest = self._newest()
         if newest is None or newest.step < self._newest_saved:
             return False
         found = self._wanted()
         if found is None:  # lost, unless it was just never finished
-            return not all(memory and memory.parts for memory in memories)
+            return not all(memory and memory.parts for memory in self._memories())
         return bool(found.rebuild)
+
+    def _newest(self) -> Version | None:
+        """The newest snapshot of as many ranks that any node knows; None: there is none, or a newer one of other ranks is
+        whole, which the slots of this one may still hold."""
+        newest = newest_known(self._memories(), self._life.ranks_per_node)
+        whole = complete_version(self._nodes.memories(self._launch).values(), self._life.world_size)
+        return None if newest is None or (whole is not None and newest < whole) else newest
 
     def _memories(self) -> Sequence[InMemory | None]:
         return memories_of(self._nodes, self._life.nodes, self._launch)

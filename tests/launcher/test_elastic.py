@@ -83,13 +83,13 @@ def test_f9_a_job_shrinks_without_a_node_and_grows_back_with_it(job_file: Path) 
             job.process.send_signal(signal.SIGTERM)
             code, _, stderr = job.end()
         assert code == 143, stderr
-        events = read_events(job.run.events)
+        events = list(read_events(job.run.events))
         assert "snapshot rebuilt" not in [event.kind for event in events], "it is all there"
         resumed = [event for event in events if event.kind == "resumed"]
         assert [event.fields["source"] for event in resumed] == ["memory"] * 2
         assert int(str(resumed[0].fields["bytes_received"])) > 0
         assert "on 1 workers" in resumed[0].text
-        assert "on 2 workers" in resumed[1].text
+        assert "of attempt 2, on 2 workers" in resumed[1].text, "what the smaller attempt left, not what the two had before"
         losses = job.losses
         assert not any(psutil.pid_exists(process.pid) for process in stopped)
     expected = clean_losses(job_file, 100000, f"train.stop_at={len(losses)}", *exact, "train.snapshot=off")

@@ -72,6 +72,8 @@ class StripeMember:
         self._lock = threading.Lock()
         """Of what follows."""
         self._place: Place | None = None
+        self._epoch = 0
+        """Of the last place, also when it was left."""
         self._sealed: dict[int, Version] = {}
         """The newest of every rank."""
         self._given_up = threading.Event()
@@ -94,9 +96,19 @@ class StripeMember:
         """
         place = Place.told(order)
         with self._lock:
-            if self._place is not None and place.mine.generation < self._place.mine.generation:
-                raise ValueError(f"epoch {self._place.mine.generation} has begun, {place.mine.generation} is over")
-            self._place = place
+            if place.mine.generation < self._epoch:
+                raise ValueError(f"epoch {self._epoch} has begun, {place.mine.generation} is over")
+            self._place, self._epoch = place, place.mine.generation
+            self._sealed.clear()
+            self._given_up.set()
+        with self._busy:
+            self._close()
+            change_state(self._area, None, None, "sealed")
+
+    def leave(self) -> None:
+        """Give up the place in a stripe. What was under way for it has ended when this returns."""
+        with self._lock:
+            self._place = None
             self._sealed.clear()
             self._given_up.set()
         with self._busy:
