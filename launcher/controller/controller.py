@@ -79,6 +79,10 @@ _GRACE_S = 3.0
 _WRITE_WAIT_S = 10.0
 """How long nobody may make room on a full disk before the job is ended."""
 
+_NO_SNAPSHOT_STEPS = 100
+"""An attempt in another layout makes its first snapshot behind its first step. Where none is complete by then there is no
+room for one, and guests only take what there is."""
+
 
 class Controller:
     """The controller of ``run``; ``serve`` may be called once. ``office`` is its term; None: nobody could take over."""
@@ -171,8 +175,7 @@ class Controller:
                 self.last_report, self.reported_s = report_of(message.values), time.monotonic()
                 if self.life:  # it may fail before the next beat tells of the step
                     self.life.has_reported = True
-                if self.nodes.guests and self.last_report.snapshot.committed:
-                    self.nodes.end_guests(list(self.nodes.guests))
+                self._end_guests(self.last_report)
             case PlanReport() if message.generation == self.generation:
                 self.plan = message.values
             case Progress():
@@ -408,6 +411,12 @@ class Controller:
             launch = launch_of(self.record.started_s)
             self._stripes = Stripes(self.nodes, life, self.config, self._scribe, launch, newest_step(self.run))
             self._stripes.begin()
+
+    def _end_guests(self, report: StepReport) -> None:
+        """What they keep is not needed once there is a complete snapshot of this attempt, or if there will be none."""
+        restored = (self.life.remembered if self.life else None) or 0
+        if report.snapshot.committed or report.step > restored + _NO_SNAPSHOT_STEPS:
+            self.nodes.end_guests(list(self.nodes.guests))
 
     def _hear_of_keeper(self, node: Node, told: KeeperTells) -> None:
         if self._stripes is None and self._guests is not None:

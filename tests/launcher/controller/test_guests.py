@@ -80,8 +80,9 @@ def _generation(job: World) -> set[int | None]:
     return {agent.ranks and agent.ranks.generation for agent in job.agents.values() if agent.is_alive}
 
 
-def test_ranks_start_when_a_guest_has_what_was_lost_and_it_ends_with_the_first_complete_snapshot(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("last", [(11, SnapshotReport(committed=1)), (110, SnapshotReport())])
+def test_ranks_start_when_a_guest_has_what_was_lost_and_it_ends_with_the_first_complete_snapshot_or_without_one(
+    monkeypatch: pytest.MonkeyPatch, last: tuple[int, SnapshotReport]
 ) -> None:
     with _about_to_shrink(monkeypatch) as job:
         job.settle(3)
@@ -92,8 +93,9 @@ def test_ranks_start_when_a_guest_has_what_was_lost_and_it_ends_with_the_first_c
         assert job.controller.life is not None
         assert job.controller.life.remembered == 9
         agent = job.agents["node-0"]
-        for snapshot, left in ((SnapshotReport(), 1), (SnapshotReport(committed=1), 0)):
-            agent.say(Report(generation=2, values=json.loads(replace(REPORT, snapshot=snapshot).to_json())))
+        for (step, snapshot), left in (((10, SnapshotReport()), 1), (last, 0)):
+            told = replace(REPORT, step=step, snapshot=snapshot)
+            agent.say(Report(generation=2, values=json.loads(told.to_json())))
             job.settle(0.5)
             assert len(_guests(job)) == left
 
