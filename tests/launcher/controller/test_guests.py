@@ -77,7 +77,7 @@ def _reached(keepers: list[KeeperAt]) -> Version | None:
 
 
 def _generation(job: World) -> set[int | None]:
-    return {agent.ranks and agent.ranks.generation for agent in job.agents.values() if agent.is_alive}
+    return {agent.ranks.generation if agent.ranks else None for agent in job.agents.values() if agent.is_alive}
 
 
 @pytest.mark.parametrize("last", [(11, SnapshotReport(committed=1)), (110, SnapshotReport())])
