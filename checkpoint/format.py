@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, overload
 
 import xxhash
 from pydantic import JsonValue, TypeAdapter, ValidationError
@@ -52,6 +52,24 @@ class LocatedExtents(Sequence[Extent]):
     @abstractmethod
     def near(self, region: Region, form: StoredForm) -> tuple[Extent, ...]:
         """Those that may hold elements of ``region``, which is given in ``form``."""
+
+    @abstractmethod
+    def find_all(self) -> tuple[Extent, ...]:
+        """Every one; looked for once."""
+
+    def __len__(self) -> int:
+        return len(self._all)
+
+    @overload
+    def __getitem__(self, index: int) -> Extent: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Extent, ...]: ...
+    def __getitem__(self, index: int | slice) -> Extent | tuple[Extent, ...]:
+        return self._all[index]
+
+    @functools.cached_property
+    def _all(self) -> tuple[Extent, ...]:
+        return self.find_all()
 
 
 @dataclass(frozen=True, slots=True)

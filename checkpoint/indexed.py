@@ -2,9 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
 from pathlib import Path
-from typing import overload
 
 import xxhash
 from pydantic import ValidationError
@@ -161,18 +159,8 @@ class WrittenExtents(LocatedExtents):
         writers = sorted(set(self._indexes.plan.writers_near(self._name, region, form)))
         return self._of_ranks([rank for rank in writers if rank < len(self._indexes.manifest.ranks)])
 
-    def __len__(self) -> int:
-        return len(self._all)
-
-    @overload
-    def __getitem__(self, index: int) -> Extent: ...
-    @overload
-    def __getitem__(self, index: slice) -> tuple[Extent, ...]: ...
-    def __getitem__(self, index: int | slice) -> Extent | tuple[Extent, ...]:
-        return self._all[index]
-
-    @cached_property
-    def _all(self) -> tuple[Extent, ...]:
+    def find_all(self) -> tuple[Extent, ...]:
+        """Of all ranks."""
         return self._of_ranks(range(len(self._indexes.manifest.ranks)))
 
     def _of_ranks(self, ranks: Sequence[int]) -> tuple[Extent, ...]:

@@ -7,9 +7,7 @@ finds what it wants there, and in the memory of other nodes, as in any checkpoin
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import cached_property
 from pathlib import Path
-from typing import overload
 
 from evermesh.checkpoint.errors import CheckpointCorrupt
 from evermesh.checkpoint.format import Extent, LocatedExtents, RankFiles, RankIndex, StoredFile, StoredTensor
@@ -156,18 +154,8 @@ class _KeptExtents(LocatedExtents):
         """Those that may hold elements of ``region``, which is given in ``form``; reads the indexes of their ranks."""
         return self._chosen(_holders_near(self._tensor, region, form))
 
-    def __len__(self) -> int:
-        return len(self._all)
-
-    @overload
-    def __getitem__(self, index: int) -> Extent: ...
-    @overload
-    def __getitem__(self, index: slice) -> tuple[Extent, ...]: ...
-    def __getitem__(self, index: int | slice) -> Extent | tuple[Extent, ...]:
-        return self._all[index]
-
-    @cached_property
-    def _all(self) -> tuple[Extent, ...]:
+    def find_all(self) -> tuple[Extent, ...]:
+        """Of all ranks."""
         return self._chosen((shard.region, shard.ranks) for shard in self._tensor.shards)
 
     def _chosen(self, held: "Iterator[tuple[Region, Sequence[int]]]") -> tuple[Extent, ...]:

@@ -1,5 +1,6 @@
 """The keeper of a node, as its agent sees to it: started for a launch, started again if it dies, ended with the job."""
 
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -17,6 +18,8 @@ from evermesh.launcher.messages import InMemory, KeeperAt, ProtectedPart, Snapsh
 
 KEEPER_LOST = "keeper lost"
 """The event that another keeper is started."""
+_AGAIN_S = 1.0
+"""How often it is tried to start one that could not be started."""
 
 
 class NodeKeeper:
@@ -30,27 +33,27 @@ class NodeKeeper:
         self.area, self._log = area_of(run, node), run / "logs" / f"keeper-{node}.log"
         self._process: KeeperProcess | None = None
         self._launch: str | None = None
+        """For which a keeper is wanted."""
+        self._tried_s, self._why_missing = 0.0, ""
         self._noticed: list[tuple[str, str]] = []
         self._told_rotten = 0
         """How much of what the keeper found damaged was told."""
 
     def keep_for(self, launch: str | None) -> Path | None:
-        """Where the workers of a launch leave snapshots; None: nowhere, because they do not want to, or no keeper can be
-        started. Training goes on without."""
+        """Where the workers of a launch leave snapshots; None: they do not want to. Where no keeper can be started it is
+        tried again and again, and training goes on without."""
         if launch is None:
             return None
-        if self._process is None or launch != self._launch:
+        if not self.is_there or launch != self._launch:
             self.leave(job_is_over=False)
-            try:
-                secret = keeper_secret(self._token, launch)
-                self._process = KeeperProcess(self.area, launch, self._log, host=self._address, secret=secret)
-            except OSError as error:  # another agent of this node may not have gone yet
-                print(f"no keeper, so workers make no snapshots: {error}", flush=True)
-                return None
             self._launch = launch
-            how = "found" if self._process.is_adopted else "started"
-            print(f"{how} the keeper of this node in {self.area}", flush=True)
+            self._start(launch)
         return self.area
+
+    @property
+    def is_there(self) -> bool:
+        """Whether a keeper was started, or found."""
+        return self._process is not None
 
     def look(self) -> list[tuple[str, str]]:
         """Called now and then: a keeper that has died, or is stopped, is started again, and finds what the one before it has
@@ -115,9 +118,28 @@ class NodeKeeper:
             else:
                 self._process.leave()
             self._process = None
+        self._launch = None
+
+    def _start(self, launch: str) -> None:
+        self._tried_s = time.monotonic()
+        try:
+            secret = keeper_secret(self._token, launch)
+            self._process = KeeperProcess(self.area, launch, self._log, host=self._address, secret=secret)
+        except OSError as error:  # another agent of this node may not have gone yet
+            if str(error) != self._why_missing:
+                print(f"no keeper, so workers make no snapshots: {error}", flush=True)
+            self._why_missing = str(error)
+            return
+        how = "found" if self._process.is_adopted else "started"
+        print(f"{how} the keeper of this node in {self.area}", flush=True)
 
     def _look(self) -> None:
         if self._process is None:
+            if self._launch is not None and time.monotonic() - self._tried_s > _AGAIN_S:
+                self._start(self._launch)
+                if self.is_there:
+                    text = f"the keeper of snapshots could not be started: {self._why_missing}; it is there now"
+                    self._noticed.append((KEEPER_LOST, text))
             return
         if not self._process.look():
             self._told_rotten = 0

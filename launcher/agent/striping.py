@@ -35,7 +35,8 @@ class NodeStripe:
     def keep(self, message: Keep) -> None:
         """Have a keeper, and tell where others reach it."""
         self._asked = message
-        if self._keeper.keep_for(message.launch) is None:
+        self._keeper.keep_for(message.launch)
+        if not self._keeper.is_there:
             self._tell(KeeperTells(generation=message.generation, about="listen", ok=False, text="it has no keeper"))
         else:
             self._listen(message)

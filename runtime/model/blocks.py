@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from evermesh.parallelism.experts.documents import TokenContext
+from evermesh.runtime.model.blank import Linear
 from evermesh.runtime.model.config import ModelConfig
 from evermesh.runtime.model.experts import MixtureOfExperts
 from evermesh.runtime.model.rotary import Rotation, rotate
@@ -43,13 +44,13 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.head_dim, self.window = config.head_size, config.window_of(layer)
-        self.query = nn.Linear(config.hidden, config.heads * self.head_dim, bias=config.qkv_bias)
-        self.key = nn.Linear(config.hidden, config.kv_heads * self.head_dim, bias=config.qkv_bias)
-        self.value = nn.Linear(config.hidden, config.kv_heads * self.head_dim, bias=config.qkv_bias)
+        self.query = Linear(config.hidden, config.heads * self.head_dim, bias=config.qkv_bias)
+        self.key = Linear(config.hidden, config.kv_heads * self.head_dim, bias=config.qkv_bias)
+        self.value = Linear(config.hidden, config.kv_heads * self.head_dim, bias=config.qkv_bias)
         self.query_norm, self.key_norm = (
             nn.RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity() for _ in range(2)
         )
-        self.output = nn.Linear(config.heads * self.head_dim, config.hidden, bias=False)
+        self.output = Linear(config.heads * self.head_dim, config.hidden, bias=False)
 
     def forward(self, x_TC: Tensor, rotation_TD: Rotation, attend: Attend) -> Tensor:
         out_THD = attend(*self.project(x_TC, rotation_TD), window=self.window)
@@ -69,9 +70,9 @@ class FeedForward(nn.Module):
 
     def __init__(self, hidden: int, ffn: int) -> None:
         super().__init__()
-        self.gate = nn.Linear(hidden, ffn, bias=False)
-        self.up = nn.Linear(hidden, ffn, bias=False)
-        self.down = nn.Linear(ffn, hidden, bias=False)
+        self.gate = Linear(hidden, ffn, bias=False)
+        self.up = Linear(hidden, ffn, bias=False)
+        self.down = Linear(ffn, hidden, bias=False)
 
     def forward(self, x_TC: Tensor) -> Tensor:
         return self.down(F.silu(self.gate(x_TC)) * self.up(x_TC))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from evermesh.parallelism.experts.documents import TokenContext
+from evermesh.runtime.model.blank import Embedding, Linear
 from evermesh.runtime.model.blocks import Attend, Block, ParallelBlock
 from evermesh.runtime.model.config import ModelConfig
 from evermesh.runtime.model.rotary import Rotation, rotation
@@ -42,7 +43,8 @@ def keep_activations(_: int, block: nn.Module, *inputs: object) -> Tensor:
 
 
 class Decoder(nn.Module):
-    """The model, or some parts of it; names and initial values of its parameters do not depend on which.
+    """The model, or some parts of it; names and initial values of its parameters do not depend on which, and before
+    ``initialize`` they hold nothing.
 
     Tied embeddings are one parameter, named after the embedding. Where the head is here and the embedding is not, the
     head's weight is a copy of it, which somebody else keeps equal.
@@ -54,12 +56,12 @@ class Decoder(nn.Module):
         block = ParallelBlock if config.parallel_block else Block
         has_embedding, has_head = any(part.is_first for part in self.parts), any(part.is_last for part in self.parts)
         if has_embedding:
-            self.embedding = nn.Embedding(vocabulary, config.hidden)
+            self.embedding = Embedding(vocabulary, config.hidden)
         layers = sorted(layer for part in self.parts for layer in part.layers)
         self.blocks = nn.ModuleDict({str(layer): block(config, layer) for layer in layers})
         if has_head:
             self.norm = nn.RMSNorm(config.hidden, eps=config.norm_eps)
-            self.head = nn.Linear(config.hidden, vocabulary, bias=False)
+            self.head = Linear(config.hidden, vocabulary, bias=False)
             if config.tied_embeddings and has_embedding:
                 self.head.weight = self.embedding.weight
         self.copies_embedding = config.tied_embeddings and has_head and not has_embedding

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from evermesh.parallelism.experts.balance import document_losses, with_loss, within_capacity
 from evermesh.parallelism.experts.dispatch import Dispatcher
 from evermesh.parallelism.experts.documents import TokenContext
+from evermesh.runtime.model.blank import Linear
 from evermesh.runtime.model.config import MoeConfig
 
 
@@ -42,7 +43,6 @@ class Router(nn.Module):
         self.config = config
         self.weight = nn.Parameter(torch.empty(config.experts, hidden))
         self.register_buffer("bias_E", torch.zeros(config.experts, dtype=torch.float64))
-        nn.init.normal_(self.weight, std=0.02)
 
     def forward(self, x_TC: Tensor) -> Routing:
         dtype = torch.promote_types(x_TC.dtype, torch.float32)
@@ -85,8 +85,6 @@ class Experts(nn.Module):
         self.gate = nn.Parameter(torch.empty(experts, ffn, hidden))
         self.up = nn.Parameter(torch.empty(experts, ffn, hidden))
         self.down = nn.Parameter(torch.empty(experts, hidden, ffn))
-        for parameter in self.parameters():
-            nn.init.normal_(parameter, std=0.02)
 
     def forward(self, rows_RC: Tensor, counts: Sequence[int]) -> Tensor:
         """[R, C] to [R, C]: rows sorted by expert, ``counts[e]`` of expert e; none is fine, for one or for all."""
@@ -111,7 +109,7 @@ class MixtureOfExperts(nn.Module):
         self.dispatcher = Dispatcher(config.experts)
         self.experts = Experts(config.experts, hidden, config.ffn)
         self.shared = shared
-        self.shared_gate = nn.Linear(hidden, 1, bias=False) if config.shared_gate else None
+        self.shared_gate = Linear(hidden, 1, bias=False) if config.shared_gate else None
 
     def forward(self, x_TC: Tensor, context: TokenContext | None = None) -> Tensor:
         """[T, C] to [T, C]. Collective where the experts, or documents, are shared; T may be 0 and differ by rank.

@@ -50,6 +50,8 @@ def _measured(config: TrainConfig, vocabulary: int, device: torch.device) -> lis
         kind = model.has_experts(layer), model.window_of(layer)
         if kind not in kinds:
             block = (ParallelBlock if model.parallel_block else Block)(model, layer).to(device, dtype)
+            for parameter in block.parameters():
+                nn.init.normal_(parameter, std=model.initial_std)
 
             def run(block: Block | ParallelBlock = block) -> Tensor:
                 context = TokenContext(micro_batch, (num_tokens,), ("measured",), num_tokens)

@@ -10,7 +10,7 @@ import pytest
 
 from evermesh import checkpoint
 from evermesh.fault.events import Event, read_events
-from evermesh.fault.snapshot.keeper.area import area_of, identity_in
+from evermesh.fault.snapshot.keeper.area import AgentMark, area_of, identity_in
 from evermesh.fault.snapshot.keeper.slots import held_by
 from evermesh.launcher.summary import summary_table
 from tests.launcher.jobs import Job, clean_losses, launched
@@ -124,3 +124,22 @@ def test_three_attempts_that_get_on_in_memory_are_progress(job_file: Path) -> No
 
 def _newest(job: Job) -> int:
     return max((held.record.step for held in held_by(_areas(job, 1)[0], 0)), default=0)
+
+
+def test_a_node_without_a_keeper_costs_snapshots_and_gets_one_as_soon_as_it_can(job_file: Path) -> None:
+    run = job_file.parent / "runs" / "small"
+    held = AgentMark(area_of(run, "node-1"))  # as by an agent that has not gone yet
+    with launched(job_file, ENDLESS, "nodes=2", *WITHOUT_STORAGE) as job:
+        job.wait_training()
+        told = [event.text for event in read_events(job.run.events) if event.kind == "memory"]
+        assert any("no snapshots are made" in text and "no keeper listens" in text for text in told)
+        held.close()
+        job.wait(lambda: "keeper lost" in job.events)
+        text = next(event.text for event in read_events(job.run.events) if event.kind == "keeper lost")
+        assert "could not be started" in text
+        assert "it is there now" in text
+        job.kill_rank(0)
+        job.wait(lambda: "snapshots protected" in job.events)
+        assert job.run.state().attempt == 2
+        job.process.send_signal(signal.SIGTERM)
+        assert job.end()[0] == 143

@@ -126,6 +126,7 @@ def test_a_mixture_without_tokens_has_gradients_that_are_zero() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_logits_and_bias_stay_precise_whatever_the_type_of_the_model(dtype: torch.dtype) -> None:
     router = Router(HIDDEN, MoeConfig(experts=4, ffn=8))
+    torch.nn.init.normal_(router.weight)
     router.bias_E += 1e-9
     router = router.to(dtype)
     assert router.bias_E.dtype == torch.float64
@@ -224,7 +225,7 @@ def test_biases_move_against_the_load_by_one_step() -> None:
 def test_bias_balancing_evens_out_a_router_that_prefers_few_experts() -> None:
     mixture = _mixture(experts=8, top_k=2, router="sigmoid", balancing={"kind": "bias", "rate": 0.01})
     with torch.no_grad():
-        mixture.router.weight[:, 0] = torch.linspace(3, -3, 8)
+        mixture.router.weight[:, 0] = torch.linspace(4, -4, 8)
     x = torch.randn(512, HIDDEN, dtype=torch.float64)
     x[:, 0] = 1.0
     ratios = []
@@ -267,4 +268,6 @@ def test_balancing_needs_documents_to_count(changes: dict[str, Any]) -> None:
 
 def test_experts_take_rows_of_any_count() -> None:
     experts = Experts(3, HIDDEN, 8)
+    for parameter in experts.parameters():
+        torch.nn.init.normal_(parameter)
     assert experts(torch.zeros(4, HIDDEN), [0, 4, 0]).shape == (4, HIDDEN)
