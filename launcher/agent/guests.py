@@ -41,7 +41,8 @@ class Guests:
                 keeper, NodeStripe(self._loop, keeper, self._address, self._token, self._sender(order.guest))
             )
             self._guests[order.guest] = guest
-        if guest.keeper.keep_for(order.launch) is None:
+        guest.keeper.keep_for(order.launch)
+        if not guest.keeper.is_there:
             self._refuse(order, "no keeper can be started for it")
         else:
             self._await(order, guest, time.monotonic() + _START_S)
@@ -81,8 +82,11 @@ class Guests:
         if self._guests.get(order.guest) is not guest:
             return  # ended meanwhile
         guest.keeper.look()
-        if guest.keeper.address is None and time.monotonic() < until_s:
-            self._loop.after(_AGAIN_S, lambda: self._await(order, guest, until_s))
+        if guest.keeper.address is None:
+            if time.monotonic() < until_s:
+                self._loop.after(_AGAIN_S, lambda: self._await(order, guest, until_s))
+            else:
+                self._refuse(order, f"its keeper does not serve within {_START_S:g} s")
             return
         try:
             self._describe(order, guest)
