@@ -42,6 +42,8 @@ _TOLD = (
     "snapshots degraded",
     "snapshot rebuilt",
     "snapshot lost",
+    "flushed",
+    "flush failed",
 )
 """Events that are shown among the steps."""
 _LOG_LINES = 8

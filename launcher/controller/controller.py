@@ -447,6 +447,9 @@ class Controller:
     def _last_words(self, reason: str) -> tuple[str, str | None]:
         if self.life is None or not self.record.history:
             return reason, None
+        if self.state == "waiting":  # no attempt was wrong: nodes are missing
+            first = root_cause(self.record.history[-1].failures)
+            return f"rank {first.rank} {first.how.splitlines()[0]}. {reason}", None
         text = explain(self.run, self.life, self.record.reason)
         if len(self.record.history) > 1 or self.config.restarts:
             text += f"\nNo other attempt: {reason}."
