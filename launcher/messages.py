@@ -290,6 +290,15 @@ class JoinStripe(_Message):
     bytes_per_s: float | None = None
 
 
+class LeaveStripe(_Message):
+    """Have your keeper protect nothing from now on: the nodes of this attempt are too few for the code."""
+
+    kind: Literal["leave_stripe"] = "leave_stripe"
+    generation: int
+    epoch: int
+    """As of a place."""
+
+
 class Rebuild(_Message):
     """Have your keeper make a snapshot whole together with all others of its stripe."""
 
@@ -318,11 +327,11 @@ class Start(_Message):
 
 
 class Ask(_Message):
-    """Ask the ranks to save, or to save and return."""
+    """Ask the ranks to save, to save and return, or to return with the state in memory, for ranks that are started anew."""
 
     kind: Literal["ask"] = "ask"
     generation: int
-    what: Literal["save", "stop"]
+    what: Literal["save", "stop", "regroup"]
 
 
 class ChangeLayout(_Message):
@@ -355,7 +364,18 @@ class Leave(_Message):
 
 
 ToAgent = Annotated[
-    Welcome | Keep | JoinStripe | Rebuild | OpenStore | Start | Ask | ChangeLayout | End | WriteStacks | Leave,
+    Welcome
+    | Keep
+    | JoinStripe
+    | LeaveStripe
+    | Rebuild
+    | OpenStore
+    | Start
+    | Ask
+    | ChangeLayout
+    | End
+    | WriteStacks
+    | Leave,
     Field(discriminator="kind"),
 ]
 ToAgentAdapter: TypeAdapter[ToAgent] = TypeAdapter(ToAgent)

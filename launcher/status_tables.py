@@ -24,6 +24,7 @@ COLOURS = {
     "done": "green",
     "stopped": "yellow",
     "stopping": "yellow",
+    "regrouping": "yellow",
     "cut off": "yellow",
     "recovering": "red",
     "waiting": "red",

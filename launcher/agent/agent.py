@@ -41,6 +41,7 @@ from evermesh.launcher.messages import (
     JoinStripe,
     Keep,
     Leave,
+    LeaveStripe,
     Noticed,
     OpenStore,
     Outcome,
@@ -146,6 +147,8 @@ class Agent:
                 self._stripe.keep(message)
             case JoinStripe():
                 self._stripe.join(message)
+            case LeaveStripe():
+                self._stripe.leave(message)
             case Rebuild():
                 self._stripe.rebuild(message)
             case OpenStore():

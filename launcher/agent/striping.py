@@ -11,12 +11,12 @@ from evermesh.fault.snapshot.keeper.client import KeeperClient, KeeperLost
 from evermesh.fault.snapshot.keeper.standing import Standing, standing_in
 from evermesh.launcher.agent.keeping import NodeKeeper
 from evermesh.launcher.agent.loop import Loop
-from evermesh.launcher.messages import JoinStripe, Keep, KeeperTells, Rebuild
+from evermesh.launcher.messages import JoinStripe, Keep, KeeperTells, LeaveStripe, Rebuild
 
 _START_S = 10.0
 """How long a keeper may take to listen, or to give up what it does for an earlier place."""
 _AGAIN_S = 0.01
-Order = Literal["listen", "join", "rebuild"]
+Order = Literal["listen", "join", "leave", "rebuild"]
 _Answered = Callable[[dict[str, Any]], None]
 
 
@@ -51,6 +51,10 @@ class NodeStripe:
             self._pass_on("join", message.generation, message.epoch, answer)
 
         self._give("join", _START_S, answered, values | {"secret": secret})
+
+    def leave(self, message: LeaveStripe) -> None:
+        """Have the keeper leave the place that it has, if any. Nobody waits for that."""
+        self._give("leave", _START_S, lambda _: None, {"epoch": message.epoch})
 
     def rebuild(self, message: Rebuild) -> None:
         """Have the keeper do its part."""

@@ -108,6 +108,9 @@ class Controller:
         self.life = Life.from_record(self.record, config)
         self._stripes = self._stripes_of(self.life) if self.life else None
         self._since_s = time.monotonic()
+        self._size: int | None = None
+        """Nodes that an attempt could have now, and since when."""
+        self._size_since_s = time.monotonic()
         self._roster.find(self.record.pids if is_revived else {}, 0.0 if office is None else _GRACE_S)
 
     # what happens
@@ -264,6 +267,8 @@ class Controller:
             shortage=self._roster.shortage(),
             fewer_nodes=self._fewer_nodes,
             shrink_after_s=self.config.shrink_after_s,
+            grow_after_s=self.config.grow_after_s,
+            size_since_s=self._size_since_s,
         )
 
     def _end_unwritten(self, error: OSError) -> None:
@@ -299,14 +304,28 @@ class Controller:
             self._stripes.look()
             if not self.life.is_started:
                 self._start_ranks()
+        self._note_size()
         while (transition := decide(self.view())) is not None:
-            if transition.to == "failed" and self._is_rescuing():
+            if self._is_in_memory_alone(transition) and self._is_rescuing():
                 return
             self._carry_out(transition)
 
+    def _note_size(self) -> None:
+        """Every change begins the time anew that nodes must have been there: so a flapping one costs no attempt."""
+        size = size_of_attempt(self.view())
+        if size != self._size:
+            self._size, self._size_since_s = size, time.monotonic()
+
+    def _is_in_memory_alone(self, transition: Transition) -> bool:
+        """Whether the job would end without what its last attempt has left in memory."""
+        has_regrouped = self.life is not None and self.life.view().has_regrouped
+        return transition.to == "failed" or (transition.to == "stopped" and has_regrouped)
+
     def _is_rescuing(self) -> bool:
         """Whether what is in memory alone is being written to storage: the job ends after that."""
-        if self.record.stop is not None:
+        stop, has_regrouped = self.record.stop, self.life is not None and self.life.view().has_regrouped
+        is_over = stop is not None and stop.deadline_s is not None and time.monotonic() > stop.deadline_s
+        if stop is not None and (stop.at_once or is_over or not has_regrouped):
             self._rescue.give_up()
         return self._rescue.is_under_way(self.record.started_s)
 
@@ -332,6 +351,9 @@ class Controller:
             self._begin_attempt(transition.reason)
         elif transition.to == "stopping":
             self._tell(Ask(generation=self.generation, what="stop"))
+        elif transition.to == "regrouping":
+            self._scribe.tell("regrouping", transition.reason)
+            self._tell(Ask(generation=self.generation, what="regroup"))
         elif transition.to in ENDED:
             self._end_job(transition)
         self.record.state, self.record.reason = transition.to, transition.reason
@@ -359,7 +381,9 @@ class Controller:
 
     def _stripes_of(self, life: Life) -> Stripes:
         launch = launch_of(self.record.started_s)
-        return Stripes(self.nodes, life, self.config, self._scribe, launch, newest_step(self.run))
+        anywhere = complete_step(self.nodes, self.config, self.record.started_s)  # perhaps of another layout
+        newest = newest_of(newest_step(self.run), anywhere)
+        return Stripes(self.nodes, life, self.config, self._scribe, launch, newest)
 
     def _start_ranks(self) -> None:
         """As soon as there is a store, and all is in memory that can be had there."""
@@ -396,7 +420,7 @@ class Controller:
     def _look_for_frozen(self) -> None:
         """A rank that is stopped or hangs has failed, though nobody says so."""
         life, config = self.life, self.config.hang
-        if life is None or config is None or self.state not in ("starting", "training", "stopping"):
+        if life is None or config is None or self.state not in ("starting", "training", "regrouping", "stopping"):
             return
         if life.done or life.failures or life.is_ending:
             return
@@ -478,6 +502,8 @@ class Controller:
             node.send(End(generation=self.generation))
         elif self.state == "stopping":
             node.send(Ask(generation=self.generation, what="stop"))
+        elif self.state == "regrouping":
+            node.send(Ask(generation=self.generation, what="regroup"))
 
     def _take_outcome(self, node: Node, outcome: Outcome) -> None:
         life = self.life

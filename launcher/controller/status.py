@@ -5,7 +5,16 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 JobState = Literal[
-    "placing", "starting", "training", "stopping", "recovering", "waiting", "finished", "stopped", "failed"
+    "placing",
+    "starting",
+    "training",
+    "regrouping",
+    "stopping",
+    "recovering",
+    "waiting",
+    "finished",
+    "stopped",
+    "failed",
 ]
 """Drawn in the README of the launcher. The last three are the end."""
 ENDED: tuple[JobState, ...] = ("finished", "stopped", "failed")

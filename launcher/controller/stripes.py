@@ -32,13 +32,14 @@ Stage = Literal["gathering", "rebuilding", "ready"]
 
 
 class Stripes:
-    """The stripes of one attempt. ``newest_saved`` is the step of the newest checkpoint: older snapshots are not rebuilt."""
+    """The stripes of one attempt. ``newest_whole`` is the step of the newest checkpoint, or snapshot in whatever layout of
+    which nothing is lost: older snapshots are not rebuilt, for that would take its memory."""
 
     def __init__(
-        self, nodes: Nodes, life: Life, config: JobConfig, scribe: Scribe, launch: str, newest_saved: int | None
+        self, nodes: Nodes, life: Life, config: JobConfig, scribe: Scribe, launch: str, newest_whole: int | None
     ) -> None:
         self._nodes, self._life, self._scribe, self._launch = nodes, life, scribe, launch
-        self._newest_saved = -1 if newest_saved is None else newest_saved
+        self._newest_whole = -1 if newest_whole is None else newest_whole
         self._config, self._groups = config.train.snapshot or SnapshotConfig(), job_groups(config, len(life.nodes))
         self._places = Places(nodes, life, self._groups, scribe, self._config.bytes_per_s)
         self._protection = Protection(scribe)
@@ -48,6 +49,8 @@ class Stripes:
         self._under_way: Recovery | None = None
         self._failures: list[str] = []
         self._is_on = any(group.code is not None for group in self._groups)
+        self._had_places = any(group.code is not None for group in job_groups(config, config.nodes))
+        """In an attempt on all nodes."""
         is_unknown = life.is_taken_over and not life.has_stepped  # whether it still has to be rebuilt
         self.stage: Stage = "gathering" if self._is_on and (is_unknown or self._needs_more()) else "ready"
         self._deadline_s = time.monotonic() + _GATHER_S
@@ -79,6 +82,8 @@ class Stripes:
         """A node is there, perhaps again. The keeper of a spare is started before it is needed."""
         if self._is_on:
             self._places.ask(node.name, self._launch)
+        elif self._had_places:
+            self._places.dissolve(node.name)
 
     def hear(self, node: Node, told: KeeperTells) -> None:
         """An agent tells of its keeper."""
@@ -121,8 +126,9 @@ class Stripes:
         if self._places.awaited:
             return
         found = self._wanted()
-        is_empty = newest_known(self._memories(), self._life.ranks_per_node) is None
-        if is_empty or (found is not None and not found.rebuild):
+        newest = newest_known(self._memories(), self._life.ranks_per_node)
+        is_older = newest is None or newest.step < self._newest_whole
+        if is_older or (found is not None and not found.rebuild):
             self.stage = "ready"
         elif found is None or self._places.blocked & found.rebuild.keys():
             self._fail("; ".join(f"{name}: {text}" for name, text in self._places.missing.items()))
@@ -163,13 +169,13 @@ class Stripes:
         """The newest snapshot that is worth it."""
         in_vain = [version for version, tries in self._tries.items() if tries >= _TRIES]
         found = find_recovery(self._groups, self._memories(), self._life.ranks_per_node, in_vain)
-        return found if found is not None and found.version.step >= self._newest_saved else None
+        return found if found is not None and found.version.step >= self._newest_whole else None
 
     def _needs_more(self) -> bool:
         """Whether the ranks would find less in the memory of their nodes than there is to be had, or was."""
         memories, ranks_per_node = self._memories(), self._life.ranks_per_node
         newest = newest_known(memories, ranks_per_node)
-        if newest is None or newest.step < self._newest_saved:
+        if newest is None or newest.step < self._newest_whole:
             return False
         found = self._wanted()
         if found is None:  # lost, unless it was just never finished

@@ -147,6 +147,11 @@ class Keeper:
         self._member.join(order)
         return {}
 
+    def _leave_order(self, order: Order) -> Order:
+        if self._stripe is not None:
+            self._stripe.leave(order)
+        return {}
+
     def _rebuild_order(self, order: Order) -> Order:
         return self._member.rebuild(order)
 

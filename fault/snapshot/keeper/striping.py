@@ -72,6 +72,8 @@ class StripeMember:
         self._lock = threading.Lock()
         """Of what follows."""
         self._place: Place | None = None
+        self._epoch = 0
+        """Of the newest order to take a place, or to leave it."""
         self._sealed: dict[int, Version] = {}
         """The newest of every rank."""
         self._given_up = threading.Event()
@@ -92,11 +94,21 @@ class StripeMember:
         Raises:
             ValueError: a later place was given already.
         """
-        place = Place.told(order)
+        self._take(Place.told(order), order["epoch"])
+
+    def leave(self, order: dict[str, Any]) -> None:
+        """Have no place any more: snapshots are only sealed from now on. What was under way has ended when this returns.
+
+        Raises:
+            ValueError: a later place was given already.
+        """
+        self._take(None, order["epoch"])
+
+    def _take(self, place: Place | None, epoch: int) -> None:
         with self._lock:
-            if self._place is not None and place.mine.generation < self._place.mine.generation:
-                raise ValueError(f"epoch {self._place.mine.generation} has begun, {place.mine.generation} is over")
-            self._place = place
+            if epoch < self._epoch:
+                raise ValueError(f"epoch {self._epoch} has begun, {epoch} is over")
+            self._place, self._epoch = place, epoch
             self._sealed.clear()
             self._given_up.set()
         with self._busy:

@@ -150,6 +150,21 @@ def test_a_keeper_without_the_sealed_snapshot_of_others_is_not_waited_for_after_
         stripe.protect(5)
 
 
+def test_a_keeper_that_left_its_stripe_seals_at_once_until_it_has_a_later_place(tmp_path: Path) -> None:
+    with stripe_of(tmp_path, "2+1", SIZES) as stripe:
+        stripe.join()
+        version = stripe.take(4, nodes=(0,))
+        assert stripe.states(version) == {"protecting"}
+        stripe.epoch += 1
+        assert stripe.client(0).ask("leave", WAIT_S, epoch=stripe.epoch)["ok"]
+        assert stripe.states(version) == {"sealed"}
+        assert stripe.states(stripe.take(5, nodes=(0,))) == {"sealed"}
+        assert "has begun" in stripe.join(nodes=(0,), epoch=stripe.epoch - 1)[0]["fact"]
+        assert all(answer["ok"] for answer in stripe.join())
+        assert "has begun" in stripe.client(0).ask("leave", WAIT_S, epoch=stripe.epoch - 1)["fact"]
+        stripe.protect(6)
+
+
 def test_what_belongs_to_an_older_epoch_is_refused(tmp_path: Path) -> None:
     with stripe_of(tmp_path, "2+1", SIZES) as stripe:
         version = stripe.protect(4)
