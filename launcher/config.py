@@ -67,6 +67,9 @@ class JobConfig(BaseModel):
     and goes on with them, from memory; null: they wait for the next restart."""
     spares: NonNegativeInt = 0
     """Nodes beyond those, which wait to take the place of a lost one."""
+    racks: dict[str, str] = {}
+    """Rack of each host, by host name (on one machine of each node: ``node-0``, ``node-1``, ...). Nodes of one rack
+    protect each other's snapshots as little as can be; a host that is not named counts as a rack of its own."""
     on: str = "local"
     """Where the nodes are: ``local`` (this machine), ``ray`` (the cluster that RAY_ADDRESS or this machine belongs to),
     or ``ray://HOST:PORT``."""

@@ -41,6 +41,7 @@ _TOLD = (
     "keeper lost",
     "fresh interpreters",
     "snapshots degraded",
+    "rack unprotected",
     "snapshot rebuilt",
     "snapshot lost",
     "flushed",

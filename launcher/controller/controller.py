@@ -13,11 +13,12 @@ from pydantic import JsonValue
 
 from evermesh.launcher.config import JobConfig
 from evermesh.launcher.controller.freezes import frozen
-from evermesh.launcher.controller.in_memory import complete_step, newest_of, remembered_step
+from evermesh.launcher.controller.in_memory import complete_step, job_groups, newest_of, remembered_step
 from evermesh.launcher.controller.journal import Journal
 from evermesh.launcher.controller.life import Life
 from evermesh.launcher.controller.machine import JobView, Stop, Transition, choose_nodes, decide, size_of_attempt
 from evermesh.launcher.controller.nodes import Node
+from evermesh.launcher.controller.racks import lost_rack, place_nodes
 from evermesh.launcher.controller.record import replay
 from evermesh.launcher.controller.rescue import Rescue
 from evermesh.launcher.controller.roster import Roster
@@ -226,6 +227,14 @@ class Controller:
         """Of the newest snapshot, by the memory of other nodes."""
         return self._stripes.protection if self._stripes is not None else "none"
 
+    @property
+    def lost_rack(self) -> str | None:
+        """What the loss of one rack would cost; None if that is survived, or nothing is known of racks."""
+        if self.life is None or not self.config.racks:
+            return None
+        groups = job_groups(self.config, len(self.life.nodes))
+        return lost_rack(self.life.nodes, self.nodes.racks(self.config.racks), groups)
+
     async def serve(self) -> int:
         """Run the job to its end; returns the exit code. Agents and workers are gone then."""
         self._take_over()
@@ -364,6 +373,7 @@ class Controller:
         before = self.life.nodes if self.life else ()
         nodes = choose_nodes(self.nodes.states(), size_of_attempt(self.view()) or self.config.nodes, before)
         assert nodes is not None, "the machine starts no attempt without nodes"
+        nodes = self._spread(nodes, before)
         remembered = remembered_step(self.nodes, nodes, self.config, self.record.started_s)
         life = Life(nodes, self.config, newest_of(newest_step(self.run), remembered))
         life.remembered = remembered
@@ -372,12 +382,21 @@ class Controller:
         self._scribe.generation = self.generation + 1
         self._scribe.note("attempt", reason, nodes=list(nodes), began_at=life.began_at)
         self._scribe.begin()
+        told = self.lost_rack
         self.record.generation, self.life = self.generation + 1, life  # from here on nothing can be refused
+        if self.lost_rack not in (None, told):
+            self._scribe.tell("rack unprotected", str(self.lost_rack))
         drop_unfinished_line(self.run.telemetry)
         self.nodes.last_step = 0
         self._store, self._stripes = None, self._stripes_of(life)
         self._stripes.begin()
         self.nodes[nodes[0]].send(OpenStore(generation=self.generation))
+
+    def _spread(self, chosen: tuple[str, ...], before: tuple[str, ...]) -> tuple[str, ...]:
+        """The nodes of the next attempt by place, apart as far as they can be."""
+        ready = [name for name, state in self.nodes.states().items() if state == "ready"]
+        racks, groups = self.nodes.racks(self.config.racks), job_groups(self.config, len(chosen))
+        return place_nodes(chosen, before, ready, racks, groups)
 
     def _stripes_of(self, life: Life) -> Stripes:
         launch = launch_of(self.record.started_s)
