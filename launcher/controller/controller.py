@@ -326,15 +326,18 @@ class Controller:
             self._size, self._size_since_s = size, time.monotonic()
 
     def _is_in_memory_alone(self, transition: Transition) -> bool:
-        """Whether the job would end without what its last attempt has left in memory."""
-        has_regrouped = self.life is not None and self.life.view().has_regrouped
-        return transition.to == "failed" or (transition.to == "stopped" and has_regrouped)
+        """Whether the job would end without what attempts have left in memory, for no rank is there who could save it."""
+        return transition.to == "failed" or (transition.to == "stopped" and self._is_between_attempts)
+
+    @property
+    def _is_between_attempts(self) -> bool:
+        return self.life is not None and (self.life.view().has_regrouped or not self.life.is_started)
 
     def _is_rescuing(self) -> bool:
         """Whether what is in memory alone is being written to storage: the job ends after that."""
-        stop, has_regrouped = self.record.stop, self.life is not None and self.life.view().has_regrouped
+        stop = self.record.stop
         is_over = stop is not None and stop.deadline_s is not None and time.monotonic() > stop.deadline_s
-        if stop is not None and (stop.at_once or is_over or not has_regrouped):
+        if stop is not None and (stop.at_once or is_over or not self._is_between_attempts):
             self._rescue.give_up()
         return self._rescue.is_under_way(self.record.started_s)
 

@@ -1,6 +1,8 @@
 """On how many nodes a job goes on, in which layout; and that it computes the same there."""
 
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +119,9 @@ def test_f9_a_job_shrinks_without_a_node_and_grows_back_with_it(job_file: Path) 
     _is_as_undisturbed(job_file, losses)
 
 
-def test_a_job_on_fewer_nodes_takes_one_that_has_come_back_for_a_while_and_loses_no_step(job_file: Path) -> None:
+@contextmanager
+def _grown(job_file: Path) -> Iterator[Job]:
+    """A job that trains on one of two nodes, the other of which comes back; nothing else happens to it."""
     with launched(job_file, *EXACT, *ELASTIC, "grow_after_s=1") as job:
         job.wait_training()
         _wait_in_memory(job, 3)
@@ -131,11 +135,16 @@ def test_a_job_on_fewer_nodes_takes_one_that_has_come_back_for_a_while_and_loses
             )
             for process in stopped:
                 process.resume()
-            status = job.wait_training(3)  # nothing else happens to it
-            assert {found.rank for found in status.ranks} == {0, 1}
-            assert status.restarts == 1, "the lost node; growing is none"
-            _trains_on(job)
-            resumed = _stop(job)
+            yield job
+
+
+def test_a_job_on_fewer_nodes_takes_one_that_has_come_back_for_a_while_and_loses_no_step(job_file: Path) -> None:
+    with _grown(job_file) as job:
+        status = job.wait_training(3)
+        assert {found.rank for found in status.ranks} == {0, 1}
+        assert status.restarts == 1, "the lost node; growing is none"
+        _trains_on(job)
+        resumed = _stop(job)
         assert [(event.fields["source"], "on 2 workers" in event.text) for event in resumed] == [
             ("memory", False),
             ("memory", True),
@@ -147,3 +156,15 @@ def test_a_job_on_fewer_nodes_takes_one_that_has_come_back_for_a_while_and_loses
         assert len(checkpoint.checkpoints(job.run.checkpoints)) == 1, "only at the end"
         losses = job.losses
     _is_as_undisturbed(job_file, losses)
+
+
+@pytest.mark.parity
+def test_a_stop_between_two_attempts_writes_down_the_step_that_ranks_have_left(job_file: Path) -> None:
+    with _grown(job_file) as job:
+        job.wait(lambda: "stopped" in job.events)
+        (left,) = [event for event in read_events(job.run.events) if event.kind == "stopped"]
+        job.client.stop(signal.SIGTERM, grace_s=25.0)
+        code, _, stderr = job.end()
+        assert code == 143, stderr
+        assert left.step is not None
+        assert [found.step >= left.step for found in checkpoint.checkpoints(job.run.checkpoints)] == [True]
