@@ -111,6 +111,8 @@ class Hello(_Message):
     """Of the generation that runs here or ran here last."""
     shared_memory_bytes: int = 0
     in_memory: InMemory | None = None
+    guests: dict[str, InMemory] = Field(default_factory=dict)
+    """By name: what the keepers hold that it hosts in the place of lost ones."""
     seat: Seat | None = None
     """Where it is asked about the journal; None: it has no part in that."""
     is_head: bool = False
@@ -201,6 +203,8 @@ class KeeperTells(_Message):
 
     kind: Literal["keeper"] = "keeper"
     generation: int
+    guest: str | None = None
+    """Which keeper, of those that the node hosts in the place of lost ones; None: its own."""
     epoch: int = 0
     """Of its place in a stripe; 0 without one."""
     about: Literal["listen", "join", "rebuild", "standing"]
@@ -274,11 +278,34 @@ class Keep(_Message):
     launch: str
 
 
+class HostGuest(_Message):
+    """Have another keeper, in the place of one that was lost with its node, which other keepers can reach."""
+
+    kind: Literal["host_guest"] = "host_guest"
+    generation: int
+    launch: str
+    guest: str
+    """What it is called."""
+    version: tuple[int, int, str]
+    """The snapshot that is to be rebuilt there: generation, step, and digest of the shard map."""
+    ranks: tuple[int, ...]
+    """Of the lost node."""
+
+
+class EndGuest(_Message):
+    """What this one keeps is not needed any more."""
+
+    kind: Literal["end_guest"] = "end_guest"
+    guest: str
+
+
 class JoinStripe(_Message):
     """Have your keeper protect snapshots together with those of other nodes; they know each other by a secret of the job."""
 
     kind: Literal["join_stripe"] = "join_stripe"
     generation: int
+    guest: str | None = None
+    """A keeper that you host; None: that of the node."""
     epoch: int
     """Nothing that belongs to an earlier one is done any more."""
     stripe: str
@@ -291,12 +318,10 @@ class JoinStripe(_Message):
 
 
 class LeaveStripe(_Message):
-    """Have your keeper protect nothing from now on: the nodes of this attempt are too few for the code."""
+    """Have your keeper protect nothing any more: there are too few nodes for a stripe."""
 
     kind: Literal["leave_stripe"] = "leave_stripe"
     generation: int
-    epoch: int
-    """As of a place."""
 
 
 class Rebuild(_Message):
@@ -304,6 +329,8 @@ class Rebuild(_Message):
 
     kind: Literal["rebuild"] = "rebuild"
     generation: int
+    guest: str | None = None
+    """A keeper that you host; None: that of the node."""
     epoch: int
     protected: ProtectedPart
     timeout_s: float
@@ -366,6 +393,8 @@ class Leave(_Message):
 ToAgent = Annotated[
     Welcome
     | Keep
+    | HostGuest
+    | EndGuest
     | JoinStripe
     | LeaveStripe
     | Rebuild

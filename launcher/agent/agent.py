@@ -19,6 +19,7 @@ from pydantic import ValidationError
 
 from evermesh.launcher.agent import warm
 from evermesh.launcher.agent.candidate import Candidate
+from evermesh.launcher.agent.guests import Guests
 from evermesh.launcher.agent.keeping import KEEPER_LOST, NodeKeeper
 from evermesh.launcher.agent.link import Link, LinkHooks
 from evermesh.launcher.agent.loop import Loop
@@ -37,7 +38,9 @@ from evermesh.launcher.messages import (
     CannotStart,
     ChangeLayout,
     End,
+    EndGuest,
     Hello,
+    HostGuest,
     JoinStripe,
     Keep,
     Leave,
@@ -88,6 +91,7 @@ class Agent:
         find = self._candidate.find if self._candidate else lambda: read_contact(spec.run, spec.node)
         self._link = Link(self._loop, spec.node, token, find, hooks)
         self._stripe = NodeStripe(self._loop, self._keeper, spec.address, token, self._link.send)
+        self._guests = Guests(self._loop, self._keeper, spec.address, token, self._link.send)
 
     def run(self) -> None:
         """Serve until told to leave. No process of it is left."""
@@ -123,6 +127,7 @@ class Agent:
                 outcome=outcome,
                 shared_memory_bytes=self._area.num_bytes,
                 in_memory=self._keeper.in_memory(),
+                guests=self._guests.in_memory(),
                 seat=self._candidate.seat if self._candidate else None,
                 is_head=self.spec.is_head,
             )
@@ -145,12 +150,16 @@ class Agent:
         match message:
             case Keep():
                 self._stripe.keep(message)
-            case JoinStripe():
-                self._stripe.join(message)
+            case HostGuest():
+                self._guests.host(message, self.spec.run)
+            case EndGuest():
+                self._guests.end(message.guest)
+            case JoinStripe() if stripe := self._stripe_of(message.guest):
+                stripe.join(message)
             case LeaveStripe():
-                self._stripe.leave(message)
-            case Rebuild():
-                self._stripe.rebuild(message)
+                self._stripe.leave()
+            case Rebuild() if stripe := self._stripe_of(message.guest):
+                stripe.rebuild(message)
             case OpenStore():
                 self._try(message.generation, lambda: self._open_store(message.generation))
             case Start():
@@ -165,6 +174,9 @@ class Agent:
                 self._group.write_stacks(message.because)
             case Leave():
                 self._has_left = True
+
+    def _stripe_of(self, guest: str | None) -> NodeStripe | None:
+        return self._stripe if guest is None else self._guests.stripe(guest)
 
     def _is_stale(self, message: ToAgent) -> bool:
         """Whether it is about an older generation than the one that runs here: its sender missed something."""
@@ -242,13 +254,13 @@ class Agent:
                 generation=generation,
                 ranks=tuple(self._rank_beats()),
                 memory_free_bytes=psutil.virtual_memory().available,
-                snapshot_bytes=self._keeper.num_bytes,
+                snapshot_bytes=self._keeper.num_bytes + self._guests.num_bytes,
                 keeper=self._keeper.address,
             )
         )
         self._loop.after(_BEAT_S, self._beat)
         noticed = self._keeper.look()
-        for kind, text in noticed:
+        for kind, text in (*noticed, *self._guests.look()):
             print(f"{kind}: {text}", flush=True)
             self._link.send(Noticed(event=kind, text=text))
         self._stripe.look(had_died=any(kind == KEEPER_LOST for kind, _ in noticed))
@@ -316,6 +328,7 @@ class Agent:
             self._group.kill()
             self._group.wait_gone()
         self._keeper.leave(job_is_over=self._has_left)
+        self._guests.leave(job_is_over=self._has_left)
         if self._store:
             self._store.close()
         self._board.close()

@@ -60,6 +60,12 @@ class NodeKeeper:
         return noticed
 
     @property
+    def is_alive(self) -> bool:
+        """Whether some keeper lives in the area, of this agent or of one before it."""
+        found = identity_in(self.area)
+        return found is not None and found.is_alive
+
+    @property
     def num_bytes(self) -> int:
         """Memory of the snapshots."""
         found = 0

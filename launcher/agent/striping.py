@@ -11,7 +11,7 @@ from evermesh.fault.snapshot.keeper.client import KeeperClient, KeeperLost
 from evermesh.fault.snapshot.keeper.standing import Standing, standing_in
 from evermesh.launcher.agent.keeping import NodeKeeper
 from evermesh.launcher.agent.loop import Loop
-from evermesh.launcher.messages import JoinStripe, Keep, KeeperTells, LeaveStripe, Rebuild
+from evermesh.launcher.messages import JoinStripe, Keep, KeeperTells, Rebuild
 
 _START_S = 10.0
 """How long a keeper may take to listen, or to give up what it does for an earlier place."""
@@ -52,9 +52,11 @@ class NodeStripe:
 
         self._give("join", _START_S, answered, values | {"secret": secret})
 
-    def leave(self, message: LeaveStripe) -> None:
-        """Have the keeper leave the place that it has, if any. Nobody waits for that."""
-        self._give("leave", _START_S, lambda _: None, {"epoch": message.epoch})
+    def leave(self) -> None:
+        """Have the keeper give up its place, if there is one that may have it."""
+        self._asked = None
+        if self._keeper.is_alive:
+            self._give("leave", _START_S, lambda _: None, {})
 
     def rebuild(self, message: Rebuild) -> None:
         """Have the keeper do its part."""
@@ -94,7 +96,9 @@ class NodeStripe:
 
         self._give("listen", _START_S, answered, {"host": self._address})
 
-    def _pass_on(self, about: Order, generation: int, epoch: int, answer: dict[str, Any]) -> None:
+    def _pass_on(
+        self, about: Literal["listen", "join", "rebuild"], generation: int, epoch: int, answer: dict[str, Any]
+    ) -> None:
         repaired = sum(dict(answer.get("repaired", {})).values())
         text, port = answer.get("fact", ""), answer.get("port")
         self._tell(

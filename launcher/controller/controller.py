@@ -7,18 +7,23 @@ that was killed goes on where it was; the workers do not need it between two dec
 import asyncio
 import signal
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from pydantic import JsonValue
 
+from evermesh.fault.snapshot.choosing import Version
 from evermesh.launcher.config import JobConfig
+from evermesh.launcher.contact import keeper_secret, read_token
 from evermesh.launcher.controller.freezes import frozen
+from evermesh.launcher.controller.guests import Guests
 from evermesh.launcher.controller.in_memory import complete_step, job_groups, newest_of, remembered_step
 from evermesh.launcher.controller.journal import Journal
 from evermesh.launcher.controller.life import Life
 from evermesh.launcher.controller.machine import JobView, Stop, Transition, choose_nodes, decide, size_of_attempt
 from evermesh.launcher.controller.nodes import Node
 from evermesh.launcher.controller.racks import lost_rack, place_nodes
+from evermesh.launcher.controller.reach import Reach
 from evermesh.launcher.controller.record import replay
 from evermesh.launcher.controller.rescue import Rescue
 from evermesh.launcher.controller.roster import Roster
@@ -75,6 +80,10 @@ _GRACE_S = 3.0
 _WRITE_WAIT_S = 10.0
 """How long nobody may make room on a full disk before the job is ended."""
 
+_NO_SNAPSHOT_STEPS = 100
+"""An attempt in another layout makes its first snapshot behind its first step. Where none is complete by then there is no
+room for one, and guests only take what there is."""
+
 
 class Controller:
     """The controller of ``run``; ``serve`` may be called once. ``office`` is its term; None: nobody could take over."""
@@ -107,7 +116,10 @@ class Controller:
             self._scribe.note("term", office.reason, term=office.term, node=office.node)
             self.record.term = office.term
         self.life = Life.from_record(self.record, config)
-        self._stripes = self._stripes_of(self.life) if self.life else None
+        self._reach: Reach | None = None
+        """Of the memory of all nodes, while the job waits for nodes and may go on with fewer."""
+        self._guests: Guests | None = None
+        self._stripes: Stripes | None = None
         self._since_s = time.monotonic()
         self._size: int | None = None
         """Nodes that an attempt could have now, and since when."""
@@ -142,6 +154,8 @@ class Controller:
         self._repeat_orders(node, hello)
         if self._stripes is not None:
             self._stripes.greet(node)
+        elif self._guests is not None:
+            self._guests.greet(node)
         self._changed.set()
         return node
 
@@ -165,6 +179,7 @@ class Controller:
                 self.last_report, self.reported_s = report_of(message.values), time.monotonic()
                 if self.life:  # it may fail before the next beat tells of the step
                     self.life.has_reported = True
+                self._end_guests(self.last_report)
             case PlanReport() if message.generation == self.generation:
                 self.plan = message.values
             case Progress():
@@ -174,8 +189,8 @@ class Controller:
                 self.stop(message.signal, at_once=False, grace_s=self.config.grace_s)
             case Noticed():
                 self._scribe.tell(message.event, f"{node.name}: {message.text}", node=node.name)
-            case KeeperTells() if message.generation == self.generation and self._stripes is not None:
-                self._stripes.hear(node, message)
+            case KeeperTells() if message.generation == self.generation:
+                self._hear_of_keeper(node, message)
             case CannotStart() if message.generation == self.generation:
                 self._roster.refusal = message.text
         self._changed.set()
@@ -309,6 +324,8 @@ class Controller:
         if self._roster.is_finding_out():
             return
         self._count_attempt()
+        self._look_at_memory()
+        self._prepare_memory()
         if self._stripes is not None and self.life is not None and not self.life.is_ending:
             self._stripes.look()
             if not self.life.is_started:
@@ -316,6 +333,8 @@ class Controller:
         self._note_size()
         while (transition := decide(self.view())) is not None:
             if self._is_in_memory_alone(transition) and self._is_rescuing():
+                return
+            if transition.to == "starting" and self._is_looking():
                 return
             self._carry_out(transition)
 
@@ -332,6 +351,11 @@ class Controller:
     @property
     def _is_between_attempts(self) -> bool:
         return self.life is not None and (self.life.view().has_regrouped or not self.life.is_started)
+
+    def _is_looking(self) -> bool:
+        """Whether it is not known yet what fewer nodes than before would find in memory."""
+        is_smaller = size_of_attempt(self.view()) != self.config.nodes
+        return is_smaller and self._reach is not None and not self._reach.is_known
 
     def _is_rescuing(self) -> bool:
         """Whether what is in memory alone is being written to storage: the job ends after that."""
@@ -377,12 +401,14 @@ class Controller:
         nodes = choose_nodes(self.nodes.states(), size_of_attempt(self.view()) or self.config.nodes, before)
         assert nodes is not None, "the machine starts no attempt without nodes"
         nodes = self._spread(nodes, before)
+        self._scribe.generation = self.generation + 1
+        guests = self._guests_of(nodes)
         remembered = remembered_step(self.nodes, nodes, self.config, self.record.started_s)
+        remembered = newest_of(guests.step, remembered)
         life = Life(nodes, self.config, newest_of(newest_step(self.run), remembered))
         life.remembered = remembered
         self._rescue.give_up()  # ranks go on from memory, and write to it
         self._rescue = Rescue(self.run, self.nodes, self._scribe)
-        self._scribe.generation = self.generation + 1
         self._scribe.note("attempt", reason, nodes=list(nodes), began_at=life.began_at)
         self._scribe.begin()
         told = self.lost_rack
@@ -391,8 +417,9 @@ class Controller:
             self._scribe.tell("rack unprotected", str(self.lost_rack))
         drop_unfinished_line(self.run.telemetry)
         self.nodes.last_step = 0
-        self._store, self._stripes = None, self._stripes_of(life)
-        self._stripes.begin()
+        self._store, self._reach, self._guests, self._stripes = None, None, guests, None
+        guests.begin()
+        self._prepare_memory()
         self.nodes[nodes[0]].send(OpenStore(generation=self.generation))
 
     def _spread(self, chosen: tuple[str, ...], before: tuple[str, ...]) -> tuple[str, ...]:
@@ -401,11 +428,45 @@ class Controller:
         racks, groups = self.nodes.racks(self.config.racks), job_groups(self.config, len(chosen))
         return place_nodes(chosen, before, ready, racks, groups)
 
-    def _stripes_of(self, life: Life) -> Stripes:
-        launch = launch_of(self.record.started_s)
-        anywhere = complete_step(self.nodes, self.config, self.record.started_s)  # perhaps of another layout
-        newest = newest_of(newest_step(self.run), anywhere)
-        return Stripes(self.nodes, life, self.config, self._scribe, launch, newest)
+    def _look_at_memory(self) -> None:
+        keepers, launch = self.nodes.keepers, launch_of(self.record.started_s)
+        if self.state == "waiting" and self._fewer_nodes and self._reach is None and keepers:
+            self._reach = Reach(keepers, launch, keeper_secret(read_token(self.run.directory), launch))
+
+    def _guests_of(self, chosen: Sequence[str]) -> Guests:
+        saved, reached = newest_step(self.run) or 0, self._reach.newest if self._reach is not None else None
+
+        def is_worth(version: Version) -> bool:
+            return version.step >= saved and (reached is None or version > reached)
+
+        return Guests(self.nodes, chosen, self.config, self._scribe, self.record.started_s, is_worth)
+
+    def _prepare_memory(self) -> None:
+        """Once guests have what was lost with nodes that nobody replaces, keepers take the places of the attempt."""
+        life = self.life
+        if life is None or life.is_ending or self._stripes is not None:
+            return
+        if self._guests is None:  # an earlier controller began it, and may have been killed before that was done
+            self._guests = self._guests_of(life.nodes)
+            if not life.is_started and not life.has_stepped:
+                self._guests.begin()
+        self._guests.look()
+        if not self._guests.is_under_way:
+            launch = launch_of(self.record.started_s)
+            self._stripes = Stripes(self.nodes, life, self.config, self._scribe, launch, newest_step(self.run))
+            self._stripes.begin()
+
+    def _end_guests(self, report: StepReport) -> None:
+        """What they keep is not needed once there is a complete snapshot of this attempt, or if there will be none."""
+        restored = (self.life.remembered if self.life else None) or 0
+        if report.snapshot.committed or report.step > restored + _NO_SNAPSHOT_STEPS:
+            self.nodes.end_guests(list(self.nodes.guests))
+
+    def _hear_of_keeper(self, node: Node, told: KeeperTells) -> None:
+        if self._stripes is None and self._guests is not None:
+            self._guests.hear(node, told)
+        elif self._stripes is not None and told.guest is None:
+            self._stripes.hear(node, told)
 
     def _start_ranks(self) -> None:
         """As soon as there is a store, and all is in memory that can be had there."""
@@ -415,11 +476,10 @@ class Controller:
         if not self.life.is_started:
             anywhere = complete_step(self.nodes, self.config, self.record.started_s)
             self.life.is_started, self.life.remembered = True, newest_of(stripes.remembered(), anywhere)
-            if stripes.has_failed:
+            if stripes.has_failed or (self._guests is not None and self._guests.has_failed):
                 self.life.began_at = newest_of(newest_step(self.run), self.life.remembered)
-        keepers = tuple(node.keeper for node in self.nodes if node.keeper is not None)
         work = training_work(
-            self.run, self.config, self.record.started_s, self.life.world_size, self.life.remembered, keepers
+            self.run, self.config, self.record.started_s, self.life.world_size, self.life.remembered, self.nodes.keepers
         )
         seen = {
             "failures": len(self.record.history) - self._failed_before,

@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 
-from evermesh.fault.snapshot.choosing import Version
 from evermesh.launcher.config import JobConfig
+from evermesh.launcher.controller.guest_plan import complete_version
 from evermesh.launcher.controller.nodes import Nodes
-from evermesh.launcher.controller.recovery import Group, find_recovery, groups_of
+from evermesh.launcher.controller.recovery import Group, Recovery, find_recovery, groups_of
 from evermesh.launcher.controller.work import launch_of
 from evermesh.launcher.messages import InMemory
 
@@ -17,27 +17,22 @@ def remembered_step(nodes: Nodes, chosen: Sequence[str], config: JobConfig, sinc
     The ranks choose by themselves once more when they start: they see what was damaged, or sealed since, what keepers have
     whose agents are gone, and where copies make up for a part.
     """
-    memories = memories_of(nodes, chosen, launch_of(since_s))
-    found = find_recovery(job_groups(config, len(chosen)), memories, config.workers // config.nodes)
+    found = recovery_of(nodes, chosen, config, since_s)
     rebuilt = found.version.step if found is not None else None
     return newest_of(rebuilt, complete_step(nodes, config, since_s))
+
+
+def recovery_of(nodes: Nodes, chosen: Sequence[str], config: JobConfig, since_s: float) -> Recovery | None:
+    """The newest snapshot of an attempt on as many nodes that those ``chosen``, in this order, hold or can rebuild."""
+    memories = memories_of(nodes, chosen, launch_of(since_s))
+    return find_recovery(job_groups(config, len(chosen)), memories, config.workers // config.nodes)
 
 
 def complete_step(nodes: Nodes, config: JobConfig, since_s: float) -> int | None:
     """Step of the newest snapshot of which the parts of all ranks are in the memory of nodes that are there, in whatever
     layout and wherever. None: there is none."""
-    held: dict[Version, set[int]] = {}
-    worlds: dict[Version, int] = {}
-    for node in nodes:
-        found = node.in_memory
-        if found is None or found.launch != launch_of(since_s) or node.state != "ready":
-            continue
-        for part in found.parts:
-            version = Version(part.generation, part.step, part.shard_map)
-            held.setdefault(version, set()).add(part.rank)
-            worlds[version] = part.world_size or config.workers
-    complete = [version for version, ranks in held.items() if len(ranks) == worlds[version]]
-    return max(complete).step if complete else None
+    found = complete_version(nodes.memories(launch_of(since_s)).values(), config.workers)
+    return found.step if found is not None else None
 
 
 def job_groups(config: JobConfig, nodes: int) -> tuple[Group, ...]:

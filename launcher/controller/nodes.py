@@ -2,16 +2,17 @@
 
 import asyncio
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from pydantic import BaseModel
 
+from evermesh.launcher.controller.guest_plan import KeeperName
 from evermesh.launcher.controller.leases import LEASE_S, NodeSigns, node_state
 from evermesh.launcher.controller.machine import NodeState
 from evermesh.launcher.controller.status import NodeStatus
-from evermesh.launcher.messages import Hello, InMemory, KeeperAt
+from evermesh.launcher.messages import EndGuest, Hello, InMemory, KeeperAt
 from evermesh.launcher.succession.protocol import Seat
 
 _PROVING_STEPS = 2
@@ -72,6 +73,8 @@ class Nodes:
 
     def __init__(self) -> None:
         self._nodes: dict[str, Node] = {}
+        self.guests: dict[KeeperName, InMemory] = {}
+        """What keepers hold that stand for lost ones."""
         self.last_step = 0
         """The highest step that any rank of the attempt was seen to have finished."""
 
@@ -103,7 +106,31 @@ class Nodes:
         node.seat, node.is_head = hello.seat, hello.is_head
         node.state = "ready"
         node.hear()
+        self.guests = {name: found for name, found in self.guests.items() if name.node != hello.node}
+        self.guests |= {KeeperName(hello.node, guest): found for guest, found in hello.guests.items()}
         return is_new
+
+    @property
+    def keepers(self) -> tuple[KeeperAt, ...]:
+        """Whom ranks may ask for snapshots; some may be gone."""
+        own = [node.keeper for node in self]
+        return tuple(filter(None, (*own, *(found.keeper for found in self.guests.values()))))
+
+    def memories(self, launch: str) -> dict[KeeperName, InMemory]:
+        """What the keepers hold of a launch whose nodes are there, with their guests."""
+        told = {KeeperName(node.name): node.in_memory for node in self} | self.guests
+        return {
+            name: found
+            for name, found in told.items()
+            if found is not None and found.launch == launch and self[name.node].state == "ready"
+        }
+
+    def end_guests(self, names: Collection[KeeperName]) -> None:
+        """Give back what these keep."""
+        for name in names:
+            self.guests.pop(name, None)
+            if name.guest is not None:
+                self[name.node].send(EndGuest(guest=name.guest))
 
     def note_step(self, step: int) -> None:
         """All ranks have finished ``step``, for they do it together."""

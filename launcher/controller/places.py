@@ -7,7 +7,7 @@ from evermesh.launcher.controller.nodes import Nodes
 from evermesh.launcher.controller.protection import NamedStripe
 from evermesh.launcher.controller.recovery import Group
 from evermesh.launcher.controller.scribe import Scribe
-from evermesh.launcher.messages import JoinStripe, Keep, LeaveStripe
+from evermesh.launcher.messages import JoinStripe, Keep
 
 
 class Places:
@@ -22,20 +22,12 @@ class Places:
         self._epochs: dict[int, int] = {}
         """By number of the group: of the places that its members were given last."""
         self._joined: dict[int, set[str]] = {}
-        self._dissolved: int | None = None
-        """The epoch from which on there are no stripes."""
         self.missing: dict[str, str] = {}
         """Nodes that cannot take part, and why."""
 
     def ask(self, name: str, launch: str) -> None:
         """Ask a node for its keeper; one that was there already says so again."""
         self._nodes[name].send(Keep(generation=self._generation, launch=launch))
-
-    def dissolve(self, name: str) -> None:
-        """Have the keeper of a node leave the place that it had in an attempt on more nodes: it would wait for the others."""
-        if self._dissolved is None:
-            self._dissolved = self._scribe.note("stripe", "no stripes: too few nodes", nodes=list(self._life.nodes))
-        self._nodes[name].send(LeaveStripe(generation=self._generation, epoch=self._dissolved))
 
     def take_port(self, name: str, port: int) -> bool:
         """The keeper of a node is reached there; whether it is another one than before."""

@@ -47,7 +47,7 @@ class Rescue:
         self._is_over = True
 
     def _begin(self, since_s: float) -> bool:
-        keepers = tuple((node.keeper.host, node.keeper.port) for node in self._nodes if node.keeper is not None)
+        keepers = tuple((keeper.host, keeper.port) for keeper in self._nodes.keepers)
         launch, newest = launch_of(since_s), newest_step(self._run)
         if not keepers or not self._may_be_newer(launch, -1 if newest is None else newest):
             return False

@@ -13,6 +13,7 @@ from typing import Literal
 
 from evermesh.fault.snapshot.choosing import Version
 from evermesh.launcher.config import JobConfig
+from evermesh.launcher.controller.guest_plan import complete_version
 from evermesh.launcher.controller.in_memory import job_groups, memories_of
 from evermesh.launcher.controller.life import Life
 from evermesh.launcher.controller.nodes import Node, Nodes
@@ -21,7 +22,7 @@ from evermesh.launcher.controller.protection import Protection
 from evermesh.launcher.controller.recovery import Group, Recovery, find_recovery, lacking, newest_known
 from evermesh.launcher.controller.scribe import Scribe
 from evermesh.launcher.controller.status import Standing
-from evermesh.launcher.messages import InMemory, KeeperTells, Rebuild
+from evermesh.launcher.messages import InMemory, KeeperTells, LeaveStripe, Rebuild
 from evermesh.runtime.config import SnapshotConfig
 
 _GATHER_S = 20.0
@@ -32,14 +33,13 @@ Stage = Literal["gathering", "rebuilding", "ready"]
 
 
 class Stripes:
-    """The stripes of one attempt. ``newest_whole`` is the step of the newest checkpoint, or snapshot in whatever layout of
-    which nothing is lost: older snapshots are not rebuilt, for that would take its memory."""
+    """The stripes of one attempt. ``newest_saved`` is the step of the newest checkpoint: older snapshots are not rebuilt."""
 
     def __init__(
-        self, nodes: Nodes, life: Life, config: JobConfig, scribe: Scribe, launch: str, newest_whole: int | None
+        self, nodes: Nodes, life: Life, config: JobConfig, scribe: Scribe, launch: str, newest_saved: int | None
     ) -> None:
         self._nodes, self._life, self._scribe, self._launch = nodes, life, scribe, launch
-        self._newest_whole = -1 if newest_whole is None else newest_whole
+        self._newest_saved = -1 if newest_saved is None else newest_saved
         self._config, self._groups = config.train.snapshot or SnapshotConfig(), job_groups(config, len(life.nodes))
         self._places = Places(nodes, life, self._groups, scribe, self._config.bytes_per_s)
         self._protection = Protection(scribe)
@@ -49,8 +49,6 @@ class Stripes:
         self._under_way: Recovery | None = None
         self._failures: list[str] = []
         self._is_on = any(group.code is not None for group in self._groups)
-        self._had_places = any(group.code is not None for group in job_groups(config, config.nodes))
-        """In an attempt on all nodes."""
         is_unknown = life.is_taken_over and not life.has_stepped  # whether it still has to be rebuilt
         self.stage: Stage = "gathering" if self._is_on and (is_unknown or self._needs_more()) else "ready"
         self._deadline_s = time.monotonic() + _GATHER_S
@@ -74,7 +72,7 @@ class Stripes:
         return self._protection.standing([group.number for group in self._groups]) if self._is_on else "none"
 
     def begin(self) -> None:
-        """Ask all nodes for their keepers."""
+        """Ask all nodes for their keepers, or have them leave the stripes of an attempt on more nodes."""
         for node in self._nodes:
             self.greet(node)
 
@@ -82,8 +80,8 @@ class Stripes:
         """A node is there, perhaps again. The keeper of a spare is started before it is needed."""
         if self._is_on:
             self._places.ask(node.name, self._launch)
-        elif self._had_places:
-            self._places.dissolve(node.name)
+        elif node.name in self._life.nodes:
+            node.send(LeaveStripe(generation=self._scribe.generation))
 
     def hear(self, node: Node, told: KeeperTells) -> None:
         """An agent tells of its keeper."""
@@ -126,9 +124,7 @@ class Stripes:
         if self._places.awaited:
             return
         found = self._wanted()
-        newest = newest_known(self._memories(), self._life.ranks_per_node)
-        is_older = newest is None or newest.step < self._newest_whole
-        if is_older or (found is not None and not found.rebuild):
+        if self._newest() is None or (found is not None and not found.rebuild):
             self.stage = "ready"
         elif found is None or self._places.blocked & found.rebuild.keys():
             self._fail("; ".join(f"{name}: {text}" for name, text in self._places.missing.items()))
@@ -169,18 +165,24 @@ class Stripes:
         """The newest snapshot that is worth it."""
         in_vain = [version for version, tries in self._tries.items() if tries >= _TRIES]
         found = find_recovery(self._groups, self._memories(), self._life.ranks_per_node, in_vain)
-        return found if found is not None and found.version.step >= self._newest_whole else None
+        return found if found is not None and found.version.step >= self._newest_saved else None
 
     def _needs_more(self) -> bool:
         """Whether the ranks would find less in the memory of their nodes than there is to be had, or was."""
-        memories, ranks_per_node = self._memories(), self._life.ranks_per_node
-        newest = newest_known(memories, ranks_per_node)
-        if newest is None or newest.step < self._newest_whole:
+        newest = self._newest()
+        if newest is None or newest.step < self._newest_saved:
             return False
         found = self._wanted()
         if found is None:  # lost, unless it was just never finished
-            return not all(memory and memory.parts for memory in memories)
+            return not all(memory and memory.parts for memory in self._memories())
         return bool(found.rebuild)
+
+    def _newest(self) -> Version | None:
+        """The newest snapshot of as many ranks that any node knows; None: there is none, or a newer one of other ranks is
+        whole, which the slots of this one may still hold."""
+        newest = newest_known(self._memories(), self._life.ranks_per_node)
+        whole = complete_version(self._nodes.memories(self._launch).values(), self._life.world_size)
+        return None if newest is None or (whole is not None and newest < whole) else newest
 
     def _memories(self) -> Sequence[InMemory | None]:
         return memories_of(self._nodes, self._life.nodes, self._launch)

@@ -110,10 +110,13 @@ def test_f9_a_job_shrinks_without_a_node_and_grows_back_with_it(job_file: Path) 
             assert {found.rank for found in job.client.status().ranks} == {0, 1}
             _trains_on(job)
             resumed = _stop(job)
+        assert "snapshot rebuilt" not in job.events, "it is all there"
         assert [event.fields["source"] for event in resumed] == ["memory"] * 2
         assert int(str(resumed[0].fields["bytes_received"])) > 0
         assert "on 1 workers" in resumed[0].text
-        assert "on 2 workers" in resumed[1].text
+        assert "of attempt 2, on 2 workers" in resumed[1].text, (
+            "what the smaller attempt left, not what the two had before"
+        )
         losses = job.losses
         assert not any(psutil.pid_exists(process.pid) for process in stopped)
     _is_as_undisturbed(job_file, losses)

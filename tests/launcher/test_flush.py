@@ -124,7 +124,7 @@ def _nobody_comes_back(job: Job, node: str, *, loses_memory: bool = False) -> It
 
     if loses_memory:
         lose(job, int(node.removeprefix("node-")))
-    else:
+    with suppress(psutil.NoSuchProcess):  # it may be gone already
         psutil.Process(before).kill()
     try:
         job.wait(stop_the_next)

@@ -9,6 +9,7 @@ It answers orders, each a JSON object with ``order``; every answer has ``ok``, a
     scrub                                                   look now whether they are still what was sealed
     listen    host                                          which port other keepers reach this one at
     join      epoch, stripe, member, ...                    take a place in a stripe; what is sealed is protected from now on
+    leave                                                   have no place: what is sealed is not protected from now on
     rebuild   epoch, version, protected                     make a snapshot whole, together with all other members
     release   rank                                          give its memory back
     serve     host, secret                                  let other nodes read, over TCP on this address
@@ -147,9 +148,9 @@ class Keeper:
         self._member.join(order)
         return {}
 
-    def _leave_order(self, order: Order) -> Order:
+    def _leave_order(self, _: Order) -> Order:
         if self._stripe is not None:
-            self._stripe.leave(order)
+            self._stripe.leave()
         return {}
 
     def _rebuild_order(self, order: Order) -> Order:

@@ -73,7 +73,7 @@ class StripeMember:
         """Of what follows."""
         self._place: Place | None = None
         self._epoch = 0
-        """Of the newest order to take a place, or to leave it."""
+        """Of the last place, also when it was left."""
         self._sealed: dict[int, Version] = {}
         """The newest of every rank."""
         self._given_up = threading.Event()
@@ -94,21 +94,21 @@ class StripeMember:
         Raises:
             ValueError: a later place was given already.
         """
-        self._take(Place.told(order), order["epoch"])
-
-    def leave(self, order: dict[str, Any]) -> None:
-        """Have no place any more: snapshots are only sealed from now on. What was under way has ended when this returns.
-
-        Raises:
-            ValueError: a later place was given already.
-        """
-        self._take(None, order["epoch"])
-
-    def _take(self, place: Place | None, epoch: int) -> None:
+        place = Place.told(order)
         with self._lock:
-            if epoch < self._epoch:
-                raise ValueError(f"epoch {self._epoch} has begun, {epoch} is over")
-            self._place, self._epoch = place, epoch
+            if place.mine.generation < self._epoch:
+                raise ValueError(f"epoch {self._epoch} has begun, {place.mine.generation} is over")
+            self._place, self._epoch = place, place.mine.generation
+            self._sealed.clear()
+            self._given_up.set()
+        with self._busy:
+            self._close()
+            change_state(self._area, None, None, "sealed")
+
+    def leave(self) -> None:
+        """Give up the place in a stripe. What was under way for it has ended when this returns."""
+        with self._lock:
+            self._place = None
             self._sealed.clear()
             self._given_up.set()
         with self._busy:

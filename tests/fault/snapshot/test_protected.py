@@ -150,18 +150,19 @@ def test_a_keeper_without_the_sealed_snapshot_of_others_is_not_waited_for_after_
         stripe.protect(5)
 
 
-def test_a_keeper_that_left_its_stripe_seals_at_once_until_it_has_a_later_place(tmp_path: Path) -> None:
+def test_a_keeper_that_has_left_waits_for_nobody_and_keeps_what_it_can_help_with(tmp_path: Path) -> None:
     with stripe_of(tmp_path, "2+1", SIZES) as stripe:
-        stripe.join()
-        version = stripe.take(4, nodes=(0,))
-        assert stripe.states(version) == {"protecting"}
-        stripe.epoch += 1
-        assert stripe.client(0).ask("leave", WAIT_S, epoch=stripe.epoch)["ok"]
-        assert stripe.states(version) == {"sealed"}
-        assert stripe.states(stripe.take(5, nodes=(0,))) == {"sealed"}
-        assert "has begun" in stripe.join(nodes=(0,), epoch=stripe.epoch - 1)[0]["fact"]
+        version = stripe.protect(3)
+        one = stripe.take(4, nodes=(0,))
+        assert stripe.states(one) == {"protecting"}
+        assert stripe.client(0).ask("leave", WAIT_S)["ok"]
+        assert stripe.states(one) == {"sealed"}
+        assert version in [found.version for found in protected_in(stripe.area(0))]
+        assert "epoch 1 has begun, 0 is over" in stripe.join(epoch=0)[0]["fact"]
+        alone = stripe.take(5, nodes=(0,))
+        assert stripe.states(alone) == {"sealed"}
+        assert stripe.client(1).ask("leave", WAIT_S)["ok"]
         assert all(answer["ok"] for answer in stripe.join())
-        assert "has begun" in stripe.client(0).ask("leave", WAIT_S, epoch=stripe.epoch - 1)["fact"]
         stripe.protect(6)
 
 

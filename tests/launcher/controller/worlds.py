@@ -16,6 +16,8 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+from pydantic import BaseModel
+
 from evermesh.launcher import Run
 from evermesh.launcher.config import JobConfig
 from evermesh.launcher.controller.controller import Controller
@@ -26,8 +28,11 @@ from evermesh.launcher.messages import (
     Ask,
     Beat,
     End,
+    EndGuest,
     FromAgent,
     Hello,
+    HostGuest,
+    InMemory,
     JoinStripe,
     Keep,
     KeeperTells,
@@ -37,6 +42,8 @@ from evermesh.launcher.messages import (
     Place,
     Progress,
     RankBeat,
+    Rebuild,
+    SnapshotPart,
     Start,
     Started,
     Store,
@@ -45,7 +52,7 @@ from evermesh.launcher.messages import (
 )
 from evermesh.launcher.policy import Failure
 
-_CLOCKED = ("controller", "life", "nodes", "record", "stripes")
+_CLOCKED = ("controller", "guests", "life", "nodes", "record", "stripes")
 START_S = 1000.0
 _PIDS = itertools.count(100)
 
@@ -75,6 +82,15 @@ class Agent:
         self.world, self.name, self.pid = world, name, next(_PIDS)
         self.ranks: Ranks | None = None
         self.is_alive = True
+        self.memory: InMemory | None = None
+        """What its keeper holds."""
+        self.guests: dict[str, InMemory] = {}
+        self.hosted: dict[str, tuple[int, ...]] = {}
+        """The ranks of guests."""
+        self.cannot_rebuild: set[int] = set()
+        """Steps."""
+        self.ignores: tuple[type[BaseModel], ...] = ()
+        """What it does not answer."""
         self.node: Node | None = None
         """Of the controller; None while there is no connection."""
         self.inbox: asyncio.Queue[str] = asyncio.Queue()
@@ -89,7 +105,13 @@ class Agent:
             return
         self.inbox = asyncio.Queue()
         hello = Hello(
-            node=self.name, host="here", address="127.0.0.1", pid=self.pid, outcome=self.ranks and self.ranks.outcome
+            node=self.name,
+            host="here",
+            address="127.0.0.1",
+            pid=self.pid,
+            outcome=self.ranks and self.ranks.outcome,
+            in_memory=self.memory,
+            guests=self.guests,
         )
         with suppress(OSError):  # the connection ends, and the agent tries again
             self.node = self.world.controller.greet(self.name, hello, self.inbox)
@@ -126,11 +148,23 @@ class Agent:
         message = ToAgentAdapter.validate_json(self.inbox.get_nowait())
         if self.ranks is not None and getattr(message, "generation", 1 << 60) < self.ranks.generation:
             return True
+        if isinstance(message, self.ignores):
+            return True
         match message:
             case Keep():
-                self.say(KeeperTells(generation=message.generation, about="listen", ok=True, port=self.pid))
+                told = KeeperTells(generation=message.generation, about="listen", ok=True, port=self.pid)
+                self.say(told.model_copy(update={"in_memory": self.memory}))
+            case HostGuest():
+                self.guests[message.guest], self.hosted[message.guest] = InMemory(launch=message.launch), message.ranks
+                told = KeeperTells(generation=message.generation, about="listen", ok=True, port=self.pid)
+                self.say(told.model_copy(update={"guest": message.guest}))
             case JoinStripe():
-                self.say(KeeperTells(generation=message.generation, epoch=message.epoch, about="join", ok=True))
+                told = KeeperTells(generation=message.generation, epoch=message.epoch, about="join", ok=True)
+                self.say(told.model_copy(update={"guest": message.guest}))
+            case Rebuild():
+                self.say(self._rebuilt(message))
+            case EndGuest():
+                self.guests.pop(message.guest, None)
             case OpenStore():
                 self.say(StoreOpened(generation=message.generation, store=Store(host="127.0.0.1", port=1)))
             case Start() if self.ranks is None or self.ranks.generation != message.generation:
@@ -145,6 +179,24 @@ class Agent:
             case Leave():
                 self.die()
         return True
+
+    def _rebuilt(self, order: Rebuild) -> KeeperTells:
+        """The keeper of the node, or a guest, has its part, or says that it cannot."""
+        generation, step, shard_map = order.protected.version
+        if step in self.cannot_rebuild:
+            told = KeeperTells(
+                generation=order.generation, epoch=order.epoch, about="rebuild", ok=False, text="no room"
+            )
+            return told.model_copy(update={"guest": order.guest})
+        if order.guest is not None:
+            parts = tuple(
+                SnapshotPart(rank=rank, generation=generation, step=step, shard_map=shard_map)
+                for rank in self.hosted[order.guest]
+            )
+            self.guests[order.guest] = self.guests[order.guest].model_copy(update={"parts": parts})
+        found = self.memory if order.guest is None else self.guests[order.guest]
+        told = KeeperTells(generation=order.generation, epoch=order.epoch, about="rebuild", ok=True, in_memory=found)
+        return told.model_copy(update={"guest": order.guest})
 
     def fail(self, *, peer_lost: bool) -> None:
         """The first rank raises."""
