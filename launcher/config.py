@@ -59,11 +59,17 @@ class JobConfig(BaseModel):
     """Nodes that share the workers equally; on one machine: agents, each with workers of its own."""
     min_nodes: PositiveInt | None = None
     """Nodes with which the job goes on, on fewer workers, when others are lost; None: all of them. Batches stay as they
-    are, so losses do too; at the next restart it takes nodes that have come back."""
+    are, so losses do too. It takes nodes that have come back at the next restart, or after ``grow_after_s``."""
     shrink_after_s: PositiveFloat = 5.0
     """How long to wait for a lost node to be replaced before going on without it, seconds."""
+    grow_after_s: PositiveFloat | None = 300.0
+    """Seconds for which enough nodes must be there without a break until a job on fewer than ``nodes`` stops behind a step
+    and goes on with them, from memory; null: they wait for the next restart."""
     spares: NonNegativeInt = 0
     """Nodes beyond those, which wait to take the place of a lost one."""
+    racks: dict[str, str] = {}
+    """Rack of each host, by host name (on one machine of each node: ``node-0``, ``node-1``, ...). Nodes of one rack
+    protect each other's snapshots as little as can be; a host that is not named counts as a rack of its own."""
     on: str = "local"
     """Where the nodes are: ``local`` (this machine), ``ray`` (the cluster that RAY_ADDRESS or this machine belongs to),
     or ``ray://HOST:PORT``."""

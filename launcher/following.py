@@ -33,6 +33,7 @@ DEAD_AFTER_S = 6.0
 """How long a run may be without a controller; an agent, or who shows the job, starts a dead one again before that."""
 _TOLD = (
     "restarted",
+    "regrouping",
     "stacks",
     "node cut off",
     "node back",
@@ -40,8 +41,11 @@ _TOLD = (
     "keeper lost",
     "fresh interpreters",
     "snapshots degraded",
+    "rack unprotected",
     "snapshot rebuilt",
     "snapshot lost",
+    "flushed",
+    "flush failed",
 )
 """Events that are shown among the steps."""
 _LOG_LINES = 8

@@ -354,11 +354,11 @@ class Start(_Message):
 
 
 class Ask(_Message):
-    """Ask the ranks to save, or to save and return."""
+    """Ask the ranks to save, to save and return, or to return with the state in memory, for ranks that are started anew."""
 
     kind: Literal["ask"] = "ask"
     generation: int
-    what: Literal["save", "stop"]
+    what: Literal["save", "stop", "regroup"]
 
 
 class ChangeLayout(_Message):

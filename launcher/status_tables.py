@@ -24,6 +24,7 @@ COLOURS = {
     "done": "green",
     "stopped": "yellow",
     "stopping": "yellow",
+    "regrouping": "yellow",
     "cut off": "yellow",
     "recovering": "red",
     "waiting": "red",
@@ -145,6 +146,8 @@ def _show_living(run: Run, as_json: bool) -> None:
     console = Console()
     console.print(headline(status), highlight=False, soft_wrap=True)
     console.print(snapshot_line(status), highlight=False, soft_wrap=True)
+    if status.lost_rack is not None:
+        console.print(status.lost_rack, style="yellow", markup=False, highlight=False, soft_wrap=True)
     print_table(nodes_table(status.nodes))
     print_table(ranks_table(status.ranks))
     console.print(

@@ -46,10 +46,10 @@ TRAFFIC = (
     "parameters",
 )
 """Call sites whose payload a step reports in ``bytes_by_site``."""
-Asked = Literal["save", "stop"] | Mapping[str, JsonValue]
-"""What somebody may ask of a running trainer: a checkpoint now, a checkpoint and the end, or to go on with these changes to
-the layout."""
-Agreed = Literal["save", "stop", "move"]
+Asked = Literal["save", "stop", "regroup"] | Mapping[str, JsonValue]
+"""What somebody may ask of a running trainer: a checkpoint now, a checkpoint and the end, the end with the state in memory
+for other ranks, or to go on with these changes to the layout."""
+Agreed = Literal["save", "stop", "regroup", "move"]
 """What all ranks do of that."""
 
 

@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
+import torch
+
 from evermesh.fault.errors import KeeperRefused
 from evermesh.fault.snapshot.frequency import Failures
 from evermesh.fault.snapshot.snapshots import Counts, Keeping, Snapshots
@@ -15,6 +17,10 @@ from evermesh.runtime.telemetry import SnapshotReport
 
 if TYPE_CHECKING:
     from evermesh.runtime.trainer import Trainer
+
+_FINISH_S = 60.0
+"""How long keepers may take to complete a snapshot that is waited for; they give up a silent peer after half of that."""
+_LOOK_S = 0.005
 
 
 class Remembered(NamedTuple):
@@ -84,6 +90,33 @@ class RunSnapshots:
         if self._snapshots.begin(step, state.objects(), state.identity):
             self._begun = Remembered(step, began_s)
             self._schedule.note_taken(step, time.monotonic() - began_s)
+
+    def finish(self) -> bool:
+        """Behind a step: return when a snapshot of it is complete on all ranks; whether it is. Collective.
+
+        Without keepers, or if one is lost or takes a minute, it is not: only a checkpoint keeps the state then.
+        """
+        if self._snapshots is None:
+            return False
+        trainer, step = self._trainer, self._trainer.progress.step
+        trainer.groups.moment.phase = "checkpoint"
+        if self._begun.step != step:
+            self._settle(self._snapshots)  # an older one may be under way
+            self._is_due = True
+            self.take()
+        self._settle(self._snapshots)
+        return self._newest.step == step
+
+    def _settle(self, snapshots: Snapshots) -> None:
+        """Vote as in the sums of steps until no snapshot is under way."""
+        until = time.monotonic() + _FINISH_S
+        while snapshots.is_pending:
+            if time.monotonic() > until:
+                snapshots.give_up()
+            votes = torch.tensor([snapshots.vote(is_due=False)], dtype=torch.float64)
+            self._trainer.groups.host.all_reduce(votes, "checkpoint")
+            self.count(float(votes))
+            time.sleep(_LOOK_S if snapshots.is_pending else 0.0)
 
     def told(self) -> SnapshotReport:
         """How it stands with them behind a step; on rank 0. ``stop_s`` counts from the call before."""

@@ -49,8 +49,8 @@ if TYPE_CHECKING:
     from evermesh.fault.injection.hook import Injector
     from evermesh.fault.injection.schedule import Phase
 
-Reason = Literal["finished", "stop_at", "asked"]
-_ASKED: tuple[Agreed | None, ...] = (None, "save", "stop", "move")
+Reason = Literal["finished", "stop_at", "asked", "regroup"]
+_ASKED: tuple[Agreed | None, ...] = (None, "save", "stop", "regroup", "move")
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +75,8 @@ class Trainer:
         report: called on rank 0 after every step.
         beat: called on every rank after every step with the step, its wall time and the part of it before the ranks
             met to sum gradients, seconds; on a GPU that part ends when the kernels are issued.
-        asked: polled on rank 0 once per step; all ranks do after that step what it returns: save, stop, or go on with
-            these changes to the layout.
+        asked: polled on rank 0 once per step; all ranks do after that step what it returns: save, stop, leave the
+            state to ranks that are started anew, or go on with these changes to the layout.
         planner: what plans the batches; by default ``HybridPlanner``. With one, the layout stays as it is.
         faults: what this rank is to do to itself, in a run that was given faults.
         keeping: where this rank leaves snapshots; it goes on from the newest that all ranks have left there, if no
@@ -187,7 +187,10 @@ class Trainer:
         return self._planner is None
 
     def fit(self) -> FitResult:
-        """Train to ``stop_at``, to the end of the run, or until asked to stop; then save. Collective."""
+        """Train to ``stop_at``, to the end of the run, or until asked to stop; then save. Collective.
+
+        Asked to regroup, it saves only what could not be left in memory.
+        """
         last = min(self.config.steps, self.config.stop_at or self.config.steps)
         reason: Reason = "finished" if last == self.config.steps else "stop_at"
         text = f"step {self.progress.step} of {self.config.steps}, {self.workers} workers"
@@ -264,10 +267,15 @@ class Trainer:
             held_out_loss = self._evaluate(feed, last)
             self.reporter.report_step(batch, outcome, last, held_out_loss)
             step, ends = self.progress.step, outcome.asked == "stop" or self.progress.step == last
+            leaves = outcome.asked == "regroup" and not ends
             is_due = outcome.asked == "save" or (every and step % every == 0)
+            is_due = (leaves and not self.snapshots.finish()) or is_due
             saved = self.saves.save(wait=ends) if ends or is_due else None
             if ends:
                 return self._end("asked" if step < last else reason, saved)
+            if leaves:
+                self.saves.finish()
+                return self._end("regroup", saved)
             if outcome.asked == "move":
                 self.saves.finish()  # what writes it is made for this rank's part in this layout
                 return self.relayout.agree()

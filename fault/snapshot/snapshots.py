@@ -143,6 +143,10 @@ class Snapshots:
         self.counts.stop_s += time.monotonic() - began_s
         return True
 
+    def give_up(self) -> None:
+        """Wait for the part of this rank no longer: the snapshot under way is lost when that is counted. Not collective."""
+        self._is_lost = True
+
     def close(self) -> None:
         """Let go of the memory and of the keeper; what is there stays there."""
         self._let_go()

@@ -1,8 +1,8 @@
 """One worker process: its pipe to the agent, its watchdog, its log.
 
 Messages are JSON objects with a ``kind``. Worker to agent: ``report``, ``plan``, ``done``, ``failed``. Agent to worker:
-``save``, ``stop``, ``change layout``. The pipe is also a life line: when it closes the agent is gone, and so is the worker.
-The warm process is another: it ends with the agent, and the kernel kills its children then.
+``save``, ``stop``, ``regroup``, ``change layout``. The pipe is also a life line: when it closes the agent is gone, and so is
+the worker. The warm process is another: it ends with the agent, and the kernel kills its children then.
 """
 
 import faulthandler
@@ -88,7 +88,7 @@ class Worker:
         self.keeper = Path(spec.keeper) if spec.keeper else None
         self.keepers = spec.keepers
         self._board = Board(Path(spec.board)) if spec.board else None
-        self._asked: deque[Literal["save", "stop"] | dict[str, Any]] = deque()
+        self._asked: deque[Literal["save", "stop", "regroup"] | dict[str, Any]] = deque()
         self._last_plan_s = -math.inf
         self._recent_s: deque[float] = deque(maxlen=_RECENT_STEPS)
         self._slot = Slot(spec.generation, os.getpid(), 0, 0.0, 0.0)
@@ -122,9 +122,9 @@ class Worker:
             self._last_plan_s = time.monotonic()
             self.send({"kind": "plan", "values": values()})
 
-    def asked(self) -> Literal["save", "stop"] | dict[str, Any] | None:
-        """What was asked for since the last call: to save, to save and return, or changes to the layout. Once asked to stop,
-        always that."""
+    def asked(self) -> Literal["save", "stop", "regroup"] | dict[str, Any] | None:
+        """What was asked for since the last call: to save, to save and return, to leave the state in memory and return, or
+        changes to the layout. Once asked to stop, always that."""
         if "stop" in self._asked:
             return "stop"
         return self._asked.popleft() if self._asked else None

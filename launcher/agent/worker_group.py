@@ -107,7 +107,7 @@ class WorkerGroup:
             self._members.append(self._start_one(spec))
 
     def ask(self, what: str) -> None:
-        """Ask all workers to save, or to save and return; which of them listens is their business."""
+        """Ask all workers to save, to save and return, or to regroup; which of them listens is their business."""
         self._send_all({"kind": what})
 
     def change_layout(self, changes: dict[str, Any]) -> None:

@@ -17,11 +17,12 @@ from evermesh.launcher.config import JobConfig
 from evermesh.launcher.contact import keeper_secret, read_token
 from evermesh.launcher.controller.freezes import frozen
 from evermesh.launcher.controller.guests import Guests
-from evermesh.launcher.controller.in_memory import complete_step, newest_of, remembered_step
+from evermesh.launcher.controller.in_memory import complete_step, job_groups, newest_of, remembered_step
 from evermesh.launcher.controller.journal import Journal
 from evermesh.launcher.controller.life import Life
 from evermesh.launcher.controller.machine import JobView, Stop, Transition, choose_nodes, decide, size_of_attempt
 from evermesh.launcher.controller.nodes import Node
+from evermesh.launcher.controller.racks import lost_rack, place_nodes
 from evermesh.launcher.controller.reach import Reach
 from evermesh.launcher.controller.record import replay
 from evermesh.launcher.controller.rescue import Rescue
@@ -120,6 +121,9 @@ class Controller:
         self._guests: Guests | None = None
         self._stripes: Stripes | None = None
         self._since_s = time.monotonic()
+        self._size: int | None = None
+        """Nodes that an attempt could have now, and since when."""
+        self._size_since_s = time.monotonic()
         self._roster.find(self.record.pids if is_revived else {}, 0.0 if office is None else _GRACE_S)
 
     # what happens
@@ -238,6 +242,14 @@ class Controller:
         """Of the newest snapshot, by the memory of other nodes."""
         return self._stripes.protection if self._stripes is not None else "none"
 
+    @property
+    def lost_rack(self) -> str | None:
+        """What the loss of one rack would cost; None if that is survived, or nothing is known of racks."""
+        if self.life is None or not self.config.racks:
+            return None
+        groups = job_groups(self.config, len(self.life.nodes))
+        return lost_rack(self.life.nodes, self.nodes.racks(self.config.racks), groups)
+
     async def serve(self) -> int:
         """Run the job to its end; returns the exit code. Agents and workers are gone then."""
         self._take_over()
@@ -279,6 +291,8 @@ class Controller:
             shortage=self._roster.shortage(),
             fewer_nodes=self._fewer_nodes,
             shrink_after_s=self.config.shrink_after_s,
+            grow_after_s=self.config.grow_after_s,
+            size_since_s=self._size_since_s,
         )
 
     def _end_unwritten(self, error: OSError) -> None:
@@ -316,12 +330,27 @@ class Controller:
             self._stripes.look()
             if not self.life.is_started:
                 self._start_ranks()
+        self._note_size()
         while (transition := decide(self.view())) is not None:
-            if transition.to == "failed" and self._is_rescuing():
+            if self._is_in_memory_alone(transition) and self._is_rescuing():
                 return
             if transition.to == "starting" and self._is_looking():
                 return
             self._carry_out(transition)
+
+    def _note_size(self) -> None:
+        """Every change begins the time anew that nodes must have been there: so a flapping one costs no attempt."""
+        size = size_of_attempt(self.view())
+        if size != self._size:
+            self._size, self._size_since_s = size, time.monotonic()
+
+    def _is_in_memory_alone(self, transition: Transition) -> bool:
+        """Whether the job would end without what attempts have left in memory, for no rank is there who could save it."""
+        return transition.to == "failed" or (transition.to == "stopped" and self._is_between_attempts)
+
+    @property
+    def _is_between_attempts(self) -> bool:
+        return self.life is not None and (self.life.view().has_regrouped or not self.life.is_started)
 
     def _is_looking(self) -> bool:
         """Whether it is not known yet what fewer nodes than before would find in memory."""
@@ -330,7 +359,9 @@ class Controller:
 
     def _is_rescuing(self) -> bool:
         """Whether what is in memory alone is being written to storage: the job ends after that."""
-        if self.record.stop is not None:
+        stop = self.record.stop
+        is_over = stop is not None and stop.deadline_s is not None and time.monotonic() > stop.deadline_s
+        if stop is not None and (stop.at_once or is_over or not self._is_between_attempts):
             self._rescue.give_up()
         return self._rescue.is_under_way(self.record.started_s)
 
@@ -356,6 +387,9 @@ class Controller:
             self._begin_attempt(transition.reason)
         elif transition.to == "stopping":
             self._tell(Ask(generation=self.generation, what="stop"))
+        elif transition.to == "regrouping":
+            self._scribe.tell("regrouping", transition.reason)
+            self._tell(Ask(generation=self.generation, what="regroup"))
         elif transition.to in ENDED:
             self._end_job(transition)
         self.record.state, self.record.reason = transition.to, transition.reason
@@ -366,6 +400,7 @@ class Controller:
         before = self.life.nodes if self.life else ()
         nodes = choose_nodes(self.nodes.states(), size_of_attempt(self.view()) or self.config.nodes, before)
         assert nodes is not None, "the machine starts no attempt without nodes"
+        nodes = self._spread(nodes, before)
         self._scribe.generation = self.generation + 1
         guests = self._guests_of(nodes)
         remembered = remembered_step(self.nodes, nodes, self.config, self.record.started_s)
@@ -376,13 +411,22 @@ class Controller:
         self._rescue = Rescue(self.run, self.nodes, self._scribe)
         self._scribe.note("attempt", reason, nodes=list(nodes), began_at=life.began_at)
         self._scribe.begin()
+        told = self.lost_rack
         self.record.generation, self.life = self.generation + 1, life  # from here on nothing can be refused
+        if self.lost_rack not in (None, told):
+            self._scribe.tell("rack unprotected", str(self.lost_rack))
         drop_unfinished_line(self.run.telemetry)
         self.nodes.last_step = 0
         self._store, self._reach, self._guests, self._stripes = None, None, guests, None
         guests.begin()
         self._prepare_memory()
         self.nodes[nodes[0]].send(OpenStore(generation=self.generation))
+
+    def _spread(self, chosen: tuple[str, ...], before: tuple[str, ...]) -> tuple[str, ...]:
+        """The nodes of the next attempt by place, apart as far as they can be."""
+        ready = [name for name, state in self.nodes.states().items() if state == "ready"]
+        racks, groups = self.nodes.racks(self.config.racks), job_groups(self.config, len(chosen))
+        return place_nodes(chosen, before, ready, racks, groups)
 
     def _look_at_memory(self) -> None:
         keepers, launch = self.nodes.keepers, launch_of(self.record.started_s)
@@ -458,7 +502,7 @@ class Controller:
     def _look_for_frozen(self) -> None:
         """A rank that is stopped or hangs has failed, though nobody says so."""
         life, config = self.life, self.config.hang
-        if life is None or config is None or self.state not in ("starting", "training", "stopping"):
+        if life is None or config is None or self.state not in ("starting", "training", "regrouping", "stopping"):
             return
         if life.done or life.failures or life.is_ending:
             return
@@ -509,6 +553,9 @@ class Controller:
     def _last_words(self, reason: str) -> tuple[str, str | None]:
         if self.life is None or not self.record.history:
             return reason, None
+        if self.state == "waiting":  # no attempt was wrong: nodes are missing
+            first = root_cause(self.record.history[-1].failures)
+            return f"rank {first.rank} {first.how.splitlines()[0]}. {reason}", None
         text = explain(self.run, self.life, self.record.reason)
         if len(self.record.history) > 1 or self.config.restarts:
             text += f"\nNo other attempt: {reason}."
@@ -537,6 +584,8 @@ class Controller:
             node.send(End(generation=self.generation))
         elif self.state == "stopping":
             node.send(Ask(generation=self.generation, what="stop"))
+        elif self.state == "regrouping":
+            node.send(Ask(generation=self.generation, what="regroup"))
 
     def _take_outcome(self, node: Node, outcome: Outcome) -> None:
         life = self.life

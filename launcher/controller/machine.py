@@ -59,6 +59,11 @@ class Attempt:
     def is_done(self) -> bool:
         return len(self.done) == self.world_size
 
+    @property
+    def has_regrouped(self) -> bool:
+        """All ranks have left the state to those of another attempt."""
+        return self.is_done and self.done[0].get("reason") == "regroup"
+
 
 @dataclass(frozen=True, slots=True)
 class JobView:
@@ -86,6 +91,10 @@ class JobView:
     """Smaller numbers of nodes on which it can go on, most first."""
     shrink_after_s: float = 0.0
     """How long it waits for the others before it does."""
+    grow_after_s: float | None = None
+    """How long nodes must have been there until an attempt ends for them; None: it does not."""
+    size_since_s: float = 0.0
+    """Monotonic clock: since when an attempt could be as large as now."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +112,7 @@ def decide(view: JobView) -> Transition | None:
     """What follows from what is seen; None: wait."""
     if view.state in ("placing", "waiting"):
         return _place(view)
-    if view.state in ("starting", "training"):
+    if view.state in ("starting", "training", "regrouping"):
         return _train(view)
     if view.state == "stopping":
         return _stop(view)
@@ -173,7 +182,32 @@ def _train(view: JobView) -> Transition | None:
         return Transition("stopping", f"asked to stop by {signal.Signals(view.stop.signal).name}")
     if view.state == "starting" and attempt.has_stepped:
         return Transition("training", "the first step is finished")
-    return None
+    return _grow(view, attempt) if view.state == "training" else None
+
+
+def _grow(view: JobView, attempt: Attempt) -> Transition | None:
+    """End an attempt on fewer nodes behind a step, once more have been ready for long enough."""
+    size = size_of_attempt(view)
+    if view.grow_after_s is None or size is None or size <= len(attempt.nodes):
+        return None
+    if view.now_s - view.size_since_s <= view.grow_after_s:
+        return None
+    reason = f"{size} of {view.nodes_needed} nodes have been ready for {view.grow_after_s:g} s (grow_after_s)"
+    return Transition("regrouping", f"{reason}: going on with them instead of {len(attempt.nodes)}")
+
+
+def _regroup(view: JobView, attempt: Attempt) -> Transition | None:
+    """Ranks have left the state in memory: the next attempt, as soon as they are gone."""
+    if reason := _failure(view, attempt):
+        return Transition("recovering", reason, ends_ranks=True)
+    if not _is_over(view, attempt):
+        return None
+    if view.stop is not None:
+        return Transition("stopped", "stopped between two attempts", exit_code(view))
+    size = size_of_attempt(view)
+    if size is None:
+        return Transition("waiting", "too few nodes")
+    return Transition("starting", f"regrouped: going on with {size} of {view.nodes_needed} nodes")
 
 
 def _failure(view: JobView, attempt: Attempt) -> str | None:
@@ -239,7 +273,9 @@ def _is_over(view: JobView, attempt: Attempt) -> bool:
     return all(node in gone or view.nodes.get(node) != "ready" for node in attempt.nodes)
 
 
-def _finish(view: JobView, attempt: Attempt) -> Transition:
+def _finish(view: JobView, attempt: Attempt) -> Transition | None:
+    if attempt.has_regrouped:
+        return _regroup(view, attempt)
     reason = attempt.done[0].get("reason", "finished")
     if reason == "finished":
         return Transition("finished", "every rank is done", 0)

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -91,6 +91,11 @@ class Nodes:
     def states(self) -> dict[str, NodeState]:
         """State of every node, in the order in which they were named."""
         return {name: self._nodes[name].state for name in sorted(self._nodes, key=_natural)}
+
+    def racks(self, told: Mapping[str, str]) -> dict[str, str]:
+        """By node: its rack, as far as it is ``told``, by host or by node."""
+        found = {node.name: told.get(node.host) or told.get(node.name) for node in self}
+        return {name: rack for name, rack in found.items() if rack}
 
     def greet(self, hello: Hello) -> bool:
         """Take a node's word for who it is; whether its agent is another one than before."""

@@ -40,6 +40,7 @@ def job_status(controller: "Controller") -> JobStatus:
         loss=report.loss if report else None,
         tokens_per_s=report.tokens_per_s if report else None,
         time_left_s=report.time_left_s if report else None,
+        lost_rack=controller.lost_rack,
         snapshot=_snapshot_status(controller),
         started_s=record.started_s,
         pid=os.getpid(),

@@ -105,7 +105,7 @@ class Roster:
             why = "its agent ended" if has_ended else f"not heard for {silent_s:.1f} s"
             if life and takes_part:
                 life.lost.add(node.name)
-            if not takes_part or state not in ("starting", "training", "stopping"):
+            if not takes_part or state not in ("starting", "training", "regrouping", "stopping"):
                 self.replace(node.name)
             self._scribe.tell("node lost", f"{node.name} was lost: {why}", node=node.name)  # last: it may fail
         elif found == "cut off" and node.host:

@@ -5,7 +5,16 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 JobState = Literal[
-    "placing", "starting", "training", "stopping", "recovering", "waiting", "finished", "stopped", "failed"
+    "placing",
+    "starting",
+    "training",
+    "regrouping",
+    "stopping",
+    "recovering",
+    "waiting",
+    "finished",
+    "stopped",
+    "failed",
 ]
 """Drawn in the README of the launcher. The last three are the end."""
 ENDED: tuple[JobState, ...] = ("finished", "stopped", "failed")
@@ -107,6 +116,8 @@ class JobStatus(_Frozen):
     loss: float | None = None
     tokens_per_s: float | None = None
     time_left_s: float | None = None
+    lost_rack: str | None = None
+    """What the loss of one rack would cost; None: its nodes can be made again, or nothing is known of racks."""
     snapshot: SnapshotStatus | None = None
     """None before the first step of this controller."""
     started_s: float

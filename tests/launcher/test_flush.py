@@ -21,6 +21,7 @@ from tests.fault.snapshot.members import SECRET
 from tests.fault.snapshot.test_snapshots import _take
 from tests.launcher.jobs import Job, clean_losses, launched
 from tests.launcher.test_cli import evermesh
+from tests.launcher.test_lost_nodes import lose
 
 ENDLESS, COMPARED = "train.steps=100000", 25
 WITHOUT_STORAGE = ("train.checkpoint.every=null", "train.snapshot.every=1")
@@ -77,10 +78,34 @@ def test_a_job_without_restarts_left_writes_down_what_is_in_memory(job_file: Pat
         _is_whole_and_resumed(job, expected)
 
 
+def test_f10_a_job_that_waited_in_vain_for_a_node_writes_down_what_is_in_memory_and_asks_to_be_run_again(
+    job_file: Path, expected: list[float]
+) -> None:
+    """The machine is gone with its memory, of which the other node has copies. It needs both nodes, and has no spare."""
+    copies = "train.layout.sharding.states=1"
+    with launched(job_file, ENDLESS, "nodes=2", "join_timeout_s=25", copies, *WITHOUT_STORAGE) as job:
+        job.wait_training()
+        _wait_in_memory(job, 3)
+        with _nobody_comes_back(job, "node-1", loses_memory=True):
+            job.wait(lambda: job.client.status().state == "waiting")
+            newest = max(held.record.step for held in held_by(area_of(job.run.directory, "node-0"), 0))
+            code, stdout, stderr = job.end()
+        assert code == 75, stderr
+        assert job.run.state().exit_code == 75
+        assert _flushed(job).step == newest, "nothing is lost that was in memory"
+        assert _flushed(job).text in stdout
+        assert "rank 1 was lost with node-1. 1 of 2 nodes were there after 25 s (join_timeout_s). Wait for" in stderr
+        assert (
+            stderr.rstrip().splitlines()[-1].startswith(f"The newest checkpoint is step-{newest:08}; go on from there")
+        )
+        _is_whole_and_resumed(job, expected)
+
+
 @contextmanager
-def _nobody_comes_back(job: Job, node: str) -> Iterator[list[psutil.Process]]:
-    """Every agent that is started for a node from now on stands still before it joins."""
-    before = job.agents[node]
+def _nobody_comes_back(job: Job, node: str, *, loses_memory: bool = False) -> Iterator[list[psutil.Process]]:
+    """Every agent that is started for a node from now on stands still before it joins; its keeper lives, or its memory is
+    gone with it."""
+    before, run = job.agents[node], str(job.run.directory.absolute())
     stopped: list[psutil.Process] = []
 
     def stop_the_next() -> bool:
@@ -89,7 +114,7 @@ def _nobody_comes_back(job: Job, node: str) -> Iterator[list[psutil.Process]]:
             if (
                 process.pid != before
                 and "evermesh.launcher.agent" in line
-                and any(f'"{node}"' in part for part in line)
+                and any(f'"{node}"' in part and f'"{run}"' in part for part in line)
             ):
                 with suppress(psutil.NoSuchProcess):
                     process.suspend()
@@ -97,6 +122,8 @@ def _nobody_comes_back(job: Job, node: str) -> Iterator[list[psutil.Process]]:
                     return True
         return False
 
+    if loses_memory:
+        lose(job, int(node.removeprefix("node-")))
     with suppress(psutil.NoSuchProcess):  # it may be gone already
         psutil.Process(before).kill()
     try:

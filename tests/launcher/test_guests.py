@@ -14,7 +14,7 @@ from evermesh.fault.snapshot.keeper.area import area_of
 from evermesh.runtime.telemetry import read_telemetry
 from tests.launcher.jobs import Job, clean_losses
 from tests.launcher.test_flush import _nobody_comes_back
-from tests.launcher.test_lost_nodes import WITHOUT_STORAGE, _lose, _members, _told, _wait_protected, job_of
+from tests.launcher.test_lost_nodes import WITHOUT_STORAGE, _members, _told, _wait_protected, job_of, lose
 
 EXACT = ("train.dtype=float64", "train.layout.capacity=320", "train.data.batch_tokens=16384")  # slow steps
 ELASTIC = ("min_nodes=2", "shrink_after_s=0.5")
@@ -25,7 +25,7 @@ GUEST = "guest-2-0-0"
 @contextmanager
 def _shrunk(job: Job, *names: str) -> Iterator[None]:
     """Nodes are gone with their memory, and nobody takes their places."""
-    _lose(job, *(int(name.removeprefix("node-")) for name in names))
+    lose(job, *(int(name.removeprefix("node-")) for name in names))
     with ExitStack() as stack:
         for name in names:
             stack.enter_context(_nobody_comes_back(job, name))

@@ -66,7 +66,7 @@ def _members(job: Job) -> tuple[int, ...]:
     return tuple(int(str(name).removeprefix("node-")) for name in names)
 
 
-def _lose(job: Job, *nodes: int) -> None:
+def lose(job: Job, *nodes: int) -> None:
     """What the end of machines looks like from outside: agents, workers, keepers and memory are gone, all at once."""
     processes = []
     for node in nodes:
@@ -119,7 +119,7 @@ def test_f8_a_lost_node_is_rebuilt_into_the_memory_of_a_spare_and_protected_agai
         first = _members(job)  # the agent that came last is the spare
         (spare,) = {0, 1, 2, 3} - set(first)
         _wait_protected(job, first, 3)
-        _lose(job, first[1])
+        lose(job, first[1])
         job.wait(lambda: len(_told(job, "resumed")) == 1)
         (resumed,), (rebuilt,) = _told(job, "resumed"), _told(job, "snapshot rebuilt")
         assert rebuilt.step == resumed.step
@@ -128,7 +128,7 @@ def test_f8_a_lost_node_is_rebuilt_into_the_memory_of_a_spare_and_protected_agai
         assert _members(job) == (first[0], spare, first[2])
         _wait_protected(job, _members(job), resumed.step or 0)
         job.wait(lambda: len(_told(job, "snapshots protected")) == 2)
-        _lose(job, first[0])  # of rank 0 and the rendezvous: the node lost first, with empty memory, takes its place
+        lose(job, first[0])  # of rank 0 and the rendezvous: the node lost first, with empty memory, takes its place
         job.wait(lambda: len(_told(job, "resumed")) == 2)
         _assert_from_memory(job, _end(job), 3, expected)
 
@@ -142,7 +142,7 @@ def test_f12_f14_two_lost_nodes_come_back_of_one_stripe_with_two_parity_parts_an
     losses = clean_losses(job_file, 100000, f"train.stop_at={COMPARED}", *shape, "train.snapshot=off")
     with job_of(job_file, f"train.snapshot.code={code}", *shape, *WITHOUT_STORAGE) as job:
         _wait_protected(job, tuple(range(nodes)), 3)
-        _lose(job, *lost)
+        lose(job, *lost)
         job.wait(lambda: len(_told(job, "resumed")) == 1)
         _assert_from_memory(job, _end(job), 2, losses)
 
@@ -156,7 +156,7 @@ def test_f11_more_lost_nodes_than_the_code_covers_cost_a_read_of_storage_and_are
         job.wait_checkpoint()
         (saved,) = checkpoint.checkpoints(job.run.checkpoints)
         _wait_protected(job, (0, 1, 2), saved.step)
-        _lose(job, 0, 2)
+        lose(job, 0, 2)
         job.wait(lambda: len(_told(job, "resumed")) == 1)
         (lost,), (resumed,) = _told(job, "snapshot lost"), _told(job, "resumed")
         assert "stripe 0 (node-0, node-1, node-2; code 2+1) has lost what node-0, node-2 had" in lost.text

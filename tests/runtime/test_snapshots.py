@@ -5,12 +5,13 @@ import signal
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 
 from evermesh.checkpoint import latest
+from evermesh.checkpoint.committing import step_of
 from evermesh.fault.events import Event, read_events
 from evermesh.fault.snapshot.keeper.area import area_of
 from evermesh.fault.snapshot.keeper.slots import Header, SlotFiles, held_by
@@ -18,7 +19,7 @@ from evermesh.fault.snapshot.snapshots import Keeping
 from evermesh.runtime import TrainConfig, read_telemetry
 from evermesh.runtime.trainer import Trainer
 from tests.cluster import RankFailed, run_ranks
-from tests.fault.snapshot.keepers import keeper_of
+from tests.fault.snapshot.keepers import keeper_of, kill_keeper
 from tests.runtime.test_trainer import largest_difference, small_config
 
 KILLED_AT = 5
@@ -98,6 +99,47 @@ def _kill_and_go_on(directory: Path, values: dict[str, Any], killed: dict[int, s
         run_ranks(2, _fit, values, directory, 1, killed, nodes)
     assert latest(directory / "checkpoints") is None, "there is nothing in storage"
     return run_ranks(2, _fit, values, directory, 2, {}, nodes)[0]
+
+
+def _regroup(
+    rank: int, workers: int, values: dict[str, Any], directory: Path, loses_keeper: bool
+) -> tuple[int, str, bool]:
+    """Train on two nodes until asked to regroup behind a step of which no snapshot is due: step, reason, saved."""
+    os.environ["LOCAL_WORLD_SIZE"] = "1"
+    config = TrainConfig.model_validate(values | {"layout": {"hdp": workers} | values["layout"]})
+    area = area_of(directory, f"node-{rank}")
+
+    def asked() -> Literal["regroup"] | None:
+        if trainer.progress.step != KILLED_AT:
+            return None
+        if loses_keeper:
+            kill_keeper(area)
+        return "regroup"
+
+    trainer = Trainer(config, directory=directory, asked=asked, keeping=Keeping(area, 1))
+    result = trainer.fit()
+    return result.step, result.reason, result.checkpoint is not None
+
+
+@pytest.mark.parametrize("loses_keeper", [False, True], ids=["in memory", "in storage, for a keeper is gone"])
+def test_ranks_that_regroup_leave_the_very_step_to_the_next_ones(
+    loses_keeper: bool, corpus: Path, undisturbed: tuple[dict[str, torch.Tensor], list[float]], tmp_path: Path
+) -> None:
+    values = _config(corpus, snapshot={"every": 2 * KILLED_AT})
+    with _keepers(tmp_path, 2):
+        assert run_ranks(2, _regroup, values, tmp_path, loses_keeper) == [(KILLED_AT, "regroup", loses_keeper)] * 2
+        saved = latest(tmp_path / "checkpoints")
+        assert (saved is not None) == loses_keeper
+        if saved is None:
+            parameters = run_ranks(2, _fit, values, tmp_path, 2, {}, 2)[0]
+            assert (_told(tmp_path, "resumed").step, _told(tmp_path, "resumed").fields["source"]) == (
+                KILLED_AT,
+                "memory",
+            )
+            assert largest_difference(parameters, undisturbed[0]) == 0.0
+            assert _losses(tmp_path) == undisturbed[1]
+        else:
+            assert step_of(saved) == KILLED_AT
 
 
 @pytest.mark.parametrize(

@@ -288,3 +288,59 @@ def test_who_is_left_moves_up_and_who_comes_back_is_last(
 ) -> None:
     nodes = {name.removeprefix("node-"): state for name, state in _three(states).items()}
     assert choose_nodes(nodes, needed, tuple(before)) == (None if expected is None else tuple(expected))
+
+
+REGROUPED = {0: {"reason": "regroup"}}
+
+
+def _shrunk(state: str = "training", **changes: Any) -> JobView:
+    """An attempt on one of two nodes, both of which have been ready for 300 s."""
+    life = attempt(nodes=("node-0",), world_size=1, **changes.pop("attempt", {}))
+    smaller: dict[str, Any] = {"fewer_nodes": (1,), "grow_after_s": 300.0, "size_since_s": NOW_S - 300.1}
+    return view(state, life, **smaller | changes)
+
+
+def _gone(**changes: Any) -> dict[str, Any]:
+    """Its ranks have regrouped."""
+    return {"done": REGROUPED, "over": frozenset({"node-0"})} | changes
+
+
+GROWS = [
+    ("not there for long enough", _shrunk(size_since_s=NOW_S - 299.9), None),
+    ("off", _shrunk(grow_after_s=None), None),
+    ("nobody has come back", _shrunk(nodes=ONE_MISSING), None),
+    ("no step yet", _shrunk("starting", attempt={"has_stepped": False}), None),
+    ("on all nodes", view("training", attempt(), grow_after_s=300.0, size_since_s=0.0), None),
+    ("it grows", _shrunk(), ("regrouping", "2 of 2 nodes have been ready for 300 s (grow_after_s): going on with them "
+                             "instead of 1", None, False)),
+    ("to as many as there are", _shrunk(nodes_needed=3, fewer_nodes=(2, 1)),
+     ("regrouping", "2 of 3 nodes have been ready for 300 s (grow_after_s): going on with them instead of 1", None, False)),
+    ("a stop comes first", _shrunk(stop=TERM), ("stopping", "asked to stop by SIGTERM", None, False)),
+    ("the step is under way", _shrunk("regrouping"), None),
+    ("a rank died meanwhile", _shrunk("regrouping", attempt={"failures": (DIED,), "failed_s": NOW_S}),
+     ("recovering", "rank 1 was killed by signal 9 (SIGKILL)", None, True)),
+    ("the run ended with this step", _shrunk("regrouping", attempt=_gone(done={0: {"reason": "finished"}})),
+     ("finished", "every rank is done", 0, False)),
+    ("its processes still end", _shrunk("regrouping", attempt=_gone(over=frozenset())), None),
+    ("regrouped", _shrunk("regrouping", attempt=_gone()),
+     ("starting", "regrouped: going on with 2 of 2 nodes", None, False)),
+    ("the other has gone again", _shrunk("regrouping", attempt=_gone(), nodes=ONE_MISSING),
+     ("starting", "regrouped: going on with 1 of 2 nodes", None, False)),
+    ("too few are left", _shrunk("regrouping", attempt=_gone(), nodes=ONE_CUT_OFF, fewer_nodes=()),
+     ("waiting", "too few nodes", None, False)),
+    ("the node is lost with its ranks done", _shrunk("regrouping", attempt=_gone(lost=frozenset({"node-0"}))),
+     ("recovering", "lost node-0", None, True)),
+    ("a stop before it was seen", _shrunk("stopping", attempt=_gone(), stop=TERM),
+     ("stopped", "stopped between two attempts", 143, False)),
+    ("a stop after it", _shrunk("regrouping", attempt=_gone(), stop=INT),
+     ("stopped", "stopped between two attempts", 130, False)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("situation", "seen", "expected"), GROWS, ids=[name for name, _, _ in GROWS])
+def test_a_job_on_fewer_nodes_goes_on_with_more_behind_a_step(
+    situation: str, seen: JobView, expected: tuple[Any, ...] | None
+) -> None:
+    found = decide(seen)
+    told = found and (found.to, found.reason, found.exit_code, found.ends_ranks)
+    assert told == expected, situation

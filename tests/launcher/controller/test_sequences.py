@@ -1,6 +1,7 @@
 """What holds whatever happens, and in whatever order: random sequences of events, and controllers killed anywhere."""
 
 import signal
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,7 +17,9 @@ EVENTS = (
     "wait", "wait long", "stop", "stop at once", "save", "revive",
 )  # fmt: skip
 NODES = ("node-0", "node-1", "node-2")
+STARTS = ("at once", "quietly", "regrouping")
 LONG_ENOUGH_S = 15.0
+ELASTIC = {"workers": 3, "nodes": 3, "spares": 0, "min_nodes": 2, "shrink_after_s": 0.5, "grow_after_s": 0.5}
 
 
 def happen(job: World, event: str, node: str) -> None:
@@ -32,16 +35,14 @@ def happen(job: World, event: str, node: str) -> None:
         case "beat":
             agent.beat()
         case "step":
-            for other in job.agents.values():
-                if other.ranks is not None and other.has_living_ranks:
-                    other.ranks.step += 1
+            train(job)
             agent.beat()
         case "fail" | "lose peer":
             agent.fail(peer_lost=event == "lose peer")
         case "finish":
             agent.finish("finished")
-        case "finish asked" if agent.ranks is not None and agent.ranks.is_asked:
-            agent.finish("asked")
+        case "finish asked" if agent.ranks is not None and agent.ranks.asked is not None:
+            agent.finish("asked" if agent.ranks.asked == "stop" else "regroup")
         case "die":
             agent.die()
         case "stop" | "stop at once":
@@ -70,13 +71,17 @@ def still_living(job: World, nodes: tuple[str, ...], generation: int) -> list[st
     derandomize=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
-@given(st.lists(st.tuples(st.sampled_from(EVENTS), st.sampled_from(NODES)), max_size=60), st.booleans())
+@given(st.lists(st.tuples(st.sampled_from(EVENTS), st.sampled_from(NODES)), max_size=60), st.sampled_from(STARTS))
 def test_whatever_happens_no_two_generations_live_and_a_stopped_job_ends(
-    events: list[tuple[str, str]], starts_quietly: bool
+    events: list[tuple[str, str]], start: str
 ) -> None:
-    with world() as job:
-        if starts_quietly:
+    with world(**(ELASTIC if start == "regrouping" else {})) as job:
+        if start == "quietly":
             job.settle(2.0)
+        elif start == "regrouping":
+            shrinking(job)
+            job.settle(1.5)
+            assert job.controller.state == "regrouping"
         for event, node in events:
             state, generation, life = job.controller.state, job.controller.generation, job.controller.life
             happen(job, event, node)
@@ -112,11 +117,43 @@ def eventful(job: World) -> None:
     job.settle(0.5)
 
 
+def growing(job: World) -> None:
+    """The loss of a node, after which the job goes on with the others; its return, and a stop."""
+    shrinking(job)
+    job.settle(1.5)
+    step(job)
+    job.settle(1.0)
+    step(job)
+    job.controller.stop(signal.SIGTERM, at_once=False, grace_s=25.0)
+    job.settle(0.5)
+    for agent in job.agents.values():
+        agent.finish("asked")
+    job.settle(0.5)
+
+
+def shrinking(job: World) -> None:
+    """The loss of a node, after which the job goes on with the others; it is about to come back."""
+    job.settle(1.0)
+    step(job)
+    job.absent.add("node-1")
+    job.agents["node-1"].die()
+    job.settle(2.0)
+    step(job)
+    job.absent.clear()
+
+
 def step(job: World) -> None:
+    train(job)
+    job.settle(0.5)
+
+
+def train(job: World) -> None:
+    """All ranks finish a step, behind which they do what they were asked for, unless it is the end."""
     for agent in job.agents.values():
         if agent.ranks is not None and agent.has_living_ranks:
             agent.ranks.step += 1
-    job.settle(0.5)
+            if agent.ranks.asked == "regroup":
+                agent.finish("regroup")
 
 
 def test_two_failures_and_a_stop_are_written_down_in_order() -> None:
@@ -145,16 +182,32 @@ def kill_after(job: World, entries: int) -> None:
     job.journal.append = append_and_die  # type: ignore[method-assign]
 
 
+def test_a_return_is_no_failure_and_is_written_down_in_order() -> None:
+    with world(**ELASTIC) as job:
+        growing(job)
+        entries = read_journal(job.run.journal)
+        told = [str(entry.fields["to"]) for entry in entries if entry.kind == "transition"]
+        sizes = [len(entry.fields["nodes"]) for entry in entries if entry.kind == "attempt"]  # type: ignore[arg-type]
+        assert len(job.controller.record.history) == 1, "the lost node"
+    shrunk = ["recovering", "waiting", "starting", "training"]
+    assert told == ["starting", "training", *shrunk, "regrouping", "starting", "training", "stopping", "stopped"]
+    assert sizes == [3, 2, 3]
+
+
 @pytest.mark.parametrize("are_lost", [False, True], ids=["agents live", "agents died too"])
-def test_a_controller_killed_after_any_entry_is_followed_by_one_that_goes_on(are_lost: bool) -> None:
-    with world() as recorded:
-        eventful(recorded)
+@pytest.mark.parametrize(("happens", "changes"), [(eventful, {}), (growing, ELASTIC)])
+def test_a_controller_killed_after_any_entry_is_followed_by_one_that_goes_on(
+    happens: Callable[[World], None], changes: dict[str, Any], are_lost: bool
+) -> None:
+    with world(**changes) as recorded:
+        happens(recorded)
         entries = read_journal(recorded.run.journal)
     for killed_after in entries[1:]:
-        with world() as job:
+        with world(**changes) as job:
             kill_after(job, killed_after.seq)
             with pytest.raises(Killed):
-                eventful(job)
+                happens(job)
+            job.absent.clear()
             for agent in job.agents.values() if are_lost else ():
                 agent.die()
             job.revive()
@@ -166,7 +219,7 @@ def test_a_controller_killed_after_any_entry_is_followed_by_one_that_goes_on(are
                 assert killed_after.generation == 3
                 continue
             if job.controller.record.stop is None:
-                assert job.controller.state == "training", killed_after
+                assert job.controller.state in ("training", "regrouping"), killed_after
                 continue
             for agent in job.agents.values():
                 agent.finish("asked")

@@ -64,7 +64,8 @@ class Ranks:
     generation: int
     place: Place
     step: int = 0
-    is_asked: bool = False
+    asked: str | None = None
+    """To stop, or to regroup."""
     is_over: bool = False
     failures: list[Failure] = field(default_factory=list)
     done: dict[int, dict[str, Any]] = field(default_factory=dict)
@@ -169,8 +170,8 @@ class Agent:
             case Start() if self.ranks is None or self.ranks.generation != message.generation:
                 self.ranks = Ranks(message.generation, message.place)
                 self.say(Started(generation=message.generation, pids={}))
-            case Ask() if self.ranks is not None:
-                self.ranks.is_asked = True
+            case Ask() if self.ranks is not None and message.what != "save":
+                self.ranks.asked = message.what if self.ranks.asked != "stop" else "stop"
             case End():
                 if self.ranks is not None:
                     self.ranks.is_over = True
@@ -226,6 +227,8 @@ class World:
         self.run, self.config = run, config
         self.now_s = START_S
         self.agents: dict[str, Agent] = {}
+        self.absent: set[str] = set()
+        """Nodes whose agents do not come."""
         self.address = "127.0.0.1"
         self.journal = Journal(run.journal)
         self.controller = self._control()
@@ -251,7 +254,7 @@ class World:
     def settle(self, seconds: float) -> None:
         """Everybody is connected and answers for a while."""
         for _ in range(round(seconds / 0.25)):
-            for agent in list(self.agents.values()):
+            for agent in [agent for name, agent in self.agents.items() if name not in self.absent]:
                 agent.connect()
                 while agent.take():
                     pass
