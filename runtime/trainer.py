@@ -263,9 +263,9 @@ class Trainer:
             self.groups.moment.phase = "data"
             batch = feed.next(last=self.progress.step + 1 == last)
             outcome = self.train_step(batch)
-            self.snapshots.take()
             held_out_loss = self._evaluate(feed, last)
             self.reporter.report_step(batch, outcome, last, held_out_loss)
+            self.snapshots.take()  # last: a step that others can go on from has been reported
             step, ends = self.progress.step, outcome.asked == "stop" or self.progress.step == last
             leaves = outcome.asked == "regroup" and not ends
             is_due = outcome.asked == "save" or (every and step % every == 0)
