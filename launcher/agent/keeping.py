@@ -18,7 +18,7 @@ from evermesh.launcher.messages import InMemory, KeeperAt, ProtectedPart, Snapsh
 
 KEEPER_LOST = "keeper lost"
 """The event that another keeper is started."""
-_AGAIN_S = 1.0
+_AGAIN_S = 2.0
 """How often it is tried to start one that could not be started."""
 
 

@@ -18,7 +18,7 @@ from evermesh.fault.snapshot.keeper.slots import HEADER_BYTES, NUM_SLOTS, SlotFi
 _PREFIX = "evermesh-keeper"
 _LOCK, _AGENT, _IDENTITY, SOCKET = "lock", "agent", "keeper.json", "socket"
 _ROOM = "room"
-_SWEEP_S, _LOOK_S = 0.2, 0.005
+_SWEEP_S, _LOOK_S = 0.5, 0.005
 """How long somebody who sweeps may hold a lock, and how often it is tried meanwhile."""
 
 

@@ -231,7 +231,7 @@ def test_an_area_can_be_taken_while_others_sweep(tmp_path: Path) -> None:
     area, is_over = area_of(tmp_path, "node-0"), threading.Event()
 
     def sweep_on() -> None:
-        while not is_over.is_set():
+        while not is_over.wait(0.002):
             sweep()
 
     thread = threading.Thread(target=sweep_on)
