@@ -247,6 +247,17 @@ def test_an_area_can_be_taken_while_others_sweep(tmp_path: Path) -> None:
     assert not area.exists()
 
 
+def test_who_sweeps_is_waited_for(tmp_path: Path) -> None:
+    area = area_of(tmp_path, "node-0")
+    swept = AgentMark(area)  # the lock that a sweeper takes for a moment
+    later = threading.Timer(0.1, swept.close)
+    later.start()
+    AgentMark(area).close()
+    later.join()
+    sweep()
+    assert not area.exists()
+
+
 def test_only_one_keeper_holds_an_area_and_only_in_a_folder_of_its_user(tmp_path: Path) -> None:
     held = Area(area_of(tmp_path, "node-0"), "launch", "nonce")
     with pytest.raises(BlockingIOError):
