@@ -53,11 +53,11 @@ def _is_whole_and_resumed(job: Job, expected: list[float]) -> None:
     assert [one.step for one in found] == [_flushed(job).step]
     assert found[0].step >= 3
     assert "whole" in evermesh("checkpoint", "verify", str(found[0].path)).stdout
-    resumed = evermesh(
-        "resume", job.run.directory, "--workers", "3", "--nodes", "1", "--set", f"train.stop_at={COMPARED}"
-    )
+    last = max(COMPARED, found[0].step + 5)  # a busy machine may have killed late
+    resumed = evermesh("resume", job.run.directory, "--workers", "3", "--nodes", "1", "--set", f"train.stop_at={last}")
     assert resumed.returncode == 0, resumed.stderr
-    assert job.losses == pytest.approx(expected, rel=1e-5)
+    assert len(job.losses) == last
+    assert job.losses[:COMPARED] == pytest.approx(expected, rel=1e-5)
     secret = keeper_secret(read_token(job.run.directory), launch_of(_launched_s(job)))
     for file in [job.run.events, job.run.journal, *job.run.logs.iterdir()]:
         assert secret.hex() not in file.read_text(errors="replace"), file

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import secrets
 import shutil
 import stat
 import time
@@ -17,7 +18,7 @@ from evermesh.fault.snapshot.keeper.slots import HEADER_BYTES, NUM_SLOTS, SlotFi
 
 _PREFIX = "evermesh-keeper"
 _LOCK, _AGENT, _IDENTITY, SOCKET = "lock", "agent", "keeper.json", "socket"
-_ROOM = "room"
+_ROOM, _GOING = "room", ".going"
 _SWEEP_S, _LOOK_S = 0.5, 0.005
 """How long somebody who sweeps may hold a lock, and how often it is tried meanwhile."""
 
@@ -119,7 +120,8 @@ class Area:
 
     def close(self) -> None:
         """Remove the folder with all memory."""
-        shutil.rmtree(self.path, ignore_errors=True)
+        with suppress(OSError):
+            _remove(self.path)
         os.close(self._lock)
 
 
@@ -144,13 +146,22 @@ def sweep(root: Path = FOLDER) -> list[Path]:
             held = [_lock_of(path / name) for name in (_LOCK, _AGENT)]
             try:
                 if None not in held:
-                    shutil.rmtree(path)
+                    _remove(path)
                     swept.append(path)
             finally:
                 for descriptor in held:
                     if descriptor is not None:
                         os.close(descriptor)
     return swept
+
+
+def _remove(path: Path) -> None:
+    """Remove an area of which the lock is held. Out of the way first: nobody may make a lock of his own in what is going."""
+    going = path
+    if path.suffix != _GOING:
+        going = path.with_name(f"{path.name}-{secrets.token_hex(4)}{_GOING}")
+        path.rename(going)
+    shutil.rmtree(going)
 
 
 def _lock_of(file: Path) -> int | None:
