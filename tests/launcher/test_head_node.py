@@ -100,7 +100,7 @@ def test_a_dead_controller_goes_on_in_its_term_a_stopped_one_is_replaced_and_not
         assert [term for term, _ in terms(job)] == [1]
         old = psutil.Process(job.run.state().pid)
         old.suspend()  # it keeps its lock, its port and its connections
-        job.wait(lambda: len(terms(job)) == 2, PATIENT_S)
+        job.wait(lambda: len(terms(job)) >= 2, PATIENT_S)
         job.wait(lambda: job.run.state().pid != old.pid, PATIENT_S)
         old.resume()
         assert still_alive([old], 20) == []
@@ -111,7 +111,11 @@ def test_a_dead_controller_goes_on_in_its_term_a_stopped_one_is_replaced_and_not
         job.process.send_signal(signal.SIGTERM)  # who shows the job finds the new one
         code, _, stderr = job.end(PATIENT_S)
         assert code == 143, stderr
-        assert [term for term, _ in terms(job)] == [1, 2]
+        given = [
+            term for term, _ in terms(job)
+        ]  # a vote may be split, or a new controller be late: its term is left out
+        assert given == sorted(set(given))
+        assert given[0] == 1 < given[-1]
         assert job.agents == agents  # none was lost, and none was killed by the old one
         assert job.run.state().attempt == 1
         assert [path.exists() for path in map(partial(folder_of, job.run.directory), agents)] == [False] * 3
