@@ -77,12 +77,12 @@ def test_the_head_node_and_the_journal_are_lost_and_the_losses_are_those_of_a_cl
         before = job.journal
         kill_head_node(job)
         job.run.journal.unlink()  # all that is left of it are the copies
-        job.wait(lambda: len(terms(job)) == 2, PATIENT_S)
+        job.wait(lambda: len(terms(job)) >= 2, PATIENT_S)
         wait_training(job, 2)
         code, _, stderr = job.end(PATIENT_S)
         assert code == 0, stderr
         assert job.losses == expected
-        assert [term for term, _ in terms(job)] == [1, 2]
+        assert terms(job)[0][0] == 1 < terms(job)[-1][0]
         assert terms(job)[1][1] in ("node-1", "node-2")
         assert job.journal[: len(before)] == before  # nothing that was decided is lost
 
