@@ -156,8 +156,7 @@ class WrittenExtents(LocatedExtents):
 
     def near(self, region: Region, form: StoredForm) -> tuple[Extent, ...]:
         """Those that may hold elements of ``region``, which is given in ``form``; reads the indexes of their ranks."""
-        writers = sorted(set(self._indexes.plan.writers_near(self._name, region, form)))
-        return self._of_ranks([rank for rank in writers if rank < len(self._indexes.manifest.ranks)])
+        return self._of_ranks(sorted(set(self._indexes.plan.writers_near(self._name, region, form))))
 
     def find_all(self) -> tuple[Extent, ...]:
         """Of all ranks."""

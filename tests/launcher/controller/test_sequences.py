@@ -110,6 +110,11 @@ def eventful(job: World) -> None:
     job.agents["node-0"].die()
     job.settle(1.0)
     step(job)
+    _stop(job)
+
+
+def _stop(job: World) -> None:
+    """As somebody asks for it, and ranks do it."""
     job.controller.stop(signal.SIGTERM, at_once=False, grace_s=25.0)
     job.settle(0.5)
     for agent in job.agents.values():
@@ -124,11 +129,7 @@ def growing(job: World) -> None:
     step(job)
     job.settle(1.0)
     step(job)
-    job.controller.stop(signal.SIGTERM, at_once=False, grace_s=25.0)
-    job.settle(0.5)
-    for agent in job.agents.values():
-        agent.finish("asked")
-    job.settle(0.5)
+    _stop(job)
 
 
 def shrinking(job: World) -> None:
