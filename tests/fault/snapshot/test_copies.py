@@ -34,8 +34,9 @@ from evermesh.fault.snapshot.stripes.fetching import Fetch, fetches
 from evermesh.fault.snapshot.stripes.payload import Payload
 from evermesh.fault.snapshot.stripes.schedule import Damage
 from tests.cluster import run_ranks
+from tests.fault.snapshot.keepers import WAIT_S
 from tests.fault.snapshot.members import Node, open_transfer, random_node
-from tests.fault.snapshot.stripe_keepers import HEAD_BYTES, Part, Stripe, flip, num_bytes_of, stripe_of
+from tests.fault.snapshot.stripe_keepers import HEAD_BYTES, Data, Part, Stripe, flip, num_bytes_of, stripe_of
 
 MIB = 1 << 20
 WEIGHTS, PAIR, OWN = 3 * MIB + 5000, MIB + 77, 2 * MIB
@@ -49,7 +50,7 @@ def _cut(at: int) -> tuple[Part, Part]:
     return Part("weights", WEIGHTS, 0, at), Part("weights", WEIGHTS, at, WEIGHTS)
 
 
-NODES = (
+NODES: tuple[tuple[Data, Data], ...] = (
     ((_cut(2 * MIB)[0], _whole("pair", PAIR), _whole("own 0", OWN)), (_cut(2 * MIB)[1],)),
     ((_whole("own 1", OWN), _whole("weights", WEIGHTS), _whole("pair", PAIR)), 0),
     ((_whole("small", 999), _whole("weights", WEIGHTS)), (_whole("own 2", OWN),)),
@@ -124,6 +125,11 @@ def test_f19_a_flipped_byte_of_a_copy_is_repaired_from_another_copy_and_no_wrong
             stripe.join()
             assert [answer["repaired"] for answer in stripe.rebuild(version)] == [{str(node): 1}] * 3
             assert stripe.digests(version) == whole
+        _flip_weights(stripe, 1, 7)
+        assert stripe.client(1).ask("scrub", WAIT_S)["rotten"]  # nobody chooses it now, also not as a copy
+        stripe.join()
+        assert [answer["lost"] for answer in stripe.rebuild(version)] == [[1]] * 3
+        assert stripe.digests(version) == whole
         _flip_weights(stripe, 0, 5)
         _flip_weights(stripe, 1, MIB + 5)
         stripe.lose(2)  # of each piece one copy is left
