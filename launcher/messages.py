@@ -129,7 +129,7 @@ class Beat(_Message):
     ranks: tuple[RankBeat, ...] = ()
     memory_free_bytes: int
     snapshot_bytes: int = 0
-    """Memory that the keeper holds snapshots in."""
+    """Memory that the keeper holds snapshots in, and parity of others'."""
     keeper: KeeperAt | None = None
 
 

@@ -64,24 +64,37 @@ def fetches(record: StripeRecord, damage: Damage, corrupt: Mapping[int, Abstract
 
 
 class Fetching:
-    """A phase of generators for every other member, behind those in which all that is coded was rebuilt."""
+    """A phase of generators for every other member, behind those in which all that is coded was rebuilt.
+
+    Copies of something may be with one member alone, so that it sends for long while others have nothing to do. Who receives
+    tells all of every copy: nobody takes the others for lost meanwhile.
+    """
 
     def __init__(
         self, member: int, transfer: Transfer, record: StripeRecord, data: Payload, plan: Sequence[Fetch]
     ) -> None:
         self._member, self._transfer, self._record, self._data, self._plan = member, transfer, record, data, plan
+        self._wanted = {peer: sum(fetch.member == peer for fetch in plan) for peer in range(record.code.parts)}
+        self._received = 0
 
     def give(self, peer: int) -> Outgoing:
-        """Send the pieces that ``peer`` gets from here."""
+        """Send the pieces that ``peer`` gets from here, and tell of those that came here."""
         for fetch in self._plan:
             if (fetch.giver, fetch.member) == (self._member, peer):
                 yield from chunk(self._transfer, fetch.piece, self._part(fetch.given))
+        for number in range(self._wanted[self._member]):
+            while self._received <= number:
+                yield None
+            yield self._transfer.header(Kind.COPIED, 0)
 
     def take(self, peer: int) -> Incoming:
-        """Receive the pieces that ``peer`` sends."""
+        """Receive the pieces that ``peer`` sends, and hear of those that came there."""
         for fetch in self._plan:
             if (fetch.member, fetch.giver) == (self._member, peer):
                 yield from self._take(fetch)
+                self._received += 1
+        for _ in range(self._wanted[peer]):
+            yield from read_header(self._transfer, Kind.COPIED, peer)
 
     def _take(self, fetch: Fetch) -> Incoming:
         part = self._part(fetch.piece)

@@ -34,6 +34,8 @@ class Kind(IntEnum):
     """The sender has all it needs; the digests of its parity, where it was protected."""
     TELL = 6
     """Something that the caller has to say to all."""
+    COPIED = 7
+    """The sender has one more of the copies that it lacked."""
 
 
 class Header(NamedTuple):

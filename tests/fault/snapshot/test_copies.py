@@ -4,6 +4,7 @@ byte for byte. Which pieces are coded is compared with every loss that there is.
 import itertools
 import random
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -25,8 +26,10 @@ from evermesh.fault.snapshot.stripes import (
     Pieces,
     SnapshotsDiffer,
     StripeRecord,
+    StripeTransfer,
     TransferFailed,
     copied_bytes,
+    listen,
     parity_bytes,
 )
 from evermesh.fault.snapshot.stripes.copies import divide, gaps, identities, shared_keys
@@ -35,7 +38,7 @@ from evermesh.fault.snapshot.stripes.payload import Payload
 from evermesh.fault.snapshot.stripes.schedule import Damage
 from tests.cluster import run_ranks
 from tests.fault.snapshot.keepers import WAIT_S
-from tests.fault.snapshot.members import Node, open_transfer, random_node
+from tests.fault.snapshot.members import Node, membership, open_transfer, random_node
 from tests.fault.snapshot.stripe_keepers import HEAD_BYTES, Data, Part, Stripe, flip, num_bytes_of, stripe_of
 
 MIB = 1 << 20
@@ -270,6 +273,30 @@ def _members_with_copies(rank: int, size: int, code: Code, lost: Sequence[Sequen
 def test_members_get_their_copies_from_each_other_after_every_loss() -> None:
     lost = [pattern for number in (1, 2) for pattern in itertools.combinations(range(4), number)]
     assert run_ranks(4, _members_with_copies, Code(2, 2), lost) == [[]] * 4
+
+
+def _slow_copies(rank: int, size: int, code: Code) -> bool:
+    """Only member 0 has what member 1 has lost, and sends it slowly; member 2 has nothing to do for longer than it waits."""
+    content = np.random.default_rng(5).integers(0, 256, 5 * CHUNK_BYTES, np.uint8).tobytes() if rank < 2 else b""
+    data = bytearray(b"alone" + content)
+    pieces = _table([(5 + at * CHUNK_BYTES, CHUNK_BYTES, at, 0) for at in range(len(content) // CHUNK_BYTES)])
+    node = Node(data, bytearray(parity_bytes(code, 5)))
+    with closing(listen("127.0.0.1")) as listener:
+        mine = membership(rank, code, listener.getsockname()[1])
+        with StripeTransfer(mine, listener, timeout_s=2.0, bytes_per_s=1.5e6) as transfer:  # 3.5 s for all copies
+            told = [np.frombuffer(one, PIECE) for one in transfer.tell_all(3, pieces.tobytes())]
+            lengths = [5 + of_member.size * CHUNK_BYTES for of_member in told]
+            found = transfer.find_copies(3, [memoryview(data)], told, lengths)
+            node.record = transfer.protect(3, [memoryview(data)], memoryview(node.parity), pieces=found)
+            before = bytes(data)
+            if rank == 1:
+                node.lose()
+            transfer.rebuild(3, node.record, [memoryview(data)], memoryview(node.parity))
+            return bytes(data) == before
+
+
+def test_who_has_nothing_to_do_while_copies_are_sent_is_patient() -> None:
+    assert all(run_ranks(3, _slow_copies, Code(2, 1)))
 
 
 def _keys_of_node(shard_map: ShardMap, ranks: Sequence[int]) -> dict[int, int]:
