@@ -30,7 +30,7 @@ _APART = 15
 def run() -> list[Row]:
     """Frozen ranks of one job; lost nodes, each of a job of its own."""
     with tempfile.TemporaryDirectory() as name:
-        job_file = _job_file(Path(name), "workers=2")
+        job_file = short_job(Path(name), "workers=2")
         stopped = _frozen(job_file, {"kind": "stop", "target": "rank 1"})
         held = _frozen(job_file, {"kind": "hang", "target": "rank 1", "holds_gil": True})
     rows = [
@@ -50,7 +50,8 @@ def _row(what: str, values: Sequence[float], goal: float) -> Row:
     return Row(f"{what}; longest {max(values):.2f} s", median, "s", third - first, goal=goal)
 
 
-def _job_file(folder: Path, *overrides: str) -> Path:
+def short_job(folder: Path, *overrides: str) -> Path:
+    """A job file of the demo's model on short batches."""
     short = ("train.data.context=1024", "train.data.batch_tokens=4096", "train.stop_at=null")
     config = load_job(quickstart(), [f"runs={folder / 'runs'}", *short, *overrides])
     open_sources(config.train.data)  # prepared before anybody is measured
@@ -72,7 +73,7 @@ def _lose_a_node(spares: int) -> tuple[float, int]:
     shape = (f"workers={nodes}", f"nodes={nodes}", f"spares={spares}", f"min_nodes={nodes - (not spares)}")
     without_storage = ("train.checkpoint.every=null", *(() if spares else ("shrink_after_s=0.5",)))
     with tempfile.TemporaryDirectory() as name:
-        job_file = _job_file(Path(name), shape[0])
+        job_file = short_job(Path(name), shape[0])
         with job_of(job_file, *shape, *without_storage) as job:
             victim = _members(job)[1]
             protected = _wait_protected(job, _members(job), 3)
