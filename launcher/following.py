@@ -46,6 +46,7 @@ _TOLD = (
     "snapshot lost",
     "flushed",
     "flush failed",
+    "checkpoint failed",
 )
 """Events that are shown among the steps."""
 _LOG_LINES = 8

@@ -13,9 +13,8 @@ from typing import Any
 from pydantic import JsonValue
 
 from evermesh.fault.snapshot.choosing import Version
-from evermesh.launcher.config import JobConfig
+from evermesh.launcher.config import HangConfig, JobConfig
 from evermesh.launcher.contact import keeper_secret, read_token
-from evermesh.launcher.controller.freezes import frozen
 from evermesh.launcher.controller.guests import Guests
 from evermesh.launcher.controller.in_memory import complete_step, job_groups, newest_of, remembered_step
 from evermesh.launcher.controller.journal import Journal
@@ -42,6 +41,7 @@ from evermesh.launcher.controller.work import (
 )
 from evermesh.launcher.elastic import node_counts
 from evermesh.launcher.errors import NotReplicated
+from evermesh.launcher.freezes import frozen
 from evermesh.launcher.messages import (
     Ask,
     Beat,
@@ -488,7 +488,8 @@ class Controller:
         work = work.model_copy(update={"arguments": work.arguments | seen})
         for number, name in enumerate(self.life.nodes):
             place = self.life.place(number)
-            self.nodes[name].send(Start(generation=self.generation, place=place, store=store, work=work))
+            start = Start(generation=self.generation, place=place, store=store, work=work, hang=self._hang)
+            self.nodes[name].send(start)
 
     def _end_ranks(self, reason: str) -> None:
         assert self.life is not None
@@ -498,6 +499,11 @@ class Controller:
             self._roster.replace(name)
         if self.life.failures or self.life.lost:
             self._scribe.tell("failed", explain(self.run, self.life, reason), attempt=self.generation)
+
+    @property
+    def _hang(self) -> HangConfig | None:
+        """What nodes without a controller go by; None where a rank that waits for a GPU looks idle."""
+        return self.config.hang if self.config.train.device.kind == "cpu" else None
 
     def _look_for_frozen(self) -> None:
         """A rank that is stopped or hangs has failed, though nobody says so."""
