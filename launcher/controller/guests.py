@@ -11,12 +11,13 @@ from typing import Literal
 
 from evermesh.fault.snapshot.choosing import Version
 from evermesh.launcher.config import JobConfig
-from evermesh.launcher.controller.guest_plan import GuestPlan, KeeperName, plan_guests
+from evermesh.launcher.controller.guest_plan import GuestPlan, plan_guests
 from evermesh.launcher.controller.in_memory import recovery_of
-from evermesh.launcher.controller.nodes import Node, Nodes
+from evermesh.launcher.controller.nodes import KeeperName, Node, Nodes
+from evermesh.launcher.controller.places import Call, Member, give_places
 from evermesh.launcher.controller.scribe import Scribe
 from evermesh.launcher.controller.work import launch_of
-from evermesh.launcher.messages import HostGuest, JoinStripe, Keep, KeeperTells, Rebuild
+from evermesh.launcher.messages import HostGuest, Keep, KeeperTells, Rebuild
 from evermesh.runtime.config import SnapshotConfig
 
 _GATHER_S = 20.0
@@ -145,24 +146,14 @@ class Guests:
 
     def _give_places(self, plan: GuestPlan) -> None:
         """Give all their old places; what they do for others is given up."""
-        told = "; ".join(map(str, plan.stripes))
-        self._epoch = self._scribe.note("guests", told, guests=[str(name) for name in plan.guests])
+        reason = "; ".join(map(str, plan.stripes))
+        self._epoch = self._scribe.note("guests", reason, guests=[str(name) for name in plan.guests])
         self._enter("joining", _GATHER_S)
         for stripe in plan.stripes:
-            addresses = tuple((self._nodes[name.node].address, self._ports[name]) for name in stripe.members)
-            for member, name in enumerate(stripe.members):
-                order = JoinStripe(
-                    generation=self._generation,
-                    guest=name.guest,
-                    epoch=self._epoch,
-                    stripe=stripe.protected.stripe,
-                    member=member,
-                    code=stripe.protected.code,
-                    addresses=addresses,
-                    ranks=stripe.ranks(member),
-                    bytes_per_s=self._snapshots.bytes_per_s,
-                )
-                self._nodes[name.node].send(order)
+            told = stripe.protected
+            call = Call(self._generation, self._epoch, told.stripe, told.code, self._snapshots.bytes_per_s)
+            members = [Member(name, self._ports[name], stripe.ranks(i)) for i, name in enumerate(stripe.members)]
+            give_places(self._nodes, call, members)
 
     def _rebuild(self, plan: GuestPlan) -> None:
         timeout_s = self._snapshots.rebuild_timeout_s

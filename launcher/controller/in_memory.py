@@ -3,9 +3,8 @@
 from collections.abc import Sequence
 
 from evermesh.launcher.config import JobConfig
-from evermesh.launcher.controller.guest_plan import complete_version
 from evermesh.launcher.controller.nodes import Nodes
-from evermesh.launcher.controller.recovery import Group, Recovery, find_recovery, groups_of
+from evermesh.launcher.controller.recovery import Group, Recovery, complete_version, find_recovery, groups_of
 from evermesh.launcher.controller.work import launch_of
 from evermesh.launcher.messages import InMemory
 

@@ -138,7 +138,7 @@ def test_what_ranks_would_find_anyway_is_not_rebuilt(monkeypatch: pytest.MonkeyP
     with _about_to_shrink(monkeypatch) as job:
         reach = Reach((), "", b"")
         reach.newest = Version(1, 9, MAP)
-        monkeypatch.setattr(job.controller, "_reach", reach)
+        monkeypatch.setattr(job.controller._memory, "reach", reach)
         job.settle(3)
         assert not _told(job, "snapshot rebuilt")
         assert _generation(job) == {2}

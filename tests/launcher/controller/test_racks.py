@@ -86,13 +86,13 @@ def test_a_job_puts_nodes_of_one_rack_into_different_stripes_and_says_when_a_spa
         job.settle(2.0)
         assert job.controller.life is not None
         assert job.controller.life.nodes == ("node-0", "node-3", "node-1", "node-2")
-        assert job.controller.lost_rack is not None, "auto is one stripe of four with one parity part"
+        assert job.controller.job.lost_rack is not None, "auto is one stripe of four with one parity part"
         assert [entry.kind for entry in read_journal(job.run.journal)].count("rack unprotected") == 1
     data = {"train": {**_train(), "snapshot": {"code": "1+1"}}}
     with world(**shape, **data) as job:
         job.absent.add("node-4")
         job.settle(2.0)
-        assert job.controller.lost_rack is None
+        assert job.controller.job.lost_rack is None
         job.absent.clear()
         job.absent.add("node-3")
         job.settle(1.0)

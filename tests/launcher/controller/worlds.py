@@ -52,7 +52,7 @@ from evermesh.launcher.messages import (
 )
 from evermesh.launcher.policy import Failure
 
-_CLOCKED = ("controller", "guests", "life", "nodes", "record", "stripes")
+_CLOCKED = ("controller", "guests", "job", "life", "nodes", "record", "stripes")
 START_S = 1000.0
 _PIDS = itertools.count(100)
 
