@@ -51,6 +51,7 @@ class Node:
     outbox: "asyncio.Queue[str] | None" = None
     """What is to be sent to it; None while it is not connected."""
     memory_free_bytes: int | None = None
+    shared_memory_free_bytes: int | None = None
     shared_memory_bytes: int | None = None
     snapshot_bytes: int = 0
     in_memory: InMemory | None = None
@@ -60,6 +61,12 @@ class Node:
     seat: Seat | None = None
     """Where its agent is asked about the journal."""
     is_head: bool = False
+
+    @property
+    def room_bytes(self) -> int:
+        """For more snapshots: what is left of shared memory, which may be promised more than there is memory."""
+        told = (self.memory_free_bytes, self.shared_memory_free_bytes)
+        return min((num_bytes for num_bytes in told if num_bytes is not None), default=0)
 
     def send(self, message: BaseModel) -> None:
         """Send ``message`` soon. Without a connection it is dropped: who connects is told all again."""
@@ -74,6 +81,7 @@ class Node:
     def take(self, beat: Beat) -> None:
         """Take what its agent tells of its machine."""
         self.memory_free_bytes, self.snapshot_bytes = beat.memory_free_bytes, beat.snapshot_bytes
+        self.shared_memory_free_bytes = beat.shared_memory_free_bytes
         self.keeper = beat.keeper or self.keeper
 
     def hear(self) -> None:
