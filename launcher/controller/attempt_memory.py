@@ -8,9 +8,8 @@ waiting for nodes ──► what keepers hold (``reach.py``) ──► an attemp
 from collections.abc import Sequence
 
 from evermesh.fault.snapshot.choosing import Version
-from evermesh.launcher.contact import keeper_secret, read_token
 from evermesh.launcher.controller.guests import Guests
-from evermesh.launcher.controller.in_memory import complete_step, newest_of, remembered_step
+from evermesh.launcher.controller.in_memory import complete_step, newest_of, recovery_of, remembered_step
 from evermesh.launcher.controller.job import Job
 from evermesh.launcher.controller.machine import size_of_attempt
 from evermesh.launcher.controller.nodes import Node
@@ -71,9 +70,12 @@ class AttemptMemory:
         saved, reached = newest_step(job.run) or 0, self.reach.newest if self.reach is not None else None
 
         def is_worth(version: Version) -> bool:
-            return version.step >= saved and (reached is None or version > reached)
+            if version.step < saved or (reached is not None and version <= reached):
+                return False
+            own = recovery_of(job.nodes, nodes, job.config, job.record.started_s)
+            return own is None or version > own.version
 
-        return Guests(job.nodes, nodes, job.config, job.scribe, job.record.started_s, is_worth)
+        return Guests(job, nodes, f"guest-{job.scribe.generation}", is_worth)
 
     def step_for(self, nodes: Sequence[str], guests: Guests) -> int | None:
         """Of the newest snapshot that will be whole for an attempt on these nodes; None: there is none."""
@@ -104,7 +106,7 @@ class AttemptMemory:
         """Called now and then: begin what can be begun by now, and wait for nothing that takes too long."""
         job, keepers = self._job, self._job.nodes.keepers
         if job.state == "waiting" and job.fewer_nodes and self.reach is None and keepers:
-            self.reach = Reach(keepers, job.launch, keeper_secret(read_token(job.run.directory), job.launch))
+            self.reach = Reach(keepers, job.launch, job.keeper_secret)
         self._prepare()
         if self._stripes is not None and job.life is not None and not job.life.is_ending:
             self._stripes.look()

@@ -72,7 +72,7 @@ class Controller:
         self.run, self.config, self._office = run, config, office
         self.nodes, self.record, self._scribe = self.job.nodes, self.job.record, self.job.scribe
         self._roster, self._memory = self.job.roster, AttemptMemory(self.job)
-        self._rescue = Rescue(run, self.nodes, self._scribe)
+        self._rescue = Rescue(self.job)
         self._changed = asyncio.Event()
 
     # what happens
@@ -102,7 +102,7 @@ class Controller:
             self._take_outcome(node, hello.outcome)
         for name, order in repeated_orders(self.state, self.generation, self.life, hello):
             self.nodes[name].send(order)
-        self._memory.greet(node)
+        (self._rescue if self._rescue.is_rebuilding else self._memory).greet(node)
         self._changed.set()
         return node
 
@@ -137,7 +137,7 @@ class Controller:
             case Noticed():
                 self._scribe.tell(message.event, f"{node.name}: {message.text}", node=node.name)
             case KeeperTells() if message.generation == self.generation:
-                self._memory.hear(node, message)
+                (self._rescue if self._rescue.is_rebuilding else self._memory).hear(node, message)
             case CannotStart() if message.generation == self.generation:
                 self._roster.refusal = message.text
         self._changed.set()
@@ -261,12 +261,12 @@ class Controller:
         return transition.to == "failed" or (transition.to == "stopped" and self.job.is_between_attempts)
 
     def _is_rescuing(self) -> bool:
-        """Whether what is in memory alone is being written to storage: the job ends after that."""
+        """Whether what is in memory alone is being rebuilt, or written to storage: the job ends after that."""
         stop = self.record.stop
         is_over = stop is not None and stop.deadline_s is not None and time.monotonic() > stop.deadline_s
         if stop is not None and (stop.at_once or is_over or not self.job.is_between_attempts):
             self._rescue.give_up()
-        return self._rescue.is_under_way(self.record.started_s)
+        return self._rescue.is_under_way()
 
     async def _sleep(self) -> None:
         try:
@@ -308,7 +308,7 @@ class Controller:
         life = Life(nodes, self.config, newest_of(newest_step(self.run), remembered))
         life.remembered = remembered
         self._rescue.give_up()  # ranks go on from memory, and write to it
-        self._rescue = Rescue(self.run, self.nodes, self._scribe)
+        self._rescue = Rescue(self.job)
         self._scribe.note("attempt", reason, nodes=list(nodes), began_at=life.began_at)
         self._scribe.begin()
         told = self.job.lost_rack
@@ -321,7 +321,7 @@ class Controller:
 
     def _start_ranks(self) -> None:
         """As soon as there is a store, and all is in memory that can be had there."""
-        life, store, since_s = self.life, self.job.store, self.record.started_s
+        life, store = self.life, self.job.store
         if life is None or self.state != "starting" or store is None or not self._memory.is_ready:
             return
         if not life.is_started:
@@ -329,7 +329,7 @@ class Controller:
             if self._memory.has_failed:
                 life.began_at = newest_of(newest_step(self.run), life.remembered)
         keepers = self.nodes.keepers
-        work = training_work(self.run, self.config, since_s, life.world_size, life.remembered, keepers)
+        work = training_work(self.run, self.config, self.record.started_s, life.world_size, life.remembered, keepers)
         work = work.model_copy(update={"arguments": work.arguments | self.job.seen})
         for number, name in enumerate(life.nodes):
             start = Start(generation=self.generation, place=life.place(number), store=store, work=work)
@@ -361,6 +361,7 @@ class Controller:
         error = traceback = None
         if transition.to == "failed":
             error, traceback = last_words(self.run, self.config, self.record, self.life, transition.reason)
+            error = "\n".join(filter(None, (error, self._rescue.why_not)))
         elif "at once" in transition.reason:
             error = transition.reason
         self._scribe.end(cast(Kept, transition.to), transition.exit_code, error, traceback)

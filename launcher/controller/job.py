@@ -4,6 +4,7 @@ import time
 from typing import Any
 
 from evermesh.launcher.config import JobConfig
+from evermesh.launcher.contact import keeper_secret, read_token
 from evermesh.launcher.controller.in_memory import job_groups
 from evermesh.launcher.controller.journal import Journal
 from evermesh.launcher.controller.life import Life
@@ -75,6 +76,11 @@ class Job:
     def launch(self) -> str:
         """What keepers know it by."""
         return launch_of(self.record.started_s)
+
+    @property
+    def keeper_secret(self) -> bytes:
+        """By which keepers know who may read."""
+        return keeper_secret(read_token(self.run.directory), self.launch)
 
     @property
     def is_between_attempts(self) -> bool:

@@ -89,6 +89,7 @@ class Agent:
         """The ranks of guests."""
         self.cannot_rebuild: set[int] = set()
         """Steps."""
+        self.shared_memory_free_bytes: int | None = None
         self.ignores: tuple[type[BaseModel], ...] = ()
         """What it does not answer."""
         self.node: Node | None = None
@@ -139,7 +140,8 @@ class Agent:
                 for i in range(place.ranks)
             )
         generation = self.ranks.generation if self.ranks else 0
-        self.say(Beat(generation=generation, ranks=beats, memory_free_bytes=1))
+        free = self.shared_memory_free_bytes
+        self.say(Beat(generation=generation, ranks=beats, memory_free_bytes=8, shared_memory_free_bytes=free))
 
     def take(self) -> bool:
         """Do what the oldest message asks for; whether there was one."""
