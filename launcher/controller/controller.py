@@ -18,6 +18,7 @@ from evermesh.launcher.controller.freezes import frozen
 from evermesh.launcher.controller.in_memory import newest_of
 from evermesh.launcher.controller.job import Job
 from evermesh.launcher.controller.journal import Journal
+from evermesh.launcher.controller.layout_choice import LayoutChoice
 from evermesh.launcher.controller.life import Life
 from evermesh.launcher.controller.machine import Stop, Transition, choose_nodes, decide, size_of_attempt
 from evermesh.launcher.controller.nodes import Node
@@ -72,7 +73,7 @@ class Controller:
         self.run, self.config, self._office = run, config, office
         self.nodes, self.record, self._scribe = self.job.nodes, self.job.record, self.job.scribe
         self._roster, self._memory = self.job.roster, AttemptMemory(self.job)
-        self._rescue = Rescue(self.job)
+        self._rescue, self._layouts = Rescue(self.job), LayoutChoice(self.job)
         self._changed = asyncio.Event()
 
     # what happens
@@ -255,6 +256,7 @@ class Controller:
             if transition.to == "starting" and self._memory.is_looking:
                 return
             self._carry_out(transition)
+        self._layouts.look()
 
     def _is_in_memory_alone(self, transition: Transition) -> bool:
         """Whether the job would end without what attempts have left in memory, for no rank is there who could save it."""
@@ -328,8 +330,8 @@ class Controller:
             life.is_started, life.remembered = True, self._memory.step
             if self._memory.has_failed:
                 life.began_at = newest_of(newest_step(self.run), life.remembered)
-        keepers = self.nodes.keepers
-        work = training_work(self.run, self.config, self.record.started_s, life.world_size, life.remembered, keepers)
+        life.layout = life.layout or self._layouts.of(life)
+        work = training_work(self.run, self.config, self.record.started_s, life.layout, self.nodes.keepers)
         work = work.model_copy(update={"arguments": work.arguments | self.job.seen})
         for number, name in enumerate(life.nodes):
             start = Start(generation=self.generation, place=life.place(number), store=store, work=work)
