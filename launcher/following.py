@@ -44,6 +44,7 @@ _TOLD = (
     "rack unprotected",
     "snapshot rebuilt",
     "snapshot lost",
+    "layout chosen",
     "flushed",
     "flush failed",
     "checkpoint failed",

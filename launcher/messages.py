@@ -127,6 +127,8 @@ class Beat(_Message):
     generation: int
     ranks: tuple[RankBeat, ...] = ()
     memory_free_bytes: int
+    shared_memory_free_bytes: int | None = None
+    """Of its file system."""
     snapshot_bytes: int = 0
     """Memory that the keeper holds snapshots in."""
     keeper: KeeperAt | None = None

@@ -270,6 +270,7 @@ class Agent:
                 generation=generation,
                 ranks=beats,
                 memory_free_bytes=psutil.virtual_memory().available,
+                shared_memory_free_bytes=self._area.free_bytes,
                 snapshot_bytes=self._keeper.num_bytes + self._guests.num_bytes,
                 keeper=self._keeper.address,
             )

@@ -1,6 +1,7 @@
 """An agent as a process, and a controller that only listens: the protocol, signals, and its end."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -118,6 +119,8 @@ def agent(tmp_path: Path) -> Iterator[Served]:
 def test_it_says_who_it_is_and_workers_know_no_token(agent: Served) -> None:
     hello = agent.all(Hello)[0]
     assert (hello.node, hello.pid, hello.outcome, hello.shared_memory_bytes) == ("node-0", agent.process.pid, None, 256)
+    agent.until(lambda: bool(agent.all(Beat)))
+    assert 0 < agent.all(Beat)[0].shared_memory_free_bytes <= shutil.disk_usage("/dev/shm").total
     agent.start(1)
     for rank in agent.started(1):
         assert TOKEN_VARIABLE not in rank.environ()
