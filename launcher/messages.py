@@ -84,6 +84,8 @@ class ProtectedPart(_Message):
     code: str
     portions: tuple[tuple[tuple[int, int, int, int], ...], ...]
     """By member: of each of its ranks the rank, and the bytes of data, index and objects."""
+    coded_bytes: tuple[int, ...]
+    """By member: of these, that which it codes; the rest others hold too."""
 
 
 class InMemory(_Message):
@@ -130,7 +132,7 @@ class Beat(_Message):
     shared_memory_free_bytes: int | None = None
     """Of its file system."""
     snapshot_bytes: int = 0
-    """Memory that the keeper holds snapshots in."""
+    """Memory that the keeper holds snapshots in, and parity of others'."""
     keeper: KeeperAt | None = None
 
 
@@ -218,6 +220,12 @@ class KeeperTells(_Message):
     port: int | None = None
     """Where other keepers reach it at the address of the node."""
     step: int | None = None
+    data_bytes: int = 0
+    """Of the snapshot that is protected, on this node; 0: none is, as with the next two."""
+    coded_bytes: int = 0
+    """Of these, that which parity is made of; the rest other nodes hold too."""
+    parity_bytes: int = 0
+    """That this node keeps for others."""
     repaired: int = 0
     """Chunks of this node that were corrupt and are right now."""
     in_memory: InMemory | None = None

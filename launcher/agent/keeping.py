@@ -72,9 +72,9 @@ class NodeKeeper:
 
     @property
     def num_bytes(self) -> int:
-        """Memory of the snapshots."""
+        """Memory of the snapshots, and of the parity of others'."""
         found = 0
-        for path in self.area.glob("rank-*/slot-*/*"):
+        for path in (*self.area.glob("rank-*/slot-*/*"), *self.area.glob("parity-*/*")):
             with suppress(OSError):  # it is being given back
                 found += path.stat().st_size
         return found

@@ -48,6 +48,11 @@ def portions_of(area: Path, version: Version, ranks: Sequence[int]) -> tuple[Por
     return tuple(_portion(area, version, rank) for rank in sorted(ranks))
 
 
+def slot_files(area: Path, version: Version, rank: int) -> SlotFiles:
+    """The slot of ``rank`` that holds its part of a snapshot. Raises ``LookupError`` if neither does."""
+    return SlotFiles.of(area, rank, _slot_with(area, version, rank)[0])
+
+
 def holds(area: Path, version: Version, portions: Sequence[Portion]) -> bool:
     """Whether the slots of a node hold just this of a snapshot, as far as headers and sizes tell."""
     try:

@@ -35,6 +35,7 @@ def _memory(place: int, code: str, held: list[int], protected: list[int]) -> InM
             member=group.places.index(place),
             code=str(group.code),
             portions=portions,
+            coded_bytes=(),
         )
         for step in protected
     )

@@ -30,7 +30,9 @@ PORTIONS = tuple(((rank, 8, 8, 8),) for rank in range(3))
 def _memory(job: World, rank: int, steps: tuple[int, ...]) -> InMemory:
     parts = [SnapshotPart(rank=rank, generation=1, step=step, shard_map=MAP, world_size=3) for step in steps]
     known = [
-        ProtectedPart(version=(1, step, MAP), stripe="stripe-0", member=rank, code="2+1", portions=PORTIONS)
+        ProtectedPart(
+            version=(1, step, MAP), stripe="stripe-0", member=rank, code="2+1", portions=PORTIONS, coded_bytes=()
+        )
         for step in steps
     ]
     launch = launch_of(job.controller.record.started_s)
