@@ -88,14 +88,14 @@ class CollectiveRecord(NamedTuple):
 
 
 Sink = Callable[[CollectiveRecord], None]
-Announcer = Callable[[str, Moment], None]
+Announcer = Callable[["Communicator", str], None]
 
 _announce: Announcer | None = None
 
 
 def announce_to(announcer: Announcer | None) -> None:
-    """Tell ``announcer`` the call site and the moment of every operation of this process, on the thread that is about to
-    issue it; None: nobody. What lies below torch, as the recorder of the fault room does, knows neither.
+    """Tell ``announcer`` the communicator and the call site of every operation of this process, on the thread that is about
+    to issue it; None: nobody. What lies below torch, as the recorder of the fault room does, knows neither.
     """
     global _announce
     _announce = announcer
@@ -308,7 +308,7 @@ class Communicator:
         source: int = 0,
     ) -> None:
         if _announce is not None:
-            _announce(call_site, self.moment)
+            _announce(self, call_site)
         self._record(operation, tensor, call_site, peers, source)
 
     def _record(
@@ -330,7 +330,7 @@ class Communicator:
     def _emit_parts(self, operation: Operation, part_bytes: Sequence[int], dtype: str, call_site: str) -> None:
         """Records of an operation that sends ``part_bytes[r]`` straight to each rank r: one for every tier."""
         if _announce is not None:
-            _announce(call_site, self.moment)
+            _announce(self, call_site)
         number = next(self._numbers)
         if not self._sinks:
             return

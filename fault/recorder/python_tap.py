@@ -94,7 +94,8 @@ class PythonTap:
         self._announced: dict[int, _Announced] = {}
         """By thread."""
         self._names_lock = threading.Lock()
-        self._is_muted = False
+        self._muted: list[bool] = []
+        """Nothing is written any more as soon as something is in it."""
 
     def install(self) -> None:
         """Patch the methods."""
@@ -118,7 +119,7 @@ class PythonTap:
 
     def mute(self) -> None:
         """Write nothing any more."""
-        self._is_muted = True
+        self._muted.append(True)
 
     def introduce(self, group: "ProcessGroup") -> int:
         """The index of ``group``."""
@@ -158,13 +159,13 @@ class PythonTap:
         memory, words, pack, here = self._ring.memory, self._ring.words, _FIELDS.pack_into, self._ring.here
         code, is_message, is_rooted = OPERATIONS.index(operation), operation in _MESSAGES, operation in _ROOTED
         groups, waited, places, announced = self._groups, self._waited, self._places, self._announced
-        site_of_caller, enqueued_word = self._site_of_caller, form.ENQUEUED_WORD
+        site_of_caller, enqueued_word, muted = self._site_of_caller, form.ENQUEUED_WORD, self._muted
         blocks = int(Flags.BLOCKING | Flags.END_SEEN) if operation == "barrier" else 0  # the monitored one
         failed = int(Flags.FAILED | Flags.END_SEEN)
 
         def recorded(group: Any, *arguments: Any, **named: Any) -> Any:
             entered = monotonic_ns()
-            if self._is_muted:
+            if muted:
                 return call(group, *arguments, **named)
             known = groups.get(id(group)) or self._first_seen(group)
             peer, num_bytes, dtype, buffer = NO_PEER, 0, 0, None
@@ -193,7 +194,7 @@ class PythonTap:
             pack(memory, word * 8 + 8, entered, num_bytes, known.index, number, step, site, peer, code, dtype, phase)
             words[word] = sequence
             try:
-                work = call(group, *arguments, **named)
+                work = call(group, *arguments, **named) if named else call(group, *arguments)
             except BaseException:
                 self._end(sequence, word, failed)
                 raise
@@ -212,16 +213,16 @@ class PythonTap:
     def _waiting(self, call: Callable[..., Any]) -> Callable[..., Any]:
         words, flags, take = self._ring.words, self._ring.octets, self._waited.pop
         blocking, failed = int(Flags.BLOCKING | Flags.END_SEEN), int(Flags.BLOCKING | Flags.END_SEEN | Flags.FAILED)
-        ended_word, flags_byte = form.ENDED_WORD, form.FLAGS_BYTE
+        ended_word, flags_byte, muted = form.ENDED_WORD, form.FLAGS_BYTE, self._muted
 
         def wait(work: Any, *arguments: Any, **named: Any) -> Any:
             place = take(id(work), None)
-            if place is None or self._is_muted or words[place[1]] != place[0]:
+            if place is None or muted or words[place[1]] != place[0]:
                 return call(work, *arguments, **named)
             sequence, word = place
             flags[word * 8 + flags_byte] = blocking
             try:
-                result = call(work, *arguments, **named)
+                result = call(work, *arguments, **named) if arguments or named else call(work)
             except BaseException:
                 self._end(sequence, word, failed)
                 raise

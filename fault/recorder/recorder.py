@@ -14,7 +14,7 @@ from evermesh.fault.recorder.ring import Ring, RingSpec, packed
 from evermesh.fault.recorder.sites import Sites
 from evermesh.fault.recorder.tap import Tap
 from evermesh.parallelism import collectives
-from evermesh.parallelism.collectives import Moment, Phase, Point
+from evermesh.parallelism.collectives import Communicator, Moment, Phase, Point
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -52,6 +52,10 @@ class Recorder:
     def __init__(self, spec: RingSpec, *, wanted: Wanted = "auto", stamps_ends: bool = True) -> None:
         self.ring = Ring.make(spec)
         self._indices: dict[str, int] = {}
+        """Of groups, by torch's name."""
+        self._ranks: dict[int, tuple[int, ...]] = {}
+        self._axes: dict[int, list[str]] = {}
+        self._named: dict[int, weakref.ref[Communicator]] = {}
         self._sites = Sites(self._append_name)
         try:
             self._tap, self.chosen = _install(self.ring, wanted, stamps_ends, self._sites.of_caller)
@@ -93,11 +97,23 @@ class Recorder:
     def _note_group(self, group: "ProcessGroup", ranks: tuple[int, ...]) -> None:
         index = self._tap.introduce(group) if self._tap is not None else len(self._indices) + 1
         self._indices[group.group_name] = index
+        self._ranks[index], self._axes[index] = ranks, []
         self._append_name(group_line(index, group.group_name, ranks, description_of(group)))
 
-    def _announce(self, call_site: str, moment: Moment) -> None:
+    def _announce(self, communicator: Communicator, call_site: str) -> None:
         assert self._tap is not None
-        self._tap.announce(self._sites.index_of(call_site), packed(moment))
+        if id(communicator) not in self._named:
+            self._name(communicator)
+        self._tap.announce(self._sites.index_of(call_site), packed(communicator.moment))
+
+    def _name(self, communicator: Communicator) -> None:
+        """Call a group by the axes of the communicators that use it."""
+        key, group = id(communicator), communicator.group
+        self._named[key] = weakref.ref(communicator, lambda _: self._named.pop(key, None))
+        index = self._indices.get(group.group_name) if group is not None else None
+        if group is not None and index is not None and communicator.axis not in self._axes[index]:
+            self._axes[index].append(communicator.axis)
+            self._append_name(group_line(index, group.group_name, self._ranks[index], ", ".join(self._axes[index])))
 
     def _append_name(self, line: bytes) -> None:
         if self._tap is not None:

@@ -25,20 +25,26 @@ class Sites:
         self._texts: dict[str, int] = {}
         self._places: dict[tuple[int, int], tuple[CodeType, int]] = {}
         """By id of the code, which the value keeps alive, and the place in it."""
+        self.of_caller = self._finder()
+        """The index of the line outside torch that made a method of ProcessGroup run; called by what stands in its place."""
 
     def index_of(self, text: str) -> int:
         """The index of ``text``."""
         return self._texts.get(text) or self._add(text)
 
-    def of_caller(self) -> int:
-        """The index of the line outside torch that made a method of ProcessGroup run; called by what stands in its place."""
-        try:
-            frame = sys._getframe(_DEPTH)
-        except ValueError:  # called by nobody but a module
-            frame = sys._getframe(2)
-        code = frame.f_code
-        place = self._places.get((id(code), frame.f_lasti))
-        return place[1] if place is not None else self._first_seen(frame, code)
+    def _finder(self) -> Callable[[], int]:
+        places, frame_above, first_seen = self._places, sys._getframe, self._first_seen  # attributes cost time
+
+        def of_caller() -> int:
+            try:
+                frame = frame_above(_DEPTH)
+            except ValueError:  # called by nobody but a module
+                frame = frame_above(2)
+            code = frame.f_code
+            place = places.get((id(code), frame.f_lasti))
+            return place[1] if place is not None else first_seen(frame, code)
+
+        return of_caller
 
     def _first_seen(self, known_by: FrameType, code: CodeType) -> int:
         caller: FrameType | None = sys._getframe(3)

@@ -16,7 +16,8 @@ EXAMPLES = """[bold]Examples[/]
   evermesh records --json
 
 Reads the shared memory of this machine, so ranks that are stopped, hang or were killed show too; of attempts that are
-over it reads the copies in RUN/records, which nodes of other machines write there as well. A script that has ended is found by the folder of its logs."""
+over it reads the copies in RUN/records, which nodes of other machines write there as well. A script that has ended is
+found by the folder of its logs."""
 
 
 def records(

@@ -35,6 +35,6 @@ def test_without_a_compiler_the_doctor_names_the_way_out_and_nothing_is_bad(
 
 
 def test_only_what_is_bad_fails() -> None:
-    good, worse, bad = (Check("a", "b", state, "c") for state in ("good", "worse", "bad"))  # type: ignore[arg-type]
+    good, worse, bad = (Check("a", "b", state, "c") for state in ("good", "worse", "bad"))
     assert exit_code([good, worse]) == 0
     assert exit_code([good, bad]) == 1

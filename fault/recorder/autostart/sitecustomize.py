@@ -15,23 +15,23 @@ _MODULE = "torch.distributed.distributed_c10d"
 class _Finder:
     """Waits for the module that makes groups."""
 
-    def find_spec(self, name, path=None, target=None):  # type: ignore[no-untyped-def]
+    def find_spec(self, name, path=None, target=None):
         if name != _MODULE:
             return None
-        sys.meta_path.remove(self)  # type: ignore[arg-type]
+        sys.meta_path.remove(self)
         spec = importlib.machinery.PathFinder.find_spec(name, path)
         if spec is not None and spec.loader is not None:
             load = spec.loader.exec_module
 
-            def load_and_arm(module):  # type: ignore[no-untyped-def]
+            def load_and_arm(module):
                 load(module)
                 _arm()
 
-            spec.loader.exec_module = load_and_arm  # type: ignore[method-assign]
+            spec.loader.exec_module = load_and_arm
         return spec
 
 
-def _arm():  # type: ignore[no-untyped-def]
+def _arm():
     try:
         from evermesh.fault.recorder.in_scripts import arm
 
@@ -40,7 +40,7 @@ def _arm():  # type: ignore[no-untyped-def]
         print(f"evermesh: collectives are not recorded: {type(error).__name__}: {error}", file=sys.stderr)
 
 
-def _import_hidden():  # type: ignore[no-untyped-def]
+def _import_hidden():
     """Import the sitecustomize that this one hides, if there is one."""
     sys.path[:] = [path for path in sys.path if os.path.abspath(path) != _HERE]
     left = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if os.path.abspath(path) != _HERE]
@@ -58,5 +58,5 @@ def _import_hidden():  # type: ignore[no-untyped-def]
 
 
 if "EVERMESH_RINGS" in os.environ:
-    sys.meta_path.insert(0, _Finder())  # type: ignore[arg-type]
+    sys.meta_path.insert(0, _Finder())
 _import_hidden()

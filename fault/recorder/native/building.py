@@ -45,14 +45,12 @@ def cache_folder() -> Path:
     Raises:
         TapUnusable: somebody else may, or it cannot be made.
     """
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "evermesh/recorder"
     try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "evermesh/recorder"
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         status = folder.stat()
-    except OSError as error:
-        raise TapUnusable(
-            f"{folder} cannot be made ({error.strerror}). Set XDG_CACHE_HOME to a folder of yours."
-        ) from error
+    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home
+        raise TapUnusable(f"there is no cache folder: {error}. Set XDG_CACHE_HOME to a folder of yours.") from error
     if status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise TapUnusable(f"{folder} may be written by others than user {os.getuid()}: chmod 700 it.")
     return folder

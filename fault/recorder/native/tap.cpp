@@ -51,10 +51,11 @@ std::atomic<bool> recording{false};
 std::atomic<bool> ends{true};
 std::atomic<uint64_t> life{0};  // of a ring: an end that belongs to the one before is not stamped
 std::mutex writing;  // of sequences, groups, names, and of stamps into records that might be overwritten
-std::unordered_map<c10d::ProcessGroup*, Group> groups;
+// never destroyed: a backend's threads may still stamp ends while the process exits
+auto& groups = *new std::unordered_map<c10d::ProcessGroup*, Group>;
 uint32_t num_groups = 0;
 uint64_t num_records = 0;
-std::vector<std::unique_ptr<torch::Library>> libraries;
+auto& libraries = *new std::vector<std::unique_ptr<torch::Library>>;
 thread_local Announced announced;
 thread_local uint64_t last_sequence = 0;
 thread_local std::string error;

@@ -75,7 +75,7 @@ def _leave_records(rank: int, world_size: int, folder: str, wanted: str) -> None
         recorder.follow(moment)
         moment.begin_step(5)
         group = dist.new_group([1, 0], group_desc="mine")
-        pair = Communicator(group, name="pair", moment=moment)
+        pair = Communicator(group, name="pair", moment=moment)  # the records say how it is called
         pair.all_reduce(torch.ones(3, dtype=torch.float64), "gradients")
         dist.all_reduce(torch.ones(2, dtype=torch.bfloat16))
         moment.phase = "evaluate"
@@ -102,8 +102,8 @@ def test_a_record_says_what_was_communicated(wanted: str, request: pytest.Fixtur
             trace, state = read_ring(spec_in(folder, rank).path)
             assert (state.tier, trace.step, trace.phase) == (wanted, 5, "evaluate")
             groups = {group.axis: (index, group) for index, group in trace.groups.items()}
-            mine, (_, named) = groups["mine"][0], groups["mine"]
-            world, (_, default) = groups["default_pg"][0], groups["default_pg"]
+            mine, named = groups["pair"]
+            world, default = groups["default_pg"]
             assert (default.ranks, sorted(named.ranks)) == ((0, 1), [0, 1])
             rows = [
                 (
