@@ -6,7 +6,7 @@ from pathlib import Path
 
 from evermesh.fault.recorder.area import RingArea
 from evermesh.fault.recorder.errors import TapUnusable
-from evermesh.fault.recorder.native.building import is_settled, torch_version
+from evermesh.fault.recorder.native.building import find_compiler, is_settled, torch_version
 
 
 class Recording:
@@ -18,6 +18,7 @@ class Recording:
     def __init__(self, run: Path, node: str) -> None:
         self._run, self._node = run, node
         self._area: RingArea | None = None
+        self._has_looked = False
         self._builder: subprocess.Popen[bytes] | None = None
 
     def begin(self, *, wanted: bool) -> RingArea | None:
@@ -47,11 +48,15 @@ class Recording:
             self._builder.poll()  # it builds for whoever comes next, and ends by itself
 
     def _build_if_missing(self) -> None:
-        """Have the native tap built where it has not been tried: ranks that start now record in Python."""
+        """Have the native tap built where that has not been tried: ranks that start now record in Python."""
+        if self._has_looked:
+            return
+        self._has_looked = True
         try:
             version = torch_version()
-            if self._builder is not None or version is None or is_settled(version):
+            if version is None or is_settled(version):
                 return
+            find_compiler()
             command = [sys.executable, "-m", "evermesh.fault.recorder.native", "--gently"]
             self._builder = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
         except (OSError, TapUnusable) as error:
