@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter
 
+from evermesh.launcher.config import HangConfig
 from evermesh.launcher.policy import Failure
 from evermesh.launcher.succession.protocol import Seat
 from evermesh.parallelism.collectives import Point
@@ -126,6 +127,8 @@ class Beat(_Message):
     generation: int
     ranks: tuple[RankBeat, ...] = ()
     memory_free_bytes: int
+    shared_memory_free_bytes: int | None = None
+    """Of its file system."""
     snapshot_bytes: int = 0
     """Memory that the keeper holds snapshots in."""
     keeper: KeeperAt | None = None
@@ -353,6 +356,8 @@ class Start(_Message):
     place: Place
     store: Store
     work: TrainingWork
+    hang: HangConfig | None = None
+    """When ranks count as frozen that no controller can be told about; None: nobody looks."""
 
 
 class Ask(_Message):

@@ -157,11 +157,19 @@ class Worker:
             os._exit(EXIT_AGENT_GONE)
 
 
-def main(spec: WorkerSpec, connection: Connection) -> None:
-    """Run the worker and end the process: it never returns."""
+def wait_for_rank(connection: Connection) -> None:
+    """Wait to be told which rank this process is, and run it: it never returns."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     die_with_parent()
+    try:
+        spec = connection.recv()  # of the agent that has forked this process
+    except (EOFError, OSError):
+        os._exit(EXIT_AGENT_GONE)
+    _run(spec, connection)
+
+
+def _run(spec: WorkerSpec, connection: Connection) -> None:
     _redirect(spec.log)
     os.environ.update(_environment(spec))
     worker = Worker(spec, connection)

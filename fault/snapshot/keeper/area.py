@@ -63,14 +63,15 @@ def started_at(pid: int) -> int | None:
 
 
 class Area:
-    """The folder as its keeper holds it; what an earlier keeper of the same launch left there is kept.
+    """The folder as its keeper holds it; what an earlier keeper of the same launch left there is kept. ``slots`` is how many
+    each rank gets.
 
     Raises:
         BlockingIOError: another keeper holds it.
     """
 
-    def __init__(self, path: Path, key: str, nonce: str) -> None:
-        self.path = path
+    def __init__(self, path: Path, key: str, nonce: str, slots: int = NUM_SLOTS) -> None:
+        self.path, self._numbers = path, range(slots)
         self._lock = locked(path, _LOCK)
         before = identity_in(path)
         if before is not None and before.key != key:
@@ -92,7 +93,7 @@ class Area:
             return
         self.release(rank)
         try:
-            for number in range(NUM_SLOTS):
+            for number in self._numbers:
                 files = SlotFiles.of(self.path, rank, number)
                 files.folder.mkdir(parents=True, mode=0o700)
                 _make(files.header, HEADER_BYTES)
@@ -105,7 +106,7 @@ class Area:
 
     def room_of(self, rank: int) -> int | None:
         """Bytes of the slots of ``rank``; None without slots, or if some of their memory is gone."""
-        files = [SlotFiles.of(self.path, rank, number) for number in range(NUM_SLOTS)]
+        files = [SlotFiles.of(self.path, rank, number) for number in self._numbers]
         try:
             room = int((files[0].folder.parent / _ROOM).read_text())
             sizes = {one.header.stat().st_size for one in files} | {HEADER_BYTES}

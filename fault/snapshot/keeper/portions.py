@@ -141,7 +141,8 @@ def _slot_for(area: Path, rank: int, version: Version) -> int:
     """The slot that has it, else one that holds nothing, else the one with the older snapshot."""
     held = {one.number: one.record.version for one in held_by(area, rank)}
     worst = Version(-1, -1, "")
-    return min(range(NUM_SLOTS), key=lambda number: (held.get(number) != version, held.get(number, worst)))
+    there = [number for number in range(NUM_SLOTS) if SlotFiles.of(area, rank, number).folder.is_dir()]
+    return min(there, key=lambda number: (held.get(number) != version, held.get(number, worst)))
 
 
 def _file_views(stack: ExitStack, files: SlotFiles, portion: Portion) -> list[memoryview]:

@@ -14,7 +14,7 @@ from evermesh.fault.snapshot.choosing import Version
 from evermesh.fault.snapshot.keeper.client import KeeperClient
 from evermesh.fault.snapshot.keeper.parity import buffer_of, protected_in
 from evermesh.fault.snapshot.keeper.process import KeeperProcess
-from evermesh.fault.snapshot.keeper.slots import Header, SlotFiles, held_by, ranks_in
+from evermesh.fault.snapshot.keeper.slots import NUM_SLOTS, Header, SlotFiles, held_by, ranks_in
 from tests.fault.snapshot.keepers import WAIT_S, keeper_of, kill_keeper
 
 HOST, SECRET, MAP = "127.0.0.1", "5a" * 32, "a" * 32
@@ -33,9 +33,9 @@ class Stripe:
             first += len(of_node)
         self.epoch = 0
 
-    def start(self, node: int) -> None:
+    def start(self, node: int, slots: int = NUM_SLOTS) -> None:
         """Start the keeper of a node."""
-        self.keepers[node] = self._stack.enter_context(keeper_of(self._folder, f"node-{node}"))
+        self.keepers[node] = self._stack.enter_context(keeper_of(self._folder, f"node-{node}", slots=slots))
 
     def area(self, node: int) -> Path:
         return self.keepers[node].area
