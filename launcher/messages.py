@@ -269,6 +269,8 @@ class TrainingWork(_Message):
     """Ranks leave snapshots with a keeper that keeps them for this launch; None: they leave none."""
     keepers: tuple[KeeperAt, ...] = ()
     """Of the nodes of the job, also of some that are lost: their memory may be there."""
+    records: bool = False
+    """Ranks record their collectives."""
 
 
 class Place(_Message):

@@ -24,6 +24,7 @@ from evermesh.launcher.agent.keeping import KEEPER_LOST, NodeKeeper
 from evermesh.launcher.agent.link import Link, LinkHooks
 from evermesh.launcher.agent.loop import Loop
 from evermesh.launcher.agent.pulse import Pulse
+from evermesh.launcher.agent.recording import Recording
 from evermesh.launcher.agent.revival import Revival
 from evermesh.launcher.agent.shared_memory import POINTS, Board, SharedArea
 from evermesh.launcher.agent.spec import AgentSpec
@@ -89,6 +90,7 @@ class Agent:
         self._store: StoreProcess | None = None
         self._keeper = NodeKeeper(spec.run, spec.node, spec.address, token)
         self._interface = interface_of(spec.address)
+        self._recording = Recording(spec.run, spec.node)
         self._has_left = False
         self._preempted: int | None = None
         self._candidate = self._make_candidate(token)
@@ -180,6 +182,7 @@ class Agent:
                 self._end(message)
             case WriteStacks() if self._group:
                 self._group.write_stacks(message.because)
+                self._recording.keep()
             case Leave():
                 self._has_left = True
 
@@ -230,7 +233,8 @@ class Agent:
         self._hang = message.hang
         keeper = self._keeper.keep_for(message.work.launch)
         keepers = self._keeper.others(message.work.launch, message.work.keepers)
-        group.start(message.store, message.work, self._area.board, self._interface, keeper, keepers)
+        rings = self._recording.begin(wanted=message.work.records)
+        group.start(message.store, message.work, self._area.board, self._interface, keeper, keepers, rings)
         self._tell_started(group)
         self._loop.after(_STANDBY_S, self._fill_standbys)
 
@@ -253,6 +257,8 @@ class Agent:
         if self._group:
             outcome = self._group.outcome
             in_memory = self._keeper.in_memory() if outcome.is_over else None
+            if outcome.is_over:
+                self._recording.keep()
             self._link.send(Progress(outcome=outcome, in_memory=in_memory))
 
     def _pass_report(self, values: dict[str, Any]) -> None:
@@ -363,6 +369,7 @@ class Agent:
         self._guests.leave(job_is_over=self._has_left)
         if self._store:
             self._store.close()
+        self._recording.close()
         self._board.close()
         self._area.close()
         self._loop.close()

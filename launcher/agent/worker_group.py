@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from evermesh.fault.process_state import ProcessState
+from evermesh.fault.recorder.area import RingArea
 from evermesh.fault.snapshot.remote import Keepers
 from evermesh.launcher.agent.loop import Loop
 from evermesh.launcher.agent.standby import Standbys
@@ -83,8 +84,10 @@ class WorkerGroup:
         interface: str | None,
         keeper: Path | None = None,
         keepers: Keepers | None = None,
+        rings: RingArea | None = None,
     ) -> None:
-        """Start every rank of this node; ``keeper`` is where they leave snapshots, ``keepers`` where they find others."""
+        """Start every rank of this node; ``keeper`` is where they leave snapshots, ``keepers`` where they find others, and
+        ``rings`` where they record their collectives."""
         self._logs.mkdir(parents=True, exist_ok=True)
         for local_rank in range(self.place.ranks):
             rank = self.place.first_rank + local_rank
@@ -103,6 +106,7 @@ class WorkerGroup:
                 arguments=work.arguments,
                 keeper=str(keeper) if keeper else None,
                 keepers=keepers,
+                ring=rings.spec(self.generation, rank, self.place.world_size) if rings else None,
             )
             self._members.append(self._start_one(spec))
 

@@ -37,7 +37,9 @@ def training_work(
         arguments["faults"] = [shot.model_dump(mode="json") for shot in injection.shots if shot.is_inside]
     launch = None if train.snapshot is None else launch_of(since_s)
     logs = str(run.logs.absolute())
-    return TrainingWork(entry=ENTRY, arguments=arguments, logs=logs, launch=launch, keepers=tuple(keepers))
+    return TrainingWork(
+        entry=ENTRY, arguments=arguments, logs=logs, launch=launch, keepers=tuple(keepers), records=config.record
+    )
 
 
 def launch_of(since_s: float) -> str:
