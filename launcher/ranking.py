@@ -1,9 +1,9 @@
 """``python -m evermesh.launcher.ranking RUN``: how long a step of a job takes on fewer nodes, in every layout that it can
 have there.
 
-It prints one JSON object (``Rankings``). Times are those of ``evermesh layout``: the model, the first batches of the data,
-nominal rates of the device, or those that ``train.cost`` was measured with; planned by the planner that plans the run. It
-ends with the process that started it.
+It prints one JSON object (``Rankings``). Times are those of the formula of ``evermesh layout``, for the model, the first
+batches of the data, and nominal rates of the device, or those that ``train.cost`` was measured with. Batches are not planned:
+on hundreds of ranks that would take a minute for each number of nodes. It ends with the process that started it.
 """
 
 import os
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from evermesh.parallelism.cost import ModelShape
     from evermesh.parallelism.layout.device import Device
 
-_PLANNED = 8
-"""Layouts at most; of more, those that a formula finds the fastest."""
 _NICENESS = 10
 """Behind what trains on this machine."""
 
@@ -93,9 +91,7 @@ def rank(config: JobConfig, layouts: Sequence[Layout], lengths: Sequence[Sequenc
     network = Network(options.device.topology(workers // per_node, per_node))
     found = [judge.at_once(layout, network) for layout in layouts]
     fitting = [one for one in found if one.largest_capacity >= one.layout.capacity]
-    finalists = sorted(fitting, key=lambda one: one.step.total)[:_PLANNED]
-    planned = [judge.planned(one, network) for one in fitting if one in finalists]
-    fastest = sorted(planned, key=lambda one: one.step.total)
+    fastest = sorted(fitting, key=lambda one: one.step.total)
     expected = tuple(Expected(layout=one.layout, step_s=one.step.total) for one in fastest)
     return Ranking(workers=workers, fastest=expected, seconds=time.perf_counter() - began_s)
 

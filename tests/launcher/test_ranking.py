@@ -41,13 +41,19 @@ def _job(
 
 def _predicted_s(job: JobConfig, layout: Layout) -> tuple[float, bool]:
     """Seconds of a step on nominal CPUs, and whether it fits into memory: as ``evermesh layout`` has it, one at a time."""
-    device = device_of(job.train)
-    options = SearchOptions(device=device, element_bytes=ELEMENT_BYTES[job.train.dtype])
-    topology, shape = device.topology(layout.world_size // 4, 4), job.train.model.shape(VOCABULARY)
-    hardware = Hardware(Network(topology), device, options.precision, options.imbalance)
+    options = SearchOptions(device=device_of(job.train), element_bytes=ELEMENT_BYTES[job.train.dtype])
+    topology, shape = options.device.topology(layout.world_size // 4, 4), job.train.model.shape(VOCABULARY)
     found = estimate_layout(shape, topology, LENGTHS, layout, options)
-    seconds = planned(Setup.of(shape, layout, hardware), [Batch(lengths) for lengths in LENGTHS]).total
-    return seconds, found.largest_capacity >= layout.capacity
+    return found.step.total, found.largest_capacity >= layout.capacity
+
+
+def _planned_s(job: JobConfig, layout: Layout) -> float:
+    """The same with every batch planned."""
+    options = SearchOptions(device=device_of(job.train), element_bytes=ELEMENT_BYTES[job.train.dtype])
+    network = Network(options.device.topology(layout.world_size // 4, 4))
+    hardware = Hardware(network, options.device, options.precision, options.imbalance)
+    setup = Setup.of(job.train.model.shape(VOCABULARY), layout, hardware)
+    return planned(setup, [Batch(lengths) for lengths in LENGTHS]).total
 
 
 def _degrees(layout: Layout) -> tuple[int, int, int]:
@@ -70,6 +76,14 @@ def test_the_chosen_layout_has_the_least_predicted_time_of_all_that_fit(corpus: 
         assert [one.layout for one in found.fastest] == [list(predicted)[number] for _, number in expected]
         assert found.seconds < 10, "a second alone"
     assert [one.fastest for one in _ranked(job).values()] == [one.fastest for one in ranked.values()]
+
+
+def test_the_chosen_layout_is_nearly_the_fastest_by_plans_too(corpus: Path) -> None:
+    job = _job(corpus)
+    for workers, found in _ranked(job).items():
+        times = {layout: _planned_s(job, layout) for layout in layouts_on(job, workers)}
+        assert times[found.fastest[0].layout] < 1.05 * min(times.values())
+        assert times[found.fastest[0].layout] < times[layouts_on(job, workers)[0]]
 
 
 def test_the_first_layout_that_fits_need_not_be_the_fastest(corpus: Path) -> None:
