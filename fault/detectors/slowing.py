@@ -1,0 +1,328 @@
+"""Ranks that compute longer than others that do the same, always, in some steps, or more and more; and slower jobs.
+
+A rank is blamed only if its own computation is longer, at equal stage, sizes and planned work, in most of the recent steps, by
+far more than its peers differ among each other. What all ranks of a stage have in common, what differs from step to step, and
+what the plan explains blames nobody.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from evermesh.fault.detectors import kernels, kinds
+from evermesh.fault.detectors.comparing import Compared, compare, stages_of
+from evermesh.fault.detectors.context import Context
+from evermesh.fault.detectors.joining import Joined, Survey
+from evermesh.fault.detectors.standing import median_step_s
+from evermesh.fault.events import Finding
+from evermesh.fault.recorder.trace import UNKNOWN_NODE
+
+LEAST_STEPS = 6
+_RECENT = 8
+_LEAST_RATIO = 1.15
+_LEAST_SHARE = 0.05
+"""Of the step: what costs less is no finding."""
+_LEAST_SCORE, _LEAST_SCORE_OF_FEW = 6.0, 8.0
+_FEW = 4
+"""Peers, below which their spread says nothing and the spread over steps is taken."""
+_SPREAD_FLOOR = 0.02
+_LASTING = 0.75
+_COMMON = 0.3
+"""Of the ranks that do the same: if so many are slow, it is nothing of one rank."""
+_PAUSE = 1.5
+_GROWTH = 1.15
+_JOB_GROWTH = 1.25
+
+
+@dataclass(frozen=True, slots=True)
+class Slow:
+    """A rank that is slower than its peers."""
+
+    trace: int
+    cause: str
+    """``computes``, ``input`` or ``pauses``."""
+    ratio: float
+    excess_s: float
+    share: float
+    """Of the step."""
+    score: float
+    """How many spreads of its peers it is away from them."""
+    since: int
+    """Step."""
+    peers: int
+
+
+def find_slow(joined: Joined, survey: Survey, context: Context) -> list[Finding]:
+    """Slow ranks and gradual slowdowns."""
+    train = compare(joined, survey, context, kernels.TRAIN_NS)
+    growing = _growing(survey, train)
+    slow = [one for one in _lasting(survey, train, "computes") if one.trace not in growing]
+    of_input = compare(joined, survey, context, kernels.INPUT_NS)
+    slow += [one for one in _lasting(survey, of_input, "input") if one.share >= 2 * _LEAST_SHARE]
+    told = {one.trace for one in slow} | set(growing)
+    slow += [one for one in _pausing(survey, train) if one.trace not in told]
+    return [
+        *(_gradual(joined, survey, trace, train, growth) for trace, growth in growing.items()),
+        *_by_node(joined, slow),
+    ]
+
+
+def _lasting(survey: Survey, compared: Compared, cause: str) -> list[Slow]:
+    """Ranks that are slower in most of the recent steps."""
+    recent = _recent(compared.ratio)
+    count = (~np.isnan(recent)).sum(axis=1)
+    usable = count >= LEAST_STEPS
+    step_s = median_step_s(survey)
+    if not usable.any() or step_s <= 0:
+        return []
+    logs = np.full(len(recent), np.nan)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        logs[usable] = np.nanmedian(np.log(np.maximum(recent[usable], 1e-6)), axis=1)
+    excess = np.full(len(recent), np.nan)
+    excess[usable] = np.nanmedian(_recent(compared.excess_s)[usable], axis=1)
+    spread = _spread(logs[usable])
+    found = []
+    for trace in np.flatnonzero(usable & (logs > np.log(_LEAST_RATIO)) & (excess > _LEAST_SHARE * step_s)).tolist():
+        own = np.log(np.maximum(recent[trace][~np.isnan(recent[trace])], 1e-6))
+        is_few = compared.peers[trace] < _FEW
+        width = max(_spread(own) / np.sqrt(len(own)), _SPREAD_FLOOR / 2) if is_few else spread
+        score = float(logs[trace] / width)
+        lasting = float((own > logs[trace] / 2).mean())
+        if score < (_LEAST_SCORE_OF_FEW if is_few else _LEAST_SCORE) or lasting < _LASTING:
+            continue
+        share = float(excess[trace]) / step_s
+        found.append(
+            Slow(
+                trace,
+                cause,
+                float(np.exp(logs[trace])),
+                float(excess[trace]),
+                share,
+                score,
+                _since(survey, compared.ratio[trace], float(logs[trace])),
+                int(compared.peers[trace]),
+            )
+        )
+    return found if len(found) <= max(1, _COMMON * usable.sum()) else []
+
+
+def _recent(table: np.ndarray) -> np.ndarray:
+    """The newest known values of every row, in order, not a number where there are fewer."""
+    found = np.full((len(table), _RECENT), np.nan)
+    for index, row in enumerate(table):
+        known = row[~np.isnan(row)][-_RECENT:]
+        found[index, : len(known)] = known
+    return found
+
+
+def _spread(values: np.ndarray) -> float:
+    """Robust standard deviation, and no less than what is never exceeded by chance alone."""
+    return max(1.4826 * float(np.median(np.abs(values - np.median(values)))), _SPREAD_FLOOR)
+
+
+def _since(survey: Survey, ratios: np.ndarray, level: float) -> int:
+    """The first step of those, up to the last, in which the rank was slow."""
+    with np.errstate(invalid="ignore"):
+        fast = np.flatnonzero(np.log(np.maximum(ratios, 1e-6)) <= level / 2)
+    known = np.flatnonzero(~np.isnan(ratios))
+    behind = known[known > fast[-1]] if len(fast) else known
+    if len(behind) < LEAST_STEPS // 2:  # one quick step in between is no recovery
+        behind = known
+    return survey.first_step + int(behind[0])
+
+
+def _pausing(survey: Survey, compared: Compared) -> Iterator[Slow]:
+    """Ranks that take far longer in some steps, again and again, while their peers never do."""
+    step_s = median_step_s(survey)
+    with np.errstate(invalid="ignore"):
+        paused = (compared.ratio > _PAUSE) & (compared.excess_s > 2 * _LEAST_SHARE * step_s)
+    counts = paused.sum(axis=1)
+    if len(counts) <= _FEW or step_s <= 0:
+        return
+    trace = int(np.argmax(counts))
+    known = int((~np.isnan(compared.ratio[trace])).sum())
+    others = int(np.partition(counts, -2)[-2])
+    if counts[trace] < 3 or others > 0 or counts[trace] * 2 > known or compared.peers[trace] < _FEW:
+        return
+    steps = np.flatnonzero(paused[trace])
+    excess_s = float(np.median(compared.excess_s[trace][steps]))
+    ratio = float(np.median(compared.ratio[trace][steps]))
+    yield Slow(
+        trace,
+        "pauses",
+        ratio,
+        excess_s,
+        excess_s / step_s,
+        float(counts[trace]),
+        survey.first_step + int(steps[0]),
+        int(compared.peers[trace]),
+    )
+
+
+def _growing(survey: Survey, compared: Compared) -> dict[int, float]:
+    """By trace: by how much ranks became slower next to their peers, little by little."""
+    found = {}
+    for trace, row in enumerate(compared.ratio):
+        steps = np.flatnonzero(~np.isnan(row))
+        if len(steps) < 9:
+            continue
+        logs, third = np.log(np.maximum(row[steps], 1e-6)), len(steps) // 3
+        first, last = float(np.median(logs[:third])), float(np.median(logs[-third:]))
+        linear = np.polynomial.Polynomial.fit(steps, logs, 1)
+        residual = logs - linear(steps)
+        if (
+            last - first < np.log(_GROWTH)
+            or first > np.log(_LEAST_RATIO) / 2
+            or _step_error(logs) < (residual**2).sum()
+        ):
+            continue
+        noise = max(float(np.std(residual)) * np.sqrt(2 / third), _SPREAD_FLOOR / 2)
+        if (last - first) / noise >= _LEAST_SCORE:
+            found[trace] = float(np.exp(last - first))
+    return found if len(found) <= max(1, _COMMON * len(compared.ratio)) else {}
+
+
+def _step_error(logs: np.ndarray) -> float:
+    """Squared error of the best two levels: what became slow at once is no gradual slowdown."""
+    errors = [
+        ((logs[:at] - logs[:at].mean()) ** 2).sum() + ((logs[at:] - logs[at:].mean()) ** 2).sum()
+        for at in range(2, len(logs) - 1)
+    ]
+    return float(min(errors))
+
+
+def _gradual(joined: Joined, survey: Survey, trace: int, compared: Compared, growth: float) -> Finding:
+    steps = survey.first_step + np.flatnonzero(~np.isnan(compared.ratio[trace]))
+    state = joined.traces[trace]
+    return Finding(
+        kind=kinds.GRADUAL,
+        rank=state.rank,
+        node=joined.node(trace),
+        step=int(steps[0]),
+        text=f"{joined.where(trace)} computes longer and longer: {growth:.2f} times as long in step {steps[-1]} as in step "
+        f"{steps[0]}, next to {compared.peers[trace]} ranks that do the same",
+        evidence={"growth": round(growth, 3), "steps": len(steps), "peers": int(compared.peers[trace])},
+        confidence=0.85,
+    )
+
+
+def _by_node(joined: Joined, slow: Sequence[Slow]) -> Iterator[Finding]:
+    """One finding for a rank, or for a node all of whose ranks are slow in the same way."""
+    of_node: dict[str, set[int]] = defaultdict(set)
+    for index, trace in enumerate(joined.traces):
+        of_node[trace.node].add(index)
+    by_node: dict[tuple[str, str], list[Slow]] = defaultdict(list)
+    for one in slow:
+        by_node[joined.traces[one.trace].node, one.cause].append(one)
+    of_node.pop(UNKNOWN_NODE, None)
+    for (node, _), found in by_node.items():
+        if len(of_node) > 1 and len(found) > 1 and {one.trace for one in found} == of_node.get(node):
+            yield _finding(
+                joined, max(found, key=lambda one: one.score), f"all {len(found)} ranks of node {node}", None
+            )
+        else:
+            for one in found:
+                yield _finding(joined, one, joined.where(one.trace), joined.traces[one.trace].rank)
+
+
+_DOES = {
+    "computes": "computed {ratio:.2f} times as long",
+    "input": "waited {excess_ms:.1f} ms longer for input in every step",
+    "pauses": "pauses for {excess_ms:.0f} ms now and then, as for a garbage collection,",
+}
+
+
+def _finding(joined: Joined, one: Slow, who: str, rank: int | None) -> Finding:
+    does = _DOES[one.cause].format(ratio=one.ratio, excess_ms=one.excess_s * 1e3)
+    if rank is None:
+        does = does.replace("computed", "compute").replace("waited", "wait").replace("pauses", "pause")
+    peers = "rank that does" if one.peers == 1 else "ranks that do"
+    return Finding(
+        kind=kinds.SLOW_RANK,
+        rank=rank,
+        node=joined.node(one.trace),
+        step=one.since,
+        text=f"{who} {does} since step {one.since} or before, {one.share:.0%} of the step, next to {one.peers} {peers} the same",
+        evidence={
+            "cause": one.cause,
+            "ratio": round(one.ratio, 3),
+            "excess_s": round(one.excess_s, 6),
+            "share_of_step": round(one.share, 3),
+            "score": round(one.score, 1),
+            "peers": one.peers,
+        },
+        confidence={"pauses": 0.6}.get(one.cause, 0.9 if one.peers >= _FEW else 0.75),
+    )
+
+
+def find_slow_job(survey: Survey) -> list[Finding]:
+    """All ranks together take longer than before, although they do the same."""
+    whole = survey.is_whole()
+    steps = np.flatnonzero(whole.mean(axis=0) > 0.5)
+    if len(steps) < 9:
+        return []
+    same = survey.signatures[:, steps] == survey.signatures[:, steps[-1:]]
+    if same[whole[:, steps]].mean() < 0.9:
+        return []
+    spans = np.where(whole, survey.of_step[:, :, kernels.TRAIN_NS] + survey.of_step[:, :, kernels.INSIDE_NS], 0)[
+        :, steps
+    ]
+    times = np.array([np.median(column[column > 0]) for column in spans.T])
+    logs, third = np.log(times), len(times) // 3
+    growth = float(np.median(logs[-third:]) - np.median(logs[:third]))
+    noise = max(_spread(np.diff(logs)), _SPREAD_FLOOR) * np.sqrt(2 / third)
+    if growth < np.log(_JOB_GROWTH) or growth / noise < _LEAST_SCORE:
+        return []
+    first, last = steps[:third], steps[-third:]
+    of = {
+        name: float(np.median(survey.of_step[:, last, column]) - np.median(survey.of_step[:, first, column])) / 1e9
+        for name, column in (("computation", kernels.TRAIN_NS), ("communication", kernels.INSIDE_NS))
+    }
+    more = max(of, key=lambda name: of[name])
+    return [
+        Finding(
+            kind=kinds.SLOW_JOB,
+            step=survey.first_step + int(steps[0]),
+            text=f"all ranks take {np.exp(growth):.2f} times as long for a step as in step {survey.first_step + int(steps[0])}, "
+            f"mostly for {more}; no rank, node or link is slower than the others",
+            evidence={
+                "ratio": round(float(np.exp(growth)), 3),
+                **{f"more_{name}_s": round(of[name], 6) for name in of},
+            },
+            confidence=0.8,
+        )
+    ]
+
+
+def exonerated(joined: Joined, survey: Survey, context: Context) -> list[str]:
+    """What looks like a slow rank and is not one, in sentences."""
+    bare = Context(patience_s=context.patience_s)
+    notes = []
+    if context.work_s:
+        raw, planned = (
+            compare(joined, survey, bare, kernels.TRAIN_NS),
+            compare(joined, survey, context, kernels.TRAIN_NS),
+        )
+        notes += [
+            f"{joined.where(one.trace)} computed {one.ratio:.2f} times as long as its peers: the plan gave it that much more"
+            for one in _lasting(survey, raw, "computes")
+            if np.nanmedian(planned.ratio[one.trace]) < 1 + (one.ratio - 1) / 2
+        ]
+    stages = stages_of(joined)
+    whole = survey.is_whole()
+    times = {
+        stage: float(np.median(survey.of_step[stages == stage][:, :, kernels.TRAIN_NS][whole[stages == stage]]))
+        for stage in np.unique(stages).tolist()
+        if whole[stages == stage].any()
+    }
+    if len(times) > 1:
+        usual = float(np.median(list(times.values())))
+        notes += [
+            f"pipeline stage {stage} computes {time / usual:.2f} times as long as the median stage: its ranks all do, so it is "
+            "how the layers are divided"
+            for stage, time in times.items()
+            if usual > 0 and time / usual > _LEAST_RATIO
+        ]
+    return notes
