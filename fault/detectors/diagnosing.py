@@ -44,7 +44,7 @@ def diagnose(traces: Sequence[RankTrace], context: Context | None = None) -> Dia
     slow += find_slow_groups(joined, matched) + find_slow_messages(joined, context.offsets)
     found += slow
     if not slow:
-        found += find_slow_job(surveyed)
+        found += find_slow_job(surveyed, matched)
     return Diagnosis(
         tuple(sorted(found, key=lambda one: -one.confidence)),
         tuple(exonerated(joined, surveyed, context)),

@@ -146,9 +146,9 @@ def _of_communication(
             step=shortest.step,
             link=link,
             node=nodes.pop() if len(nodes) == 1 else None,
-            text=f"all ranks of group {joined.groups[group].name} entered {_operation(joined, shortest)}{in_step(shortest.step)}, "
-            f"and {_ranks(joined, (one.trace for one in waiting), 'is', 'are')} still inside after "
-            f"{shortest.waited_s:.1f} s: the communication stands still",
+            text=f"all entered {_operation(joined, shortest)}{in_step(shortest.step)}, and "
+            f"{_ranks(joined, (one.trace for one in waiting), 'is', 'are')} still inside after {shortest.waited_s:.1f} s: the "
+            "communication stands still",
             evidence={
                 "operation": shortest.operation,
                 "number": number,

@@ -13,7 +13,8 @@ import numpy as np
 from evermesh.fault.detectors.joining import Joined
 from evermesh.fault.recorder.record import OPERATIONS, PHASES
 
-_TRAIN = PHASES.index("train")
+_REPEATED = (PHASES.index("train"), PHASES.index("data"))
+"""Phases in which a step does what the step before did."""
 
 Entry = tuple[int, int, int, int, int]
 """Group as the rank counts them, operation, bytes, dtype, peer."""
@@ -33,9 +34,9 @@ class Deviation:
 
 
 def sequence_of(joined: Joined, trace: int, step: int) -> tuple[np.ndarray, list[Entry]]:
-    """Indices of the training records of a step, and what they are."""
+    """Indices of the records of a step, without evaluations and checkpoints, and what they are."""
     records = joined.traces[trace].records
-    indices = np.flatnonzero((records["step"] == step) & (records["phase"] == _TRAIN))
+    indices = np.flatnonzero((records["step"] == step) & np.isin(records["phase"], _REPEATED))
     own = records[indices]
     columns = (own[name].tolist() for name in ("group", "operation", "num_bytes", "dtype", "peer"))
     return indices, list(zip(*columns, strict=True))

@@ -15,6 +15,7 @@ from evermesh.fault.detectors import kernels, kinds
 from evermesh.fault.detectors.comparing import Compared, compare, stages_of
 from evermesh.fault.detectors.context import Context
 from evermesh.fault.detectors.joining import Joined, Survey
+from evermesh.fault.detectors.matching import Matched
 from evermesh.fault.detectors.standing import median_step_s
 from evermesh.fault.events import Finding
 from evermesh.fault.recorder.trace import UNKNOWN_NODE
@@ -87,7 +88,7 @@ def _lasting(survey: Survey, compared: Compared, cause: str) -> list[Slow]:
     for trace in np.flatnonzero(usable & (logs > np.log(_LEAST_RATIO)) & (excess > _LEAST_SHARE * step_s)).tolist():
         own = np.log(np.maximum(recent[trace][~np.isnan(recent[trace])], 1e-6))
         is_few = compared.peers[trace] < _FEW
-        width = max(_spread(own) / np.sqrt(len(own)), _SPREAD_FLOOR / 2) if is_few else spread
+        width = max(_noise(own) / np.sqrt(len(own)), _SPREAD_FLOOR / 2) if is_few else spread
         score = float(logs[trace] / width)
         lasting = float((own > logs[trace] / 2).mean())
         if score < (_LEAST_SCORE_OF_FEW if is_few else _LEAST_SCORE) or lasting < _LASTING:
@@ -120,6 +121,11 @@ def _recent(table: np.ndarray) -> np.ndarray:
 def _spread(values: np.ndarray) -> float:
     """Robust standard deviation, and no less than what is never exceeded by chance alone."""
     return max(1.4826 * float(np.median(np.abs(values - np.median(values)))), _SPREAD_FLOOR)
+
+
+def _noise(values: np.ndarray) -> float:
+    """Robust standard deviation of a series around whatever it follows."""
+    return _spread(np.diff(values)) / np.sqrt(2)
 
 
 def _since(survey: Survey, ratios: np.ndarray, level: float) -> int:
@@ -169,8 +175,8 @@ def _growing(survey: Survey, compared: Compared) -> dict[int, float]:
         if len(steps) < 9:
             continue
         logs, third = np.log(np.maximum(row[steps], 1e-6)), len(steps) // 3
-        first, last = float(np.median(logs[:third])), float(np.median(logs[-third:]))
         linear = np.polynomial.Polynomial.fit(steps, logs, 1)
+        first, last = float(linear(steps[0])), float(linear(steps[-1]))
         residual = logs - linear(steps)
         if (
             last - first < np.log(_GROWTH)
@@ -257,7 +263,7 @@ def _finding(joined: Joined, one: Slow, who: str, rank: int | None) -> Finding:
     )
 
 
-def find_slow_job(survey: Survey) -> list[Finding]:
+def find_slow_job(survey: Survey, matched: Matched) -> list[Finding]:
     """All ranks together take longer than before, although they do the same."""
     whole = survey.is_whole()
     steps = np.flatnonzero(whole.mean(axis=0) > 0.5)
@@ -266,34 +272,52 @@ def find_slow_job(survey: Survey) -> list[Finding]:
     same = survey.signatures[:, steps] == survey.signatures[:, steps[-1:]]
     if same[whole[:, steps]].mean() < 0.9:
         return []
-    spans = np.where(whole, survey.of_step[:, :, kernels.TRAIN_NS] + survey.of_step[:, :, kernels.INSIDE_NS], 0)[
-        :, steps
-    ]
-    times = np.array([np.median(column[column > 0]) for column in spans.T])
-    logs, third = np.log(times), len(times) // 3
+    times = {
+        "computation": _of_steps(survey.of_step[:, :, kernels.TRAIN_NS], whole, steps),
+        "waiting and communication": _of_steps(survey.of_step[:, :, kernels.INSIDE_NS], whole, steps),
+    }
+    total, third = sum(times.values()), len(steps) // 3
+    logs = np.log(total)
     growth = float(np.median(logs[-third:]) - np.median(logs[:third]))
-    noise = max(_spread(np.diff(logs)), _SPREAD_FLOOR) * np.sqrt(2 / third)
+    noise = _noise(logs) * np.sqrt(2 / third)
     if growth < np.log(_JOB_GROWTH) or growth / noise < _LEAST_SCORE:
         return []
-    first, last = steps[:third], steps[-third:]
-    of = {
-        name: float(np.median(survey.of_step[:, last, column]) - np.median(survey.of_step[:, first, column])) / 1e9
-        for name, column in (("computation", kernels.TRAIN_NS), ("communication", kernels.INSIDE_NS))
-    }
-    more = max(of, key=lambda name: of[name])
+    more = {name: float(np.median(of[-third:]) - np.median(of[:third])) / 1e9 for name, of in times.items()}
+    more["transfers"] = _more_in_transfers(survey, matched, steps[:third], steps[-third:])
+    most = max(times, key=lambda name: more[name])
+    if most != "computation":
+        most = "transfers" if more["transfers"] > more[most] / 2 else "waiting for each other"
+    first = survey.first_step + int(steps[0])
     return [
         Finding(
             kind=kinds.SLOW_JOB,
-            step=survey.first_step + int(steps[0]),
-            text=f"all ranks take {np.exp(growth):.2f} times as long for a step as in step {survey.first_step + int(steps[0])}, "
-            f"mostly for {more}; no rank, node or link is slower than the others",
+            step=first,
+            text=f"the job takes {np.exp(growth):.2f} times as long for a step as in step {first}, mostly for {most}; "
+            "there is no rank, node or link that explains it",
             evidence={
                 "ratio": round(float(np.exp(growth)), 3),
-                **{f"more_{name}_s": round(of[name], 6) for name in of},
+                **{f"more_{name.replace(' ', '_')}_s": round(value, 6) for name, value in more.items()},
             },
-            confidence=0.8,
+            confidence=0.8 if most != "waiting for each other" else 0.5,
         )
     ]
+
+
+def _of_steps(times_ns: np.ndarray, whole: np.ndarray, steps: np.ndarray) -> np.ndarray:
+    """Array [steps]: median over the ranks that did all of it."""
+    return np.array([np.median(times_ns[whole[:, step], step]) for step in steps.tolist()])
+
+
+def _more_in_transfers(survey: Survey, matched: Matched, first: np.ndarray, last: np.ndarray) -> float:
+    """Seconds that a rank of most groups spends more in transfers, waiting apart, in the steps ``last`` than in ``first``."""
+    transfers, totals = matched.transfers_ns(), []
+    for steps in (first, last):
+        chosen = np.isin(matched.steps - survey.first_step, steps) & (transfers > 0)
+        groups = np.searchsorted(matched.row_starts, np.flatnonzero(chosen), side="right") - 1
+        of_groups = np.bincount(groups, weights=transfers[chosen], minlength=len(matched.sizes))
+        ranks = float((of_groups * matched.sizes).sum())
+        totals.append(ranks / max(len(survey.opened), 1) / max(len(steps), 1) / 1e9)
+    return totals[1] - totals[0]
 
 
 def exonerated(joined: Joined, survey: Survey, context: Context) -> list[str]:
