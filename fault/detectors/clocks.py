@@ -8,10 +8,12 @@ interval. It holds the truth for as long as the drift is steady, whatever the ne
 
 import heapq
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from evermesh.fault.detectors import kernels
 from evermesh.fault.detectors.context import Offset
 from evermesh.fault.detectors.joining import Joined
 from evermesh.fault.detectors.matching import Matched
@@ -20,8 +22,10 @@ from evermesh.fault.recorder.trace import UNKNOWN_NODE
 
 MOST_DRIFT = 1e-3
 """Clocks of working machines drift less, by far."""
-_MOST_ROWS = 256
-_HALVINGS = 60
+_MOST_ROWS, _LEAST_ROWS = 256, 4
+_MOST_GROUPS = 2
+"""Of the same nodes."""
+_MANY_NODES = 256
 _TWO_SIDED = np.array([OPERATIONS.index(name) for name in sorted(TWO_SIDED)])
 
 
@@ -85,50 +89,14 @@ def difference(bounds: Bounds, at_ns: float) -> Difference | None:
     times = bounds.at_ns - at_ns
     middle = float(np.median(bounds.guess_ns))
     lower, upper = bounds.lower_ns - middle, bounds.upper_ns - middle
-
-    def high(drift: float) -> float:
-        return float((upper - drift * times).min())
-
-    def low(drift: float) -> float:
-        return float((lower - drift * times).max())
-
-    widest = _highest(lambda drift: high(drift) - low(drift), -MOST_DRIFT, MOST_DRIFT)
-    if high(widest) < low(widest):
+    bottom, top, least, most = kernels.reach_of_lines(times, lower, upper, MOST_DRIFT)
+    if bottom > top:
         return None
-    least = _edge(lambda drift: high(drift) >= low(drift), widest, -MOST_DRIFT)
-    most = _edge(lambda drift: high(drift) >= low(drift), widest, MOST_DRIFT)
-    top = high(_highest(high, least, most))
-    bottom = low(_highest(lambda drift: -low(drift), least, most))
-    top, bottom = max(top, high(least), high(most)), min(bottom, low(least), low(most))
-    slack = 2.0 + 4e-9 * abs(top - bottom)  # of the search, and of rounded stamps
+    slack = 2.0 + 4e-9 * (top - bottom)  # of the search, and of rounded stamps
     drift = min(max(_slope(times, bounds.guess_ns - middle), least), most)
     point = float(np.median(bounds.guess_ns - middle - drift * times))
     point = min(max(point, bottom), top)
     return Difference(bottom - slack + middle, top + slack + middle, point + middle, drift)
-
-
-def _highest(function, low: float, high: float) -> float:  # type: ignore[no-untyped-def]
-    """Where a concave function is highest."""
-    for _ in range(2 * _HALVINGS):
-        left, right = low + (high - low) / 3, high - (high - low) / 3
-        if function(left) < function(right):
-            low = left
-        else:
-            high = right
-    return (low + high) / 2
-
-
-def _edge(holds, inside: float, outside: float) -> float:  # type: ignore[no-untyped-def]
-    """The end of an interval in which something holds: a value at which it does not, just beyond."""
-    if holds(outside):
-        return outside
-    for _ in range(_HALVINGS):
-        middle = (inside + outside) / 2
-        if holds(middle):
-            inside = middle
-        else:
-            outside = middle
-    return outside
 
 
 def _slope(times: np.ndarray, values: np.ndarray) -> float:
@@ -185,34 +153,50 @@ def _reached(edges: dict[int, dict[int, tuple[float, float]]]) -> dict[int, tupl
 
 
 def _bounds_of_nodes(joined: Joined, matched: Matched, node_of: np.ndarray) -> dict[tuple[int, int], Bounds]:
-    """Bounds of the first node of a group next to each other node in it, from its last collectives."""
+    """Bounds of the first node of a group next to other nodes in it, from its last collectives.
+
+    Groups of few nodes come first, since less noise is between their ranks; large ones only connect what is not connected.
+    """
     found: dict[tuple[int, int], Bounds] = {}
     times_met: dict[tuple[int, ...], int] = defaultdict(int)
-    for group, members in enumerate(joined.members):
-        present = np.flatnonzero(members >= 0)
-        nodes = node_of[members[present]]
-        different = tuple(np.unique(nodes).tolist())
-        if len(different) < 2 or times_met[different] >= 4:
+    different = [tuple(np.unique(node_of[members[members >= 0]]).tolist()) for members in joined.members]
+    component = np.arange(int(node_of.max()) + 1)
+    for group in sorted(range(len(different)), key=lambda group: (len(different[group]), group)):
+        nodes = different[group]
+        if len(nodes) < 2 or times_met[nodes] >= _MOST_GROUPS:
             continue
-        entered, ended = (
-            matched.cells(group, of)[-_MOST_ROWS:][:, present] for of in (matched.entered_at, matched.ended_at)
-        )
-        operations = matched.operations(matched.rows(group))[-_MOST_ROWS:]
-        usable = np.isin(operations, _TWO_SIDED) & (entered > 0).all(axis=1) & (ended > 0).all(axis=1)
-        usable &= matched.flags[matched.rows(group)][-_MOST_ROWS:] == 0
-        if not usable.any():
+        if len(nodes) > _MANY_NODES:
+            _, firsts = np.unique(component[list(nodes)], return_index=True)
+            nodes = tuple(nodes[place] for place in sorted(firsts.tolist()))
+        stamps = _stamps_of_nodes(joined, matched, node_of, group, nodes) if len(nodes) > 1 else None
+        if stamps is None:
             continue
-        times_met[different] += 1
-        stamps = {
-            node: (
-                entered[usable][:, nodes == node].max(axis=1),
-                ended[usable][:, nodes == node].min(axis=1),
-            )
-            for node in different
-        }
-        first = different[0]
-        for node in different[1:]:
+        times_met[different[group]] += 1
+        first = nodes[0]
+        for node in nodes[1:]:
             bounds = bounds_of_collectives(*stamps[first], *stamps[node])
             known = found.get((first, node))
             found[first, node] = bounds if known is None else known.joined_with(bounds)
+        component[np.isin(component, component[list(nodes)])] = component[first]
     return found
+
+
+def _stamps_of_nodes(
+    joined: Joined, matched: Matched, node_of: np.ndarray, group: int, nodes: Sequence[int]
+) -> dict[int, tuple[np.ndarray, np.ndarray]] | None:
+    """By node, arrays [collectives]: when its last rank entered, and when its first one left; None: too little is known."""
+    members = joined.members[group]
+    present = np.flatnonzero(members >= 0)
+    of = node_of[members[present]]
+    chosen = np.isin(of, nodes)
+    columns, of = present[chosen], of[chosen]
+    entered, ended = (
+        matched.cells(group, table)[-_MOST_ROWS:][:, columns] for table in (matched.entered_at, matched.ended_at)
+    )
+    operations = matched.operations(matched.rows(group))[-_MOST_ROWS:]
+    usable = np.isin(operations, _TWO_SIDED) & (entered > 0).all(axis=1) & (ended > 0).all(axis=1)
+    usable &= matched.flags[matched.rows(group)][-_MOST_ROWS:] == 0
+    if usable.sum() < _LEAST_ROWS:
+        return None
+    entered, ended = entered[usable], ended[usable]
+    return {node: (entered[:, of == node].max(axis=1), ended[:, of == node].min(axis=1)) for node in nodes}

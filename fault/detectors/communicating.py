@@ -10,25 +10,26 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from evermesh.fault.detectors import kinds
+from evermesh.fault.detectors import kernels, kinds
 from evermesh.fault.detectors.context import Offset
 from evermesh.fault.detectors.delays import Blamed, Delays, blame
 from evermesh.fault.detectors.joining import Joined
 from evermesh.fault.detectors.matching import Matched
 from evermesh.fault.events import Finding
-from evermesh.fault.recorder.record import OPERATIONS
 from evermesh.fault.recorder.trace import UNKNOWN_NODE
 
-_LEAST_ROWS = 6
+_LEAST_ROWS, _MOST_ROWS = 6, 64
+_MIXER = np.uint64(0x9E3779B97F4A7C15)
 _LEAST_GROUPS = 4
 _LEAST_RATIO = 1.4
 _LEAST_SCORE = 6.0
 _SPREAD_FLOOR = 0.05
 _COMMON = 0.3
 _MOST_SAMPLES = 64
+_MOST_MESSAGES = 96
+"""Of a rank."""
 _LEAST_SAMPLES = 6
 _LEAST_EDGES = 6
-_SEND, _RECEIVE = OPERATIONS.index("send"), OPERATIONS.index("receive")
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,22 +77,29 @@ def _nodes_of(joined: Joined, group: int) -> frozenset[str]:
 
 def _levels(matched: Matched, transfers: np.ndarray, groups: list[int]) -> np.ndarray:
     """Array [groups]: how much longer, as a logarithm, collectives of a group take than those of all of the same kind."""
-    by_kind: dict[tuple[int, int], dict[int, float]] = defaultdict(dict)
-    for group in groups:
+    keys, logs = np.zeros((len(groups), _MOST_ROWS), np.uint64), np.zeros((len(groups), _MOST_ROWS))
+    for index, group in enumerate(groups):
         rows = matched.rows(group)
-        times = transfers[rows]
-        keys = matched.reference[rows]
-        usable = (times > 0) & (matched.flags[rows] == 0)
-        for bytes_, what in np.unique(keys[usable], axis=0).tolist():
-            chosen = usable & (keys[:, 0] == bytes_) & (keys[:, 1] == what)
-            if chosen.sum() >= _LEAST_ROWS:
-                by_kind[bytes_, what][group] = float(np.median(np.log(times[chosen])))
-    collected: dict[int, list[float]] = defaultdict(list)
-    for of_groups in by_kind.values():
-        middle = float(np.median(list(of_groups.values())))
-        for group, level in of_groups.items():
-            collected[group].append(level - middle)
-    return np.array([float(np.median(collected[group])) if group in collected else np.nan for group in groups])
+        rows = slice(max(rows.start, rows.stop - _MOST_ROWS), rows.stop)
+        count, usable = rows.stop - rows.start, (transfers[rows] > 0) & (matched.flags[rows] == 0)
+        reference = matched.reference[rows]
+        keys[index, :count] = np.where(usable, (reference[:, 0] * _MIXER ^ reference[:, 1]) | np.uint64(1), 0)
+        logs[index, :count] = np.log(np.maximum(transfers[rows], 1))
+    of_kinds = []
+    for kind in np.unique(keys[keys > 0]).tolist():
+        chosen = keys == np.uint64(kind)
+        counts = chosen.sum(axis=1)
+        ordered = np.sort(np.where(chosen, logs, np.inf), axis=1)
+        middles = ordered[np.arange(len(groups)), np.maximum(counts - 1, 0) // 2]
+        known = counts >= _LEAST_ROWS
+        if known.any():
+            of_kinds.append(np.where(known, middles - np.median(middles[known]), np.nan))
+    if not of_kinds:
+        return np.full(len(groups), np.nan)
+    table = np.sort(np.array(of_kinds), axis=0)  # not a number comes last
+    counts = (~np.isnan(table)).sum(axis=0)
+    levels: np.ndarray = table[np.maximum(counts - 1, 0) // 2, np.arange(len(groups))]
+    return levels
 
 
 def _placed(joined: Joined, slow: list[_SlowGroup], usual: frozenset[str]) -> Iterator[Finding]:
@@ -143,53 +151,55 @@ def find_slow_messages(joined: Joined, offsets: Mapping[str, Offset]) -> list[Fi
 
 def _edges(joined: Joined, offsets: Mapping[str, Offset]) -> dict[tuple[int, int], np.ndarray]:
     """By source and target, indices of traces: the newest delays, over the median of messages of their size."""
-    found: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}
-    for target, trace in enumerate(joined.traces):
-        records = trace.records
-        received = records[(records["operation"] == _RECEIVE) & (records["ended_ns"] > 0)]
-        for local, peer in np.unique(np.stack([received["group"], received["peer"]], axis=1), axis=0).tolist():
-            group = int(joined.local_groups[target][local]) if local < len(joined.local_groups[target]) else -1
-            if group < 0 or not 0 <= peer < len(joined.members[group]) or joined.members[group][peer] < 0:
-                continue
-            source = int(joined.members[group][peer])
-            own = received[(received["group"] == local) & (received["peer"] == peer)][-_MOST_SAMPLES:]
-            delays = _delays(joined, group, source, target, own, offsets)
-            if delays is not None and len(delays[0]) >= _LEAST_SAMPLES:
-                found[source, target] = delays
-    sizes = np.concatenate([of[1] for of in found.values()]) if found else np.zeros(0)
-    values = np.concatenate([of[0] for of in found.values()]) if found else np.zeros(0)
-    usual = {size: float(np.median(values[sizes == size])) for size in np.unique(sizes).tolist()}
-    return {
-        edge: seconds / np.array([usual[size] for size in of_sizes.tolist()])
-        for edge, (seconds, of_sizes) in found.items()
-    }
+    messages, errors_ns = _messages(joined, offsets)
+    order = np.argsort(messages[:, _KEY], kind="stable")
+    pairs = np.empty((len(order), 2), np.int64)
+    pairs = pairs[: kernels.pair_messages(messages, order, pairs)]
+    entered, ended = messages[:, _ENTERED], messages[:, _ENDED]
+    ready = (entered[pairs[:, 1]] <= entered[pairs[:, 0]]) & (
+        ended[pairs[:, 1]] > 0
+    )  # else it may have come long before
+    sent, received = messages[pairs[ready, 0]], messages[pairs[ready, 1]]
+    if not len(sent):
+        return {}
+    seconds = np.maximum(received[:, _ENDED] - sent[:, _ENTERED], 1) / 1e9
+    _, size = np.unique(received[:, _BYTES], return_inverse=True)
+    usual = np.array([np.median(seconds[size == index]) for index in range(size.max() + 1)])
+    of_usual = seconds / usual[size]
+    sources, targets = sent[:, _TRACE], received[:, _TRACE]
+    edge = sources * len(joined.traces) + targets
+    by_edge = np.lexsort((received[:, _ENTERED], edge))
+    found = {}
+    for chosen in np.split(by_edge, np.flatnonzero(np.diff(edge[by_edge])) + 1):
+        source, target = int(sources[chosen[0]]), int(targets[chosen[0]])
+        is_near = joined.traces[source].node == joined.traces[target].node
+        error_s = 0.0 if is_near else float(errors_ns[source] + errors_ns[target]) / 1e9
+        if len(chosen) >= _LEAST_SAMPLES and (is_near or np.median(seconds[chosen]) > 3 * error_s):
+            found[source, target] = of_usual[chosen][-_MOST_SAMPLES:]
+    return found
 
 
-def _delays(
-    joined: Joined, group: int, source: int, target: int, received: np.ndarray, offsets: Mapping[str, Offset]
-) -> tuple[np.ndarray, np.ndarray] | None:
-    """Delays in seconds and sizes of messages; None where the clocks of the two are not known well enough."""
-    here, there = joined.traces[target].node, joined.traces[source].node
-    shift_ns, error_ns = 0, 0
-    if here != there or here == UNKNOWN_NODE:
-        if here not in offsets or there not in offsets:
-            return None
-        shift_ns = offsets[here].offset_ns - offsets[there].offset_ns
-        error_ns = offsets[here].error_ns + offsets[there].error_ns
-    place = int(joined.places[target][joined.local_groups[target] == group][0])
-    records = joined.traces[source].records
-    local = np.flatnonzero(joined.local_groups[source] == group)
-    sent = records[(records["operation"] == _SEND) & (records["peer"] == place) & np.isin(records["group"], local)]
-    _, ours, theirs = np.intersect1d(received["number"], sent["number"], return_indices=True)
-    began = np.maximum(
-        received["entered_ns"][ours].astype(np.int64), sent["entered_ns"][theirs].astype(np.int64) + shift_ns
-    )
-    seconds = (received["ended_ns"][ours].astype(np.int64) - began) / 1e9
-    was_there = received["entered_ns"][ours].astype(np.int64) <= sent["entered_ns"][theirs].astype(np.int64) + shift_ns
-    seconds, sizes = seconds[was_there], received["num_bytes"][ours][was_there]  # else it may have come long before
-    if not len(seconds) or float(np.median(seconds)) * 1e9 < 3 * error_ns:
-        return None
-    return np.maximum(seconds, 1e-9), sizes
+_KEY, _TRACE, _ENTERED, _ENDED, _BYTES = 0, 2, 4, 5, 6
+
+
+def _messages(joined: Joined, offsets: Mapping[str, Offset]) -> tuple[np.ndarray, np.ndarray]:
+    """What all ranks sent and received lately, in one clock, and array [traces]: by what the clock of each may be wrong.
+
+    Ranks whose clock is not known are left out, where there are several clocks.
+    """
+    is_one = len({trace.node for trace in joined.traces}) == 1 and joined.traces[0].node != UNKNOWN_NODE
+    rows = np.empty((_MOST_MESSAGES * len(joined.traces), 7), np.int64)
+    errors_ns, count = np.zeros(len(joined.traces)), 0
+    for trace, state in enumerate(joined.traces):
+        offset = Offset(0, 0) if is_one else offsets.get(state.node)
+        if offset is None:
+            continue
+        errors_ns[trace] = offset.error_ns
+        local, places = joined.local_groups[trace], joined.places[trace]
+        most = _MOST_MESSAGES
+        words = joined.words(trace)
+        count = kernels.newest_messages(words, local, places, joined.sizes, trace, offset.offset_ns, most, rows, count)
+    return rows[:count], errors_ns
 
 
 def _of_messages(joined: Joined, found: Blamed) -> Finding:

@@ -16,6 +16,7 @@ from evermesh.fault.recorder.record import OPERATIONS
 
 _LOOKED_AT = 256
 """Records of a rank that show whether a group without an axis is a pipeline."""
+_MIXER = np.uint64(0x9E3779B97F4A7C15)
 _EXACT = 16
 """Up to so many peers the median leaves out the rank that is compared."""
 
@@ -29,7 +30,7 @@ class Compared:
     excess_s: np.ndarray
     """Array [traces, steps]: by how much it was longer."""
     peers: np.ndarray
-    """Array [traces]: with how many others it was compared, in the median step."""
+    """Array [traces]: with how many others it was compared, in the step with most."""
 
 
 def stages_of(joined: Joined) -> np.ndarray:
@@ -63,8 +64,8 @@ def compare(joined: Joined, survey: Survey, context: Context, column: int) -> Co
     peers = np.zeros(times_s.shape, np.int64)
     for step in range(survey.num_steps):
         present = np.flatnonzero(known[:, step])
-        keys = np.stack([stages[present].astype(np.uint64), survey.signatures[present, step]])
-        _, classes = np.unique(keys, axis=1, return_inverse=True)
+        keys = survey.signatures[present, step] + stages[present].astype(np.uint64) * _MIXER
+        _, classes = np.unique(keys, return_inverse=True)
         order = np.argsort(classes.ravel(), kind="stable")
         bounds = np.flatnonzero(np.diff(classes.ravel()[order])) + 1
         for alike in np.split(present[order], bounds):
@@ -79,10 +80,7 @@ def compare(joined: Joined, survey: Survey, context: Context, column: int) -> Co
                 ratio[alike, step] = np.where(usual > 0, per_work / usual, np.nan)
             excess_s[alike, step] = (per_work - usual) * work
             peers[alike, step] = len(alike) - 1
-    counted = np.where(peers > 0, peers, np.nan)
-    with np.errstate(all="ignore"):
-        typical = np.array([np.median(row[~np.isnan(row)]) if (~np.isnan(row)).any() else 0 for row in counted])
-    return Compared(ratio, excess_s, typical.astype(np.int64))
+    return Compared(ratio, excess_s, peers.max(axis=1, initial=0))
 
 
 def _median_of_others(values: np.ndarray) -> np.ndarray:

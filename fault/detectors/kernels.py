@@ -157,3 +157,101 @@ def transfer_times(
                     break
                 shortest = min(shortest, ended_at[cell] - entered_at[cell])
             transfers[row_starts[group] + at] = shortest
+
+
+@compiled
+def reach_of_lines(times: Any, lower: Any, upper: Any, most_slope: float) -> Any:
+    """Lowest and highest value at time 0 of lines between ``lower`` and ``upper``, and their least and greatest slope.
+
+    All arrays [bounds]. The lowest is above the highest if there is no such line.
+    """
+    room = np.empty(3)
+    left, right = -most_slope, most_slope
+    for _ in range(100):  # the room between the bounds is a concave function of the slope
+        one, other = left + (right - left) / 3, right - (right - left) / 3
+        room[0] = (upper - one * times).min() - (lower - one * times).max()
+        room[1] = (upper - other * times).min() - (lower - other * times).max()
+        if room[0] < room[1]:
+            left = one
+        else:
+            right = other
+    widest = (left + right) / 2
+    top, bottom = (upper - widest * times).min(), (lower - widest * times).max()
+    if top < bottom:
+        return bottom, top, widest, widest
+    ends = np.empty(2)
+    for side in range(2):
+        inside, outside = widest, (-most_slope if side == 0 else most_slope)
+        if (upper - outside * times).min() >= (lower - outside * times).max():
+            inside = outside
+        for _ in range(60):
+            middle = (inside + outside) / 2
+            if (upper - middle * times).min() >= (lower - middle * times).max():
+                inside = middle
+            else:
+                outside = middle
+        ends[side] = outside
+    for side in range(2):
+        left, right = ends[0], ends[1]
+        for _ in range(100):
+            one, other = left + (right - left) / 3, right - (right - left) / 3
+            if side == 0:
+                grows = (upper - one * times).min() < (upper - other * times).min()
+            else:
+                grows = (lower - one * times).max() > (lower - other * times).max()
+            if grows:
+                left = one
+            else:
+                right = other
+        for slope in (left, ends[0], ends[1]):
+            if side == 0:
+                top = max(top, (upper - slope * times).min())
+            else:
+                bottom = min(bottom, (lower - slope * times).max())
+    return bottom, top, ends[0], ends[1]
+
+
+@compiled
+def newest_messages(
+    words: Any, local_groups: Any, places: Any, sizes: Any, trace: int, shift_ns: int, most: int, found: Any, count: int
+) -> int:
+    """Put the newest messages of a rank, at most ``most``, behind the first ``count`` rows of ``found`` [messages, 7]; return how
+    many rows there are then. Columns: key (the same at both ends), whether it was received, trace, number, entered, ended, bytes.
+    """
+    last = count + most
+    for index in range(len(words) - 1, -1, -1):
+        operation = np.int64((words[index, 7] >> np.uint64(32)) & _BYTE)
+        if operation != _SEND and operation != _SEND + 1:
+            continue
+        if count == last:
+            break
+        local, peer = np.int64(words[index, 5] & _LOW), np.int64(words[index, 7] & _LOW)
+        if local >= len(local_groups) or local_groups[local] < 0 or peer >= sizes[local_groups[local]]:
+            continue
+        source, target = places[local], peer
+        if operation != _SEND:
+            source, target = peer, places[local]
+        number = np.int64(words[index, 5] >> np.uint64(32))
+        found[count, 0] = local_groups[local] << 43 | source << 29 | target << 15 | number & 0x7FFF
+        found[count, 1] = operation - _SEND
+        found[count, 2] = trace
+        found[count, 3] = number
+        found[count, 4] = np.int64(words[index, 1]) - shift_ns
+        found[count, 5] = np.int64(words[index, 3]) - shift_ns if words[index, 3] > 0 else 0
+        found[count, 6] = np.int64(words[index, 4])
+        count += 1
+    return count
+
+
+@compiled
+def pair_messages(messages: Any, order: Any, pairs: Any) -> int:
+    """Find in messages, ordered by key, what was sent and received: rows of ``pairs`` [messages, 2]; return how many."""
+    count = 0
+    for index in range(len(order) - 1):
+        one, other = order[index], order[index + 1]
+        if messages[one, 0] == messages[other, 0] and messages[one, 1] != messages[other, 1]:
+            if messages[one, 3] == messages[other, 3]:
+                is_sent = messages[one, 1] == 0
+                pairs[count, 0], pairs[count, 1] = (one, other) if is_sent else (other, one)
+                count += 1
+    return count

@@ -40,7 +40,7 @@ def find_late(
     joined: Joined, survey: Survey, matched: Matched, context: Context, told: Set[int | None]
 ) -> list[Finding]:
     """Ranks whose computation cannot be seen and that come last to all of their groups."""
-    unseen = (survey.of_step[:, :, kernels.UNSEEN] > 0).any(axis=1)
+    unseen = ((survey.of_step[:, :, kernels.UNSEEN] > 0) & survey.is_whole()).any(axis=1)
     if not unseen.any():
         return []
     stages = stages_of(joined)

@@ -111,10 +111,12 @@ def _lasting(survey: Survey, compared: Compared, cause: str) -> list[Slow]:
 
 def _recent(table: np.ndarray) -> np.ndarray:
     """The newest known values of every row, in order, not a number where there are fewer."""
+    known = ~np.isnan(table)
+    behind = np.cumsum(known[:, ::-1], axis=1)[:, ::-1]  # known values from here on
     found = np.full((len(table), _RECENT), np.nan)
-    for index, row in enumerate(table):
-        known = row[~np.isnan(row)][-_RECENT:]
-        found[index, : len(known)] = known
+    rows, columns = np.nonzero(known & (behind <= _RECENT))
+    places = np.minimum(known.sum(axis=1), _RECENT)[rows] - behind[rows, columns]
+    found[rows, places] = table[rows, columns]
     return found
 
 
@@ -170,10 +172,12 @@ def _pausing(survey: Survey, compared: Compared) -> Iterator[Slow]:
 def _growing(survey: Survey, compared: Compared) -> dict[int, float]:
     """By trace: by how much ranks became slower next to their peers, little by little."""
     found = {}
-    for trace, row in enumerate(compared.ratio):
-        steps = np.flatnonzero(~np.isnan(row))
-        if len(steps) < 9:
-            continue
+    known = ~np.isnan(compared.ratio)
+    with np.errstate(invalid="ignore"):
+        may_grow = np.nanmax(np.where(known, compared.ratio, 0), axis=1, initial=0) > _GROWTH
+    for trace in np.flatnonzero(may_grow & (known.sum(axis=1) >= 9)).tolist():
+        row = compared.ratio[trace]
+        steps = np.flatnonzero(known[trace])
         logs, third = np.log(np.maximum(row[steps], 1e-6)), len(steps) // 3
         linear = np.polynomial.Polynomial.fit(steps, logs, 1)
         first, last = float(linear(steps[0])), float(linear(steps[-1]))
