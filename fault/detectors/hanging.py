@@ -146,7 +146,7 @@ def _of_communication(
             step=shortest.step,
             link=link,
             node=nodes.pop() if len(nodes) == 1 else None,
-            text=f"all entered {_operation(joined, shortest)}{in_step(shortest.step)}, and "
+            text=f"all of which there are records entered {_operation(joined, shortest)}{in_step(shortest.step)}, and "
             f"{_ranks(joined, (one.trace for one in waiting), 'is', 'are')} still inside after {shortest.waited_s:.1f} s: the "
             "communication stands still",
             evidence={
@@ -155,7 +155,7 @@ def _of_communication(
                 "waited_s": round(shortest.waited_s, 3),
                 "inside": list(inside[:64]),
             },
-            confidence=_LIKELY,
+            confidence=_LIKELY if joined.traces[shortest.trace].node != UNKNOWN_NODE else _PERHAPS,
         )
 
 

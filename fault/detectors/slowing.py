@@ -33,7 +33,7 @@ _LASTING = 0.75
 _COMMON = 0.3
 """Of the ranks that do the same: if so many are slow, it is nothing of one rank."""
 _PAUSE = 1.5
-_GROWTH = 1.15
+_GROWTH, _LEAST_TREND, _LEAST_STEPS_GROWING = 1.15, 10.0, 9
 _JOB_GROWTH = 1.25
 
 
@@ -58,7 +58,7 @@ class Slow:
 def find_slow(joined: Joined, survey: Survey, context: Context) -> list[Finding]:
     """Slow ranks and gradual slowdowns."""
     train = compare(joined, survey, context, kernels.TRAIN_NS)
-    growing = _growing(survey, train)
+    growing = _growing(train)
     slow = [one for one in _lasting(survey, train, "computes") if one.trace not in growing]
     of_input = compare(joined, survey, context, kernels.INPUT_NS)
     slow += [one for one in _lasting(survey, of_input, "input") if one.share >= 2 * _LEAST_SHARE]
@@ -88,8 +88,8 @@ def _lasting(survey: Survey, compared: Compared, cause: str) -> list[Slow]:
     for trace in np.flatnonzero(usable & (logs > np.log(_LEAST_RATIO)) & (excess > _LEAST_SHARE * step_s)).tolist():
         own = np.log(np.maximum(recent[trace][~np.isnan(recent[trace])], 1e-6))
         is_few = compared.peers[trace] < _FEW
-        width = max(_noise(own) / np.sqrt(len(own)), _SPREAD_FLOOR / 2) if is_few else spread
-        score = float(logs[trace] / width)
+        of_steps = max(_noise(own) / np.sqrt(len(own)), _SPREAD_FLOOR / 2)
+        score = float(logs[trace] / (of_steps if is_few else max(of_steps, spread)))
         lasting = float((own > logs[trace] / 2).mean())
         if score < (_LEAST_SCORE_OF_FEW if is_few else _LEAST_SCORE) or lasting < _LASTING:
             continue
@@ -169,29 +169,34 @@ def _pausing(survey: Survey, compared: Compared) -> Iterator[Slow]:
     )
 
 
-def _growing(survey: Survey, compared: Compared) -> dict[int, float]:
+def _growing(compared: Compared) -> dict[int, float]:
     """By trace: by how much ranks became slower next to their peers, little by little."""
-    found = {}
     known = ~np.isnan(compared.ratio)
-    with np.errstate(invalid="ignore"):
-        may_grow = np.nanmax(np.where(known, compared.ratio, 0), axis=1, initial=0) > _GROWTH
-    for trace in np.flatnonzero(may_grow & (known.sum(axis=1) >= 9)).tolist():
-        row = compared.ratio[trace]
-        steps = np.flatnonzero(known[trace])
-        logs, third = np.log(np.maximum(row[steps], 1e-6)), len(steps) // 3
-        linear = np.polynomial.Polynomial.fit(steps, logs, 1)
-        first, last = float(linear(steps[0])), float(linear(steps[-1]))
-        residual = logs - linear(steps)
-        if (
-            last - first < np.log(_GROWTH)
-            or first > np.log(_LEAST_RATIO) / 2
-            or _step_error(logs) < (residual**2).sum()
-        ):
-            continue
-        noise = max(float(np.std(residual)) * np.sqrt(2 / third), _SPREAD_FLOOR / 2)
-        if (last - first) / noise >= _LEAST_SCORE:
-            found[trace] = float(np.exp(last - first))
+    usable = np.flatnonzero(known.sum(axis=1) >= _LEAST_STEPS_GROWING)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        logs = np.where(known, np.log(np.maximum(compared.ratio, 1e-6)), 0)[usable]
+    weights, steps = known[usable].astype(float), np.arange(compared.ratio.shape[1])
+    counts = weights.sum(axis=1)
+    centred = (steps - (weights @ steps / counts)[:, None]) * weights
+    squares = (centred**2).sum(axis=1)
+    slopes = (centred * logs).sum(axis=1) / squares
+    fitted = (weights * logs).sum(axis=1)[:, None] / counts[:, None] + slopes[:, None] * centred
+    residual = (logs - fitted) * weights
+    errors = np.sqrt(np.maximum((residual**2).sum(axis=1) / (counts - 2), 1e-6) / squares)
+    first, last = fitted[np.arange(len(usable)), known[usable].argmax(axis=1)], fitted.max(axis=1)
+    grows = (last - first > np.log(_GROWTH)) & (slopes > _LEAST_TREND * errors)
+    grows &= (first < np.log(_LEAST_RATIO) / 2) & (slopes > _LEAST_SCORE * _spread_of_slopes(slopes))
+    found = {}
+    for index in np.flatnonzero(grows).tolist():
+        own = logs[index][known[usable[index]]]
+        if (residual[index] ** 2).sum() < _step_error(own):
+            found[int(usable[index])] = float(np.exp(last[index] - first[index]))
     return found if len(found) <= max(1, _COMMON * len(compared.ratio)) else {}
+
+
+def _spread_of_slopes(slopes: np.ndarray) -> float:
+    """How much the trends of ranks differ; of few ranks nobody knows."""
+    return 1.4826 * float(np.median(np.abs(slopes - np.median(slopes)))) if len(slopes) > _FEW else 0.0
 
 
 def _step_error(logs: np.ndarray) -> float:

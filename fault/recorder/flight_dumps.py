@@ -71,6 +71,8 @@ _PEER = re.compile(r"(send|recv) (\d+)\s*(->|<-)\s*(\d+)")
 _RANK = re.compile(r"(\d+)$")
 _COLLECTIVES = OPERATIONS.index("send")
 _TIMEOUT_S = 1800.0
+_WORLD = "default_pg"
+_MOST_RANKS = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +108,9 @@ def parse_dump(payload: bytes, path: Path, written_ns: int) -> Dump:
     try:
         document = read_pickle(payload, {}) if payload[:1] == b"\x80" else json.loads(payload)
         entries = [entry for entry in document.get("entries", ()) if isinstance(entry, Mapping)]
-        config = {str(key): _group(value) for key, value in (document.get("pg_config") or {}).items()}
+        entries.sort(key=lambda entry: int(entry.get("record_id", 0)))
+        known = {str(key): _group(value) for key, value in (document.get("pg_config") or {}).items()}
+        config = {key: group for key, group in known.items() if group[1]}  # gloo has one that is empty
         mentioned = {_id_of(entry) for entry in entries} | {str(key) for key in document.get("pg_status") or {}}
         last_ns = max((int(entry["time_created_ns"]) for entry in entries), default=written_ns)
         longest_ns = int(max((float(entry.get("timeout_ms") or 0) / 1e3 for entry in entries), default=0) * 1e9)
@@ -136,8 +140,8 @@ def traces_of(dumps: Sequence[Dump]) -> list[RankTrace]:
     Raises:
         RecordsUnreadable: an entry is not what the format says.
     """
-    groups = _groups_of(dumps)
     try:
+        groups = _groups_of(dumps)
         return [_trace(dump, groups) for dump in dumps]
     except (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError) as error:
         raise RecordsUnreadable("a dump of a flight recorder", f"an entry is damaged ({error!r})") from error
@@ -157,9 +161,25 @@ def _groups_of(dumps: Sequence[Dump]) -> dict[tuple[str, tuple[int, ...] | None]
             names.setdefault(_id_of(entry), str(entry["process_group"][1]))
     for key, members in mentioned.items():
         name = names.get(key, "")
+        if name == _WORLD:  # ranks whose dumps are missing are members too
+            members |= set(range(max(*members, _size_of(dumps, key) - 1) + 1))
         usual = name if name not in ("", "undefined") else key
         found[key, None] = Group(usual, tuple(sorted(members)))
     return found
+
+
+def _size_of(dumps: Sequence[Dump], key: str) -> int:
+    """Members of a group, as far as what they gathered shows it."""
+    sizes = [1]
+    for dump in dumps:
+        for entry in dump.entries:
+            if _id_of(entry) == key and str(entry["profiling_name"]).endswith("all_gather"):
+                given, gathered = (
+                    sum(math.prod(int(length) for length in shape) for shape in entry.get(name) or ())
+                    for name in ("input_sizes", "output_sizes")
+                )
+                sizes.append(gathered // given if given else 1)
+    return min(max(sizes), _MOST_RANKS)
 
 
 def _trace(dump: Dump, groups: Mapping[tuple[str, tuple[int, ...] | None], Group]) -> RankTrace:
