@@ -13,9 +13,11 @@ from typing import Literal
 
 import numpy as np
 
-_LEAST_SCORE = 5.0
+_LEAST_SCORE, _LEAST_SCORE_OF_CELL = 4.6, 4.75
 _LEAST_LOG = math.log(1.2)
-_TRIMMED = 0.1
+_TRIMMED = 0.05
+_USUAL, _OF_USUAL = 3.0, 1.0135
+"""Standard deviations within which cells are usual, and by how much theirs is less than that of all."""
 _SHARED = 0.6
 """Of the cells of a row that is to blame, at least so many are slow."""
 _SLOW_CELL = 1.5
@@ -60,8 +62,7 @@ def blame(delays: Delays) -> Blamed | None:
     if len(logs) < 4:
         return None
     logs = logs - np.median(logs)
-    spread = max(1.4826 * float(np.median(np.abs(logs))), 0.01)
-    scores = logs / spread
+    scores = logs / _spread(logs)
     size = int(max(sources.max(), targets.max())) + 1
     rows, columns = (_pooled(of, scores, size) for of in (sources, targets))
     best_row, best_column, best_cell = int(rows.argmax()), int(columns.argmax()), int(scores.argmax())
@@ -88,7 +89,7 @@ def blame(delays: Delays) -> Blamed | None:
 
 
 def _link(sources: np.ndarray, targets: np.ndarray, logs: np.ndarray, scores: np.ndarray, cell: int) -> Blamed | None:
-    if scores[cell] < _LEAST_SCORE or logs[cell] < _LEAST_LOG:
+    if scores[cell] < _LEAST_SCORE_OF_CELL or logs[cell] < _LEAST_LOG:
         return None
     source, target = int(sources[cell]), int(targets[cell])
     alone = min(int((sources == source).sum()), int((targets == target).sum())) == 1
@@ -96,15 +97,22 @@ def _link(sources: np.ndarray, targets: np.ndarray, logs: np.ndarray, scores: np
 
 
 def _levels(seconds: np.ndarray) -> np.ndarray:
-    """Logarithm of the typical delay of every edge: the mean without the extremes."""
-    logs = np.sort(np.log(np.maximum(seconds, 1e-12)), axis=0)  # not a number comes last
-    counts = (~np.isnan(logs)).sum(axis=0)
+    """Logarithm of the typical delay of every edge: of the mean without the extremes."""
+    ordered = np.sort(seconds, axis=0)  # not a number comes last
+    counts = (~np.isnan(ordered)).sum(axis=0)
     cut = (counts * _TRIMMED).astype(np.int64)
-    place = np.arange(len(logs))[:, None]
+    place = np.arange(len(ordered))[:, None]
     inside = (place >= cut) & (place < counts - cut)
     with np.errstate(invalid="ignore", divide="ignore"):
-        found: np.ndarray = np.where(inside, logs, 0).sum(axis=0) / inside.sum(axis=0)
-    return found
+        means: np.ndarray = np.where(inside, ordered, 0).sum(axis=0) / inside.sum(axis=0)
+    return np.log(np.maximum(means, 1e-12))
+
+
+def _spread(logs: np.ndarray) -> float:
+    """Standard deviation of the cells that are not slow."""
+    rough = 1.4826 * float(np.median(np.abs(logs)))
+    usual = logs[np.abs(logs) <= _USUAL * rough]
+    return max(float(usual.std()) * _OF_USUAL, 0.01)
 
 
 def _pooled(of: np.ndarray, scores: np.ndarray, size: int) -> np.ndarray:

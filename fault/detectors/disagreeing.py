@@ -150,8 +150,7 @@ def _strays(joined: Joined, group: int, trace: int, number: int, step: int) -> s
     if deviation is None:
         return None
     record = joined.traces[trace].records[deviation.index]
-    local = int(record["group"])
-    is_here = int(joined.local_groups[trace][local]) == group and int(record["number"]) == number
+    is_here = joined.group_of(trace, int(record["group"])) == group and int(record["number"]) == number
     return deviation.kind if is_here else None
 
 

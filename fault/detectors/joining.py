@@ -40,6 +40,11 @@ class Joined:
         assert records.dtype == RECORD
         return records.view(np.uint64).reshape(-1, 8)
 
+    def group_of(self, trace: int, local: int) -> int:
+        """The group that a trace calls ``local``; -1: unknown."""
+        groups = self.local_groups[trace]
+        return int(groups[local]) if local < len(groups) else -1
+
     def slots(self, trace: int) -> np.ndarray:
         """By local group: the slot of a trace; -1 where the group is unknown."""
         groups = self.local_groups[trace]

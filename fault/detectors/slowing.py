@@ -275,7 +275,7 @@ def _finding(joined: Joined, one: Slow, who: str, rank: int | None) -> Finding:
 def find_slow_job(survey: Survey, matched: Matched) -> list[Finding]:
     """All ranks together take longer than before, although they do the same."""
     whole = survey.is_whole()
-    steps = np.flatnonzero(whole.mean(axis=0) > 0.5)
+    steps = np.flatnonzero(whole.sum(axis=0) * 2 > len(whole))
     if len(steps) < 9:
         return []
     same = survey.signatures[:, steps] == survey.signatures[:, steps[-1:]]

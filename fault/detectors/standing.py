@@ -68,14 +68,13 @@ def standing_of(joined: Joined, survey: Survey, context: Context) -> Standing:
 
 def _waiting(joined: Joined, survey: Survey, trace: int) -> Waiting | None:
     record = joined.traces[trace].records[int(survey.opened[trace])]
-    local = int(record["group"])
-    groups = joined.local_groups[trace]
-    if local >= len(groups) or groups[local] < 0:
+    group = joined.group_of(trace, int(record["group"]))
+    if group < 0:
         return None
     operation = OPERATIONS[record["operation"]] if record["operation"] < len(OPERATIONS) else "unknown"
     waited_s = max(joined.traces[trace].read_ns - int(record["entered_ns"]), 0) / 1e9
     place = int(record["peer"]) if operation in ("send", "receive") else None
-    return Waiting(trace, int(groups[local]), int(record["number"]), operation, int(record["step"]), waited_s, place)
+    return Waiting(trace, group, int(record["number"]), operation, int(record["step"]), waited_s, place)
 
 
 def _missing(joined: Joined, survey: Survey, one: Waiting) -> tuple[tuple[int, ...], tuple[int, ...]]:

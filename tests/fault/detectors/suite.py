@@ -54,7 +54,19 @@ def judge(case: Case, seed: int, context: Context | None = None) -> Judged:
     return Judged(bool(right) or not case.kinds, tuple(wrong))
 
 
-_DIMS = ((2, 1, 1), (4, 1, 1), (8, 1, 1), (2, 2, 1), (4, 2, 1), (2, 1, 2), (2, 2, 2), (4, 2, 2), (4, 1, 4), (4, 4, 4), (16, 2, 2))
+_DIMS = (
+    (2, 1, 1),
+    (4, 1, 1),
+    (8, 1, 1),
+    (2, 2, 1),
+    (4, 2, 1),
+    (2, 1, 2),
+    (2, 2, 2),
+    (4, 2, 2),
+    (4, 1, 4),
+    (4, 4, 4),
+    (16, 2, 2),
+)
 """dp, tp, pp."""
 
 
