@@ -11,7 +11,7 @@ from evermesh.fault.detectors import kinds
 from evermesh.fault.detectors.context import Context
 from evermesh.fault.detectors.joining import Joined, in_step
 from evermesh.fault.detectors.programs import Deviation, deviation_of, majority, name_of
-from evermesh.fault.detectors.standing import Key, Standing, Waiting
+from evermesh.fault.detectors.standing import UNDECIDED, Key, Standing, Waiting
 from evermesh.fault.events import Finding
 from evermesh.fault.recorder.trace import UNKNOWN_NODE
 
@@ -129,7 +129,7 @@ def _of_communication(
     for key, waiting in waiters.items():
         group, number, place = key
         is_explained = standing.missing[key] or standing.unknown[key] or (place is None and (group, number) in spoiled)
-        if is_explained or waiting[0].operation == "receive_any":
+        if is_explained or waiting[0].operation == UNDECIDED:
             continue
         shortest = min(waiting, key=lambda one: one.waited_s)
         inside = sorted(joined.traces[one.trace].rank for one in waiting)

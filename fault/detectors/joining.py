@@ -161,14 +161,28 @@ def survey(joined: Joined) -> Survey:
     of_step = np.zeros((num_traces, num_steps, kernels.STEP_COLUMNS), np.int64)
     signatures = np.zeros((num_traces, num_steps), np.uint64)
     opened = np.full(num_traces, -1, np.int64)
-    codes = np.array([_code(group) for group in joined.groups] or [0], np.uint64)
+    codes = codes_of(joined.groups)
+    carried = np.zeros(1, np.int64)
     for trace in range(num_traces):
+        carried[0] = 0
         groups = joined.local_groups[trace]
-        own_codes = np.where(groups >= 0, codes[groups], np.uint64(0)) if len(groups) else np.zeros(0, np.uint64)
+        own_codes = np.where(groups >= 0, codes[groups], np.uint64(0))
         opened[trace] = kernels.survey_rank(
-            joined.words(trace), joined.slots(trace), own_codes, first, of_slot, of_step[trace], signatures[trace]
+            joined.words(trace),
+            joined.slots(trace),
+            own_codes,
+            first,
+            of_slot,
+            of_step[trace],
+            signatures[trace],
+            carried,
         )
     return Survey(of_slot, of_step, signatures, first, opened)
+
+
+def codes_of(groups: Sequence[Group]) -> np.ndarray:
+    """Array [groups, at least 1]: a number that is the same for groups that do the same for other ranks, those of one axis."""
+    return np.array([_code(group) for group in groups] or [0], np.uint64)
 
 
 def _code(group: Group) -> int:

@@ -21,6 +21,9 @@ records whose caller may have computed meanwhile, or whose end nobody saw; first
 
 DIFFERS_OPERATION, DIFFERS_BYTES, DIFFERS_DTYPE, DIFFERS_STEP, DIFFERS_PEER = 1, 2, 4, 8, 16
 
+BLOCK = 32
+"""Collectives of a group that are compared at once where only digests are exchanged."""
+
 _SEND = 10
 _DATA, _TRAIN = 1, 3  # phases
 _LOW = np.uint64(0xFFFFFFFF)
@@ -30,15 +33,16 @@ _MIXER = np.uint64(0x9E3779B97F4A7C15)
 
 @compiled
 def survey_rank(
-    words: Any, slots: Any, codes: Any, first_step: int, of_slot: Any, of_step: Any, signatures: Any
+    words: Any, slots: Any, codes: Any, first_step: int, of_slot: Any, of_step: Any, signatures: Any, carried: Any
 ) -> int:
-    """Fill in what is known of a rank; return the index of its first open record, or -1.
+    """Add what records say of a rank; return the index of its first open record, or -1.
 
     ``slots`` [local groups]: row of ``of_slot`` [slots, SLOT_COLUMNS], or -1; ``codes``: what stands for the group in
-    signatures; ``of_step`` [steps, STEP_COLUMNS]; ``signatures`` [steps]: what the rank did in a step, in order.
+    signatures; ``of_step`` [steps, STEP_COLUMNS]; ``signatures`` [steps]: what the rank did in a step, in order;
+    ``carried`` [1]: when it last left a collective; 0 before its first record.
     """
     opened = -1
-    frontier = np.int64(0)
+    frontier = carried[0]
     for index in range(len(words)):
         entered, ended = np.int64(words[index, 1]), np.int64(words[index, 3])
         group = np.int64(words[index, 5] & _LOW)
@@ -82,7 +86,38 @@ def survey_rank(
             frontier = ended
         elif flags & 2 == 0 and entered > frontier:
             frontier = entered
+    carried[0] = frontier
     return opened
+
+
+@compiled
+def digest_rank(words: Any, local_groups: Any, uneven: Any, state: Any, found: Any) -> int:
+    """Digests of blocks of BLOCK collectives of each group, in ``found`` [digests, 3]: group, block, digest. Return how many.
+
+    ``state`` [local groups, 3]: block that is under way, its digest, and whether that holds all from its first collective on.
+    ``uneven`` [operations]: bytes may differ.
+    """
+    count = 0
+    for index in range(len(words)):
+        group = np.int64(words[index, 5] & _LOW)
+        kinds = words[index, 7] & np.uint64(0xFFFFFFFFFFFF)
+        operation = np.int64((kinds >> np.uint64(32)) & _BYTE)
+        if operation >= _SEND or group >= len(local_groups) or local_groups[group] < 0:
+            continue
+        number = words[index, 5] >> np.uint64(32)
+        block = np.int64(number) // BLOCK
+        if block != state[group, 0]:
+            if state[group, 2] != 0 and count < len(found):
+                found[count, 0], found[count, 1] = local_groups[group], state[group, 0]
+                found[count, 2] = state[group, 1]
+                count += 1
+            state[group, 0], state[group, 1] = block, 0
+            state[group, 2] = 1 if np.int64(number) % BLOCK == 0 else 0
+        value = number ^ kinds * _MIXER ^ (words[index, 6] & _LOW) << np.uint64(20)
+        if not uneven[operation]:
+            value ^= words[index, 4] * np.uint64(0xC2B2AE3D27D4EB4F)
+        state[group, 1] = np.int64(np.uint64(state[group, 1]) + (value ^ value >> np.uint64(29)) * _MIXER)
+    return count
 
 
 @compiled
@@ -150,7 +185,7 @@ def transfer_times(
         size = sizes[group]
         for at in range(row_starts[group + 1] - row_starts[group]):
             first = cell_starts[group] + at * size
-            shortest = np.int64(1 << 62)
+            shortest = np.int64(4611686018427387904)
             for cell in range(first, first + size):
                 if ended_at[cell] == 0 or entered_at[cell] == 0:
                     shortest = 0
@@ -215,8 +250,10 @@ def reach_of_lines(times: Any, lower: Any, upper: Any, most_slope: float) -> Any
 def newest_messages(
     words: Any, local_groups: Any, places: Any, sizes: Any, trace: int, shift_ns: int, most: int, found: Any, count: int
 ) -> int:
-    """Put the newest messages of a rank, at most ``most``, behind the first ``count`` rows of ``found`` [messages, 7]; return how
-    many rows there are then. Columns: key (the same at both ends), whether it was received, trace, number, entered, ended, bytes.
+    """Put the newest messages of a rank, at most ``most``, behind the first ``count`` rows of ``found`` [messages, 7].
+
+    Return how many rows there are then. Columns: key (the same at both ends), whether it was received, trace, number, entered,
+    ended, bytes.
     """
     last = count + most
     for index in range(len(words) - 1, -1, -1):
@@ -249,9 +286,9 @@ def pair_messages(messages: Any, order: Any, pairs: Any) -> int:
     count = 0
     for index in range(len(order) - 1):
         one, other = order[index], order[index + 1]
-        if messages[one, 0] == messages[other, 0] and messages[one, 1] != messages[other, 1]:
-            if messages[one, 3] == messages[other, 3]:
-                is_sent = messages[one, 1] == 0
-                pairs[count, 0], pairs[count, 1] = (one, other) if is_sent else (other, one)
-                count += 1
+        is_one = messages[one, 0] == messages[other, 0] and messages[one, 3] == messages[other, 3]
+        if is_one and messages[one, 1] != messages[other, 1]:
+            is_sent = messages[one, 1] == 0
+            pairs[count, 0], pairs[count, 1] = (one, other) if is_sent else (other, one)
+            count += 1
     return count

@@ -44,13 +44,16 @@ def sequence_of(joined: Joined, trace: int, step: int) -> tuple[np.ndarray, list
 
 def expected_of(joined: Joined, trace: int, step: int) -> list[Entry] | None:
     """What the rank did in each of the two steps before; None if they differ or the ring does not hold them whole."""
-    records = joined.traces[trace].records
-    if not len(records) or int(records["step"][0]) > step - 2 or joined.traces[trace].num_overwritten > 0:
-        first = int(records["step"][0]) if len(records) else step
-        if first >= step - 2:
-            return None
+    if not _holds_whole(joined, trace, step - 2):
+        return None
     before, earlier = sequence_of(joined, trace, step - 1)[1], sequence_of(joined, trace, step - 2)[1]
     return before if before == earlier and before else None
+
+
+def _holds_whole(joined: Joined, trace: int, step: int) -> bool:
+    """Whether no record of ``step`` is missing at the old end."""
+    records = joined.traces[trace].records
+    return len(records) > 0 and (joined.traces[trace].num_overwritten == 0 or int(records["step"][0]) < step)
 
 
 def deviation_of(joined: Joined, trace: int, step: int, expected: Sequence[Entry] | None = None) -> Deviation | None:
@@ -69,9 +72,9 @@ def deviation_of(joined: Joined, trace: int, step: int, expected: Sequence[Entry
 
 def majority(joined: Joined, traces: Sequence[int], step: int) -> list[Entry] | None:
     """What more than half of some ranks, at least three of them, did in ``step``, each as far as it came; the longest."""
-    found = [tuple(sequence_of(joined, trace, step)[1]) for trace in traces]
-    if len(found) < 3:
+    if len(traces) < 3 or not all(_holds_whole(joined, trace, step) for trace in traces):
         return None
+    found = [tuple(sequence_of(joined, trace, step)[1]) for trace in traces]
     for candidate, _ in sorted(Counter(found).items(), key=lambda item: (-len(item[0]), -item[1])):
         if sum(candidate[: len(other)] == other for other in found) * 2 > len(found):
             return list(candidate)

@@ -1,6 +1,6 @@
 """Where every rank stands: in which open operation, since when, and for whom it waits there."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -11,6 +11,8 @@ from evermesh.fault.recorder.record import OPERATIONS
 
 Key = tuple[int, int, int | None]
 """Group, number, and place of the other side of a message; the same for all that are in one collective."""
+UNDECIDED = "receive_any"
+"""Operation of which nobody knows for whom it waits."""
 _SEND, _RECEIVE = OPERATIONS.index("send"), OPERATIONS.index("receive")
 
 
@@ -59,9 +61,13 @@ def standing_of(joined: Joined, survey: Survey, context: Context) -> Standing:
     }
     missing: dict[Key, tuple[int, ...]] = {}
     unknown: dict[Key, tuple[int, ...]] = {}
-    for one in waiting.values():
-        if one.key not in missing:
-            missing[one.key], unknown[one.key] = _missing(joined, survey, one)
+    for trace, one in list(waiting.items()):
+        if one.key in missing:
+            continue
+        found = _missing(joined, survey, one)
+        if found is None:
+            waiting[trace] = one = replace(one, operation=UNDECIDED)
+        missing[one.key], unknown[one.key] = found or ((), ())
     groups = {one.group for one in waiting.values()}
     return Standing(waiting, missing, unknown, {group: _patience_s(joined, survey, context, group) for group in groups})
 
@@ -77,33 +83,39 @@ def _waiting(joined: Joined, survey: Survey, trace: int) -> Waiting | None:
     return Waiting(trace, group, int(record["number"]), operation, int(record["step"]), waited_s, place)
 
 
-def _missing(joined: Joined, survey: Survey, one: Waiting) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _missing(joined: Joined, survey: Survey, one: Waiting) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """Traces that have not entered what a rank is in, and ranks of which nobody knows; None: nobody knows who these are."""
     members = joined.members[one.group]
     ranks = joined.groups[one.group].ranks
-    if one.operation == "receive_any":
-        return (), ()
+    if one.operation == UNDECIDED:
+        return None
     if one.place is not None:
         if not 0 <= one.place < len(ranks):
-            return (), ()
+            return None
         other = int(members[one.place])
         if other < 0:
             return (), (ranks[one.place],)
-        return ((other,), ()) if _messages(joined, one, other) <= one.number else ((), ())
+        entered = _messages(joined, one, other)
+        if entered is None:
+            return None
+        return ((other,), ()) if entered <= one.number else ((), ())
     start = int(joined.slot_starts[one.group])
     last = survey.of_slot[start : start + len(members), kernels.LAST]
     behind = np.flatnonzero((members >= 0) & (last < one.number))
     return tuple(members[behind].tolist()), tuple(ranks[place] for place in np.flatnonzero(members < 0).tolist())
 
 
-def _messages(joined: Joined, one: Waiting, other: int) -> int:
-    """How many messages the other side has entered, of those that meet these."""
+def _messages(joined: Joined, one: Waiting, other: int) -> int | None:
+    """How many messages the other side has entered, of those that meet these; None if that was overwritten."""
     place = int(joined.places[one.trace][joined.local_groups[one.trace] == one.group][0])
     records = joined.traces[other].records
     local = np.flatnonzero(joined.local_groups[other] == one.group)
     wanted = _SEND if one.operation == "receive" else _RECEIVE
     chosen = (records["operation"] == wanted) & (records["peer"] == place) & np.isin(records["group"], local)
     numbers = records["number"][chosen]
-    return int(numbers[-1]) + 1 if len(numbers) else 0
+    if len(numbers):
+        return int(numbers[-1]) + 1
+    return 0 if joined.traces[other].num_overwritten == 0 else None
 
 
 def _patience_s(joined: Joined, survey: Survey, context: Context, group: int) -> float:
