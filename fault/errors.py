@@ -54,7 +54,7 @@ class RecordsUnreadable(EvermeshError, ValueError):
     def __init__(self, where: str, fact: str) -> None:
         """``where``: file, and line if it has lines."""
         super().__init__(
-            f"{where}: {fact}. Give records as JSON lines, rings, or dumps of torch's flight recorder (pickle or JSON) whose names "
-            "end in the rank."
+            f"{where}: {fact}. Give records as JSON lines, rings, or dumps of torch's flight recorder (pickle or JSON) whose "
+            "names end in the rank."
         )
         self.where = where

@@ -1,9 +1,10 @@
 """By how much the clocks of nodes differ, from the collectives themselves, as intervals that hold the truth.
 
-Nobody leaves a two-sided collective before everybody has entered it. So with stamps s (entered) and e (ended) of node i and j,
-``s_i - e_j <= o_i - o_j <= e_i - s_j`` in every collective. A request and its answer bound the difference likewise. Clocks drift, so
-the difference is a line over time that lies between all lower and all upper bounds; what such lines reach at one moment is the
-interval. It holds the truth for as long as the drift is steady, whatever the network does.
+Nobody leaves a two-sided collective before everybody has entered it. So with stamps s (entered) and e (ended) of node i
+and j, ``s_i - e_j <= o_i - o_j <= e_i - s_j`` in every collective. A request and its answer bound the difference
+likewise. Clocks drift, so the difference is a line over time that lies between all lower and all upper bounds; what
+such lines reach at one moment is the interval. It holds the truth for as long as the drift is steady, whatever the
+network does.
 """
 
 import heapq

@@ -1,7 +1,7 @@
 """Communication that is slow: groups next to those of their like, and messages in a delay matrix.
 
-How long a collective takes by itself is how long the last to enter was inside; that compares no clocks. Delays of messages between
-nodes do, and count only as far as they are longer than the clocks may be wrong.
+How long a collective takes by itself is how long the last to enter was inside; that compares no clocks. Delays of
+messages between nodes do, and count only as far as they are longer than the clocks may be wrong.
 """
 
 from collections import defaultdict
@@ -112,8 +112,8 @@ def _placed(joined: Joined, slow: list[_SlowGroup], usual: frozenset[str]) -> It
         yield Finding(
             kind=kinds.SLOW_NODE,
             node=node,
-            text=f"collectives of {names} take {worst.ratio:.2f} times as long as those of other groups of their axis, although "
-            f"nobody is late; of their nodes only {node} is in no other group",
+            text=f"collectives of {names} take {worst.ratio:.2f} times as long as those of other groups of their axis, "
+            f"although nobody is late; of their nodes only {node} is in no other group",
             evidence={"ratio": round(worst.ratio, 3), "score": round(worst.score, 1), "groups": len(slow)},
             confidence=0.8,
         )

@@ -39,6 +39,8 @@ class Context:
     """By node; else they are taken from the records."""
     floor_s: float = 0.5
     """No shorter wait is a hang."""
+    first_step_s: float = 60.0
+    """The same before a step was seen: much is compiled and allocated in the first."""
     skew_s: float = 0.25
     """By how much the moments at which rings were read may differ."""
     patience_s: Mapping[Phase, float] = field(default_factory=lambda: dict(_PATIENCE_S))

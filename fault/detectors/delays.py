@@ -1,9 +1,9 @@
 """The delay matrix: which source, destination or link is slow, from delays of messages between nodes or ranks.
 
-A slow source makes a row of the matrix slow, a slow destination a column, a slow link a cell. Cells are pooled: the sum of the
-scores of a row over the root of their number is a score too, and the highest of all rows, columns and cells is the finding. What
-cells differ by for good is taken out by their own history, where there is one. In one ring every node sends to one other, and the
-three cannot be told apart: ``second_permutation`` says which messages a probe has to send.
+A slow source makes a row of the matrix slow, a slow destination a column, a slow link a cell. Cells are pooled: the sum
+of the scores of a row over the root of their number is a score too, and the highest of all rows, columns and cells is
+the finding. What cells differ by for good is taken out by their own history, where there is one. In one ring every node
+sends to one other, and the three cannot be told apart: ``second_permutation`` says which messages a probe has to send.
 """
 
 import math

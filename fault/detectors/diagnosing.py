@@ -12,7 +12,8 @@ from evermesh.fault.detectors.hanging import find_hangs
 from evermesh.fault.detectors.joining import Joined, Survey, join, survey
 from evermesh.fault.detectors.lateness import find_late
 from evermesh.fault.detectors.matching import Matched, match
-from evermesh.fault.detectors.slowing import exonerated, find_slow, find_slow_job
+from evermesh.fault.detectors.slow_jobs import find_slow_job
+from evermesh.fault.detectors.slowing import exonerated, find_slow
 from evermesh.fault.detectors.standing import standing_of
 from evermesh.fault.events import Finding
 from evermesh.fault.recorder.trace import RankTrace

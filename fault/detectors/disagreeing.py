@@ -5,7 +5,7 @@ shows at once; where they are the same nothing fails, sums are of different step
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -174,8 +174,8 @@ def _differing(
         node=joined.node(trace),
         group=name,
         step=int(found[4]),
-        text=f"{joined.where(trace)} came to {OPERATIONS[usual[0]]} #{number} of group {name}{in_step(found[4])} with {ours}, "
-        f"others with {theirs}",
+        text=f"{joined.where(trace)} came to {OPERATIONS[usual[0]]} #{number} of group {name}{in_step(found[4])} "
+        f"with {ours}, others with {theirs}",
         evidence={"number": number, "found": ours, "usual": theirs},
         confidence=_LIKELY,
     )
@@ -185,7 +185,7 @@ def _undecided(
     joined: Joined,
     group: int,
     number: int,
-    values: dict[int, tuple[int, ...]],
+    values: Mapping[int, tuple[int, ...]],
     entries: dict[int, tuple[int, ...]],
 ) -> Finding:
     name = joined.groups[group].name
@@ -222,7 +222,7 @@ def _of_steps(joined: Joined, survey: Survey, group: int) -> Iterator[Finding]:
         return
     for trace, row in zip(traces, table, strict=True):
         off = np.flatnonzero(row != usual)
-        if len(off) != 1 or int(off[0]) == len(usual) - 1:
+        if len(off) != 1 or not 0 < int(off[0]) < len(usual) - 1:  # what a race took may have been given beyond
             continue
         difference, step = int(row[off[0]] - usual[off[0]]), int(steps[off[0]])
         state, name = joined.traces[trace], joined.groups[group].name
@@ -233,8 +233,8 @@ def _of_steps(joined: Joined, survey: Survey, group: int) -> Iterator[Finding]:
             node=joined.node(trace),
             group=name,
             step=step,
-            text=f"{joined.where(trace)} did {did} collectives in group {name} in step {step} than others, unnoticed: since then "
-            f"it takes part in collectives of other steps",
+            text=f"{joined.where(trace)} did {did} collectives in group {name} in step {step} than others, "
+            f"unnoticed: since then it takes part in collectives of other steps",
             evidence={"off_by": -difference, "collectives": int(row[off[0]]), "of_others": int(usual[off[0]])},
             confidence=_SURE,
         )

@@ -32,8 +32,9 @@ def find_hangs(joined: Joined, standing: Standing, context: Context, spoiled: se
             waited_for[trace].append(key)
     found = [
         *_of_suspects(joined, standing, context, waited_for, waiters),
+        *_of_gone(joined, context, waiters),
         *_of_unknown(joined, standing, long.values()),
-        *_of_communication(joined, standing, waiters, spoiled),
+        *_of_communication(joined, standing, context, waiters, spoiled),
     ]
     roots = [trace for trace in waited_for if trace not in standing.waiting]
     roots += [
@@ -84,6 +85,32 @@ def _of_suspects(
         )
 
 
+def _of_gone(joined: Joined, context: Context, waiters: dict[Key, list[Waiting]]) -> Iterator[Finding]:
+    """Those whose processes ended, or are stopped, inside of what others are in too."""
+    for waiting in waiters.values():
+        for one in waiting:
+            state = joined.traces[one.trace]
+            if len(waiting) > 1 and _is_gone(context, state.rank):
+                others = (other.trace for other in waiting if other is not one)
+                yield Finding(
+                    kind=kinds.HANG,
+                    rank=state.rank,
+                    node=joined.node(one.trace),
+                    group=joined.groups[one.group].name,
+                    step=one.step,
+                    text=f"{joined.where(one.trace)} is in {_operation(joined, one)}{in_step(one.step)}"
+                    f"{_state(context, state.rank, state.phase)[0]}; {_ranks(joined, others)} since {one.waited_s:.1f} s",
+                    evidence={"operation": one.operation, "number": one.number, "waited_s": round(one.waited_s, 3)},
+                    confidence=0.99,
+                )
+
+
+def _is_gone(context: Context, rank: int) -> bool:
+    """Whether its process is known to have ended, or to be stopped."""
+    process = context.processes.get(rank)
+    return rank in context.processes and (process is None or process.is_stopped)
+
+
 def _state(context: Context, rank: int, phase: str) -> tuple[str, float]:
     """What its process does, for a sentence, and how sure that makes us."""
     if rank not in context.processes:
@@ -123,12 +150,17 @@ def _of_unknown(joined: Joined, standing: Standing, waiting: Iterable[Waiting]) 
 
 
 def _of_communication(
-    joined: Joined, standing: Standing, waiters: dict[Key, list[Waiting]], spoiled: set[tuple[int, int]]
+    joined: Joined,
+    standing: Standing,
+    context: Context,
+    waiters: dict[Key, list[Waiting]],
+    spoiled: set[tuple[int, int]],
 ) -> Iterator[Finding]:
     """Collectives, and messages, that all have entered and that do not end."""
     for key, waiting in waiters.items():
         group, number, place = key
         is_explained = standing.missing[key] or standing.unknown[key] or (place is None and (group, number) in spoiled)
+        is_explained = is_explained or any(_is_gone(context, joined.traces[one.trace].rank) for one in waiting)
         if is_explained or waiting[0].operation == UNDECIDED:
             continue
         shortest = min(waiting, key=lambda one: one.waited_s)
@@ -147,8 +179,8 @@ def _of_communication(
             link=link,
             node=nodes.pop() if len(nodes) == 1 else None,
             text=f"all of which there are records entered {_operation(joined, shortest)}{in_step(shortest.step)}, and "
-            f"{_ranks(joined, (one.trace for one in waiting), 'is', 'are')} still inside after {shortest.waited_s:.1f} s: the "
-            "communication stands still",
+            f"{_ranks(joined, (one.trace for one in waiting), 'is', 'are')} still inside after {shortest.waited_s:.1f} s: "
+            "the communication stands still",
             evidence={
                 "operation": shortest.operation,
                 "number": number,

@@ -181,7 +181,7 @@ def survey(joined: Joined) -> Survey:
 
 
 def codes_of(groups: Sequence[Group]) -> np.ndarray:
-    """Array [groups, at least 1]: a number that is the same for groups that do the same for other ranks, those of one axis."""
+    """Array [groups, at least 1]: the same number for groups that do the same for other ranks, those of one axis."""
     return np.array([_code(group) for group in groups] or [0], np.uint64)
 
 

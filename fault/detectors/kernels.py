@@ -188,62 +188,74 @@ def transfer_times(
             shortest = np.int64(4611686018427387904)
             for cell in range(first, first + size):
                 if ended_at[cell] == 0 or entered_at[cell] == 0:
-                    shortest = 0
+                    shortest = np.int64(0)
                     break
                 shortest = min(shortest, ended_at[cell] - entered_at[cell])
             transfers[row_starts[group] + at] = shortest
 
 
 @compiled
+def least_above(times: Any, values: Any, slope: float) -> float:
+    """The least of ``values`` less a line through 0, arrays [bounds]."""
+    least = np.inf
+    for index in range(len(times)):
+        least = min(least, values[index] - slope * times[index])
+    return least
+
+
+@compiled
+def steepest(times: Any, lower: Any, upper: Any, inside: float, outside: float) -> float:
+    """The slope nearest to ``outside`` with which a line fits between the bounds, or one just beyond it."""
+    if least_above(times, upper, outside) >= -least_above(times, -lower, -outside):
+        return outside
+    for _ in range(60):
+        middle = (inside + outside) / 2
+        if least_above(times, upper, middle) >= -least_above(times, -lower, -middle):
+            inside = middle
+        else:
+            outside = middle
+    return outside
+
+
+@compiled
 def reach_of_lines(times: Any, lower: Any, upper: Any, most_slope: float) -> Any:
     """Lowest and highest value at time 0 of lines between ``lower`` and ``upper``, and their least and greatest slope.
 
-    All arrays [bounds]. The lowest is above the highest if there is no such line.
+    All arrays [bounds]. The lowest is above the highest if there is no such line. What is sought is highest, or lowest, of
+    concave functions of the slope, in thirds.
     """
-    room = np.empty(3)
+    below = -lower
     left, right = -most_slope, most_slope
-    for _ in range(100):  # the room between the bounds is a concave function of the slope
+    for _ in range(100):
         one, other = left + (right - left) / 3, right - (right - left) / 3
-        room[0] = (upper - one * times).min() - (lower - one * times).max()
-        room[1] = (upper - other * times).min() - (lower - other * times).max()
-        if room[0] < room[1]:
+        room = least_above(times, upper, one) + least_above(times, below, -one)
+        if room < least_above(times, upper, other) + least_above(times, below, -other):
             left = one
         else:
             right = other
     widest = (left + right) / 2
-    top, bottom = (upper - widest * times).min(), (lower - widest * times).max()
+    top, bottom = least_above(times, upper, widest), -least_above(times, below, -widest)
     if top < bottom:
         return bottom, top, widest, widest
-    ends = np.empty(2)
+    least = steepest(times, lower, upper, widest, -most_slope)
+    most = steepest(times, lower, upper, widest, most_slope)
     for side in range(2):
-        inside, outside = widest, (-most_slope if side == 0 else most_slope)
-        if (upper - outside * times).min() >= (lower - outside * times).max():
-            inside = outside
-        for _ in range(60):
-            middle = (inside + outside) / 2
-            if (upper - middle * times).min() >= (lower - middle * times).max():
-                inside = middle
-            else:
-                outside = middle
-        ends[side] = outside
-    for side in range(2):
-        left, right = ends[0], ends[1]
+        sign = 1.0 if side == 0 else -1.0
+        values = upper if side == 0 else below
+        left, right = least, most
         for _ in range(100):
             one, other = left + (right - left) / 3, right - (right - left) / 3
-            if side == 0:
-                grows = (upper - one * times).min() < (upper - other * times).min()
-            else:
-                grows = (lower - one * times).max() > (lower - other * times).max()
-            if grows:
+            if least_above(times, values, sign * one) < least_above(times, values, sign * other):
                 left = one
             else:
                 right = other
-        for slope in (left, ends[0], ends[1]):
+        for slope in (left, least, most):
+            found = least_above(times, values, sign * slope)
             if side == 0:
-                top = max(top, (upper - slope * times).min())
+                top = max(top, found)
             else:
-                bottom = min(bottom, (lower - slope * times).max())
-    return bottom, top, ends[0], ends[1]
+                bottom = min(bottom, -found)
+    return bottom, top, least, most
 
 
 @compiled
@@ -252,8 +264,8 @@ def newest_messages(
 ) -> int:
     """Put the newest messages of a rank, at most ``most``, behind the first ``count`` rows of ``found`` [messages, 7].
 
-    Return how many rows there are then. Columns: key (the same at both ends), whether it was received, trace, number, entered,
-    ended, bytes.
+    Return how many rows there are then. Columns: key (the same at both ends), whether it was received, trace, number,
+    entered, ended, bytes.
     """
     last = count + most
     for index in range(len(words) - 1, -1, -1):

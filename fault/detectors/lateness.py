@@ -1,8 +1,9 @@
 """Ranks that come late to their collectives, for records that do not show how long a rank computed.
 
-Where ends are not recorded, or a rank computes while its collectives run, only arrivals are left. A rank that is late makes those
-late that wait for it elsewhere. Who comes in time to a group in which another that is late too comes late was made late by that
-one; if more than one is left nobody is blamed. Between nodes only what is three times beyond the error of the clocks counts.
+Where ends are not recorded, or a rank computes while its collectives run, only arrivals are left. A rank that is late
+makes those late that wait for it elsewhere. Who comes in time to a group in which another that is late too comes late
+was made late by that one; if more than one is left nobody is blamed. Between nodes only what is three times beyond the
+error of the clocks counts.
 """
 
 from collections import defaultdict

@@ -1,8 +1,8 @@
-"""Ranks that compute longer than others that do the same, always, in some steps, or more and more; and slower jobs.
+"""Ranks that compute longer than others that do the same: always, in some steps, or more and more.
 
-A rank is blamed only if its own computation is longer, at equal stage, sizes and planned work, in most of the recent steps, by
-far more than its peers differ among each other. What all ranks of a stage have in common, what differs from step to step, and
-what the plan explains blames nobody.
+A rank is blamed only if its own computation is longer, at equal stage, sizes and planned work, in most of the recent
+steps, by far more than its peers differ among each other. What all ranks of a stage have in common, what differs from
+step to step, and what the plan explains blames nobody.
 """
 
 from collections import defaultdict
@@ -14,27 +14,20 @@ import numpy as np
 from evermesh.fault.detectors import kernels, kinds
 from evermesh.fault.detectors.comparing import Compared, compare, stages_of
 from evermesh.fault.detectors.context import Context
+from evermesh.fault.detectors.growing import gradual, growing
 from evermesh.fault.detectors.joining import Joined, Survey
-from evermesh.fault.detectors.matching import Matched
+from evermesh.fault.detectors.spreads import COMMON, FEW, LEAST_RATIO, LEAST_SCORE, SPREAD_FLOOR, noise, spread
 from evermesh.fault.detectors.standing import median_step_s
 from evermesh.fault.events import Finding
 from evermesh.fault.recorder.trace import UNKNOWN_NODE
 
 LEAST_STEPS = 6
 _RECENT = 8
-_LEAST_RATIO = 1.15
 _LEAST_SHARE = 0.05
 """Of the step: what costs less is no finding."""
-_LEAST_SCORE, _LEAST_SCORE_OF_FEW = 6.0, 8.0
-_FEW = 4
-"""Peers, below which their spread says nothing and the spread over steps is taken."""
-_SPREAD_FLOOR = 0.02
+_LEAST_SCORE_OF_FEW = 8.0
 _LASTING = 0.75
-_COMMON = 0.3
-"""Of the ranks that do the same: if so many are slow, it is nothing of one rank."""
 _PAUSE = 1.5
-_GROWTH, _LEAST_TREND, _LEAST_STEPS_GROWING = 1.15, 10.0, 9
-_JOB_GROWTH = 1.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,14 +51,14 @@ class Slow:
 def find_slow(joined: Joined, survey: Survey, context: Context) -> list[Finding]:
     """Slow ranks and gradual slowdowns."""
     train = compare(joined, survey, context, kernels.TRAIN_NS)
-    growing = _growing(train)
-    slow = [one for one in _lasting(survey, train, "computes") if one.trace not in growing]
+    slower = growing(train)
+    slow = [one for one in _lasting(survey, train, "computes") if one.trace not in slower]
     of_input = compare(joined, survey, context, kernels.INPUT_NS)
     slow += [one for one in _lasting(survey, of_input, "input") if one.share >= 2 * _LEAST_SHARE]
-    told = {one.trace for one in slow} | set(growing)
+    told = {one.trace for one in slow} | set(slower)
     slow += [one for one in _pausing(survey, train) if one.trace not in told]
     return [
-        *(_gradual(joined, survey, trace, train, growth) for trace, growth in growing.items()),
+        *(gradual(joined, survey, trace, train, growth) for trace, growth in slower.items()),
         *_by_node(joined, slow),
     ]
 
@@ -83,15 +76,15 @@ def _lasting(survey: Survey, compared: Compared, cause: str) -> list[Slow]:
         logs[usable] = np.nanmedian(np.log(np.maximum(recent[usable], 1e-6)), axis=1)
     excess = np.full(len(recent), np.nan)
     excess[usable] = np.nanmedian(_recent(compared.excess_s)[usable], axis=1)
-    spread = _spread(logs[usable])
+    of_peers = spread(logs[usable])
     found = []
-    for trace in np.flatnonzero(usable & (logs > np.log(_LEAST_RATIO)) & (excess > _LEAST_SHARE * step_s)).tolist():
+    for trace in np.flatnonzero(usable & (logs > np.log(LEAST_RATIO)) & (excess > _LEAST_SHARE * step_s)).tolist():
         own = np.log(np.maximum(recent[trace][~np.isnan(recent[trace])], 1e-6))
-        is_few = compared.peers[trace] < _FEW
-        of_steps = max(_noise(own) / np.sqrt(len(own)), _SPREAD_FLOOR / 2)
-        score = float(logs[trace] / (of_steps if is_few else max(of_steps, spread)))
+        is_few = compared.peers[trace] < FEW
+        of_steps = max(noise(own) / np.sqrt(len(own)), SPREAD_FLOOR / 2)
+        score = float(logs[trace] / (of_steps if is_few else max(of_steps, of_peers)))
         lasting = float((own > logs[trace] / 2).mean())
-        if score < (_LEAST_SCORE_OF_FEW if is_few else _LEAST_SCORE) or lasting < _LASTING:
+        if score < (_LEAST_SCORE_OF_FEW if is_few else LEAST_SCORE) or lasting < _LASTING:
             continue
         share = float(excess[trace]) / step_s
         found.append(
@@ -106,7 +99,7 @@ def _lasting(survey: Survey, compared: Compared, cause: str) -> list[Slow]:
                 int(compared.peers[trace]),
             )
         )
-    return found if len(found) <= max(1, _COMMON * usable.sum()) else []
+    return found if len(found) <= max(1, COMMON * usable.sum()) else []
 
 
 def _recent(table: np.ndarray) -> np.ndarray:
@@ -118,16 +111,6 @@ def _recent(table: np.ndarray) -> np.ndarray:
     places = np.minimum(known.sum(axis=1), _RECENT)[rows] - behind[rows, columns]
     found[rows, places] = table[rows, columns]
     return found
-
-
-def _spread(values: np.ndarray) -> float:
-    """Robust standard deviation, and no less than what is never exceeded by chance alone."""
-    return max(1.4826 * float(np.median(np.abs(values - np.median(values)))), _SPREAD_FLOOR)
-
-
-def _noise(values: np.ndarray) -> float:
-    """Robust standard deviation of a series around whatever it follows."""
-    return _spread(np.diff(values)) / np.sqrt(2)
 
 
 def _since(survey: Survey, ratios: np.ndarray, level: float) -> int:
@@ -147,12 +130,12 @@ def _pausing(survey: Survey, compared: Compared) -> Iterator[Slow]:
     with np.errstate(invalid="ignore"):
         paused = (compared.ratio > _PAUSE) & (compared.excess_s > 2 * _LEAST_SHARE * step_s)
     counts = paused.sum(axis=1)
-    if len(counts) <= _FEW or step_s <= 0:
+    if len(counts) <= FEW or step_s <= 0:
         return
     trace = int(np.argmax(counts))
     known = int((~np.isnan(compared.ratio[trace])).sum())
     others = int(np.partition(counts, -2)[-2])
-    if counts[trace] < 3 or others > 0 or counts[trace] * 2 > known or compared.peers[trace] < _FEW:
+    if counts[trace] < 3 or others > 0 or counts[trace] * 2 > known or compared.peers[trace] < FEW:
         return
     steps = np.flatnonzero(paused[trace])
     excess_s = float(np.median(compared.excess_s[trace][steps]))
@@ -166,60 +149,6 @@ def _pausing(survey: Survey, compared: Compared) -> Iterator[Slow]:
         float(counts[trace]),
         survey.first_step + int(steps[0]),
         int(compared.peers[trace]),
-    )
-
-
-def _growing(compared: Compared) -> dict[int, float]:
-    """By trace: by how much ranks became slower next to their peers, little by little."""
-    known = ~np.isnan(compared.ratio)
-    usable = np.flatnonzero(known.sum(axis=1) >= _LEAST_STEPS_GROWING)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        logs = np.where(known, np.log(np.maximum(compared.ratio, 1e-6)), 0)[usable]
-    weights, steps = known[usable].astype(float), np.arange(compared.ratio.shape[1])
-    counts = weights.sum(axis=1)
-    centred = (steps - (weights @ steps / counts)[:, None]) * weights
-    squares = (centred**2).sum(axis=1)
-    slopes = (centred * logs).sum(axis=1) / squares
-    fitted = (weights * logs).sum(axis=1)[:, None] / counts[:, None] + slopes[:, None] * centred
-    residual = (logs - fitted) * weights
-    errors = np.sqrt(np.maximum((residual**2).sum(axis=1) / (counts - 2), 1e-6) / squares)
-    first, last = fitted[np.arange(len(usable)), known[usable].argmax(axis=1)], fitted.max(axis=1)
-    grows = (last - first > np.log(_GROWTH)) & (slopes > _LEAST_TREND * errors)
-    grows &= (first < np.log(_LEAST_RATIO) / 2) & (slopes > _LEAST_SCORE * _spread_of_slopes(slopes))
-    found = {}
-    for index in np.flatnonzero(grows).tolist():
-        own = logs[index][known[usable[index]]]
-        if (residual[index] ** 2).sum() < _step_error(own):
-            found[int(usable[index])] = float(np.exp(last[index] - first[index]))
-    return found if len(found) <= max(1, _COMMON * len(compared.ratio)) else {}
-
-
-def _spread_of_slopes(slopes: np.ndarray) -> float:
-    """How much the trends of ranks differ; of few ranks nobody knows."""
-    return 1.4826 * float(np.median(np.abs(slopes - np.median(slopes)))) if len(slopes) > _FEW else 0.0
-
-
-def _step_error(logs: np.ndarray) -> float:
-    """Squared error of the best two levels: what became slow at once is no gradual slowdown."""
-    errors = [
-        ((logs[:at] - logs[:at].mean()) ** 2).sum() + ((logs[at:] - logs[at:].mean()) ** 2).sum()
-        for at in range(2, len(logs) - 1)
-    ]
-    return float(min(errors))
-
-
-def _gradual(joined: Joined, survey: Survey, trace: int, compared: Compared, growth: float) -> Finding:
-    steps = survey.first_step + np.flatnonzero(~np.isnan(compared.ratio[trace]))
-    state = joined.traces[trace]
-    return Finding(
-        kind=kinds.GRADUAL,
-        rank=state.rank,
-        node=joined.node(trace),
-        step=int(steps[0]),
-        text=f"{joined.where(trace)} computes longer and longer: {growth:.2f} times as long in step {steps[-1]} as in step "
-        f"{steps[0]}, next to {compared.peers[trace]} ranks that do the same",
-        evidence={"growth": round(growth, 3), "steps": len(steps), "peers": int(compared.peers[trace])},
-        confidence=0.85,
     )
 
 
@@ -259,7 +188,8 @@ def _finding(joined: Joined, one: Slow, who: str, rank: int | None) -> Finding:
         rank=rank,
         node=joined.node(one.trace),
         step=one.since,
-        text=f"{who} {does} since step {one.since} or before, {one.share:.0%} of the step, next to {one.peers} {peers} the same",
+        text=f"{who} {does} since step {one.since} or before, {one.share:.0%} of the step, "
+        f"next to {one.peers} {peers} the same",
         evidence={
             "cause": one.cause,
             "ratio": round(one.ratio, 3),
@@ -268,65 +198,8 @@ def _finding(joined: Joined, one: Slow, who: str, rank: int | None) -> Finding:
             "score": round(one.score, 1),
             "peers": one.peers,
         },
-        confidence={"pauses": 0.6}.get(one.cause, 0.9 if one.peers >= _FEW else 0.75),
+        confidence={"pauses": 0.6}.get(one.cause, 0.9 if one.peers >= FEW else 0.75),
     )
-
-
-def find_slow_job(survey: Survey, matched: Matched) -> list[Finding]:
-    """All ranks together take longer than before, although they do the same."""
-    whole = survey.is_whole()
-    steps = np.flatnonzero(whole.sum(axis=0) * 2 > len(whole))
-    if len(steps) < 9:
-        return []
-    same = survey.signatures[:, steps] == survey.signatures[:, steps[-1:]]
-    if same[whole[:, steps]].mean() < 0.9:
-        return []
-    times = {
-        "computation": _of_steps(survey.of_step[:, :, kernels.TRAIN_NS], whole, steps),
-        "waiting and communication": _of_steps(survey.of_step[:, :, kernels.INSIDE_NS], whole, steps),
-    }
-    total, third = sum(times.values()), len(steps) // 3
-    logs = np.log(total)
-    growth = float(np.median(logs[-third:]) - np.median(logs[:third]))
-    noise = _noise(logs) * np.sqrt(2 / third)
-    if growth < np.log(_JOB_GROWTH) or growth / noise < _LEAST_SCORE:
-        return []
-    more = {name: float(np.median(of[-third:]) - np.median(of[:third])) / 1e9 for name, of in times.items()}
-    more["transfers"] = _more_in_transfers(survey, matched, steps[:third], steps[-third:])
-    most = max(times, key=lambda name: more[name])
-    if most != "computation":
-        most = "transfers" if more["transfers"] > more[most] / 2 else "waiting for each other"
-    first = survey.first_step + int(steps[0])
-    return [
-        Finding(
-            kind=kinds.SLOW_JOB,
-            step=first,
-            text=f"the job takes {np.exp(growth):.2f} times as long for a step as in step {first}, mostly for {most}; "
-            "there is no rank, node or link that explains it",
-            evidence={
-                "ratio": round(float(np.exp(growth)), 3),
-                **{f"more_{name.replace(' ', '_')}_s": round(value, 6) for name, value in more.items()},
-            },
-            confidence=0.8 if most != "waiting for each other" else 0.5,
-        )
-    ]
-
-
-def _of_steps(times_ns: np.ndarray, whole: np.ndarray, steps: np.ndarray) -> np.ndarray:
-    """Array [steps]: median over the ranks that did all of it."""
-    return np.array([np.median(times_ns[whole[:, step], step]) for step in steps.tolist()])
-
-
-def _more_in_transfers(survey: Survey, matched: Matched, first: np.ndarray, last: np.ndarray) -> float:
-    """Seconds that a rank of most groups spends more in transfers, waiting apart, in the steps ``last`` than in ``first``."""
-    transfers, totals = matched.transfers_ns(), []
-    for steps in (first, last):
-        chosen = np.isin(matched.steps - survey.first_step, steps) & (transfers > 0)
-        groups = np.searchsorted(matched.row_starts, np.flatnonzero(chosen), side="right") - 1
-        of_groups = np.bincount(groups, weights=transfers[chosen], minlength=len(matched.sizes))
-        ranks = float((of_groups * matched.sizes).sum())
-        totals.append(ranks / max(len(survey.opened), 1) / max(len(steps), 1) / 1e9)
-    return totals[1] - totals[0]
 
 
 def exonerated(joined: Joined, survey: Survey, context: Context) -> list[str]:
@@ -353,9 +226,9 @@ def exonerated(joined: Joined, survey: Survey, context: Context) -> list[str]:
     if len(times) > 1:
         usual = float(np.median(list(times.values())))
         notes += [
-            f"pipeline stage {stage} computes {time / usual:.2f} times as long as the median stage: its ranks all do, so it is "
-            "how the layers are divided"
+            f"pipeline stage {stage} computes {time / usual:.2f} times as long as the median stage: its ranks all do, so it "
+            "is how the layers are divided"
             for stage, time in times.items()
-            if usual > 0 and time / usual > _LEAST_RATIO
+            if usual > 0 and time / usual > LEAST_RATIO
         ]
     return notes

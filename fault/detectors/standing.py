@@ -64,10 +64,10 @@ def standing_of(joined: Joined, survey: Survey, context: Context) -> Standing:
     for trace, one in list(waiting.items()):
         if one.key in missing:
             continue
-        found = _missing(joined, survey, one)
-        if found is None:
-            waiting[trace] = one = replace(one, operation=UNDECIDED)
-        missing[one.key], unknown[one.key] = found or ((), ())
+        absent = _missing(joined, survey, one)
+        if absent is None:
+            waiting[trace] = replace(one, operation=UNDECIDED)
+        missing[one.key], unknown[one.key] = absent or ((), ())
     groups = {one.group for one in waiting.values()}
     return Standing(waiting, missing, unknown, {group: _patience_s(joined, survey, context, group) for group in groups})
 
@@ -119,11 +119,14 @@ def _messages(joined: Joined, one: Waiting, other: int) -> int | None:
 
 
 def _patience_s(joined: Joined, survey: Survey, context: Context, group: int) -> float:
-    """Twice the longest time between two collectives of the group, and no less than three steps."""
+    """Twice the longest time between two collectives of the group, and no less than three steps; before anybody knows how
+    long a step takes, what the first one may take."""
     slots = slice(int(joined.slot_starts[group]), int(joined.slot_starts[group + 1]))
     longest_s = float(survey.of_slot[slots, kernels.LONGEST_NS].max()) / 1e9
     step_s = context.step_s if context.step_s is not None else median_step_s(survey)
-    return max(context.floor_s, 2 * longest_s, 3 * step_s) + context.skew_s
+    counts_steps = survey.first_step + survey.num_steps > 1
+    floor_s = context.first_step_s if counts_steps and step_s == 0 else context.floor_s
+    return max(floor_s, 2 * longest_s, 3 * step_s) + context.skew_s
 
 
 def median_step_s(survey: Survey) -> float:

@@ -1,7 +1,7 @@
 """What an agent tells of its ranks, window by window: enough to see who hangs, is slow or strays, without the records.
 
-A record is looked at once it is complete; what is open is looked at again with the next window. Of each rank the newest records
-go along, so that whoever joins the summaries knows what it is in; if more is needed the rings are read.
+A record is looked at once it is complete; what is open is looked at again with the next window. Of each rank the newest
+records go along, so that whoever joins the summaries knows what it is in; if more is needed the rings are read.
 """
 
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ import numpy as np
 from evermesh.fault.detectors import kernels
 from evermesh.fault.detectors.joining import MOST_STEPS, codes_of
 from evermesh.fault.detectors.matching import UNEVEN
-from evermesh.fault.recorder.record import OPERATIONS, Flags
+from evermesh.fault.recorder.record import OPERATIONS, Flags, Group
 from evermesh.fault.recorder.trace import RankTrace
 
 _TAIL = 16
@@ -112,10 +112,10 @@ class RankWatch:
         self._codes = _codes(trace.groups, size)
 
 
-def _codes(groups: Mapping[int, object], size: int) -> np.ndarray:
+def _codes(groups: Mapping[int, Group], size: int) -> np.ndarray:
     own = np.zeros(size, np.uint64)
     for local, group in groups.items():
-        own[local] = codes_of([group])[0]  # type: ignore[list-item]
+        own[local] = codes_of([group])[0]
     return own
 
 

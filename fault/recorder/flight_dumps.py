@@ -1,8 +1,8 @@
 """Dumps of torch's own flight recorder (format 2.x, of NCCL and of gloo; pickle or JSON) as traces of ranks.
 
-They know less than our rings: entries have no step and, with gloo, no end but ``retired``. Completion as NCCL's watchdog
-discovered it is no time either, so ends are left open only where nobody saw one. A pickle is read by a machine that builds plain
-values and executes nothing.
+They know less than our rings: entries have no step and, with gloo, no end but ``retired``. Completion as NCCL's
+watchdog discovered it is no time either, so ends are left open only where nobody saw one. A pickle is read by a machine
+that builds plain values and executes nothing.
 """
 
 import json

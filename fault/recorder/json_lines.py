@@ -3,11 +3,13 @@
 Every line is an object with a ``type``:
 
 - ``group``: ``id`` (a number that this file calls it by), ``name``, ``ranks`` (global), ``axis``;
-- ``rank``: ``rank``, ``node``, ``pid``, ``step``, ``phase``, ``read_ns``, ``wall_offset_ns``, ``groups`` (ids of those that it is in).
-  Records up to the next such line are its own;
-- ``record``: the fields of RECORD, with ``group`` as an id, ``operation``, ``dtype`` and ``phase`` by name, ``site`` as text, ``peer``
-  null where there is none, ``flags`` as a list of names in lower case. ``sequence``, ``enqueued_ns``, ``dtype``, ``site``, ``peer``,
-  ``phase`` and ``flags`` may be left out: the next one, 0, none, none, null, train, and ``end_seen`` with ``blocking``.
+- ``rank``: ``rank``, ``node``, ``pid``, ``step``, ``phase``, ``read_ns``, ``wall_offset_ns``, ``groups`` (ids of those that
+  it is in). Records up to the next such line are its own;
+- ``record``: the fields of RECORD, with ``group`` as an id, ``operation``, ``dtype`` and ``phase`` by name, ``site`` as text,
+  ``peer`` null where there is none, ``flags`` as a list of names in lower case.
+
+May be left out: ``axis``, ``pid``, ``phase`` (train), ``wall_offset_ns``; of records ``sequence`` (the next one),
+``enqueued_ns``, ``dtype``, ``site``, ``peer``, ``phase`` (train) and ``flags`` (``end_seen`` with ``blocking``).
 """
 
 import json
@@ -85,7 +87,8 @@ def read_json_lines(lines: Iterable[str | bytes], name: str) -> list[RankTrace]:
     ranks: list[_Rank] = []
     number = 0
     try:
-        for number, line in enumerate(lines, 1):
+        for line in lines:
+            number += 1
             if not line.strip():
                 continue
             value = json.loads(line)

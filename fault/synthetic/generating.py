@@ -139,7 +139,7 @@ def _trace(program: Program, rank: int, entered: int, read_ns: int) -> RankTrace
         groups={axis: shape.groups[group] for axis, group in enumerate(shape.group_of[rank].tolist()) if group >= 0},
         sites=dict(enumerate(SITES)),
         step=int(of_next["step"]),
-        phase=program.phases.get(rank, PHASES[of_next["phase"]]),  # type: ignore[arg-type]
+        phase=program.phases.get(rank, PHASES[of_next["phase"]]),
         read_ns=read_ns + offset_ns,
         wall_offset_ns=_WALL_NS - offset_ns,
     )

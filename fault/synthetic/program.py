@@ -181,5 +181,5 @@ def make_record(
     """Fields of a RECORD without times and numbers."""
     flags = int(Flags.END_SEEN | Flags.BLOCKING)
     place = (AXES.index(axis), 0, 0, SITES.index(site), peer)
-    kinds = (OPERATIONS.index(operation), DTYPES.index(dtype), PHASES.index(phase), flags)  # type: ignore[arg-type]
+    kinds = (OPERATIONS.index(operation), DTYPES.index(dtype), PHASES.index(phase), flags)
     return (0, 0, 0, 0, num_bytes, *place, *kinds)

@@ -71,7 +71,7 @@ _DIMS = (
 
 
 def _shape(random: np.random.Generator, dims: Sequence[tuple[int, int, int]] = _DIMS) -> JobShape:
-    dp, tp, pp = dims[random.integers(len(dims))]
+    dp, tp, pp = dims[int(random.integers(len(dims)))]
     return JobShape(
         dp=dp,
         tp=tp,

@@ -1,19 +1,25 @@
 """What single detectors say, and when they say nothing."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from evermesh.fault.detectors import Context, Offset, diagnose, kinds
+from evermesh.fault.detectors import Context, Offset, diagnose, kinds, planned_work
 from evermesh.fault.events import Finding
 from evermesh.fault.process_state import ProcessState
 from evermesh.fault.recorder.record import NO_PEER, OPERATIONS, PHASES, RECORD, Flags, Group
 from evermesh.fault.recorder.trace import RankTrace
 from evermesh.fault.synthetic import Clock, JobShape, generate
-from evermesh.fault.synthetic.faults import Hang, Pauses, Skip, SlowInput, SlowJob, SlowRank
+from evermesh.fault.synthetic.faults import CommunicationHang, Hang, Pauses, Skip, SlowInput, SlowJob, SlowRank
 from evermesh.parallelism.collectives import Phase
+from evermesh.parallelism.cost import CostModel
+from evermesh.parallelism.layout import Layout
+from evermesh.parallelism.planner import plan_batch
+from evermesh.parallelism.simulator import micro_batch_s
+
+_COST = CostModel(token_s=1e-5, pair_s=1e-9, ring_token_s=1e-6)
 
 
 def _only(findings: Sequence[Finding]) -> Finding:
@@ -56,6 +62,20 @@ def test_a_dead_process_is_told_in_every_phase() -> None:
     assert _only(diagnose(job.traces, Context(processes={3: None})).findings).rank == 3
 
 
+@pytest.mark.parametrize("process", [None, ProcessState("T", 7, False)])
+def test_a_process_that_ended_inside_a_collective_is_told(process: ProcessState | None) -> None:
+    job = generate(JobShape(dp=4), [CommunicationHang(2, 6)])
+    assert _only(diagnose(job.traces).findings).kind == kinds.COMMUNICATION_HANG
+    finding = _only(diagnose(job.traces, Context(processes={2: process, 1: ProcessState("S", 7, False)})).findings)
+    assert (finding.kind, finding.rank) == (kinds.HANG, 2)
+
+
+def test_the_first_step_may_take_long() -> None:
+    for wait_s, found in ((20.0, 0), (100.0, 1)):
+        job = generate(JobShape(dp=4), [Hang(3, 1)], wait_s=wait_s)
+        assert len(diagnose(job.traces).findings) == found
+
+
 def test_detection_takes_longer_where_steps_do() -> None:
     for wait_s, layer_s, found in ((1.0, 1e-3, 1), (1.0, 0.2, 0), (8.0, 0.2, 1)):
         job = generate(JobShape(dp=4, layer_s=layer_s), [Hang(3, 9)], wait_s=wait_s)
@@ -74,7 +94,7 @@ def test_two_hung_ranks_are_two_findings() -> None:
     assert {finding.rank for finding in diagnose(job.traces).findings} == {3, 5}
 
 
-def _equal_collectives(counts: dict[int, Sequence[int]]) -> list[RankTrace]:
+def _equal_collectives(counts: Mapping[int, Sequence[int]]) -> list[RankTrace]:
     """Ranks that do nothing but equal sums, so many in each step: nothing fails where somebody leaves one out."""
     size = len(counts)
     group = Group("dp0", tuple(range(size)), "dp")
@@ -157,6 +177,16 @@ def test_lateness_within_the_error_of_the_clocks_blames_nobody() -> None:
     assert _only(diagnose(traces, Context(offsets=true)).findings).rank == 3
     vague = {node: Offset(offset.offset_ns, 20_000_000) for node, offset in true.items()}
     assert not diagnose(traces, Context(offsets=vague)).findings
+
+
+def test_what_a_batch_plan_gave_a_rank_is_work_of_all_its_ranks() -> None:
+    lengths = (4000, 400, 400, 400)
+    layout = Layout(hdp=4, capacity=4096)
+    plan = plan_batch(lengths, layout, _COST)
+    work_s = planned_work(plan, _COST, 7, {hdp: (2 * hdp, 2 * hdp + 1) for hdp in range(4)})
+    for hdp, micro_batches in enumerate(plan.ranks):
+        seconds = sum(micro_batch_s(one, lengths, _COST) for one in micro_batches)
+        assert work_s.get((2 * hdp, 7), 0) == work_s.get((2 * hdp + 1, 7), 0) == seconds
 
 
 def test_clocks_that_differ_change_nothing() -> None:

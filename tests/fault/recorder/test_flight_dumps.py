@@ -26,7 +26,9 @@ _OPEN_S = 0.9
 
 
 def _hang(rank: int, size: int, folder: str) -> None:
-    from torch._C._distributed_c10d import _dump_fr_trace, _dump_fr_trace_json
+    import torch._C._distributed_c10d as c10d
+
+    pickled, as_json = getattr(c10d, "_dump_fr_trace"), getattr(c10d, "_dump_fr_trace_json")  # noqa: B009
 
     groups = [dist.new_group([first, first + 1]) for first in range(0, size, 2)]
     sums = torch.ones(4)
@@ -40,8 +42,8 @@ def _hang(rank: int, size: int, folder: str) -> None:
     else:
         work = dist.all_reduce(sums, async_op=True)
         time.sleep(_OPEN_S)
-    Path(folder, f"trace_rank_{rank}").write_bytes(_dump_fr_trace())
-    Path(folder, f"trace_{rank}.json").write_bytes(_dump_fr_trace_json())
+    Path(folder, f"trace_rank_{rank}").write_bytes(pickled())
+    Path(folder, f"trace_{rank}.json").write_bytes(as_json())
     Path(folder, f"{rank}.done").touch()
     if work is None:
         work = dist.all_reduce(sums, async_op=True)
