@@ -5,7 +5,9 @@ all entered and nobody leaves it is the communication. Where neither explains a 
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Set
+
+from pydantic import JsonValue
 
 from evermesh.fault.detectors import kinds
 from evermesh.fault.detectors.context import Context
@@ -27,14 +29,18 @@ def find_hangs(joined: Joined, standing: Standing, context: Context, spoiled: se
     for one in long.values():
         waiters[one.key].append(one)
     waited_for: dict[int, list[Key]] = defaultdict(list)
+    crowded = {key for key in waiters if _is_crowded(joined, standing, key)}
     for key in waiters:
         for trace in standing.missing[key]:
             waited_for[trace].append(key)
     found = [
-        *_of_suspects(joined, standing, context, waited_for, waiters),
+        *_of_suspects(
+            joined, standing, context, waited_for, {key: waiters[key] for key in waiters if key not in crowded}
+        ),
+        *_of_crowds(joined, standing, waited_for, waiters, crowded),
         *_of_gone(joined, context, waiters),
         *_of_unknown(joined, standing, long.values()),
-        *_of_communication(joined, standing, context, waiters, spoiled),
+        *_merged(list(_of_communication(joined, standing, context, waiters, spoiled))),
     ]
     roots = [trace for trace in waited_for if trace not in standing.waiting]
     roots += [
@@ -44,6 +50,56 @@ def find_hangs(joined: Joined, standing: Standing, context: Context, spoiled: se
     ]
     tangled = set(long) - _behind(roots, waited_for, waiters)
     return found + list(_of_cycle(joined, standing, tangled))
+
+
+def _is_crowded(joined: Joined, standing: Standing, key: Key) -> bool:
+    """Whether most of a group have not come: then it may be those who have that are wrong."""
+    missing = len(standing.missing[key])
+    return missing > 2 and missing * 2 > len(joined.groups[key[0]].ranks)
+
+
+def _of_crowds(
+    joined: Joined,
+    standing: Standing,
+    waited_for: dict[int, list[Key]],
+    waiters: dict[Key, list[Waiting]],
+    crowded: Set[Key],
+) -> Iterator[Finding]:
+    """Collectives to which most members have not come, and nobody is stuck who would explain it: nobody is named."""
+    for key in sorted(crowded, key=lambda key: key[:2]):
+        missing = standing.missing[key]
+        if any(trace in standing.waiting or set(waited_for[trace]) - crowded for trace in missing):
+            continue
+        one = max(waiters[key], key=lambda one: one.waited_s)
+        entered = _ranks(joined, (other.trace for other in waiters[key]), "is", "are")
+        yield Finding(
+            kind=kinds.HANG,
+            group=joined.groups[one.group].name,
+            step=one.step,
+            text=f"only {entered} in {_operation(joined, one)}{in_step(one.step)} since {one.waited_s:.1f} s, "
+            f"{len(missing)} members are not and wait for nobody",
+            evidence={"operation": one.operation, "number": one.number, "waited_s": round(one.waited_s, 3)},
+            confidence=_PERHAPS,
+        )
+
+
+def _merged(found: list[Finding]) -> list[Finding]:
+    """Where many groups stand still at once it is one finding."""
+    if len(found) <= _MOST_NAMED:
+        return found
+    nodes = {one.node for one in found}
+    worst = max(found, key=lambda one: float(str(one.evidence["waited_s"])))
+    groups = list[JsonValue]([one.group for one in found][:64])
+    text = f"the communication of {len(found)} groups stands still; the first of them: {worst.text}"
+    node = nodes.pop() if len(nodes) == 1 else None
+    changes = {
+        "group": None,
+        "link": None,
+        "node": node,
+        "text": text,
+        "evidence": {**worst.evidence, "groups": groups},
+    }
+    return [worst.model_copy(update=changes)]
 
 
 def _of_suspects(
@@ -57,7 +113,9 @@ def _of_suspects(
     for trace, keys in sorted(waited_for.items()):
         if trace in standing.waiting:
             continue
-        waiting = [one for key in keys for one in waiters[key]]
+        waiting = [one for key in keys for one in waiters.get(key, ())]
+        if not waiting:
+            continue
         longest = max(waiting, key=lambda one: (one.waited_s, -one.group))
         state = joined.traces[trace]
         if longest.waited_s < context.patience_s.get(state.phase, 0.0) and context.processes.get(state.rank, True):

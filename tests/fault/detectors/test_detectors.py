@@ -94,6 +94,20 @@ def test_two_hung_ranks_are_two_findings() -> None:
     assert {finding.rank for finding in diagnose(job.traces).findings} == {3, 5}
 
 
+def test_many_groups_that_stand_still_are_one_finding() -> None:
+    faults = [CommunicationHang(rank, 6) for rank in range(8)]
+    finding = _only(diagnose(generate(JobShape(dp=2, tp=8), faults).traces).findings)
+    assert finding.kind == kinds.COMMUNICATION_HANG
+    assert "8 groups" in finding.text
+
+
+def test_one_rank_that_waits_for_all_others_does_not_make_them_guilty() -> None:
+    traces = list(generate(JobShape(dp=6), [Hang(rank, 9) for rank in range(5)]).traces)
+    finding = _only(diagnose(traces).findings)
+    assert (finding.kind, finding.rank) == (kinds.HANG, None)
+    assert "only rank 5 is in" in finding.text
+
+
 def _equal_collectives(counts: Mapping[int, Sequence[int]]) -> list[RankTrace]:
     """Ranks that do nothing but equal sums, so many in each step: nothing fails where somebody leaves one out."""
     size = len(counts)
