@@ -32,6 +32,8 @@ def test_no_import_runs_upwards(room: str) -> None:
 _WITHOUT_TORCH = (
     *(f"evermesh.{room}" for room in ROOMS),
     "evermesh",
+    "evermesh.fault.detectors",
+    "evermesh.fault.recorder.files",
     "evermesh.fault.snapshot.coding",
     "evermesh.fault.snapshot.stripes",
     "evermesh.launcher.agent.agent",

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from evermesh.fault.detectors import kernels
 from evermesh.fault.detectors.context import Offset
 from evermesh.fault.detectors.joining import Joined
+from evermesh.fault.detectors.line_kernels import reach_of_lines
 from evermesh.fault.detectors.matching import Matched
 from evermesh.fault.recorder.record import OPERATIONS, TWO_SIDED
 from evermesh.fault.recorder.trace import UNKNOWN_NODE
@@ -90,7 +90,7 @@ def difference(bounds: Bounds, at_ns: float) -> Difference | None:
     times = bounds.at_ns - at_ns
     middle = float(np.median(bounds.guess_ns))
     lower, upper = bounds.lower_ns - middle, bounds.upper_ns - middle
-    bottom, top, least, most = kernels.reach_of_lines(times, lower, upper, MOST_DRIFT)
+    bottom, top, least, most = reach_of_lines(times, lower, upper, MOST_DRIFT)
     if bottom > top:
         return None
     slack = 2.0 + 4e-9 * (top - bottom)  # of the search, and of rounded stamps

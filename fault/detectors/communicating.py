@@ -10,11 +10,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from evermesh.fault.detectors import kernels, kinds
+from evermesh.fault.detectors import kinds
 from evermesh.fault.detectors.context import Offset
 from evermesh.fault.detectors.delays import Blamed, Delays, blame
 from evermesh.fault.detectors.joining import Joined
 from evermesh.fault.detectors.matching import Matched
+from evermesh.fault.detectors.message_kernels import newest_messages, pair_messages
 from evermesh.fault.events import Finding
 from evermesh.fault.recorder.trace import UNKNOWN_NODE
 
@@ -154,7 +155,7 @@ def _edges(joined: Joined, offsets: Mapping[str, Offset]) -> dict[tuple[int, int
     messages, errors_ns = _messages(joined, offsets)
     order = np.argsort(messages[:, _KEY], kind="stable")
     pairs = np.empty((len(order), 2), np.int64)
-    pairs = pairs[: kernels.pair_messages(messages, order, pairs)]
+    pairs = pairs[: pair_messages(messages, order, pairs)]
     entered, ended = messages[:, _ENTERED], messages[:, _ENDED]
     ready = (entered[pairs[:, 1]] <= entered[pairs[:, 0]]) & (
         ended[pairs[:, 1]] > 0
@@ -198,7 +199,7 @@ def _messages(joined: Joined, offsets: Mapping[str, Offset]) -> tuple[np.ndarray
         local, places = joined.local_groups[trace], joined.places[trace]
         most = _MOST_MESSAGES
         words = joined.words(trace)
-        count = kernels.newest_messages(words, local, places, joined.sizes, trace, offset.offset_ns, most, rows, count)
+        count = newest_messages(words, local, places, joined.sizes, trace, offset.offset_ns, most, rows, count)
     return rows[:count], errors_ns
 
 
