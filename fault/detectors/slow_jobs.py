@@ -27,14 +27,16 @@ def find_slow_job(survey: Survey, matched: Matched) -> list[Finding]:
     total, third = sum(times.values()), len(steps) // 3
     logs = np.log(total)
     growth = float(np.median(logs[-third:]) - np.median(logs[:third]))
-    chance = noise(logs) * np.sqrt(2 / third)
+    chance = max(noise(logs), float(np.diff(logs).std()) / np.sqrt(2)) * np.sqrt(2 / third)
     if growth < np.log(_GROWTH) or growth / chance < LEAST_SCORE:
         return []
     more = {name: float(np.median(of[-third:]) - np.median(of[:third])) / 1e9 for name, of in times.items()}
     more["transfers"] = _more_in_transfers(survey, matched, steps[:third], steps[-third:])
     most = max(times, key=lambda name: more[name])
     if most != "computation":
-        most = "transfers" if more["transfers"] > more[most] / 2 else "waiting for each other"
+        if more["transfers"] < more[most] / 2:
+            return []  # they wait for somebody, who has to be found by himself
+        most = "transfers"
     first = survey.first_step + int(steps[0])
     return [
         Finding(
@@ -46,7 +48,7 @@ def find_slow_job(survey: Survey, matched: Matched) -> list[Finding]:
                 "ratio": round(float(np.exp(growth)), 3),
                 **{f"more_{name.replace(' ', '_')}_s": round(value, 6) for name, value in more.items()},
             },
-            confidence=0.8 if most != "waiting for each other" else 0.5,
+            confidence=0.8,
         )
     ]
 

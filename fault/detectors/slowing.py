@@ -77,11 +77,13 @@ def _lasting(survey: Survey, compared: Compared, cause: str) -> list[Slow]:
     excess = np.full(len(recent), np.nan)
     excess[usable] = np.nanmedian(_recent(compared.excess_s)[usable], axis=1)
     of_peers = spread(logs[usable])
+    usual_noise = float(np.median([noise(_logs(row)) for row in recent[usable]]))
     found = []
     for trace in np.flatnonzero(usable & (logs > np.log(LEAST_RATIO)) & (excess > _LEAST_SHARE * step_s)).tolist():
-        own = np.log(np.maximum(recent[trace][~np.isnan(recent[trace])], 1e-6))
+        own = _logs(recent[trace])
         is_few = compared.peers[trace] < FEW
-        of_steps = max(noise(own) / np.sqrt(len(own)), SPREAD_FLOOR / 2)
+        own_noise = max(noise(own), usual_noise, float(np.diff(own).std()) / np.sqrt(2) if is_few else 0.0)
+        of_steps = max(own_noise / np.sqrt(len(own)), SPREAD_FLOOR / 2)
         score = float(logs[trace] / (of_steps if is_few else max(of_steps, of_peers)))
         lasting = float((own > logs[trace] / 2).mean())
         if score < (_LEAST_SCORE_OF_FEW if is_few else LEAST_SCORE) or lasting < _LASTING:
@@ -100,6 +102,12 @@ def _lasting(survey: Survey, compared: Compared, cause: str) -> list[Slow]:
             )
         )
     return found if len(found) <= max(1, COMMON * usable.sum()) else []
+
+
+def _logs(ratios: np.ndarray) -> np.ndarray:
+    """Logarithms of those that are known."""
+    found: np.ndarray = np.log(np.maximum(ratios[~np.isnan(ratios)], 1e-6))
+    return found
 
 
 def _recent(table: np.ndarray) -> np.ndarray:
