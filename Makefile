@@ -23,6 +23,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]" && \
 	$(BIN)/python -m evermesh.parallelism.planner && \
 	$(BIN)/python -m evermesh.fault.recorder.native && \
+	$(BIN)/python -m evermesh.fault.detectors && \
 	echo "installed in $$(( $$(date +%s) - start )) s" && touch $@
 
 install: $(INSTALLED)  ## make the environment

@@ -3,6 +3,7 @@
 EvermeshError
 ├── EventLogUnusable    (OSError)       the event log cannot be opened or written
 ├── KeeperRefused       (OSError)       a keeper cannot be reached, or has no memory for snapshots
+├── RecordsUnreadable   (ValueError)    a file of records of collectives is damaged, or of no known form
 └── ScheduleInvalid     (ValueError)    a schedule of faults breaks a rule, or does not fit the run
 
 RuntimeError
@@ -45,3 +46,15 @@ class KeeperRefused(EvermeshError, OSError):
             "Memory on /dev/shm in Kubernetes), use more ranks, or set train.snapshot to off."
         )
         self.rank, self.cause = rank, cause
+
+
+class RecordsUnreadable(EvermeshError, ValueError):
+    """A file of records of collectives cannot be read."""
+
+    def __init__(self, where: str, fact: str) -> None:
+        """``where``: file, and line if it has lines."""
+        super().__init__(
+            f"{where}: {fact}. Give records as JSON lines, rings, or dumps of torch's flight recorder (pickle or JSON) whose "
+            "names end in the rank."
+        )
+        self.where = where

@@ -32,7 +32,12 @@ class Finding(_Frozen):
     node: str | None = None
     rank: int | None = None
     link: tuple[int, int] | None = None
-    """The two ranks of a link, lower first."""
+    """The two ranks of a link, lower first; of one that is slow in one direction only, ``evidence`` tells which."""
+    group: str | None = None
+    """Process group in which it was seen."""
+    step: int | None = None
+    text: str = ""
+    """The finding in one sentence."""
     evidence: dict[str, JsonValue] = Field(default_factory=dict)
     """The numbers that led to it, by name with unit."""
     confidence: float = Field(ge=0, le=1)

@@ -36,6 +36,8 @@ _WITHOUT_TORCH = (
     "evermesh.fault.recorder.in_scripts",
     "evermesh.fault.recorder.native.building",
     "evermesh.fault.recorder.reader",
+    "evermesh.fault.detectors",
+    "evermesh.fault.recorder.files",
     "evermesh.fault.snapshot.coding",
     "evermesh.fault.snapshot.stripes",
     "evermesh.launcher.agent.agent",

@@ -8,6 +8,9 @@ import numpy as np
 from evermesh.fault.recorder.record import Group
 from evermesh.parallelism.collectives import Phase
 
+UNKNOWN_NODE = ""
+"""Node of a rank of which nobody knows where it ran; two such ranks are not on one node."""
+
 
 @dataclass(frozen=True, slots=True)
 class RankTrace:

@@ -9,6 +9,7 @@ from evermesh.launcher.commands import (
     checkpoint,
     data,
     demo,
+    diagnose,
     doctor,
     export,
     jobs,
@@ -48,6 +49,7 @@ app.add_typer(snapshot.app)
 app.command("export", epilog=export.EXAMPLES)(export.export)
 app.add_typer(data.app)
 app.command("doctor", epilog=doctor.EXAMPLES)(doctor.doctor)
+app.command("diagnose", epilog=diagnose.EXAMPLES)(diagnose.diagnose)
 app.command("chaos", epilog=chaos.EXAMPLES)(chaos.chaos)
 app.command("demo", epilog=demo.EXAMPLES)(demo.demo)
 

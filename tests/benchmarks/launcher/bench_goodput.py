@@ -1,4 +1,5 @@
-"""Two ranks with steps of some 50 ms, of which one is killed every minute: the part of the time that went into steps that count.
+"""Two ranks with steps of some 50 ms, of which one is killed every minute: the part of the time that went into steps that
+count.
 
 Snapshots in memory, as by default; nothing is written to storage before the end. What a step takes without faults is
 measured in the same job.

@@ -1,0 +1,233 @@
+"""Communication that is slow: groups next to those of their like, and messages in a delay matrix.
+
+How long a collective takes by itself is how long the last to enter was inside; that compares no clocks. Delays of
+messages between nodes do, and count only as far as they are longer than the clocks may be wrong.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from evermesh.fault.detectors import kinds
+from evermesh.fault.detectors.context import Offset
+from evermesh.fault.detectors.delays import Blamed, Delays, blame
+from evermesh.fault.detectors.joining import Joined
+from evermesh.fault.detectors.matching import Matched
+from evermesh.fault.detectors.message_kernels import newest_messages, pair_messages
+from evermesh.fault.events import Finding
+from evermesh.fault.recorder.trace import UNKNOWN_NODE
+
+_LEAST_ROWS, _MOST_ROWS = 6, 64
+_MIXER = np.uint64(0x9E3779B97F4A7C15)
+_LEAST_GROUPS = 4
+_LEAST_RATIO = 1.4
+_LEAST_SCORE = 6.0
+_SPREAD_FLOOR = 0.05
+_COMMON = 0.3
+_MOST_SAMPLES = 64
+_MOST_MESSAGES = 96
+"""Of a rank."""
+_LEAST_SAMPLES = 6
+_LEAST_EDGES = 6
+
+
+@dataclass(frozen=True, slots=True)
+class _SlowGroup:
+    group: int
+    ratio: float
+    score: float
+    nodes: frozenset[str]
+
+
+def find_slow_groups(joined: Joined, matched: Matched) -> list[Finding]:
+    """Groups whose collectives take longer than those of other groups of the same axis that span as many nodes."""
+    transfers = matched.transfers_ns()
+    classes: dict[tuple[str, int, int], list[int]] = defaultdict(list)
+    nodes = [_nodes_of(joined, group) for group in range(len(joined.groups))]
+    for group, of in enumerate(joined.groups):
+        if of.axis and (joined.members[group] >= 0).all():
+            classes[of.axis, len(of.ranks), len(nodes[group])].append(group)
+    found: list[Finding] = []
+    for alike in classes.values():
+        if len(alike) < _LEAST_GROUPS:
+            continue
+        levels = _levels(matched, transfers, alike)
+        known = ~np.isnan(levels)
+        if known.sum() < _LEAST_GROUPS:
+            continue
+        middle = float(np.median(levels[known]))
+        spread = max(1.4826 * float(np.median(np.abs(levels[known] - middle))), _SPREAD_FLOOR)
+        slow = [
+            _SlowGroup(group, float(np.exp(level - middle)), float((level - middle) / spread), nodes[group])
+            for group, level in zip(alike, levels.tolist(), strict=True)
+            if level - middle > max(np.log(_LEAST_RATIO), _LEAST_SCORE * spread)
+        ]
+        if slow and len(slow) <= max(1, _COMMON * known.sum()):
+            usual = frozenset[str]().union(
+                *(nodes[group] for group in alike if group not in {one.group for one in slow})
+            )
+            found += _placed(joined, slow, usual)
+    return found
+
+
+def _nodes_of(joined: Joined, group: int) -> frozenset[str]:
+    return frozenset(joined.traces[trace].node for trace in joined.members[group].tolist() if trace >= 0)
+
+
+def _levels(matched: Matched, transfers: np.ndarray, groups: list[int]) -> np.ndarray:
+    """Array [groups]: how much longer, as a logarithm, collectives of a group take than those of all of the same kind."""
+    keys, logs = np.zeros((len(groups), _MOST_ROWS), np.uint64), np.zeros((len(groups), _MOST_ROWS))
+    for index, group in enumerate(groups):
+        rows = matched.rows(group)
+        rows = slice(max(rows.start, rows.stop - _MOST_ROWS), rows.stop)
+        count, usable = rows.stop - rows.start, (transfers[rows] > 0) & (matched.flags[rows] == 0)
+        reference = matched.reference[rows]
+        keys[index, :count] = np.where(usable, (reference[:, 0] * _MIXER ^ reference[:, 1]) | np.uint64(1), 0)
+        logs[index, :count] = np.log(np.maximum(transfers[rows], 1))
+    of_kinds = []
+    for kind in np.unique(keys[keys > 0]).tolist():
+        chosen = keys == np.uint64(kind)
+        counts = chosen.sum(axis=1)
+        ordered = np.sort(np.where(chosen, logs, np.inf), axis=1)
+        middles = ordered[np.arange(len(groups)), np.maximum(counts - 1, 0) // 2]
+        known = counts >= _LEAST_ROWS
+        if known.any():
+            of_kinds.append(np.where(known, middles - np.median(middles[known]), np.nan))
+    if not of_kinds:
+        return np.full(len(groups), np.nan)
+    table = np.sort(np.array(of_kinds), axis=0)  # not a number comes last
+    counts = (~np.isnan(table)).sum(axis=0)
+    levels: np.ndarray = table[np.maximum(counts - 1, 0) // 2, np.arange(len(groups))]
+    return levels
+
+
+def _placed(joined: Joined, slow: list[_SlowGroup], usual: frozenset[str]) -> Iterator[Finding]:
+    """One finding for the one node that all slow groups share and no other group has, else one for every group."""
+    shared = frozenset.intersection(*(one.nodes for one in slow)) - usual
+    worst = max(slow, key=lambda one: one.score)
+    names = ", ".join(joined.groups[one.group].name for one in slow[:4]) + (" and others" if len(slow) > 4 else "")
+    if len(shared) == 1:
+        [node] = shared
+        yield Finding(
+            kind=kinds.SLOW_NODE,
+            node=node,
+            text=f"collectives of {names} take {worst.ratio:.2f} times as long as those of other groups of their axis, "
+            f"although nobody is late; of their nodes only {node} is in no other group",
+            evidence={"ratio": round(worst.ratio, 3), "score": round(worst.score, 1), "groups": len(slow)},
+            confidence=0.8,
+        )
+        return
+    for one in slow:
+        group = joined.groups[one.group]
+        yield Finding(
+            kind=kinds.SLOW_GROUP,
+            group=group.name,
+            text=f"collectives of group {group.name} take {one.ratio:.2f} times as long as those of other groups of axis "
+            f"{group.axis}, although nobody is late",
+            evidence={"ratio": round(one.ratio, 3), "score": round(one.score, 1), "nodes": sorted(one.nodes)[:64]},
+            confidence=0.7,
+        )
+
+
+def find_slow_messages(joined: Joined, offsets: Mapping[str, Offset]) -> list[Finding]:
+    """The source, destination or link whose messages are slow, among the ranks that send any."""
+    edges = _edges(joined, offsets)
+    if len(edges) < _LEAST_EDGES:
+        return []
+    sources, targets = np.array(list(edges)).T
+    samples = np.full((_MOST_SAMPLES, len(edges)), np.nan)
+    for column, values in enumerate(edges.values()):
+        samples[: len(values), column] = values
+    crosses = np.array([joined.traces[a].node != joined.traces[b].node for a, b in edges])
+    for is_far in (False, True):
+        chosen = crosses == is_far
+        if chosen.sum() >= _LEAST_EDGES:
+            found = blame(Delays(sources[chosen], targets[chosen], samples[:, chosen]))
+            if found is not None:
+                return [_of_messages(joined, found)]
+    return []
+
+
+def _edges(joined: Joined, offsets: Mapping[str, Offset]) -> dict[tuple[int, int], np.ndarray]:
+    """By source and target, indices of traces: the newest delays, over the median of messages of their size."""
+    messages, errors_ns = _messages(joined, offsets)
+    order = np.argsort(messages[:, _KEY], kind="stable")
+    pairs = np.empty((len(order), 2), np.int64)
+    pairs = pairs[: pair_messages(messages, order, pairs)]
+    entered, ended = messages[:, _ENTERED], messages[:, _ENDED]
+    ready = (entered[pairs[:, 1]] <= entered[pairs[:, 0]]) & (
+        ended[pairs[:, 1]] > 0
+    )  # else it may have come long before
+    sent, received = messages[pairs[ready, 0]], messages[pairs[ready, 1]]
+    if not len(sent):
+        return {}
+    seconds = np.maximum(received[:, _ENDED] - sent[:, _ENTERED], 1) / 1e9
+    _, size = np.unique(received[:, _BYTES], return_inverse=True)
+    usual = np.array([np.median(seconds[size == index]) for index in range(size.max() + 1)])
+    of_usual = seconds / usual[size]
+    sources, targets = sent[:, _TRACE], received[:, _TRACE]
+    edge = sources * len(joined.traces) + targets
+    by_edge = np.lexsort((received[:, _ENTERED], edge))
+    found = {}
+    for chosen in np.split(by_edge, np.flatnonzero(np.diff(edge[by_edge])) + 1):
+        source, target = int(sources[chosen[0]]), int(targets[chosen[0]])
+        is_near = joined.traces[source].node == joined.traces[target].node
+        error_s = 0.0 if is_near else float(errors_ns[source] + errors_ns[target]) / 1e9
+        if len(chosen) >= _LEAST_SAMPLES and (is_near or np.median(seconds[chosen]) > 3 * error_s):
+            found[source, target] = of_usual[chosen][-_MOST_SAMPLES:]
+    return found
+
+
+_KEY, _TRACE, _ENTERED, _ENDED, _BYTES = 0, 2, 4, 5, 6
+
+
+def _messages(joined: Joined, offsets: Mapping[str, Offset]) -> tuple[np.ndarray, np.ndarray]:
+    """What all ranks sent and received lately, in one clock, and array [traces]: by what the clock of each may be wrong.
+
+    Ranks whose clock is not known are left out, where there are several clocks.
+    """
+    is_one = len({trace.node for trace in joined.traces}) == 1 and joined.traces[0].node != UNKNOWN_NODE
+    rows = np.empty((_MOST_MESSAGES * len(joined.traces), 7), np.int64)
+    errors_ns, count = np.zeros(len(joined.traces)), 0
+    for trace, state in enumerate(joined.traces):
+        offset = Offset(0, 0) if is_one else offsets.get(state.node)
+        if offset is None:
+            continue
+        errors_ns[trace] = offset.error_ns
+        local, places = joined.local_groups[trace], joined.places[trace]
+        most = _MOST_MESSAGES
+        words = joined.words(trace)
+        count = newest_messages(words, local, places, joined.sizes, trace, offset.offset_ns, most, rows, count)
+    return rows[:count], errors_ns
+
+
+def _of_messages(joined: Joined, found: Blamed) -> Finding:
+    source, target = joined.traces[found.source], joined.traces[found.target]
+    kind = {"source": kinds.SLOW_SOURCE, "destination": kinds.SLOW_DESTINATION, "node": kinds.SLOW_NODE}.get(
+        found.what, kinds.SLOW_LINK
+    )
+    what = {
+        "source": f"messages from {joined.where(found.source)}",
+        "destination": f"messages to {joined.where(found.source)}",
+        "node": f"messages from and to {joined.where(found.source)}",
+        "link": f"messages from {joined.where(found.source)} to {joined.where(found.target)}",
+    }[found.what]
+    unclear = "; it sends to nobody else, so it may be either of the two" if found.is_ambiguous else ""
+    is_link = found.what == "link"
+    return Finding(
+        kind=kind,
+        rank=None if is_link else source.rank,
+        node=None if is_link and source.node != target.node else joined.node(found.source),
+        link=(min(source.rank, target.rank), max(source.rank, target.rank)) if is_link else None,
+        text=f"{what} take {found.ratio:.2f} times as long as others of their size{unclear}",
+        evidence={
+            "ratio": round(found.ratio, 3),
+            "score": round(found.score, 1),
+            "edges": found.edges,
+            "from": source.rank,
+            "to": target.rank,
+        },
+        confidence=0.5 if found.is_ambiguous else 0.85,
+    )

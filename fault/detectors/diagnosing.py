@@ -1,0 +1,73 @@
+"""From what the rings held to findings: all detectors, one after another."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from evermesh.fault.detectors import kinds
+from evermesh.fault.detectors.clocks import estimate_offsets
+from evermesh.fault.detectors.communicating import find_slow_groups, find_slow_messages
+from evermesh.fault.detectors.context import Context
+from evermesh.fault.detectors.disagreeing import find_disagreements, spoiled_by
+from evermesh.fault.detectors.hanging import find_hangs
+from evermesh.fault.detectors.joining import Joined, Survey, join, survey
+from evermesh.fault.detectors.lateness import find_late
+from evermesh.fault.detectors.matching import Matched, match
+from evermesh.fault.detectors.slow_jobs import find_slow_job
+from evermesh.fault.detectors.slowing import exonerated, find_slow
+from evermesh.fault.detectors.standing import standing_of
+from evermesh.fault.events import Finding
+from evermesh.fault.recorder.trace import RankTrace
+
+
+@dataclass(frozen=True, slots=True)
+class Diagnosis:
+    """What was concluded."""
+
+    findings: tuple[Finding, ...]
+    """The surest first."""
+    exonerated: tuple[str, ...]
+    """What looks like a fault of a rank and is none, in sentences."""
+    num_ranks: int
+    num_records: int
+
+
+def diagnose(traces: Sequence[RankTrace], context: Context | None = None) -> Diagnosis:
+    """Findings about a job, from the records of its ranks. A pure function; of some ranks only, it says what these show."""
+    context = context or Context()
+    joined = join(traces)
+    surveyed = survey(joined)
+    context, matched = _aligned(joined, surveyed, context)
+    wrong = find_disagreements(joined, surveyed, matched)
+    hanging = find_hangs(joined, standing_of(joined, surveyed, context), context, spoiled_by(matched))
+    found = [*wrong, *(one for one in hanging if not _is_said(one, wrong))]
+    slow = find_slow(joined, surveyed, context)
+    slow += find_late(joined, surveyed, matched, context, {one.rank for one in slow})
+    slow += find_slow_groups(joined, matched) + find_slow_messages(joined, context.offsets)
+    found += slow
+    if not slow:
+        found += find_slow_job(surveyed, matched)
+    return Diagnosis(
+        tuple(sorted(found, key=lambda one: -one.confidence)),
+        tuple(exonerated(joined, surveyed, context)),
+        len(joined.traces),
+        sum(len(trace.records) for trace in joined.traces),
+    )
+
+
+def _aligned(joined: Joined, surveyed: Survey, context: Context) -> tuple[Context, Matched]:
+    """The collectives in one clock, and what was found of the clocks if nobody had told."""
+    nodes = {trace.node for trace in joined.traces}
+    known = dict(context.offsets)
+    matched = match(joined, surveyed, {node: known[node].offset_ns for node in nodes if node in known})
+    if len(nodes) < 2 or known:
+        return context, matched
+    context = replace(context, offsets=estimate_offsets(joined, matched))
+    matched.move({node: offset.offset_ns for node, offset in context.offsets.items()}, joined)
+    return context, matched
+
+
+def _is_said(hang: Finding, wrong: Sequence[Finding]) -> bool:
+    """Whether a wait is what follows from a disagreement that is a finding already."""
+    if hang.kind in (kinds.DEADLOCK, kinds.SKIPPED, kinds.EXTRA):
+        return any(one.rank is not None for one in wrong)
+    return hang.kind == kinds.COMMUNICATION_HANG and any(one.group == hang.group for one in wrong)

@@ -1,0 +1,242 @@
+"""Ranks that compute longer than others that do the same: always, in some steps, or more and more.
+
+A rank is blamed only if its own computation is longer, at equal stage, sizes and planned work, in most of the recent
+steps, by far more than its peers differ among each other. What all ranks of a stage have in common, what differs from
+step to step, and what the plan explains blames nobody.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from evermesh.fault.detectors import kernels, kinds
+from evermesh.fault.detectors.comparing import Compared, compare, stages_of
+from evermesh.fault.detectors.context import Context
+from evermesh.fault.detectors.growing import gradual, growing
+from evermesh.fault.detectors.joining import Joined, Survey
+from evermesh.fault.detectors.spreads import COMMON, FEW, LEAST_RATIO, LEAST_SCORE, SPREAD_FLOOR, noise, spread
+from evermesh.fault.detectors.standing import median_step_s
+from evermesh.fault.events import Finding
+from evermesh.fault.recorder.trace import UNKNOWN_NODE
+
+LEAST_STEPS = 6
+_RECENT = 8
+_LEAST_SHARE = 0.05
+"""Of the step: what costs less is no finding."""
+_LEAST_SCORE_OF_FEW = 8.0
+_LASTING = 0.75
+_PAUSE = 1.5
+
+
+@dataclass(frozen=True, slots=True)
+class Slow:
+    """A rank that is slower than its peers."""
+
+    trace: int
+    cause: str
+    """``computes``, ``input`` or ``pauses``."""
+    ratio: float
+    excess_s: float
+    share: float
+    """Of the step."""
+    score: float
+    """How many spreads of its peers it is away from them."""
+    since: int
+    """Step."""
+    peers: int
+
+
+def find_slow(joined: Joined, survey: Survey, context: Context) -> list[Finding]:
+    """Slow ranks and gradual slowdowns."""
+    train = compare(joined, survey, context, kernels.TRAIN_NS)
+    slower = growing(train)
+    slow = [one for one in _lasting(survey, train, "computes") if one.trace not in slower]
+    of_input = compare(joined, survey, context, kernels.INPUT_NS)
+    slow += [one for one in _lasting(survey, of_input, "input") if one.share >= 2 * _LEAST_SHARE]
+    told = {one.trace for one in slow} | set(slower)
+    slow += [one for one in _pausing(survey, train) if one.trace not in told]
+    return [
+        *(gradual(joined, survey, trace, train, growth) for trace, growth in slower.items()),
+        *_by_node(joined, slow),
+    ]
+
+
+def _lasting(survey: Survey, compared: Compared, cause: str) -> list[Slow]:
+    """Ranks that are slower in most of the recent steps."""
+    recent = _recent(compared.ratio)
+    count = (~np.isnan(recent)).sum(axis=1)
+    usable = count >= LEAST_STEPS
+    step_s = median_step_s(survey)
+    if not usable.any() or step_s <= 0:
+        return []
+    logs = np.full(len(recent), np.nan)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        logs[usable] = np.nanmedian(np.log(np.maximum(recent[usable], 1e-6)), axis=1)
+    excess = np.full(len(recent), np.nan)
+    excess[usable] = np.nanmedian(_recent(compared.excess_s)[usable], axis=1)
+    of_peers = spread(logs[usable])
+    usual_noise = float(np.median([noise(_logs(row)) for row in recent[usable]]))
+    found = []
+    for trace in np.flatnonzero(usable & (logs > np.log(LEAST_RATIO)) & (excess > _LEAST_SHARE * step_s)).tolist():
+        own = _logs(recent[trace])
+        is_few = compared.peers[trace] < FEW
+        own_noise = max(noise(own), usual_noise, float(np.diff(own).std()) / np.sqrt(2) if is_few else 0.0)
+        of_steps = max(own_noise / np.sqrt(len(own)), SPREAD_FLOOR / 2)
+        score = float(logs[trace] / (of_steps if is_few else max(of_steps, of_peers)))
+        lasting = float((own > logs[trace] / 2).mean())
+        if score < (_LEAST_SCORE_OF_FEW if is_few else LEAST_SCORE) or lasting < _LASTING:
+            continue
+        share = float(excess[trace]) / step_s
+        found.append(
+            Slow(
+                trace,
+                cause,
+                float(np.exp(logs[trace])),
+                float(excess[trace]),
+                share,
+                score,
+                _since(survey, compared.ratio[trace], float(logs[trace])),
+                int(compared.peers[trace]),
+            )
+        )
+    return found if len(found) <= max(1, COMMON * usable.sum()) else []
+
+
+def _logs(ratios: np.ndarray) -> np.ndarray:
+    """Logarithms of those that are known."""
+    found: np.ndarray = np.log(np.maximum(ratios[~np.isnan(ratios)], 1e-6))
+    return found
+
+
+def _recent(table: np.ndarray) -> np.ndarray:
+    """The newest known values of every row, in order, not a number where there are fewer."""
+    known = ~np.isnan(table)
+    behind = np.cumsum(known[:, ::-1], axis=1)[:, ::-1]  # known values from here on
+    found = np.full((len(table), _RECENT), np.nan)
+    rows, columns = np.nonzero(known & (behind <= _RECENT))
+    places = np.minimum(known.sum(axis=1), _RECENT)[rows] - behind[rows, columns]
+    found[rows, places] = table[rows, columns]
+    return found
+
+
+def _since(survey: Survey, ratios: np.ndarray, level: float) -> int:
+    """The first step of those, up to the last, in which the rank was slow."""
+    with np.errstate(invalid="ignore"):
+        fast = np.flatnonzero(np.log(np.maximum(ratios, 1e-6)) <= level / 2)
+    known = np.flatnonzero(~np.isnan(ratios))
+    behind = known[known > fast[-1]] if len(fast) else known
+    if len(behind) < LEAST_STEPS // 2:  # one quick step in between is no recovery
+        behind = known
+    return survey.first_step + int(behind[0])
+
+
+def _pausing(survey: Survey, compared: Compared) -> Iterator[Slow]:
+    """Ranks that take far longer in some steps, again and again, while their peers never do."""
+    step_s = median_step_s(survey)
+    with np.errstate(invalid="ignore"):
+        paused = (compared.ratio > _PAUSE) & (compared.excess_s > 2 * _LEAST_SHARE * step_s)
+    counts = paused.sum(axis=1)
+    if len(counts) <= FEW or step_s <= 0:
+        return
+    trace = int(np.argmax(counts))
+    known = int((~np.isnan(compared.ratio[trace])).sum())
+    others = int(np.partition(counts, -2)[-2])
+    if counts[trace] < 3 or others > 0 or counts[trace] * 2 > known or compared.peers[trace] < FEW:
+        return
+    steps = np.flatnonzero(paused[trace])
+    excess_s = float(np.median(compared.excess_s[trace][steps]))
+    ratio = float(np.median(compared.ratio[trace][steps]))
+    yield Slow(
+        trace,
+        "pauses",
+        ratio,
+        excess_s,
+        excess_s / step_s,
+        float(counts[trace]),
+        survey.first_step + int(steps[0]),
+        int(compared.peers[trace]),
+    )
+
+
+def _by_node(joined: Joined, slow: Sequence[Slow]) -> Iterator[Finding]:
+    """One finding for a rank, or for a node all of whose ranks are slow in the same way."""
+    of_node: dict[str, set[int]] = defaultdict(set)
+    for index, trace in enumerate(joined.traces):
+        of_node[trace.node].add(index)
+    by_node: dict[tuple[str, str], list[Slow]] = defaultdict(list)
+    for one in slow:
+        by_node[joined.traces[one.trace].node, one.cause].append(one)
+    of_node.pop(UNKNOWN_NODE, None)
+    for (node, _), found in by_node.items():
+        if len(of_node) > 1 and len(found) > 1 and {one.trace for one in found} == of_node.get(node):
+            yield _finding(
+                joined, max(found, key=lambda one: one.score), f"all {len(found)} ranks of node {node}", None
+            )
+        else:
+            for one in found:
+                yield _finding(joined, one, joined.where(one.trace), joined.traces[one.trace].rank)
+
+
+_DOES = {
+    "computes": "computed {ratio:.2f} times as long",
+    "input": "waited {excess_ms:.1f} ms longer for input in every step",
+    "pauses": "pauses for {excess_ms:.0f} ms now and then, as for a garbage collection,",
+}
+
+
+def _finding(joined: Joined, one: Slow, who: str, rank: int | None) -> Finding:
+    does = _DOES[one.cause].format(ratio=one.ratio, excess_ms=one.excess_s * 1e3)
+    if rank is None:
+        does = does.replace("computed", "compute").replace("waited", "wait").replace("pauses", "pause")
+    peers = "rank that does" if one.peers == 1 else "ranks that do"
+    return Finding(
+        kind=kinds.SLOW_RANK,
+        rank=rank,
+        node=joined.node(one.trace),
+        step=one.since,
+        text=f"{who} {does} since step {one.since} or before, {one.share:.0%} of the step, "
+        f"next to {one.peers} {peers} the same",
+        evidence={
+            "cause": one.cause,
+            "ratio": round(one.ratio, 3),
+            "excess_s": round(one.excess_s, 6),
+            "share_of_step": round(one.share, 3),
+            "score": round(one.score, 1),
+            "peers": one.peers,
+        },
+        confidence={"pauses": 0.6}.get(one.cause, 0.9 if one.peers >= FEW else 0.75),
+    )
+
+
+def exonerated(joined: Joined, survey: Survey, context: Context) -> list[str]:
+    """What looks like a slow rank and is not one, in sentences."""
+    bare = Context(patience_s=context.patience_s)
+    notes = []
+    if context.work_s:
+        raw, planned = (
+            compare(joined, survey, bare, kernels.TRAIN_NS),
+            compare(joined, survey, context, kernels.TRAIN_NS),
+        )
+        notes += [
+            f"{joined.where(one.trace)} computed {one.ratio:.2f} times as long as its peers: the plan gave it that much more"
+            for one in _lasting(survey, raw, "computes")
+            if np.nanmedian(planned.ratio[one.trace]) < 1 + (one.ratio - 1) / 2
+        ]
+    stages = stages_of(joined)
+    whole = survey.is_whole()
+    times = {
+        stage: float(np.median(survey.of_step[stages == stage][:, :, kernels.TRAIN_NS][whole[stages == stage]]))
+        for stage in np.unique(stages).tolist()
+        if whole[stages == stage].any()
+    }
+    if len(times) > 1:
+        usual = float(np.median(list(times.values())))
+        notes += [
+            f"pipeline stage {stage} computes {time / usual:.2f} times as long as the median stage: its ranks all do, so it "
+            "is how the layers are divided"
+            for stage, time in times.items()
+            if usual > 0 and time / usual > LEAST_RATIO
+        ]
+    return notes

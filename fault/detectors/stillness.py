@@ -1,0 +1,76 @@
+"""Collectives and messages that all have entered and that do not end."""
+
+from collections.abc import Iterator
+
+from pydantic import JsonValue
+
+from evermesh.fault.detectors import kinds
+from evermesh.fault.detectors.context import Context
+from evermesh.fault.detectors.joining import Joined, in_step
+from evermesh.fault.detectors.sentences import MOST_NAMED, is_gone, operation_of, ranks_that
+from evermesh.fault.detectors.standing import UNDECIDED, Key, Standing, Waiting
+from evermesh.fault.events import Finding
+from evermesh.fault.recorder.trace import UNKNOWN_NODE
+
+_LIKELY, _PERHAPS = 0.9, 0.5
+
+
+def of_communication(
+    joined: Joined,
+    standing: Standing,
+    context: Context,
+    waiters: dict[Key, list[Waiting]],
+    spoiled: set[tuple[int, int]],
+) -> Iterator[Finding]:
+    """Collectives, and messages, that all have entered and that do not end."""
+    for key, waiting in waiters.items():
+        group, number, place = key
+        is_explained = standing.missing[key] or standing.unknown[key] or (place is None and (group, number) in spoiled)
+        is_explained = is_explained or any(is_gone(context, joined.traces[one.trace].rank) for one in waiting)
+        if is_explained or waiting[0].operation == UNDECIDED:
+            continue
+        shortest = min(waiting, key=lambda one: one.waited_s)
+        inside = sorted(joined.traces[one.trace].rank for one in waiting)
+        nodes = {joined.traces[one.trace].node for one in waiting}
+        link = None
+        if place is not None:
+            ranks = joined.groups[group].ranks
+            link = (min(inside[0], ranks[place]), max(inside[0], ranks[place]))
+            nodes |= {trace.node for trace in joined.traces if trace.rank == ranks[place]}
+        nodes.discard(UNKNOWN_NODE)
+        yield Finding(
+            kind=kinds.COMMUNICATION_HANG,
+            group=joined.groups[group].name,
+            step=shortest.step,
+            link=link,
+            node=nodes.pop() if len(nodes) == 1 else None,
+            text=f"all of which there are records entered {operation_of(joined, shortest)}{in_step(shortest.step)}, and "
+            f"{ranks_that(joined, (one.trace for one in waiting), 'is', 'are')} still inside after "
+            f"{shortest.waited_s:.1f} s: the communication stands still",
+            evidence={
+                "operation": shortest.operation,
+                "number": number,
+                "waited_s": round(shortest.waited_s, 3),
+                "inside": list(inside[:64]),
+            },
+            confidence=_LIKELY if joined.traces[shortest.trace].node != UNKNOWN_NODE else _PERHAPS,
+        )
+
+
+def merged(found: list[Finding]) -> list[Finding]:
+    """Where many groups stand still at once it is one finding."""
+    if len(found) <= MOST_NAMED:
+        return found
+    nodes = {one.node for one in found}
+    worst = max(found, key=lambda one: float(str(one.evidence["waited_s"])))
+    groups = list[JsonValue]([one.group for one in found][:64])
+    text = f"the communication of {len(found)} groups stands still; the first of them: {worst.text}"
+    node = nodes.pop() if len(nodes) == 1 else None
+    changes = {
+        "group": None,
+        "link": None,
+        "node": node,
+        "text": text,
+        "evidence": {**worst.evidence, "groups": groups},
+    }
+    return [worst.model_copy(update=changes)]

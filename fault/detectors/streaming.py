@@ -1,0 +1,145 @@
+"""Joins the summaries of all agents, window by window, and says who hangs or is slow, and whose rings have to be read."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from evermesh.fault.detectors import kernels
+from evermesh.fault.detectors.context import Context
+from evermesh.fault.detectors.hanging import find_hangs
+from evermesh.fault.detectors.joining import MOST_STEPS, Joined, Survey, join
+from evermesh.fault.detectors.matching import UNEVEN
+from evermesh.fault.detectors.slowing import find_slow
+from evermesh.fault.detectors.standing import UNDECIDED, Standing, standing_of
+from evermesh.fault.detectors.summaries import RankSummary
+from evermesh.fault.events import Finding
+
+_BLOCKS = 64
+"""Blocks of a group whose digests are remembered."""
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What the summaries of a window say."""
+
+    findings: tuple[Finding, ...]
+    suspicious: tuple[int, ...]
+    """Ranks whose rings are to be read and diagnosed together: members of groups that do not agree on what they do, and all
+    that a finding is about that names nobody."""
+
+
+class JobWatch:
+    """Joins the summaries of all ranks of a job; the ranks stay the same as long as it lives."""
+
+    def __init__(self, context: Context | None = None) -> None:
+        self.context = context or Context()
+        self._joined: Joined | None = None
+        self._of_slot = np.zeros((0, kernels.SLOT_COLUMNS), np.int64)
+        self._of_step = np.zeros((0, MOST_STEPS, kernels.STEP_COLUMNS), np.int64)
+        self._signatures = np.zeros((0, MOST_STEPS), np.uint64)
+        self._steps = np.zeros(0, np.int64)
+        self._known: np.ndarray = np.zeros((0, _BLOCKS, 2), np.int64)
+
+    def join(self, summaries: Sequence[RankSummary]) -> Seen:
+        """Take the summaries of all ranks of one window. Steps and ranks that are not in it stay as they were."""
+        ordered = sorted(summaries, key=lambda one: one.tail.rank)
+        joined = self._joined_of(ordered)
+        opened = np.array([one.opened for one in ordered], np.int64)
+        slots = [joined.slots(index) for index in range(len(ordered))]
+        known = np.concatenate(slots)
+        self._of_slot[known[known >= 0]] = np.concatenate([one.of_slot for one in ordered])[known >= 0]
+        self._put_steps(ordered)
+        survey = self._survey(opened)
+        disagreeing = self._compare(joined, ordered)
+        standing = standing_of(joined, survey, self.context)
+        spoiled = _spoiled(joined, survey, standing)
+        found = find_hangs(joined, standing, self.context, spoiled) + find_slow(joined, survey, self.context)
+        groups = {*disagreeing.tolist(), *(group for group, _ in spoiled)}
+        is_unclear = any(one.operation == UNDECIDED and standing.is_long(one) for one in standing.waiting.values())
+        is_unclear |= any(one.rank is None and one.node is None for one in found)
+        return Seen(tuple(found), _suspicious(joined, groups, is_unclear))
+
+    def _joined_of(self, ordered: Sequence[RankSummary]) -> Joined:
+        tails = [one.tail for one in ordered]
+        ranks = [tail.rank for tail in tails]
+        before = self._joined
+        if before is not None and ranks == [trace.rank for trace in before.traces] and _same_groups(before, ordered):
+            self._joined = Joined(
+                tuple(tails), before.groups, before.members, before.local_groups, before.places, before.slot_starts
+            )
+            return self._joined
+        self._joined = joined = join(tails)
+        self._of_slot = np.zeros((int(joined.slot_starts[-1]), kernels.SLOT_COLUMNS), np.int64)
+        self._of_step = np.zeros((len(tails), MOST_STEPS, kernels.STEP_COLUMNS), np.int64)
+        self._signatures = np.zeros((len(tails), MOST_STEPS), np.uint64)
+        self._steps = np.full((len(tails), MOST_STEPS), -1, np.int64)
+        self._known = np.full((len(joined.groups), _BLOCKS, 2), -1, np.int64)
+        return joined
+
+    def _put_steps(self, ordered: Sequence[RankSummary]) -> None:
+        """Put the steps of all ranks where their number modulo MOST_STEPS says."""
+        counts = np.array([len(one.signatures) for one in ordered])
+        starts = np.array([one.first_step for one in ordered])
+        rank = np.repeat(np.arange(len(ordered)), counts)
+        within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        step = starts[rank] + within
+        rows = np.concatenate([one.of_step for one in ordered])
+        kept = rows[:, kernels.COUNT] > 0
+        rank, step, place = rank[kept], step[kept], step[kept] % MOST_STEPS
+        self._of_step[rank, place] = rows[kept]
+        self._signatures[rank, place] = np.concatenate([one.signatures for one in ordered])[kept]
+        self._steps[rank, place] = step
+
+    def _survey(self, opened: np.ndarray) -> Survey:
+        """The last steps in order, as a survey of all records would have them."""
+        last = int(self._steps.max(initial=0))
+        first = max(last - MOST_STEPS + 1, int(self._steps[self._steps >= 0].min(initial=last)))
+        steps = np.arange(first, last + 1)
+        place = steps % MOST_STEPS
+        is_known = self._steps[:, place] == steps
+        of_step = np.where(is_known[:, :, None], self._of_step[:, place], 0)
+        signatures = np.where(is_known, self._signatures[:, place], np.uint64(0))
+        return Survey(self._of_slot, of_step, signatures, first, opened)
+
+    def _compare(self, joined: Joined, ordered: Sequence[RankSummary]) -> np.ndarray:
+        """Groups whose members have different digests of one block."""
+        parts = [one.digests for one in ordered]
+        counts = np.array([len(part) for part in parts])
+        if not counts.sum():
+            return np.zeros(0, np.int64)
+        rows = np.concatenate(parts)
+        offsets = np.concatenate([[0], np.cumsum([len(groups) for groups in joined.local_groups])])[:-1]
+        groups = np.concatenate(joined.local_groups)[rows[:, 0] + np.repeat(offsets, counts)]
+        rows, groups = rows[groups >= 0], groups[groups >= 0]
+        place = rows[:, 1] % _BLOCKS
+        is_new = self._known[groups, place, 0] < rows[:, 1]
+        self._known[groups[is_new], place[is_new]] = rows[is_new, 1:]
+        same_block = self._known[groups, place, 0] == rows[:, 1]
+        differs = same_block & (self._known[groups, place, 1] != rows[:, 2])
+        return np.unique(groups[differs])
+
+
+def _spoiled(joined: Joined, survey: Survey, standing: Standing) -> set[tuple[int, int]]:
+    """Collectives, by group and number, in which those that are in them do different things."""
+    known: dict[tuple[int, int], tuple[int, ...]] = {}
+    found = set()
+    for trace, one in standing.waiting.items():
+        if one.place is not None:
+            continue
+        record = joined.traces[trace].records[int(survey.opened[trace])]
+        names = ("operation", "dtype", "peer", "step") + (() if record["operation"] in UNEVEN else ("num_bytes",))
+        does = tuple(int(record[name]) for name in names)
+        if known.setdefault((one.group, one.number), does) != does:
+            found.add((one.group, one.number))
+    return found
+
+
+def _suspicious(joined: Joined, groups: Iterable[int], is_unclear: bool) -> tuple[int, ...]:
+    if is_unclear:
+        return tuple(trace.rank for trace in joined.traces)
+    return tuple(sorted({rank for group in groups for rank in joined.groups[group].ranks}))
+
+
+def _same_groups(before: Joined, ordered: Sequence[RankSummary]) -> bool:
+    return all(len(one.of_slot) == len(local) for one, local in zip(ordered, before.local_groups, strict=True))

@@ -1,0 +1,83 @@
+"""Summaries of windows, joined, against all records at once."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from evermesh.fault.detectors import diagnose, kinds
+from evermesh.fault.detectors.joining import join, survey
+from evermesh.fault.detectors.streaming import JobWatch, Seen
+from evermesh.fault.detectors.summaries import RankSummary, RankWatch
+from evermesh.fault.recorder.trace import RankTrace
+from evermesh.fault.synthetic import JobShape, generate
+from evermesh.fault.synthetic.faults import CommunicationHang, Fault, Hang, Mismatch, SlowRank
+from evermesh.fault.synthetic.generating import BEGIN_NS
+
+_WINDOWS = 9
+
+
+def _cut(trace: RankTrace, at_ns: int, capacity: int) -> RankTrace:
+    """What the ring held at a moment."""
+    records = trace.records[trace.records["entered_ns"] <= at_ns][-capacity:].copy()
+    records["ended_ns"][records["ended_ns"] > at_ns] = 0
+    return replace(trace, records=records, read_ns=at_ns)
+
+
+def _watch(traces: Sequence[RankTrace], capacity: int = 100_000) -> tuple[Seen, list[list[RankSummary]]]:
+    """Look at the rings of a job in windows; what the last one says, and all summaries."""
+    watches, job, told = [RankWatch() for _ in traces], JobWatch(), []
+    end_ns = max(trace.read_ns for trace in traces)
+    for at_ns in np.linspace(BEGIN_NS + 10**6, end_ns, _WINDOWS).astype(np.int64).tolist():
+        cuts = [_cut(trace, at_ns, capacity) for trace in traces]
+        told.append([watch.summarise(cut) for watch, cut in zip(watches, cuts, strict=True)])
+        seen = job.join(told[-1])
+    return seen, told
+
+
+_SHAPE = JobShape(dp=4, tp=2, pp=2)
+
+
+@pytest.mark.parametrize(
+    "fault", [None, Hang(5, 6), Hang(5, 6, nth=0, phase="data"), CommunicationHang(2, 6), SlowRank(3, 1.6)]
+)
+def test_windows_say_what_all_records_say(fault: Fault | None) -> None:
+    traces = generate(_SHAPE, [fault] if fault is not None else []).traces
+    seen, told = _watch(traces)
+    assert [(one.kind, one.rank, one.group) for one in seen.findings] == [
+        (one.kind, one.rank, one.group) for one in diagnose(traces).findings
+    ]
+    counted = sum(one.num_records for window in told for one in window)
+    is_open = sum(one.opened >= 0 for one in told[-1])
+    assert counted + is_open == sum(len(trace.records) for trace in traces)
+
+
+def test_steps_are_those_of_a_survey_of_all_records() -> None:
+    traces = generate(_SHAPE, seed=4).traces
+    watches, job = [RankWatch() for _ in traces], JobWatch()
+    for at_ns in np.linspace(BEGIN_NS + 10**6, traces[0].read_ns, 23).astype(np.int64).tolist():
+        summaries = [watch.summarise(_cut(trace, at_ns, 10_000)) for watch, trace in zip(watches, traces, strict=True)]
+        job.join(summaries)
+    joined = join(traces)
+    whole, windows = survey(joined), job._survey(np.full(len(traces), -1))
+    assert whole.first_step == windows.first_step
+    np.testing.assert_array_equal(whole.of_step, windows.of_step)
+    np.testing.assert_array_equal(whole.signatures, windows.signatures)
+    np.testing.assert_array_equal(whole.of_slot, windows.of_slot)
+
+
+def test_ranks_that_disagree_are_suspicious_and_their_rings_say_who_strays() -> None:
+    traces = generate(_SHAPE, [Mismatch(3, 6, num_bytes=4096)]).traces
+    seen, _ = _watch(traces)
+    assert 3 in seen.suspicious
+    finding = diagnose([trace for trace in traces if trace.rank in seen.suspicious]).findings[0]
+    assert (finding.kind, finding.rank) == (kinds.SIZE_MISMATCH, 3)
+    assert not _watch(generate(_SHAPE).traces)[0].suspicious
+
+
+def test_what_was_overwritten_unread_is_counted_and_nobody_is_blamed() -> None:
+    seen, told = _watch(generate(replace(_SHAPE, steps=40)).traces, capacity=60)
+    assert sum(one.num_lost for window in told for one in window) > 0
+    assert not seen.findings
+    assert not seen.suspicious
