@@ -147,7 +147,7 @@ class Rescue:
         reasons = [lost, *found.problems]
         if newer is not None or any(reasons):
             what = f"Step {newer} was in memory, but" if newer is not None else "What was in memory"
-            why = "; ".join(filter(None, reasons)) or "lost nodes had parts of it that no stripe makes up for"
+            why = "; ".join(filter(None, reasons)) or "not all of its parts are left, and no stripe makes up for them"
             self.why_not = f"{what} could not be written to storage: {why}."
             scribe.tell("flush failed", self.why_not)
         return False
