@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from evermesh.fault.recorder.native import building, tap  # noqa: F401  loaded before any worker is forked
 from evermesh.fault.recorder.recorder import Recorder
 from evermesh.fault.snapshot.snapshots import Keeping
 from evermesh.launcher.agent.worker import Worker
