@@ -19,6 +19,7 @@ STEP_COLUMNS = 8
 """Of a rank in a step: time outside collectives before records of training, input and other phases; time inside; records;
 records whose caller may have computed meanwhile, or whose end nobody saw; first entry; last end."""
 
+NO_STEP = np.uint64(0xFFFFFFFFFFFFFFFF)
 DIFFERS_OPERATION, DIFFERS_BYTES, DIFFERS_DTYPE, DIFFERS_STEP, DIFFERS_PEER = 1, 2, 4, 8, 16
 
 BLOCK = 32
@@ -130,16 +131,15 @@ def lay_beside(
     row_starts: Any,
     cell_starts: Any,
     shift_ns: int,
-    entered_at: Any,
-    ended_at: Any,
+    times: Any,
     reference: Any,
-    reference_step: Any,
     flags: Any,
 ) -> None:
     """Put the collectives of one rank into the cells of their groups, and compare each with the first that was put there.
 
-    A group has rows, one for each number from ``first_numbers`` on, and in each a cell for every member. Times are minus
-    ``shift_ns``. ``reference`` [rows, 2]: bytes; peer, operation and dtype. ``flags`` [rows]: what differs.
+    A group has rows, one for each number from ``first_numbers`` on, and in each a cell for every member. ``times``
+    [cells, 2]: entered and ended, minus ``shift_ns``. ``reference`` [rows, 3]: bytes; peer, operation and dtype;
+    step, NO_STEP where nobody entered. ``flags`` [rows]: what differs.
     """
     for index in range(len(words)):
         group = np.int64(words[index, 5] & _LOW)
@@ -152,16 +152,15 @@ def lay_beside(
             continue
         row = row_starts[known] + at
         cell = cell_starts[known] + at * sizes[known] + places[group]
-        entered_at[cell] = np.int64(words[index, 1]) - shift_ns
+        times[cell, 0] = np.int64(words[index, 1]) - shift_ns
         if words[index, 3] > 0:
-            ended_at[cell] = np.int64(words[index, 3]) - shift_ns
-        step = np.int64(words[index, 6] & _LOW)
+            times[cell, 1] = np.int64(words[index, 3]) - shift_ns
+        step = words[index, 6] & _LOW
         kinds = words[index, 7] & np.uint64(0xFFFFFFFFFFFF)
-        if reference_step[row] < 0:
-            reference_step[row] = step
-            reference[row, 0], reference[row, 1] = words[index, 4], kinds
+        if reference[row, 2] == NO_STEP:
+            reference[row, 0], reference[row, 1], reference[row, 2] = words[index, 4], kinds, step
             continue
-        if reference_step[row] != step:
+        if reference[row, 2] != step:
             flags[row] |= DIFFERS_STEP
         if reference[row, 0] != words[index, 4]:
             flags[row] |= DIFFERS_BYTES
