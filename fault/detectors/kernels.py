@@ -16,8 +16,8 @@ SLOT_COLUMNS = 4
 
 TRAIN_NS, INPUT_NS, OTHER_NS, INSIDE_NS, COUNT, UNSEEN, BEGIN_NS, END_NS = 0, 1, 2, 3, 4, 5, 6, 7
 STEP_COLUMNS = 8
-"""Of a rank in a step: time outside collectives before records of training, input and other phases; time inside; records;
-records whose caller may have computed meanwhile, or whose end nobody saw; first entry; last end."""
+"""Of a rank in a step: time in which nothing of it was under way, before records of training, input and other phases; time in
+which something was; records; records whose end nobody saw; first entry; last end."""
 
 NO_STEP = np.uint64(0xFFFFFFFFFFFFFFFF)
 DIFFERS_OPERATION, DIFFERS_BYTES, DIFFERS_DTYPE, DIFFERS_STEP, DIFFERS_PEER = 1, 2, 4, 8, 16
@@ -72,8 +72,8 @@ def survey_rank(
             if row[COUNT] == 0:
                 row[BEGIN_NS] = entered
             row[COUNT] += 1
-            if flags & 3 == 3 and ended > 0:
-                row[INSIDE_NS] += ended - entered
+            if flags & 1 != 0 and ended > 0:
+                row[INSIDE_NS] += max(ended - max(entered, frontier), 0)
             else:
                 row[UNSEEN] += 1
             row[END_NS] = max(ended, entered)
@@ -83,10 +83,7 @@ def survey_rank(
                 what ^= words[index, 4] * _MIXER
                 what ^= (kinds & np.uint64(0xFFFF)) << np.uint64(7)
                 signatures[step] = (signatures[step] ^ what) * _MIXER + np.uint64(1)
-        if flags & 2 != 0 and ended > frontier:
-            frontier = ended
-        elif flags & 2 == 0 and entered > frontier:
-            frontier = entered
+        frontier = max(frontier, entered, ended)
     carried[0] = frontier
     return opened
 
