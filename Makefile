@@ -22,6 +22,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet "$$(grep -E '^torch==' constraints.txt)" && \
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]" && \
 	$(BIN)/python -m evermesh.parallelism.planner && \
+	$(BIN)/python -m evermesh.fault.recorder.native && \
 	$(BIN)/python -m evermesh.fault.detectors && \
 	echo "installed in $$(( $$(date +%s) - start )) s" && touch $@
 

@@ -78,6 +78,9 @@ class JobConfig(BaseModel):
     hang: Annotated[HangConfig | None, or_default(HangConfig)] = HangConfig()
     """Find ranks that are stopped or hang from outside: on, or when; null or off: only when a collective times out
     (train.timeout_s)."""
+    record: bool = True
+    """Every collective and message of every rank leaves a record in shared memory, 1.3 MiB per rank, which others can read
+    whatever the rank is doing: `evermesh records`."""
     join_timeout_s: PositiveFloat = 60.0
     """How long to wait for enough nodes, seconds; then the job ends with 75 (requeue)."""
     grace_s: PositiveFloat = 25.0

@@ -44,8 +44,10 @@ _TOLD = (
     "rack unprotected",
     "snapshot rebuilt",
     "snapshot lost",
+    "layout chosen",
     "flushed",
     "flush failed",
+    "checkpoint failed",
 )
 """Events that are shown among the steps."""
 _LOG_LINES = 8

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter
 
+from evermesh.launcher.config import HangConfig
 from evermesh.launcher.policy import Failure
 from evermesh.launcher.succession.protocol import Seat
 from evermesh.parallelism.collectives import Point
@@ -83,6 +84,8 @@ class ProtectedPart(_Message):
     code: str
     portions: tuple[tuple[tuple[int, int, int, int], ...], ...]
     """By member: of each of its ranks the rank, and the bytes of data, index and objects."""
+    coded_bytes: tuple[int, ...]
+    """By member: of these, that which it codes; the rest others hold too."""
 
 
 class InMemory(_Message):
@@ -126,8 +129,10 @@ class Beat(_Message):
     generation: int
     ranks: tuple[RankBeat, ...] = ()
     memory_free_bytes: int
+    shared_memory_free_bytes: int | None = None
+    """Of its file system."""
     snapshot_bytes: int = 0
-    """Memory that the keeper holds snapshots in."""
+    """Memory that the keeper holds snapshots in, and parity of others'."""
     keeper: KeeperAt | None = None
 
 
@@ -215,6 +220,12 @@ class KeeperTells(_Message):
     port: int | None = None
     """Where other keepers reach it at the address of the node."""
     step: int | None = None
+    data_bytes: int = 0
+    """Of the snapshot that is protected, on this node; 0: none is, as with the next two."""
+    coded_bytes: int = 0
+    """Of these, that which parity is made of; the rest other nodes hold too."""
+    parity_bytes: int = 0
+    """That this node keeps for others."""
     repaired: int = 0
     """Chunks of this node that were corrupt and are right now."""
     in_memory: InMemory | None = None
@@ -258,6 +269,8 @@ class TrainingWork(_Message):
     """Ranks leave snapshots with a keeper that keeps them for this launch; None: they leave none."""
     keepers: tuple[KeeperAt, ...] = ()
     """Of the nodes of the job, also of some that are lost: their memory may be there."""
+    records: bool = False
+    """Ranks record their collectives."""
 
 
 class Place(_Message):
@@ -351,6 +364,8 @@ class Start(_Message):
     place: Place
     store: Store
     work: TrainingWork
+    hang: HangConfig | None = None
+    """When ranks count as frozen that no controller can be told about; None: nobody looks."""
 
 
 class Ask(_Message):

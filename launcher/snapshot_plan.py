@@ -58,14 +58,26 @@ class IntervalFound:
 
 
 @dataclass(frozen=True, slots=True)
+class Copies:
+    """What nodes hold alike, because data-parallel ranks do."""
+
+    nodes: int
+    """That hold the same, spread evenly over the stripes."""
+    share: float = 1.0
+    """Of the state of a node, that which so many hold; of the rest it is the only one."""
+
+
+@dataclass(frozen=True, slots=True)
 class SnapshotPlan:
     """Stripes of a number of nodes, and the odds."""
 
     nodes: int
     stripes: dict[str, int]
     """Number of stripes by code."""
+    coded: float
+    """Share of the state of a node that is coded, mean over nodes; of the rest there are copies in its stripe."""
     memory: float
-    """Parity bytes per byte of data, mean over nodes."""
+    """Parity bytes per byte of the state of a node, mean over nodes."""
     guarantees: list[str]
     warnings: list[str]
     losses: int
@@ -92,9 +104,14 @@ def read_nodes(topology: Path | None, number: int, per_rack: int | None) -> list
 
 
 def plan_snapshots(
-    nodes: Sequence[Candidate], code: str, losses: int, must_survive: Iterable[str], rates: FailureRates | None
+    nodes: Sequence[Candidate],
+    code: str,
+    losses: int,
+    must_survive: Iterable[str],
+    rates: FailureRates | None,
+    copies: Copies | None = None,
 ) -> SnapshotPlan:
-    """All that can be said before anything runs.
+    """All that can be said before anything runs. Without ``copies`` every node holds what no other does.
 
     Raises:
         StripesImpossible, CodeImpossible: as :func:`plan_stripes`; or there is no such kind of domain.
@@ -110,7 +127,10 @@ def plan_snapshots(
     ours = striped(sizes, parity, losses)
     found = [ours, replicated_within(len(nodes), ours.memory, losses)]
     found += [replicated(len(nodes), copies, losses) for copies in (2, 3) if len(nodes) >= copies]
-    schemes = [(scheme.name, scheme.memory, [scheme.survival(f + 1) for f in range(losses)]) for scheme in found]
+    coded = sum(size * _coded(size, parity, len(nodes), copies) for size in sizes) / len(nodes)
+    schemes = [
+        (scheme.name, scheme.memory * coded, [scheme.survival(f + 1) for f in range(losses)]) for scheme in found
+    ]
     domains = {
         guarantee.kind: [
             domains_survival(plan, nodes, guarantee.kind, f + 1).value for f in range(min(losses, guarantee.domains))
@@ -120,7 +140,8 @@ def plan_snapshots(
     return SnapshotPlan(
         len(nodes),
         {str(key): value for key, value in Counter(stripe.code for stripe in plan.stripes).items()},
-        ours.memory,
+        coded,
+        ours.memory * coded,
         [str(guarantee) for guarantee in plan.guarantees],
         plan.warnings,
         losses,
@@ -128,6 +149,14 @@ def plan_snapshots(
         domains,
         _interval(rates, len(nodes)) if rates else None,
     )
+
+
+def _coded(size: int, parity: int, nodes: int, copies: Copies | None) -> float:
+    """Share of the state of a member that is coded: not what more members hold than may be lost, and what fewer do once."""
+    if copies is None:
+        return 1.0
+    holders = max(1, size * copies.nodes // nodes)
+    return 1 - copies.share + (copies.share / holders if holders <= parity else 0.0)
 
 
 def _interval(given: FailureRates, nodes: int) -> IntervalFound:

@@ -88,6 +88,17 @@ class CollectiveRecord(NamedTuple):
 
 
 Sink = Callable[[CollectiveRecord], None]
+Announcer = Callable[["Communicator", str], None]
+
+_announce: Announcer | None = None
+
+
+def announce_to(announcer: Announcer | None) -> None:
+    """Tell ``announcer`` the communicator and the call site of every operation of this process, on the thread that is about
+    to issue it; None: nobody. What lies below torch, as the recorder of the fault room does, knows neither.
+    """
+    global _announce
+    _announce = announcer
 
 
 class Communicator:
@@ -286,9 +297,21 @@ class Communicator:
     def tell(self, operation: Operation, tensor: "torch.Tensor", call_site: str) -> None:
         """Send a record of an operation that a library issues among the ranks of this group. Communicates nothing."""
         if self.group is not None:
-            self._emit(operation, tensor, call_site)
+            self._record(operation, tensor, call_site)
 
     def _emit(
+        self,
+        operation: Operation,
+        tensor: "torch.Tensor | None",
+        call_site: str,
+        peers: tuple[int, ...] = (),
+        source: int = 0,
+    ) -> None:
+        if _announce is not None:
+            _announce(self, call_site)
+        self._record(operation, tensor, call_site, peers, source)
+
+    def _record(
         self,
         operation: Operation,
         tensor: "torch.Tensor | None",
@@ -306,6 +329,8 @@ class Communicator:
 
     def _emit_parts(self, operation: Operation, part_bytes: Sequence[int], dtype: str, call_site: str) -> None:
         """Records of an operation that sends ``part_bytes[r]`` straight to each rank r: one for every tier."""
+        if _announce is not None:
+            _announce(self, call_site)
         number = next(self._numbers)
         if not self._sinks:
             return
@@ -355,4 +380,4 @@ def _dtype_name(dtype: "torch.dtype") -> str:
     return str(dtype).removeprefix("torch.")
 
 
-__all__ = ["CollectiveRecord", "Communicator", "Moment", "Operation", "Phase", "Sink", "Tier"]
+__all__ = ["CollectiveRecord", "Communicator", "Moment", "Operation", "Phase", "Sink", "Tier", "announce_to"]

@@ -47,7 +47,7 @@ def layout_watch(
 
     Links and networks are those that devices of this kind usually have; ``device_name`` is what the driver calls it.
     """
-    device, number = _device(config, device_name), len(set(nodes))
+    device, number = device_of(config, device_name), len(set(nodes))
     options = SearchOptions(
         device=device,
         element_bytes=ELEMENT_BYTES[config.dtype],
@@ -57,7 +57,8 @@ def layout_watch(
     return LayoutWatch(LayoutAdvisor(SearchedOptions(config.layout, shape, topology, options), policy))
 
 
-def _device(config: TrainConfig, name: str) -> Device:
+def device_of(config: TrainConfig, name: str = "") -> Device:
+    """The nominal rates of what a run computes with; ``name`` is what the driver calls it, an H100 stands for any other."""
     if config.device.kind == "cpu":
         nominal, threads = DEVICES["cpu"], config.device.threads
         rates = ("flops_per_s", "attention_flops_per_s", "peak_flops_per_s")
@@ -66,4 +67,4 @@ def _device(config: TrainConfig, name: str) -> Device:
     return next(known, DEVICES["h100"])
 
 
-__all__ = ["LayoutWatch", "layout_watch"]
+__all__ = ["LayoutWatch", "device_of", "layout_watch"]

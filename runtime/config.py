@@ -125,7 +125,8 @@ class SnapshotConfig(_Frozen):
     code: Annotated[str, Field(pattern=r"^(auto|none|[1-9]\d{0,2}\+[1-9]\d{0,2})$")] = "auto"
     """How nodes protect each other's snapshots, as data + parity parts of an erasure code, such as ``6+2``: as many lost
     nodes of a stripe of 8 as it has parity parts cost no read of storage. Each node needs 2/6 more memory for each of its two
-    snapshots then. ``auto``: one parity part, two from 6 nodes on, up to 8 parts; 2 nodes keep copies. ``none``: no
+    snapshots then. ``auto``: one parity part, two from 6 nodes on, up to 8 parts, and where the job names racks as many as
+    survive the loss of one, up to as much as data; 2 nodes keep copies. ``none``: no
     protection, and no memory for it."""
     bytes_per_s: PositiveFloat | None = None
     """What a node sends to the others at most to protect snapshots; null: as much as it can."""

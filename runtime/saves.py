@@ -6,13 +6,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+import torch
+
 from evermesh.checkpoint.background.saver import BackgroundSaver, SaveReport
-from evermesh.checkpoint.errors import HostMemoryShort
+from evermesh.checkpoint.errors import CheckpointNotSaved, HostMemoryShort
 from evermesh.checkpoint.stores.places import Place
 
 if TYPE_CHECKING:
     from evermesh.runtime.trainer import Trainer
 
+_MOST_SKIPPED = 15
 _LAST_WAIT_S = 10.0
 """After an error: how long a checkpoint that is being written may take until it is given up. One rank alone waits for the
 end."""
@@ -26,6 +29,8 @@ class Saves:
         self._saver: BackgroundSaver | None = None
         self._told: int | None = None
         """Step of the last checkpoint that was logged."""
+        self._failed = self._skip = 0
+        """Saves in a row that storage refused; how many due ones are left out before the next. The same on all ranks."""
         self._stop_s = self._write_s = 0.0
 
     @contextmanager
@@ -73,6 +78,53 @@ class Saves:
                 self._tell(self._saver.finish())
         self._stop_s += time.monotonic() - began_s
         return path
+
+    def save_if_possible(self, *, asked: bool) -> Place | None:
+        """As ``save``, of a step behind which training goes on: storage that refuses does not end it while the state is
+        in memory on all ranks. After failures in a row ever more saves are left out, unless one is ``asked`` for. Collective.
+
+        Raises:
+            CheckpointNotSaved: on every rank, if any of them failed and no snapshot is in memory.
+        """
+        if self._skip and not asked:
+            self._skip -= 1
+            return None
+        was_under_way = self._saver is not None and self._saver.is_busy
+        try:
+            path = self.save(wait=False)
+        except CheckpointNotSaved as error:
+            self._bear(error)
+            return None
+        if was_under_way or self._saver is None:  # that one is durable now, or this one
+            self._failed = self._skip = 0
+        return path
+
+    def finish_if_possible(self) -> None:
+        """As ``finish``; raises as ``save_if_possible`` does. Collective, at any point of a step."""
+        moment = self._trainer.groups.moment
+        before, moment.phase = moment.phase, "checkpoint"
+        try:
+            self.finish()
+        except CheckpointNotSaved as error:
+            self._bear(error)
+        finally:
+            moment.phase = before
+
+    def _bear(self, error: CheckpointNotSaved) -> None:
+        """Go on without this checkpoint. Collective. Raises ``error`` where only checkpoints keep the state."""
+        trainer = self._trainer
+        unkept = torch.tensor([trainer.snapshots.newest_step is None], dtype=torch.int64)
+        trainer.groups.host.all_reduce(unkept, "checkpoint", maximum=True)
+        if int(unkept):
+            raise error
+        self._failed += 1
+        self._skip = min(2 ** (self._failed - 1), _MOST_SKIPPED + 1) - 1
+        later = f" and {self._skip} due after that are left out" if self._skip else ""
+        text = (
+            f"{error} Training goes on: step {trainer.snapshots.newest_step} is in memory. It is the failure number "
+            f"{self._failed} in a row{later}."
+        )
+        trainer.reporter.log("checkpoint failed", text, step=error.step, in_a_row=self._failed, errno=error.errno)
 
     def has_failed(self) -> bool:
         """Whether this rank knows that a checkpoint being written has failed. Not collective; called in every step."""

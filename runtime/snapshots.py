@@ -67,6 +67,11 @@ class RunSnapshots:
         finally:
             self._close()
 
+    @property
+    def newest_step(self) -> int | None:
+        """Of the newest snapshot that all ranks have in memory; None: there is none."""
+        return self._newest.step
+
     def vote(self) -> float:
         """What this rank adds to the sum of a step. Not collective."""
         if self._snapshots is None:

@@ -270,14 +270,14 @@ class Trainer:
             leaves = outcome.asked == "regroup" and not ends
             is_due = outcome.asked == "save" or (every and step % every == 0)
             is_due = (leaves and not self.snapshots.finish()) or is_due
-            saved = self.saves.save(wait=ends) if ends or is_due else None
             if ends:
-                return self._end("asked" if step < last else reason, saved)
+                return self._end("asked" if step < last else reason, self.saves.save(wait=True))
+            saved = self.saves.save_if_possible(asked=outcome.asked is not None) if is_due else None
             if leaves:
-                self.saves.finish()
+                self.saves.finish_if_possible()
                 return self._end("regroup", saved)
             if outcome.asked == "move":
-                self.saves.finish()  # what writes it is made for this rank's part in this layout
+                self.saves.finish_if_possible()  # what writes it is made for this rank's part in this layout
                 return self.relayout.agree()
 
     def train_step(self, batch: PlannedBatch) -> StepOutcome:
@@ -359,7 +359,7 @@ class Trainer:
     def _synchronize(self, local_loss: Tensor) -> tuple[float, float, Agreed | None]:
         """Sum gradients, loss and requests over all ranks: (loss, gradient norm, what was asked). Collective.
 
-        A rank whose checkpoint could not be written adds more than any request, so all of them raise what it was.
+        A rank whose checkpoint could not be written adds more than any request, so all of them learn of it.
         """
         square = self.engine.sum_gradients()
         asked = _ASKED.index(self._asked()) if self.rank == 0 else 0
@@ -370,8 +370,8 @@ class Trainer:
         loss, square_of_norm, request, votes = scalars.tolist()
         self.snapshots.count(votes)
         if request >= len(_ASKED):
-            self.saves.finish()
-        return loss, square_of_norm**0.5, _ASKED[int(request)]
+            self.saves.finish_if_possible()
+        return loss, square_of_norm**0.5, _ASKED[int(request) % len(_ASKED)]
 
     def learning_rate(self) -> float:
         """Of the last update."""

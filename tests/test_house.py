@@ -32,6 +32,10 @@ def test_no_import_runs_upwards(room: str) -> None:
 _WITHOUT_TORCH = (
     *(f"evermesh.{room}" for room in ROOMS),
     "evermesh",
+    "evermesh.fault.recorder.area",
+    "evermesh.fault.recorder.in_scripts",
+    "evermesh.fault.recorder.native.building",
+    "evermesh.fault.recorder.reader",
     "evermesh.fault.detectors",
     "evermesh.fault.recorder.files",
     "evermesh.fault.snapshot.coding",
@@ -42,6 +46,7 @@ _WITHOUT_TORCH = (
     "evermesh.launcher.config",
     "evermesh.launcher.layouts",
     "evermesh.launcher.controller.api",
+    "evermesh.launcher.doctor.recorder",
     "evermesh.launcher.operations",
     "evermesh.launcher.snapshot_plan",
     "evermesh.launcher.placement.ray",

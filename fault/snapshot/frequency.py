@@ -6,7 +6,7 @@ from typing import NamedTuple
 from evermesh.fault.snapshot.stripes.interval import Interval, Rates, best_interval, interval
 
 _HIDES = 0.001
-"""A copy that stops training for less than this part of a step costs nothing that could be measured."""
+"""Copies that stop training for less than this part of the time cost nothing that could be measured."""
 _CHANGES = 1.25
 """Another interval is worth a word when it is longer, or shorter, by this factor."""
 
@@ -44,13 +44,19 @@ def failure_every_s(seen: Failures, node_mtbf_s: float) -> float:
 
 
 def choose(measured: Measured, every_s: float, most_cost: float) -> Interval:
-    """The steps between two snapshots with the least expected loss, of those that cost at most ``most_cost`` of the time.
-
-    ``every_s`` is the mean time between failures. A copy that hides is made as often as the one before is complete.
+    """The steps between two snapshots with the least expected loss, of those that cost at most ``most_cost`` of the time; but
+    never more than it takes for copies to cost nothing that could be measured: ``every_s``, the mean time between failures,
+    may be wrong, and then the work of a long interval is lost for nothing. A copy that hides is made as often as the one
+    before is complete.
     """
     rates = rates_of(measured, every_s)
-    affordable = math.ceil(rates.stall_s * (1 - most_cost) / (most_cost * rates.step_s))
-    return interval(rates, max(best_interval(rates).steps, affordable))
+    chosen = min(best_interval(rates).steps, max(_steps_for(rates, _HIDES), rates.least_steps))
+    return interval(rates, max(chosen, _steps_for(rates, most_cost)))
+
+
+def _steps_for(rates: Rates, cost: float) -> int:
+    """The least steps between two snapshots with which copies cost at most this part of the time."""
+    return math.ceil(rates.stall_s * (1 - cost) / (cost * rates.step_s))
 
 
 def rates_of(measured: Measured, every_s: float) -> Rates:

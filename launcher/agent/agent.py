@@ -8,7 +8,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -24,14 +24,18 @@ from evermesh.launcher.agent.keeping import KEEPER_LOST, NodeKeeper
 from evermesh.launcher.agent.link import Link, LinkHooks
 from evermesh.launcher.agent.loop import Loop
 from evermesh.launcher.agent.pulse import Pulse
+from evermesh.launcher.agent.recording import Recording
 from evermesh.launcher.agent.revival import Revival
 from evermesh.launcher.agent.shared_memory import POINTS, Board, SharedArea
 from evermesh.launcher.agent.spec import AgentSpec
+from evermesh.launcher.agent.standby import Standbys
 from evermesh.launcher.agent.store import StoreProcess
 from evermesh.launcher.agent.striping import NodeStripe
 from evermesh.launcher.agent.worker_group import Hooks, WorkerGroup
+from evermesh.launcher.config import HangConfig
 from evermesh.launcher.contact import read_contact
 from evermesh.launcher.errors import LauncherError
+from evermesh.launcher.freezes import frozen
 from evermesh.launcher.messages import (
     Ask,
     Beat,
@@ -66,6 +70,8 @@ from evermesh.launcher.succession.office import START_S
 
 _BEAT_S = 0.25
 _LEAVE_WAIT_S = 5.0
+_STANDBY_S = 2.0
+"""After workers were started, until others are forked for the next time: not while they load their state."""
 
 
 class Agent:
@@ -79,9 +85,12 @@ class Agent:
         self._group: WorkerGroup | None = None
         self._pulses: dict[int, Pulse] = {}
         """By local rank of the group."""
+        self._hang: HangConfig | None = None
+        self._standbys = Standbys()
         self._store: StoreProcess | None = None
         self._keeper = NodeKeeper(spec.run, spec.node, spec.address, token)
         self._interface = interface_of(spec.address)
+        self._recording = Recording(spec.run, spec.node)
         self._has_left = False
         self._preempted: int | None = None
         self._candidate = self._make_candidate(token)
@@ -101,6 +110,7 @@ class Agent:
                     self._candidate.begin()
                 warm.warm_up(self.spec.warm_module, self.spec.threads)
                 self._beat()
+                self._loop.post(self._fill_standbys)
                 self._loop.run_until(lambda: self._has_left)
             finally:
                 self._leave()
@@ -172,6 +182,7 @@ class Agent:
                 self._end(message)
             case WriteStacks() if self._group:
                 self._group.write_stacks(message.because)
+                self._recording.keep()
             case Leave():
                 self._has_left = True
 
@@ -215,12 +226,21 @@ class Agent:
             self._board.close()
             self._board = Board(self._area.board)
         hooks = Hooks(self._tell_progress, self._pass_report, self._pass_plan)
-        group = self._group = WorkerGroup(self._loop, message.generation, message.place, Path(message.work.logs), hooks)
+        logs = Path(message.work.logs)
+        group = WorkerGroup(self._loop, message.generation, message.place, logs, hooks, self._standbys)
+        self._group = group
         self._pulses = {local_rank: Pulse() for local_rank in range(message.place.ranks)}
+        self._hang = message.hang
         keeper = self._keeper.keep_for(message.work.launch)
         keepers = self._keeper.others(message.work.launch, message.work.keepers)
-        group.start(message.store, message.work, self._area.board, self._interface, keeper, keepers)
+        rings = self._recording.begin(wanted=message.work.records)
+        group.start(message.store, message.work, self._area.board, self._interface, keeper, keepers, rings)
         self._tell_started(group)
+        self._loop.after(_STANDBY_S, self._fill_standbys)
+
+    def _fill_standbys(self) -> None:
+        """Have as many workers in waiting as ranks may have to be started here at once."""
+        self._standbys.fill(self.spec.slots)
 
     def _end(self, message: End) -> None:
         if self._group and self._group.generation == message.generation:
@@ -237,6 +257,8 @@ class Agent:
         if self._group:
             outcome = self._group.outcome
             in_memory = self._keeper.in_memory() if outcome.is_over else None
+            if outcome.is_over:
+                self._recording.keep()
             self._link.send(Progress(outcome=outcome, in_memory=in_memory))
 
     def _pass_report(self, values: dict[str, Any]) -> None:
@@ -248,12 +270,13 @@ class Agent:
             self._link.send(PlanReport(generation=self._group.generation, values=values))
 
     def _beat(self) -> None:
-        generation = self._group.generation if self._group else 0
+        generation, beats = self._group.generation if self._group else 0, tuple(self._rank_beats())
         self._link.send(
             Beat(
                 generation=generation,
-                ranks=tuple(self._rank_beats()),
+                ranks=beats,
                 memory_free_bytes=psutil.virtual_memory().available,
+                shared_memory_free_bytes=self._area.free_bytes,
                 snapshot_bytes=self._keeper.num_bytes + self._guests.num_bytes,
                 keeper=self._keeper.address,
             )
@@ -265,6 +288,20 @@ class Agent:
             self._link.send(Noticed(event=kind, text=text))
         self._stripe.look(had_died=any(kind == KEEPER_LOST for kind, _ in noticed))
         self._look_after_controller()
+        self._fence(beats)
+
+    def _fence(self, beats: Sequence[RankBeat]) -> None:
+        """End ranks that hang while no controller is in reach: they wait for ranks from which this node is cut off, and
+        others may have taken their places. What they have left in memory stays."""
+        missing_s, group = self._missing_s(), self._group
+        if self._hang is None or group is None or missing_s is None or group.outcome.is_over or not beats:
+            return
+        found = frozen(beats, group.place.ranks, self._hang, sees_work=True)
+        if found is not None and missing_s >= self._hang.idle_s:
+            print(
+                f"ending the ranks: rank {found.rank} {found.how}, and no controller for {missing_s:.1f} s", flush=True
+            )
+            group.give_up(found.rank, f"{found.how}; its node was out of reach for {missing_s:.1f} s")
 
     def _rank_beats(self) -> Iterator[RankBeat]:
         if self._group is None:
@@ -327,10 +364,12 @@ class Agent:
         if self._group:
             self._group.kill()
             self._group.wait_gone()
+        self._standbys.close()
         self._keeper.leave(job_is_over=self._has_left)
         self._guests.leave(job_is_over=self._has_left)
         if self._store:
             self._store.close()
+        self._recording.close()
         self._board.close()
         self._area.close()
         self._loop.close()

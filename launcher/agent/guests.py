@@ -36,7 +36,7 @@ class Guests:
         """Have a guest, and tell where other keepers reach it once ranks can read from it, too. Waits for nothing."""
         guest = self._guests.get(order.guest)
         if guest is None:
-            keeper = NodeKeeper(run, order.guest, self._address, self._token)
+            keeper = NodeKeeper(run, order.guest, self._address, self._token, slots=1)  # nobody writes there
             guest = _Guest(
                 keeper, NodeStripe(self._loop, keeper, self._address, self._token, self._sender(order.guest))
             )

@@ -12,6 +12,7 @@ from evermesh.fault.snapshot.keeper.layouts import groups_in
 from evermesh.fault.snapshot.keeper.parity import protected_in
 from evermesh.fault.snapshot.keeper.process import KeeperProcess
 from evermesh.fault.snapshot.keeper.serving import address_in
+from evermesh.fault.snapshot.keeper.slots import NUM_SLOTS
 from evermesh.fault.snapshot.remote import Keepers
 from evermesh.launcher.contact import keeper_secret
 from evermesh.launcher.messages import InMemory, KeeperAt, ProtectedPart, SnapshotPart
@@ -25,11 +26,12 @@ _AGAIN_S = 2.0
 class NodeKeeper:
     """The keeper of ``node`` in ``run``, if workers leave snapshots there. It outlives this agent, unless the job is over.
 
-    Others reach it at ``address``, with a secret that follows from the ``token`` of the run.
+    Others reach it at ``address``, with a secret that follows from the ``token`` of the run. Of every rank it keeps as many
+    snapshots as there are ``slots``.
     """
 
-    def __init__(self, run: Path, node: str, address: str, token: str) -> None:
-        self._address, self._token = address, token
+    def __init__(self, run: Path, node: str, address: str, token: str, slots: int = NUM_SLOTS) -> None:
+        self._address, self._token, self._slots = address, token, slots
         self.area, self._log = area_of(run, node), run / "logs" / f"keeper-{node}.log"
         self._process: KeeperProcess | None = None
         self._launch: str | None = None
@@ -70,9 +72,9 @@ class NodeKeeper:
 
     @property
     def num_bytes(self) -> int:
-        """Memory of the snapshots."""
+        """Memory of the snapshots, and of the parity of others'."""
         found = 0
-        for path in self.area.glob("rank-*/slot-*/*"):
+        for path in (*self.area.glob("rank-*/slot-*/*"), *self.area.glob("parity-*/*")):
             with suppress(OSError):  # it is being given back
                 found += path.stat().st_size
         return found
@@ -124,7 +126,9 @@ class NodeKeeper:
         self._tried_s = time.monotonic()
         try:
             secret = keeper_secret(self._token, launch)
-            self._process = KeeperProcess(self.area, launch, self._log, host=self._address, secret=secret)
+            self._process = KeeperProcess(
+                self.area, launch, self._log, host=self._address, secret=secret, slots=self._slots
+            )
         except OSError as error:  # another agent of this node may not have gone yet
             if str(error) != self._why_missing:
                 print(f"no keeper, so workers make no snapshots: {error}", flush=True)

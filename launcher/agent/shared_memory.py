@@ -67,6 +67,11 @@ class SharedArea:
         """The file with the slots."""
         return self.directory / "board"
 
+    @property
+    def free_bytes(self) -> int:
+        """What the file system of shared memory has left, for others too."""
+        return shutil.disk_usage(self._root).free
+
     def make(self) -> None:
         """Make it, once more if it is gone: some systems remove what users who log out have in shared memory.
 
@@ -81,7 +86,7 @@ class SharedArea:
             self.close()
             raise SharedMemoryMissing(
                 f"{self.num_bytes} bytes of shared memory cannot be had in {self._root} "
-                f"({shutil.disk_usage(self._root).free:,} free): {error.strerror}. Make it larger (docker: --shm-size)."
+                f"({self.free_bytes:,} free): {error.strerror}. Make it larger (docker: --shm-size)."
             ) from error
 
     def __enter__(self) -> Self:

@@ -88,6 +88,9 @@ class NodeStripe:
                 ok=found.is_protected,
                 text=found.text,
                 step=found.step,
+                data_bytes=found.data_bytes,
+                coded_bytes=found.coded_bytes,
+                parity_bytes=found.parity_bytes,
             )
         )
 

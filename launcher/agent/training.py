@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from evermesh.fault.recorder.recorder import Recorder
 from evermesh.fault.snapshot.snapshots import Keeping
 from evermesh.launcher.agent.worker import Worker
 from evermesh.parallelism.batch_plan import BatchPlan
@@ -50,6 +51,7 @@ def train(
         # before the first use of CUDA and NCCL; the warm process, which this one is a copy of, has not used them
         found = prepare_environment()
         worker.log(f"deterministic, with {' '.join(f'{name}={value}' for name, value in found.items())}")
+    recorder = _recorder(worker)
     store = worker.store(train_config.timeout_s)
     process_group.start(train_config.device, worker.rank, worker.world_size, store, train_config.timeout_s)
     trainer = Trainer(
@@ -63,11 +65,26 @@ def train(
         keeping=_keeping(worker, newest, failures, running_s),
     )
     trainer.groups.moment.watch = worker.reach
+    if recorder is not None:
+        recorder.follow(trainer.groups.moment)
     result = trainer.fit()
     # only after success: after a failure it would wait for ranks that are gone
     process_group.stop()
     checkpoint = str(result.checkpoint) if result.checkpoint else None
     return {"step": result.step, "reason": result.reason, "checkpoint": checkpoint}
+
+
+def _recorder(worker: Worker) -> Recorder | None:
+    """What records the collectives of this rank; without room for its ring it trains all the same."""
+    if worker.ring is None:
+        return None
+    try:
+        recorder = Recorder(worker.ring)
+    except OSError as error:
+        worker.log(f"collectives are not recorded: {error}")
+        return None
+    worker.log(f"collectives are recorded by the tap: {recorder.chosen}")
+    return recorder
 
 
 def _keeping(worker: Worker, newest: int | None, failures: int, running_s: float) -> Keeping | None:

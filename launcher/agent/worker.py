@@ -24,6 +24,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from evermesh.fault.recorder.ring import RingSpec
 from evermesh.fault.snapshot.remote import Keepers
 from evermesh.launcher.agent.death import end_with_parent
 from evermesh.launcher.agent.shared_memory import POINTS, Board, Slot
@@ -77,6 +78,8 @@ class WorkerSpec:
     """Where the node's keeper holds snapshots; None: there is none."""
     keepers: Keepers | None = None
     """Where those of all nodes are read."""
+    ring: RingSpec | None = None
+    """Where its collectives are recorded; None: nowhere."""
 
 
 class Worker:
@@ -87,6 +90,7 @@ class Worker:
         self._spec, self._connection = spec, connection
         self.keeper = Path(spec.keeper) if spec.keeper else None
         self.keepers = spec.keepers
+        self.ring = spec.ring
         self._board = Board(Path(spec.board)) if spec.board else None
         self._asked: deque[Literal["save", "stop", "regroup"] | dict[str, Any]] = deque()
         self._last_plan_s = -math.inf
@@ -153,11 +157,19 @@ class Worker:
             os._exit(EXIT_AGENT_GONE)
 
 
-def main(spec: WorkerSpec, connection: Connection) -> None:
-    """Run the worker and end the process: it never returns."""
+def wait_for_rank(connection: Connection) -> None:
+    """Wait to be told which rank this process is, and run it: it never returns."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     die_with_parent()
+    try:
+        spec = connection.recv()  # of the agent that has forked this process
+    except (EOFError, OSError):
+        os._exit(EXIT_AGENT_GONE)
+    _run(spec, connection)
+
+
+def _run(spec: WorkerSpec, connection: Connection) -> None:
     _redirect(spec.log)
     os.environ.update(_environment(spec))
     worker = Worker(spec, connection)

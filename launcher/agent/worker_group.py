@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from evermesh.fault.process_state import ProcessState
+from evermesh.fault.recorder.area import RingArea
 from evermesh.fault.snapshot.remote import Keepers
-from evermesh.launcher.agent import warm
 from evermesh.launcher.agent.loop import Loop
-from evermesh.launcher.agent.worker import WorkerSpec, main
+from evermesh.launcher.agent.standby import Standbys
+from evermesh.launcher.agent.worker import WorkerSpec
 from evermesh.launcher.messages import Outcome, Place, Store, TrainingWork
 from evermesh.launcher.policy import Failure
 
@@ -52,8 +53,8 @@ class _Member:
 class WorkerGroup:
     """The local ranks of one generation. Every method is called from the loop's thread."""
 
-    def __init__(self, loop: Loop, generation: int, place: Place, logs: Path, hooks: Hooks) -> None:
-        self.generation, self.place = generation, place
+    def __init__(self, loop: Loop, generation: int, place: Place, logs: Path, hooks: Hooks, standbys: Standbys) -> None:
+        self.generation, self.place, self._standbys = generation, place, standbys
         self._loop, self._logs, self._hooks = loop, logs, hooks
         self._members: list[_Member] = []
         self._done: dict[int, dict[str, Any]] = {}
@@ -83,8 +84,10 @@ class WorkerGroup:
         interface: str | None,
         keeper: Path | None = None,
         keepers: Keepers | None = None,
+        rings: RingArea | None = None,
     ) -> None:
-        """Start every rank of this node; ``keeper`` is where they leave snapshots, ``keepers`` where they find others."""
+        """Start every rank of this node; ``keeper`` is where they leave snapshots, ``keepers`` where they find others, and
+        ``rings`` where they record their collectives."""
         self._logs.mkdir(parents=True, exist_ok=True)
         for local_rank in range(self.place.ranks):
             rank = self.place.first_rank + local_rank
@@ -103,6 +106,7 @@ class WorkerGroup:
                 arguments=work.arguments,
                 keeper=str(keeper) if keeper else None,
                 keepers=keepers,
+                ring=rings.spec(self.generation, rank, self.place.world_size) if rings else None,
             )
             self._members.append(self._start_one(spec))
 
@@ -113,6 +117,11 @@ class WorkerGroup:
     def change_layout(self, changes: dict[str, Any]) -> None:
         """Ask all workers likewise to go on with these changes to their layout."""
         self._send_all({"kind": "change layout", "changes": changes})
+
+    def give_up(self, rank: int, how: str) -> None:
+        """End every worker, because the attempt cannot go on and nobody else can say so; ``rank`` is not to blame."""
+        self._fail(Failure(rank=rank, time_s=time.monotonic(), how=how, cause="froze", peer_lost=True))
+        self.end(how)
 
     def end(self, stacks_because: str | None = None) -> None:
         """End every worker; ``changed`` tells when they are gone. What failed from now on is our doing."""
@@ -178,15 +187,10 @@ class WorkerGroup:
             member.process.join(_END_WAIT_S)
 
     def _start_one(self, spec: WorkerSpec) -> _Member:
-        context, fresh_because = warm.context()
+        process, pipe, fresh_because = self._standbys.start(spec)
         self.fresh_because = self.fresh_because or fresh_because
-        ours, theirs = context.Pipe()
-        process = context.Process(target=main, args=(spec, theirs), name=f"evermesh-rank-{spec.rank}", daemon=True)
-        with warm.blocked_signals():  # half started, it could not be killed
-            process.start()
-        theirs.close()  # only the worker holds it now: its end is our end of file
-        member = _Member(spec.rank, process, ours, Path(spec.log))
-        self._loop.on_readable(ours.fileno(), lambda: self._drain(member))
+        member = _Member(spec.rank, process, pipe, Path(spec.log))
+        self._loop.on_readable(pipe.fileno(), lambda: self._drain(member))
         self._loop.on_readable(process.sentinel, lambda: self._note_end(member))
         return member
 

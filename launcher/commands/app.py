@@ -10,10 +10,12 @@ from evermesh.launcher.commands import (
     data,
     demo,
     diagnose,
+    doctor,
     export,
     jobs,
     layout,
     plan,
+    records,
     simulate,
     snapshot,
     watching,
@@ -34,6 +36,7 @@ app.command("runs", epilog=jobs.RUNS_EXAMPLES)(jobs.list_runs)
 app.command("status", epilog=watching.STATUS_EXAMPLES)(watching.status)
 app.command("top", epilog=watching.TOP_EXAMPLES)(watching.top)
 app.command("logs", epilog=watching.LOGS_EXAMPLES)(watching.logs)
+app.command("records", epilog=records.EXAMPLES)(records.records)
 app.command("nodes", epilog=watching.NODES_EXAMPLES)(watching.nodes)
 app.command("dashboard", epilog=watching.DASHBOARD_EXAMPLES)(watching.dashboard)
 app.command("relayout", epilog=watching.RELAYOUT_EXAMPLES)(watching.relayout)
@@ -45,6 +48,7 @@ app.add_typer(checkpoint.app)
 app.add_typer(snapshot.app)
 app.command("export", epilog=export.EXAMPLES)(export.export)
 app.add_typer(data.app)
+app.command("doctor", epilog=doctor.EXAMPLES)(doctor.doctor)
 app.command("diagnose", epilog=diagnose.EXAMPLES)(diagnose.diagnose)
 app.command("chaos", epilog=chaos.EXAMPLES)(chaos.chaos)
 app.command("demo", epilog=demo.EXAMPLES)(demo.demo)

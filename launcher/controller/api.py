@@ -96,7 +96,7 @@ def _people(controller: Controller) -> APIRouter:
 
     @router.get("/plan")
     async def plan() -> Response:
-        return _json(controller.plan)
+        return _json(controller.job.plan)
 
     @router.post("/stop", status_code=202)
     async def stop(request: StopRequest) -> None:

@@ -4,22 +4,14 @@ It needs neither the places nor the number of nodes of the attempt that made the
 knows the members of its stripe with their ranks.
 """
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import count, cycle
 from typing import NamedTuple
 
 from evermesh.fault.snapshot.choosing import Version
+from evermesh.launcher.controller.nodes import KeeperName
+from evermesh.launcher.controller.recovery import complete_version, parts_of, world_of
 from evermesh.launcher.messages import InMemory, ProtectedPart
-
-
-class KeeperName(NamedTuple):
-    """A keeper: that of a node, or a guest that the node hosts in the place of one that was lost."""
-
-    node: str
-    guest: str | None = None
-
-    def __str__(self) -> str:
-        return self.node if self.guest is None else f"{self.guest} on {self.node}"
 
 
 class OldStripe(NamedTuple):
@@ -46,16 +38,6 @@ class GuestPlan(NamedTuple):
     """Those in which somebody lacks his part."""
     guests: Mapping[KeeperName, tuple[int, ...]]
     """The new ones, with the ranks whose parts they are to keep."""
-
-
-def complete_version(memories: Collection[InMemory], workers: int) -> Version | None:
-    """The newest snapshot of which the parts of all ranks are in some memory, in whatever layout; None: there is none.
-
-    ``workers`` is the number of ranks where a node does not know it.
-    """
-    known = {version for memory in memories for version in _parts(memory)}
-    whole = (version for version in known if _held(memories, version) == _world(memories, version, workers))
-    return max(whole, default=None)
 
 
 def plan_guests(
@@ -88,7 +70,7 @@ def plan_guests(
 def _plan(
     version: Version, memories: Mapping[KeeperName, InMemory], hosts: Sequence[str], label: str, workers: int
 ) -> GuestPlan | None:
-    held = {name: _parts(memory).get(version, set()) for name, memory in memories.items()}
+    held = {name: parts_of(memory).get(version, set()) for name, memory in memories.items()}
     able = [host for host in hosts if held.get(KeeperName(host))]
     names = (KeeperName(host, f"{label}-{number}") for host, number in zip(cycle(able), count()))
     there = set().union(*held.values())
@@ -113,7 +95,7 @@ def _plan(
             return None
         there |= ranks
         stripes.append(stripe)
-    is_whole = there == _world(memories.values(), version, workers)
+    is_whole = there == world_of(memories.values(), version, workers)
     return GuestPlan(version, tuple(stripes), guests) if is_whole else None
 
 
@@ -132,27 +114,3 @@ def _stripes(
 def _keeper_with(ranks: Collection[int], held: Mapping[KeeperName, Collection[int]]) -> KeeperName | None:
     """Who has the parts of some of these ranks, though no parity."""
     return next((name for name, parts in held.items() if not set(ranks).isdisjoint(parts)), None)
-
-
-def _parts(memory: InMemory) -> dict[Version, set[int]]:
-    """By snapshot the ranks whose parts are kept."""
-    found: dict[Version, set[int]] = {}
-    for part in memory.parts:
-        found.setdefault(Version(part.generation, part.step, part.shard_map), set()).add(part.rank)
-    return found
-
-
-def _held(memories: Collection[InMemory], version: Version) -> set[int]:
-    return set().union(*(_parts(memory).get(version, set()) for memory in memories))
-
-
-def _world(memories: Collection[InMemory], version: Version, workers: int) -> set[int]:
-    """All ranks that made a snapshot."""
-    return set(range(next(filter(None, _sizes(memories, version)), workers)))
-
-
-def _sizes(memories: Collection[InMemory], version: Version) -> Iterator[int | None]:
-    for memory in memories:
-        for part in memory.parts:
-            if (part.generation, part.step, part.shard_map) == version:
-                yield part.world_size

@@ -1,8 +1,9 @@
-"""Before an attempt that cannot take the places of the one before: guests keep what lost nodes had, and ranks read it there.
+"""Guests keep what lost nodes had, and are read there: by the ranks of an attempt that cannot take the places of the one
+before, or by who writes it to storage because there will be no attempt.
 
 HostGuest, or Keep, to the members of the old stripes ──► where their keepers are reached ──► JoinStripe to all ──► joined
     ──► Rebuild to all ──► rebuilt: the snapshot is whole in the memory of those who are there, for ranks of any layout
-    not possible, or not in time: an older snapshot is tried, then storage, and the event log says what was lost
+    not possible, or not in time: an older snapshot is tried, then none, and the event log says what was lost
 """
 
 import time
@@ -10,13 +11,11 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 from evermesh.fault.snapshot.choosing import Version
-from evermesh.launcher.config import JobConfig
-from evermesh.launcher.controller.guest_plan import GuestPlan, KeeperName, plan_guests
-from evermesh.launcher.controller.in_memory import recovery_of
-from evermesh.launcher.controller.nodes import Node, Nodes
-from evermesh.launcher.controller.scribe import Scribe
-from evermesh.launcher.controller.work import launch_of
-from evermesh.launcher.messages import HostGuest, JoinStripe, Keep, KeeperTells, Rebuild
+from evermesh.launcher.controller.guest_plan import GuestPlan, plan_guests
+from evermesh.launcher.controller.job import Job
+from evermesh.launcher.controller.nodes import KeeperName, Node
+from evermesh.launcher.controller.places import Call, Member, give_places
+from evermesh.launcher.messages import HostGuest, Keep, KeeperTells, Rebuild
 from evermesh.runtime.config import SnapshotConfig
 
 _GATHER_S = 20.0
@@ -25,23 +24,18 @@ Stage = Literal["gathering", "joining", "rebuilding"]
 
 
 class Guests:
-    """The guests, if any, that the attempt on the nodes ``chosen`` needs, whose generation the scribe has.
+    """The guests, if any, without which the newest snapshot is not whole, for the generation that the scribe has.
 
-    ``since_s`` is when the job was launched; ``is_worth`` says whether a snapshot is newer than all that is there without.
+    Args:
+        hosts: nodes that may have some.
+        label: with which their names begin; none before had it.
+        is_worth: says whether a snapshot is newer than all that is there without.
     """
 
-    def __init__(
-        self,
-        nodes: Nodes,
-        chosen: Sequence[str],
-        config: JobConfig,
-        scribe: Scribe,
-        since_s: float,
-        is_worth: Callable[[Version], bool],
-    ) -> None:
-        self._nodes, self._chosen, self._config, self._scribe = nodes, chosen, config, scribe
-        self._generation, self._since_s, self._is_worth = scribe.generation, since_s, is_worth
-        self._snapshots = config.train.snapshot or SnapshotConfig()
+    def __init__(self, job: Job, hosts: Sequence[str], label: str, is_worth: Callable[[Version], bool]) -> None:
+        self._nodes, self._scribe, self._launch, self._workers = job.nodes, job.scribe, job.launch, job.config.workers
+        self._hosts, self._label, self._is_worth = hosts, label, is_worth
+        self._generation, self._snapshots = job.scribe.generation, job.config.train.snapshot or SnapshotConfig()
         self._in_vain: list[Version] = []
         self._failures: list[str] = []
         self._ports: dict[KeeperName, int] = {}
@@ -59,6 +53,11 @@ class Guests:
     def step(self) -> int | None:
         """Of the snapshot that is rebuilt, or is to be; None: there is none."""
         return self._plan.version.step if self._plan is not None else None
+
+    @property
+    def why_not(self) -> str:
+        """Why snapshots could not be rebuilt; empty while nothing has failed."""
+        return "; ".join(self._failures)
 
     def begin(self) -> None:
         """Call the members of the old stripes together, guests among them, where there is something to rebuild."""
@@ -106,16 +105,19 @@ class Guests:
         if self.is_under_way and time.monotonic() > self._deadline_s:
             self._fail(f"{', '.join(sorted(map(str, self._pending)))} took too long")
 
+    def give_up(self) -> None:
+        """Nobody waits for what is under way."""
+        if self.is_under_way and self._plan is not None:
+            self.is_under_way = False
+            self._nodes.end_guests(self._plan.guests)
+
     def _wanted(self) -> GuestPlan | None:
         """The newest snapshot that is had only with guests, if it is worth it."""
-        memories = self._nodes.memories(launch_of(self._since_s))
-        hosts = sorted(self._chosen, key=lambda name: -(self._nodes[name].memory_free_bytes or 0))
-        label = f"guest-{self._generation}-{len(self._in_vain)}"  # what the guests before say late is of no other
-        plan = plan_guests(memories, hosts, label, self._config.workers, self._in_vain)
-        if plan is None or not self._is_worth(plan.version):
-            return None
-        own = recovery_of(self._nodes, self._chosen, self._config, self._since_s)
-        return plan if own is None or own.version < plan.version else None
+        memories = self._nodes.memories(self._launch)
+        hosts = sorted(self._hosts, key=lambda name: -self._nodes[name].room_bytes)
+        label = f"{self._label}-{len(self._in_vain)}"  # what the guests before say late is of no other
+        plan = plan_guests(memories, hosts, label, self._workers, self._in_vain)
+        return plan if plan is not None and self._is_worth(plan.version) else None
 
     def _enter(self, stage: Stage, limit_s: float) -> None:
         assert self._plan is not None
@@ -130,7 +132,7 @@ class Guests:
     def _ask(self, name: KeeperName) -> None:
         """Have this keeper, where others can reach it; one that was there already says so again."""
         assert self._plan is not None
-        launch, version = launch_of(self._since_s), self._plan.version
+        launch, version = self._launch, self._plan.version
         if name.guest is None:
             self._nodes[name.node].send(Keep(generation=self._generation, launch=launch))
             return
@@ -145,24 +147,14 @@ class Guests:
 
     def _give_places(self, plan: GuestPlan) -> None:
         """Give all their old places; what they do for others is given up."""
-        told = "; ".join(map(str, plan.stripes))
-        self._epoch = self._scribe.note("guests", told, guests=[str(name) for name in plan.guests])
+        reason = "; ".join(map(str, plan.stripes))
+        self._epoch = self._scribe.note("guests", reason, guests=[str(name) for name in plan.guests])
         self._enter("joining", _GATHER_S)
         for stripe in plan.stripes:
-            addresses = tuple((self._nodes[name.node].address, self._ports[name]) for name in stripe.members)
-            for member, name in enumerate(stripe.members):
-                order = JoinStripe(
-                    generation=self._generation,
-                    guest=name.guest,
-                    epoch=self._epoch,
-                    stripe=stripe.protected.stripe,
-                    member=member,
-                    code=stripe.protected.code,
-                    addresses=addresses,
-                    ranks=stripe.ranks(member),
-                    bytes_per_s=self._snapshots.bytes_per_s,
-                )
-                self._nodes[name.node].send(order)
+            told = stripe.protected
+            call = Call(self._generation, self._epoch, told.stripe, told.code, self._snapshots.bytes_per_s)
+            members = [Member(name, self._ports[name], stripe.ranks(i)) for i, name in enumerate(stripe.members)]
+            give_places(self._nodes, call, members)
 
     def _rebuild(self, plan: GuestPlan) -> None:
         timeout_s = self._snapshots.rebuild_timeout_s
@@ -183,7 +175,7 @@ class Guests:
         kept = "; ".join(f"{name} keeps what ranks {_told(ranks)} had" for name, ranks in plan.guests.items())
         text = (
             f"step {plan.version.step} was rebuilt from memory by {'; '.join(map(str, plan.stripes))}. "
-            f"{kept or 'Nobody is a guest'}, until the next snapshot is complete"
+            f"{kept or 'Nobody is a guest'}, for as long as it is needed"
         )
         self._scribe.tell("snapshot rebuilt", text, step=plan.version.step, guests=len(plan.guests))
 
@@ -197,8 +189,8 @@ class Guests:
         self._plan = self._wanted()
         if self._plan is None:
             self.has_failed = True
-            text = f"step {failed.version.step} was in memory, and cannot be rebuilt for fewer nodes: "
-            self._scribe.tell("snapshot lost", text + "; ".join(self._failures), step=failed.version.step)
+            text = f"step {failed.version.step} was in memory, and cannot be rebuilt with guests: {self.why_not}"
+            self._scribe.tell("snapshot lost", text, step=failed.version.step)
         self.begin()
 
 

@@ -1,11 +1,12 @@
 """What agents tell of the snapshots in the memory of their nodes, and which one a job can go on from."""
 
+from collections import Counter
 from collections.abc import Sequence
 
 from evermesh.launcher.config import JobConfig
-from evermesh.launcher.controller.guest_plan import complete_version
 from evermesh.launcher.controller.nodes import Nodes
-from evermesh.launcher.controller.recovery import Group, Recovery, find_recovery, groups_of
+from evermesh.launcher.controller.racks import code_for_racks
+from evermesh.launcher.controller.recovery import Group, Recovery, complete_version, find_recovery, groups_of
 from evermesh.launcher.controller.work import launch_of
 from evermesh.launcher.messages import InMemory
 
@@ -37,7 +38,10 @@ def complete_step(nodes: Nodes, config: JobConfig, since_s: float) -> int | None
 
 def job_groups(config: JobConfig, nodes: int) -> tuple[Group, ...]:
     """The stripes of an attempt on so many nodes."""
-    return groups_of(nodes, config.train.snapshot.code if config.train.snapshot else "none")
+    code = config.train.snapshot.code if config.train.snapshot else "none"
+    if code == "auto" and config.racks and nodes > 1:
+        code = code_for_racks(nodes, tuple(sorted(Counter(config.racks.values()).values(), reverse=True)))
+    return groups_of(nodes, code)
 
 
 def memories_of(nodes: Nodes, chosen: Sequence[str], launch: str) -> list[InMemory | None]:

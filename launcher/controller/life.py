@@ -8,6 +8,7 @@ from evermesh.launcher.controller.machine import Attempt
 from evermesh.launcher.controller.record import Record
 from evermesh.launcher.messages import Outcome, Place, RankBeat
 from evermesh.launcher.policy import FailedAttempt, Failure
+from evermesh.parallelism.layout import Layout
 
 
 class Life:
@@ -18,6 +19,8 @@ class Life:
         """``began_at``: step of the newest checkpoint or snapshot when it began."""
         self.remembered: int | None = None
         """Step of the newest snapshot then."""
+        self.layout: Layout | None = None
+        """Of its ranks; None: they have not been told to start by this controller."""
         self.ranks_per_node = config.workers // config.nodes
         self.world_size = self.ranks_per_node * len(nodes)
         self.is_counted = self.is_ending = False

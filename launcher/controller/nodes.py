@@ -4,19 +4,28 @@ import asyncio
 import time
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from pydantic import BaseModel
 
-from evermesh.launcher.controller.guest_plan import KeeperName
 from evermesh.launcher.controller.leases import LEASE_S, NodeSigns, node_state
 from evermesh.launcher.controller.machine import NodeState
 from evermesh.launcher.controller.status import NodeStatus
-from evermesh.launcher.messages import EndGuest, Hello, InMemory, KeeperAt
+from evermesh.launcher.messages import Beat, EndGuest, Hello, InMemory, KeeperAt
 from evermesh.launcher.succession.protocol import Seat
 
 _PROVING_STEPS = 2
 """The first step after a node fell silent may have been nearly over by then."""
+
+
+class KeeperName(NamedTuple):
+    """A keeper: that of a node, or a guest that the node hosts in the place of one that was lost."""
+
+    node: str
+    guest: str | None = None
+
+    def __str__(self) -> str:
+        return self.node if self.guest is None else f"{self.guest} on {self.node}"
 
 
 class Wire(Protocol):
@@ -42,6 +51,7 @@ class Node:
     outbox: "asyncio.Queue[str] | None" = None
     """What is to be sent to it; None while it is not connected."""
     memory_free_bytes: int | None = None
+    shared_memory_free_bytes: int | None = None
     shared_memory_bytes: int | None = None
     snapshot_bytes: int = 0
     in_memory: InMemory | None = None
@@ -52,6 +62,12 @@ class Node:
     """Where its agent is asked about the journal."""
     is_head: bool = False
 
+    @property
+    def room_bytes(self) -> int:
+        """For more snapshots: what is left of shared memory, which may be promised more than there is memory."""
+        told = (self.memory_free_bytes, self.shared_memory_free_bytes)
+        return min((num_bytes for num_bytes in told if num_bytes is not None), default=0)
+
     def send(self, message: BaseModel) -> None:
         """Send ``message`` soon. Without a connection it is dropped: who connects is told all again."""
         if self.outbox is not None:
@@ -61,6 +77,12 @@ class Node:
         """Take what its agent tells of its memory, if it does."""
         self.in_memory = told or self.in_memory
         self.keeper = (told.keeper if told is not None else None) or self.keeper
+
+    def take(self, beat: Beat) -> None:
+        """Take what its agent tells of its machine."""
+        self.memory_free_bytes, self.snapshot_bytes = beat.memory_free_bytes, beat.snapshot_bytes
+        self.shared_memory_free_bytes = beat.shared_memory_free_bytes
+        self.keeper = beat.keeper or self.keeper
 
     def hear(self) -> None:
         """Note that something came from it."""

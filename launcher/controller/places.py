@@ -1,13 +1,45 @@
-"""The places of the nodes of an attempt in its stripes: where their keepers are reached, and who has taken his place."""
+"""The places of keepers in stripes: how they are given, and of the nodes of an attempt who is reached where, and has taken
+his place."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from evermesh.launcher.controller.life import Life
-from evermesh.launcher.controller.nodes import Nodes
+from evermesh.launcher.controller.nodes import KeeperName, Nodes
 from evermesh.launcher.controller.protection import NamedStripe
 from evermesh.launcher.controller.recovery import Group
 from evermesh.launcher.controller.scribe import Scribe
 from evermesh.launcher.messages import JoinStripe, Keep
+
+
+class Member(NamedTuple):
+    """A keeper that takes a place in a stripe."""
+
+    name: KeeperName
+    port: int
+    """Where the others reach it at the address of its node."""
+    ranks: tuple[int, ...]
+    """Whose snapshots it keeps."""
+
+
+class Call(NamedTuple):
+    """To take the places of a stripe, from which on nothing of an earlier epoch is done any more."""
+
+    generation: int
+    epoch: int
+    stripe: str
+    code: str
+    bytes_per_s: float | None
+
+
+def give_places(nodes: Nodes, call: Call, members: Sequence[Member]) -> None:
+    """Have the members of a stripe, by rank in it, take their places."""
+    addresses = tuple((nodes[member.name.node].address, member.port) for member in members)
+    for number, member in enumerate(members):
+        order = JoinStripe(
+            **call._asdict(), guest=member.name.guest, member=number, addresses=addresses, ranks=member.ranks
+        )
+        nodes[member.name.node].send(order)
 
 
 class Places:
@@ -46,19 +78,9 @@ class Places:
             return
         epoch = self._scribe.note("stripe", str(self.named(group)), number=group.number, nodes=list(members))
         self._epochs[group.number], self._joined[group.number] = epoch, set()
-        addresses = tuple((self._nodes[name].address, self._ports[name]) for name in members)
-        for member, name in enumerate(members):
-            order = JoinStripe(
-                generation=self._generation,
-                epoch=epoch,
-                stripe=group.name,
-                member=member,
-                code=group.code,
-                addresses=addresses,
-                ranks=self._life.ranks_of(name),
-                bytes_per_s=self._bytes_per_s,
-            )
-            self._nodes[name].send(order)
+        call = Call(self._generation, epoch, group.name, group.code, self._bytes_per_s)
+        there = [Member(KeeperName(name), self._ports[name], self._life.ranks_of(name)) for name in members]
+        give_places(self._nodes, call, there)
 
     def give_all(self) -> None:
         """The same for all groups."""

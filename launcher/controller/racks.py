@@ -7,12 +7,17 @@ by the spare whose rack occurs least in the stripe. With another size all are pu
 """
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from evermesh.launcher.controller.recovery import Group
 
 if TYPE_CHECKING:
     from evermesh.fault.snapshot.stripes.placement import Candidate, StripePlan
+
+_MOST_PARTS = 8
+"""Of a stripe that is chosen here, as without racks."""
 
 
 def place_nodes(
@@ -50,6 +55,31 @@ def place_nodes(
     return names
 
 
+@lru_cache
+def code_for_racks(nodes: int, hosts: tuple[int, ...]) -> str:
+    """What ``auto`` is for so many nodes where racks are known: of the codes with which one rack may be lost, that with the
+    least parity for its data, never less parity than without racks nor more than data. ``auto`` where there is none.
+
+    ``hosts`` has for each rack how many the job file names; nodes are taken to be spread over them as evenly as these allow.
+    """
+    from evermesh.fault.snapshot.coding import Code
+    from evermesh.fault.snapshot.stripes.placement import auto_code, plan_stripes
+
+    candidates = _spread(nodes, hosts)
+    least = auto_code([replace(node, domains={}) for node in candidates]).parity
+    found = []
+    for parity in range(least, _MOST_PARTS // 2 + 1):
+        for parts in range(min(nodes, _MOST_PARTS), 2 * parity - 1, -1):
+            plan = plan_stripes(candidates, Code(parts - parity, parity))
+            more = max(stripe.code.parity / stripe.code.data for stripe in plan.stripes)
+            if more <= 1 and all(guarantee.survives for guarantee in plan.guarantees):
+                found.append((more, parity, -parts))
+    if not found:
+        return "auto"
+    _, parity, parts = min(found)
+    return str(Code(-parts - parity, parity))
+
+
 def lost_rack(nodes: tuple[str, ...], racks: Mapping[str, str], groups: Sequence[Group]) -> str | None:
     """What the loss of one rack would cost, and what helps, for people; None if the stripes survive any, or nothing is
     known of racks."""
@@ -64,6 +94,15 @@ def lost_rack(nodes: tuple[str, ...], racks: Mapping[str, str], groups: Sequence
     else:
         way_out = f"In any order, {best.warnings[0]}"
     return f"{now.guarantees[0]}. {way_out}"
+
+
+def _spread(nodes: int, hosts: Sequence[int]) -> "list[Candidate]":
+    from evermesh.fault.snapshot.stripes.placement import Candidate
+
+    turns = sorted((turn, rack) for rack, number in enumerate(hosts) for turn in range(number))
+    racks = [str(rack) for _, rack in turns[:nodes]]
+    domains = [{"rack": rack} for rack in racks] + [{}] * (nodes - len(racks))  # who is not named has a rack of his own
+    return [Candidate(str(place), told) for place, told in enumerate(domains)]
 
 
 def _in_order(nodes: Sequence[str], racks: Mapping[str, str]) -> tuple[str, ...]:

@@ -1,6 +1,6 @@
 """Which snapshot a job can go on from when some of its nodes have lost their memory: pure functions of what agents tell."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -91,6 +91,29 @@ def find_recovery(
     return None
 
 
+def complete_version(memories: Collection[InMemory], workers: int) -> Version | None:
+    """The newest snapshot of which the parts of all ranks are in some memory, in whatever layout; None: there is none.
+
+    ``workers`` is the number of ranks where a node does not know it.
+    """
+    known = {version for memory in memories for version in parts_of(memory)}
+    whole = (version for version in known if _ranks_held(memories, version) == world_of(memories, version, workers))
+    return max(whole, default=None)
+
+
+def parts_of(memory: InMemory) -> dict[Version, set[int]]:
+    """By snapshot the ranks whose parts are kept."""
+    found: dict[Version, set[int]] = {}
+    for part in memory.parts:
+        found.setdefault(Version(part.generation, part.step, part.shard_map), set()).add(part.rank)
+    return found
+
+
+def world_of(memories: Collection[InMemory], version: Version, workers: int) -> set[int]:
+    """All ranks that made a snapshot."""
+    return set(range(next(filter(None, _sizes(memories, version)), workers)))
+
+
 def newest_known(memories: Sequence[InMemory | None], ranks_per_node: int) -> Version | None:
     """The newest snapshot of which any node holds its part."""
     held = _all_held(memories, ranks_per_node)
@@ -127,3 +150,14 @@ def _protected(memory: InMemory | None, group: Group, member: int) -> dict[Versi
         for one in (memory.protected if memory is not None else ())
         if (one.stripe, one.member, one.code) == (group.name, member, group.code)
     }
+
+
+def _ranks_held(memories: Collection[InMemory], version: Version) -> set[int]:
+    return set().union(*(parts_of(memory).get(version, set()) for memory in memories))
+
+
+def _sizes(memories: Collection[InMemory], version: Version) -> Iterator[int | None]:
+    for memory in memories:
+        for part in memory.parts:
+            if (part.generation, part.step, part.shard_map) == version:
+                yield part.world_size

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def job_status(controller: "Controller") -> JobStatus:
     """What is told about the job now."""
-    config, record, report = controller.config, controller.record, controller.last_report
+    config, record, report = controller.config, controller.record, controller.job.last_report
     life = controller.life
     members = life.nodes if life else ()
     return JobStatus(
@@ -40,7 +40,7 @@ def job_status(controller: "Controller") -> JobStatus:
         loss=report.loss if report else None,
         tokens_per_s=report.tokens_per_s if report else None,
         time_left_s=report.time_left_s if report else None,
-        lost_rack=controller.lost_rack,
+        lost_rack=controller.job.lost_rack,
         snapshot=_snapshot_status(controller),
         started_s=record.started_s,
         pid=os.getpid(),
@@ -48,10 +48,10 @@ def job_status(controller: "Controller") -> JobStatus:
 
 
 def _snapshot_status(controller: "Controller") -> SnapshotStatus | None:
-    report = controller.last_report
+    report = controller.job.last_report
     if report is None:
         return None
-    since_s, is_on = time.monotonic() - controller.reported_s, controller.config.train.snapshot is not None
+    since_s, is_on = time.monotonic() - controller.job.reported_s, controller.config.train.snapshot is not None
     newest, protection = newest_step(controller.run), controller.protection
     return snapshot_status(report, since_s, newest, is_on=is_on, protection=protection)
 

@@ -13,6 +13,8 @@ _FRAMES = 4
 """Innermost frames that are told; the file has all, of all threads."""
 _MOST_RANKS = 16
 _TAIL_BYTES = 1 << 18
+_RECORDER = "/fault/recorder/"
+"""It stands between whoever waits and torch."""
 _HEAD = re.compile(r"^\S+ \S+ generation (\d+), rank \d+: ", re.MULTILINE)
 _FRAME = re.compile(r'^  File "(.*)", line (\d+) in (.*)$')
 
@@ -58,8 +60,9 @@ def _last_part(file: Path, generation: int) -> str:
 def _doing(text: str) -> Doing | None:
     """Of the thread that trains: the first one of the process, and so the last in the list."""
     _, _, last = text.rpartition("(most recent call first):\n")
-    found = list(itertools.takewhile(bool, map(_FRAME.match, last.splitlines())))[:_FRAMES]
-    frames = [(match[1], int(match[2]), match[3]) for match in found if match]
+    found = itertools.takewhile(bool, map(_FRAME.match, last.splitlines()))
+    told = (match for match in found if match and _RECORDER not in match[1])
+    frames = [(match[1], int(match[2]), match[3]) for match in itertools.islice(told, _FRAMES)]
     if not frames:
         return None
     file, line, _ = frames[0]

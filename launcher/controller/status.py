@@ -58,7 +58,7 @@ class NodeStatus(_Frozen):
     shared_memory_bytes: int | None = None
     """Size of its shared-memory area."""
     snapshot_bytes: int = 0
-    """That its keeper holds snapshots in."""
+    """That its keeper holds snapshots in, and parity of others'."""
 
 
 Standing = Literal["none", "protected", "degraded"]

@@ -13,13 +13,19 @@ from typing import Literal
 
 from evermesh.fault.snapshot.choosing import Version
 from evermesh.launcher.config import JobConfig
-from evermesh.launcher.controller.guest_plan import complete_version
 from evermesh.launcher.controller.in_memory import job_groups, memories_of
 from evermesh.launcher.controller.life import Life
 from evermesh.launcher.controller.nodes import Node, Nodes
 from evermesh.launcher.controller.places import Places
 from evermesh.launcher.controller.protection import Protection
-from evermesh.launcher.controller.recovery import Group, Recovery, find_recovery, lacking, newest_known
+from evermesh.launcher.controller.recovery import (
+    Group,
+    Recovery,
+    complete_version,
+    find_recovery,
+    lacking,
+    newest_known,
+)
 from evermesh.launcher.controller.scribe import Scribe
 from evermesh.launcher.controller.status import Standing
 from evermesh.launcher.messages import InMemory, KeeperTells, LeaveStripe, Rebuild

@@ -7,7 +7,9 @@ from evermesh.launcher.policy import root_cause
 from evermesh.launcher.run_directory import Run
 
 if TYPE_CHECKING:
+    from evermesh.launcher.config import JobConfig
     from evermesh.launcher.controller.life import Life
+    from evermesh.launcher.controller.record import Record
 
 
 def explain(run: Run, life: "Life", reason: str) -> str:
@@ -34,6 +36,21 @@ def going_on(text: str, step: int | None, reason: str, *, is_in_memory: bool = F
     place = f"step {step}" if step is not None else "the beginning, there is no checkpoint yet"
     place += ", which is in memory," if is_in_memory else ""
     return f"{text.splitlines()[0]} Going on from {place} ({reason})."
+
+
+def last_words(
+    run: Run, config: "JobConfig", record: "Record", life: "Life | None", reason: str
+) -> tuple[str, str | None]:
+    """Why a job has failed, and the traceback of the rank that failed first, if it is its own."""
+    if life is None or not record.history:
+        return reason, None
+    first = root_cause(record.history[-1].failures)
+    if record.state == "waiting":  # no attempt was wrong: nodes are missing
+        return f"rank {first.rank} {first.how.splitlines()[0]}. {reason}", None
+    text = explain(run, life, record.reason)
+    if len(record.history) > 1 or config.restarts:
+        text += f"\nNo other attempt: {reason}."
+    return text, first.text if first.has_traceback and not first.peer_lost else None
 
 
 def told_early_end(run: Run, node: str) -> str:

@@ -11,7 +11,6 @@ from evermesh import checkpoint
 from evermesh.fault.events import read_events
 from evermesh.launcher.chaos.record import read_injection
 from evermesh.launcher.config import JobConfig
-from evermesh.launcher.elastic import layout_on
 from evermesh.launcher.messages import KeeperAt, TrainingWork
 from evermesh.launcher.run_directory import Run
 from evermesh.parallelism.layout import Layout
@@ -21,23 +20,13 @@ ENTRY = "evermesh.launcher.agent.training:train"
 
 
 def training_work(
-    run: Run,
-    config: JobConfig,
-    since_s: float,
-    workers: int,
-    remembered: int | None = None,
-    keepers: Sequence[KeeperAt] = (),
+    run: Run, config: JobConfig, since_s: float, layout: Layout, keepers: Sequence[KeeperAt] = ()
 ) -> TrainingWork:
-    """Train on from the newest checkpoint or snapshot, or from the beginning where there is none.
+    """Train on in this layout from the newest checkpoint or snapshot, or from the beginning where there is none.
 
-    ``since_s`` is when the job was launched, or resumed, with ``config``; ``workers`` the ranks of this
-    attempt, ``remembered`` the step of the newest snapshot,
-    ``keepers`` whom ranks may ask for it.
+    ``since_s`` is when the job was launched, or resumed, with ``config``; ``keepers`` whom ranks may ask for snapshots.
     """
-    newest, layout = newest_step(run), layout_of_newest(run, config.train.layout, since_s, remembered)
-    if layout.world_size != workers:
-        layout = layout_on(config, workers) or layout  # of fewer nodes than before, or of more
-    train = config.train.model_copy(update={"layout": layout})
+    train, newest = config.train.model_copy(update={"layout": layout}), newest_step(run)
     arguments: dict[str, Any] = {
         "config": train.model_dump(mode="json"),
         "directory": str(run.directory.absolute()),
@@ -48,7 +37,9 @@ def training_work(
         arguments["faults"] = [shot.model_dump(mode="json") for shot in injection.shots if shot.is_inside]
     launch = None if train.snapshot is None else launch_of(since_s)
     logs = str(run.logs.absolute())
-    return TrainingWork(entry=ENTRY, arguments=arguments, logs=logs, launch=launch, keepers=tuple(keepers))
+    return TrainingWork(
+        entry=ENTRY, arguments=arguments, logs=logs, launch=launch, keepers=tuple(keepers), records=config.record
+    )
 
 
 def launch_of(since_s: float) -> str:

@@ -55,6 +55,7 @@ FLAGS = (
     Flag(("--tee", "-t"), "STD", "streams shown on the terminal: 0 to 3 (1 output, 2 errors), or RANK:STD,..."),
     Flag(("--local-ranks-filter",), "RANK,...", "show these ranks of a node on the terminal; default: its first"),
     Flag(("--shutdown-timeout", "--grace"), "SECONDS", "from SIGTERM or Ctrl-C to SIGKILL; default 25"),
+    Flag(("--no-record",), None, "do not record the collectives of the ranks (evermesh records)"),
     Flag(("--role",), "NAME", "ROLE_NAME of the ranks"),
     Flag(("--rdzv-id",), "ID", "TORCHELASTIC_RUN_ID; default: a new one"),
     Flag(("--master-addr",), "HOST", "node 0: the machines meet there, and rank 0 opens its store; default localhost"),

@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Literal
 
+from evermesh.fault.recorder.area import RingArea
+from evermesh.fault.recorder.in_scripts import environment_of
 from evermesh.launcher.scripts.environment import Start, rank_environment
 from evermesh.launcher.scripts.nodes import Node, Place, places
 from evermesh.launcher.scripts.options import ScriptJob
@@ -24,7 +26,8 @@ _LOOK_S = 3600.0
 class Ranks:
     """The processes of one generation on this machine, and what they print.
 
-    ``guardians``: of every node here. ``wakeups`` are taken while the ranks are watched.
+    ``guardians``: of every node here. ``wakeups`` are taken while the ranks are watched. ``rings``: where ranks record their
+    collectives; None: nowhere.
     """
 
     def __init__(
@@ -34,9 +37,10 @@ class Ranks:
         terminal: Terminal,
         guardians: Mapping[Node, Guardian],
         wakeups: Wakeups,
+        rings: RingArea | None = None,
     ) -> None:
         self._job, self._start, self._terminal, self._guardians = job, start, terminal, guardians
-        self._wakeups = wakeups
+        self._wakeups, self._rings = wakeups, rings
         self._selector = selectors.DefaultSelector()
         self._selector.register(wakeups, selectors.EVENT_READ, None)
         self._processes: list[RankProcess] = []
@@ -119,6 +123,9 @@ class Ranks:
 
     def _start_one(self, place: Place, inherited: Mapping[str, str]) -> None:
         environment = rank_environment(self._job, self._start, place, inherited)
+        if self._rings is not None:
+            spec = self._rings.spec(self._start.generation, place.rank, place.node.world_size)
+            environment |= environment_of(spec, environment)
         stdout, stderr = self._sink(place, 1), self._sink(place, 2)
         try:
             process = RankProcess(place, self._job.command(place.local_rank), environment, stdout=stdout, stderr=stderr)

@@ -65,6 +65,8 @@ class ScriptJob(Frozen):
     """Local ranks that may show anything; None for the first rank of this machine and what ``tee`` names."""
     grace_s: float = Field(default=_DEFAULT_GRACE_S, ge=0)
     """Seconds from a signal that ends the job to SIGKILL."""
+    records: bool = True
+    """Ranks record their collectives."""
     idle_flags: tuple[str, ...] = ()
     """What was given and has no effect here."""
 
@@ -114,6 +116,7 @@ def script_job(arguments: Sequence[str], environ: Mapping[str, str]) -> ScriptJo
         redirects=_streams(line, "redirects", workers),
         tee=_streams(line, "tee", workers),
         local_ranks_filter=_filter(line),
+        records="no_record" not in line.values,
         grace_s=seconds(line, "shutdown_timeout", _DEFAULT_GRACE_S),
         idle_flags=tuple(line.spellings[f.field] for f in FLAGS if not f.has_effect and f.field in line.values),
     )

@@ -1,12 +1,14 @@
 """Runs a script to its end: starts the ranks, passes signals on, carries out what is decided."""
 
 import itertools
+import os
 import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 
+from evermesh.fault.recorder.area import RingArea
 from evermesh.launcher.policy import DO_NOT_REQUEUE, REQUEUE, root_cause
 from evermesh.launcher.registry import register
 from evermesh.launcher.scripts.environment import Start
@@ -49,6 +51,7 @@ class Supervisor:
             register("script", self._job.name, self._logs.path, sys.argv, say=self._terminal.say),
             self._meet() as self._peers,
             self._guard(self._peers.nodes) as self._guardians,
+            self._recorded() as self._rings,
             Wakeups() as self._wakeups,
             Signals(self._pass_on, self._kill) as self._signals,
         ):
@@ -72,7 +75,9 @@ class Supervisor:
     def _run_generation(self, start: Start) -> Report:
         began_s = time.monotonic()
         self._signals.forwarded.clear()
-        ranks = self._ranks = Ranks(self._job, start, self._terminal, self._guardians, self._wakeups)
+        ranks = self._ranks = Ranks(self._job, start, self._terminal, self._guardians, self._wakeups, self._rings)
+        if self._rings is not None:
+            self._rings.clear()
         try:
             ranks.start_all(self._inherited, lambda: not self._is_ending)
             if self._signals.stopped_by is not None:
@@ -83,6 +88,8 @@ class Supervisor:
             ends = self._end(start, ranks)
         finally:
             ranks.close()
+            if self._rings is not None:
+                self._rings.keep()
         ran_s, progressed = time.monotonic() - began_s, self._logs.has_progressed()
         return report_of(start, ends, ran_s, has_progressed=progressed, forwarded=self._signals.forwarded)
 
@@ -182,6 +189,20 @@ class Supervisor:
         """A guardian per node."""
         with ExitStack() as stack:
             yield {node: stack.enter_context(Guardian()) for node in nodes}
+
+    @contextmanager
+    def _recorded(self) -> Iterator[RingArea | None]:
+        """Where the ranks here record their collectives; without room they run all the same."""
+        try:
+            rings = RingArea(self._logs.path, os.uname().nodename) if self._job.records else None
+        except OSError as error:
+            self._terminal.say(f"evermesh: collectives are not recorded: {error}")
+            rings = None
+        try:
+            yield rings
+        finally:
+            if rings is not None:
+                rings.close()
 
 
 def _in_words(job: ScriptJob) -> str:

@@ -1,7 +1,8 @@
 """Asking members: a connection to each, kept while it answers. Used by the controller and by agents, one thread each."""
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 
 from pydantic import ValidationError
@@ -15,6 +16,7 @@ TIMEOUT_S = 1.0
 _SILENT_S = 5.0
 """How long who has not answered in time is not asked by those who can do without."""
 _CLOSE_S = 0.1
+_MOST_AT_ONCE = 32
 
 
 class Peers:
@@ -28,8 +30,13 @@ class Peers:
 
     def ask(self, requests: Mapping[Seat, Request]) -> dict[str, Answer]:
         """The answers that came in time."""
-        until_s = time.monotonic() + self._timeout_s
         asked = [seat for seat, request in requests.items() if self._send(seat, request)]
+        others = [
+            seat for seat in requests if seat not in self._connections
+        ]  # a kept one may be of an agent that is gone
+        self._connect(others)
+        asked += [seat for seat in others if self._send(seat, requests[seat])]
+        until_s = time.monotonic() + self._timeout_s
         answers = {}
         for seat in asked:
             answer = self._receive(seat, until_s)
@@ -48,20 +55,15 @@ class Peers:
             self._drop(seat)
 
     def _send(self, seat: Seat, request: Request) -> bool:
-        for _ in range(2):  # a connection that was kept may be of an agent that is gone
-            is_new = seat not in self._connections
-            try:
-                if is_new:
-                    self._connect(seat)
-                self._connections[seat].send(request.model_dump_json())
-            except (WebSocketException, OSError, ValueError):
-                self._drop(seat)
-                if is_new:
-                    self._note_silent(seat)
-                    return False
-            else:
-                return True
-        return False
+        """Whether there is a connection that takes it."""
+        if seat not in self._connections:
+            return False
+        try:
+            self._connections[seat].send(request.model_dump_json())
+        except (WebSocketException, OSError):
+            self._drop(seat)
+            return False
+        return True
 
     def _receive(self, seat: Seat, until_s: float) -> Answer | None:
         try:
@@ -77,20 +79,33 @@ class Peers:
     def _note_silent(self, seat: Seat) -> None:
         self._silent_until_s[seat] = time.monotonic() + _SILENT_S
 
-    def _connect(self, seat: Seat) -> None:
-        connecting = connect(
-            seat.url,
-            additional_headers={"Authorization": f"Bearer {self._token}"},
-            open_timeout=self._timeout_s,
-            ping_interval=None,
-            close_timeout=_CLOSE_S,
-            max_size=None,
-            compression=None,
-            proxy=None,
-        )
+    def _connect(self, seats: Sequence[Seat]) -> None:
+        """To all at the same time: one that is out of reach takes the whole time, and the others must not wait for it."""
+        if not seats:
+            return
+        with ThreadPoolExecutor(min(len(seats), _MOST_AT_ONCE)) as pool:
+            for seat, found in zip(seats, pool.map(self._connected, seats), strict=True):
+                if found is None:
+                    self._note_silent(seat)
+                else:
+                    self._connections[seat], self._closing[seat] = found
+
+    def _connected(self, seat: Seat) -> tuple[ClientConnection, ExitStack] | None:
         stack = ExitStack()
-        self._connections[seat] = stack.enter_context(connecting)
-        self._closing[seat] = stack
+        try:
+            connecting = connect(
+                seat.url,
+                additional_headers={"Authorization": f"Bearer {self._token}"},
+                open_timeout=self._timeout_s,
+                ping_interval=None,
+                close_timeout=_CLOSE_S,
+                max_size=None,
+                compression=None,
+                proxy=None,
+            )
+            return stack.enter_context(connecting), stack
+        except (WebSocketException, OSError, ValueError):
+            return None
 
     def _drop(self, seat: Seat) -> None:
         if self._connections.pop(seat, None) is not None:

@@ -46,12 +46,12 @@ class Job:
 
     def wait_training(self, generation: int = 1) -> JobStatus:
         """Wait for the first step of an attempt."""
-        self.wait(
-            lambda: any(
-                entry.fields.get("to") == "training" and entry.generation >= generation for entry in self.journal
-            )
-        )
+        self.wait(lambda: self.has_trained(generation))
         return self.client.status()
+
+    def has_trained(self, generation: int = 1) -> bool:
+        """Whether an attempt, this one or a later one, has finished a step."""
+        return any(entry.fields.get("to") == "training" and entry.generation >= generation for entry in self.journal)
 
     def wait_checkpoint(self) -> None:
         """Wait for a checkpoint."""
@@ -106,14 +106,19 @@ class Job:
 
 @contextmanager
 def launched(
-    job_file: Path, *overrides: str, name: str = "small", command: Sequence[str] = ("launch",), **variables: str
+    job_file: Path,
+    *overrides: str,
+    name: str = "small",
+    command: Sequence[str] = ("launch",),
+    within: Sequence[str] = (),
+    **variables: str,
 ) -> Iterator[Job]:
     """``evermesh launch``, or another command that launches, in a process group of its own, as soon as its run exists.
 
-    Nothing of it is left at the end.
+    ``within`` is what it is run by, such as the command that enters a namespace. Nothing of it is left at the end.
     """
     given = [part for value in overrides for part in ("--set", value)]
-    command = [*EVERMESH, *command, str(job_file), "--name", name, *given]
+    command = [*within, *EVERMESH, *command, str(job_file), "--name", name, *given]
     with subprocess.Popen(
         command,
         stdout=subprocess.PIPE,

@@ -232,10 +232,11 @@ def test_only_a_run_that_was_given_faults_hands_them_to_its_workers(job_file: Pa
     run, other = Run.create(config), Run.create(config)
     write_injection(run, injection_for(job_file))
     assert read_injection(run) == injection_for(job_file)
-    assert len(training_work(run, config, 0.0, config.workers).arguments["faults"]) == 1
-    assert "faults" not in training_work(other, config, 0.0, config.workers).arguments
+    layout = config.train.layout
+    assert len(training_work(run, config, 0.0, layout).arguments["faults"]) == 1
+    assert "faults" not in training_work(other, config, 0.0, layout).arguments
     forget_injection(run)
-    assert "faults" not in training_work(run, config, 0.0, config.workers).arguments
+    assert "faults" not in training_work(run, config, 0.0, layout).arguments
 
 
 def test_a_schedule_that_does_not_fit_is_refused_with_its_lines_before_anything_starts(job_file: Path) -> None:

@@ -15,7 +15,7 @@ from evermesh.fault.events import Event, read_events
 from evermesh.fault.snapshot.keeper.area import area_of
 from evermesh.fault.snapshot.keeper.slots import held_by
 from evermesh.launcher.config import JobConfig
-from evermesh.launcher.elastic import layout_on, node_counts
+from evermesh.launcher.elastic import layouts_on, node_counts
 from tests.launcher.jobs import Job, clean_losses, launched
 from tests.launcher.test_flush import _nobody_comes_back, _wait_in_memory
 
@@ -31,21 +31,15 @@ def test_the_layout_of_fewer_nodes_keeps_its_replicas_whole_where_it_can(corpus:
     job = _job(corpus, workers=16, nodes=4, least=1, tp=4)
     assert node_counts(job) == (4, 3, 2, 1)
     for count in node_counts(job):
-        layout = layout_on(job, 4 * count)
-        assert layout is not None
+        layout = layouts_on(job, 4 * count)[0]
         assert (layout.tp, layout.pp, layout.hdp) == (4, 1, count)
-    assert layout_on(job, 16) == job.train.layout
+    assert layouts_on(job, 16) == (job.train.layout,)
 
 
 def test_where_replicas_do_not_divide_the_workers_they_become_smaller(corpus: Path) -> None:
     job = _job(corpus, workers=8, nodes=4, least=1, tp=4)
-    found = {count: layout_on(job, 2 * count) for count in node_counts(job)}
-    assert {count: (one.tp, one.hdp) for count, one in found.items() if one} == {
-        4: (4, 2),
-        3: (2, 3),
-        2: (4, 1),
-        1: (2, 1),
-    }
+    found = {count: [(one.tp, one.hdp) for one in layouts_on(job, 2 * count)] for count in node_counts(job)}
+    assert found == {4: [(4, 2)], 3: [(2, 3), (1, 6)], 2: [(4, 1), (2, 2), (1, 4)], 1: [(2, 1), (1, 2)]}
 
 
 def test_the_longest_sequence_must_find_room(corpus: Path) -> None:

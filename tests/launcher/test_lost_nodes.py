@@ -21,6 +21,7 @@ from evermesh.launcher.controller.work import launch_of
 from tests.launcher.jobs import Job, clean_losses, launched
 
 COMPARED = 30
+MIB = 1 << 20
 ENDLESS = ("train.steps=100000", "workers=3", "train.snapshot.every=1")
 WITHOUT_STORAGE = ("train.checkpoint.every=null",)
 
@@ -131,6 +132,30 @@ def test_f8_a_lost_node_is_rebuilt_into_the_memory_of_a_spare_and_protected_agai
         lose(job, first[0])  # of rank 0 and the rendezvous: the node lost first, with empty memory, takes its place
         job.wait(lambda: len(_told(job, "resumed")) == 2)
         _assert_from_memory(job, _end(job), 3, expected)
+
+
+def test_what_all_nodes_hold_is_not_coded_and_a_lost_node_has_it_again_from_copies(job_file: Path) -> None:
+    """Every node has one of three experts alone, and all else with its moments as the others have it."""
+    shape = (
+        "train.model.hidden=64",
+        "train.model.moe={experts: 3, top_k: 2, ffn: 64}",
+        "train.layout.ep=3",
+        "train.layout.sharding.states=1",
+    )
+    losses = clean_losses(job_file, 100000, f"train.stop_at={COMPARED}", "workers=3", "train.snapshot=off", *shape)
+    with job_of(job_file, *shape, *WITHOUT_STORAGE) as job:
+        (told,) = _told(job, "snapshots protected")
+        data, coded, sent, parity = (
+            int(str(told.fields[f"{name}_bytes"])) for name in ("data", "coded", "sent", "parity")
+        )
+        assert f"Of {data:,} bytes {coded:,} are coded" in told.text
+        assert 0.2 * data < coded == sent < 0.7 * data
+        assert parity == 3 * MIB, "one chunk on every node"
+        _wait_protected(job, (0, 1, 2), 3)
+        lose(job, 1)
+        job.wait(lambda: len(_told(job, "resumed")) == 1)
+        job.wait(lambda: len(_told(job, "snapshots protected")) == 2)
+        _assert_from_memory(job, _end(job), 2, losses)
 
 
 @pytest.mark.parity

@@ -1,4 +1,4 @@
-"""``python -m evermesh.fault.snapshot.keeper AREA KEY IDLE_S``: the keeper of a node."""
+"""``python -m evermesh.fault.snapshot.keeper AREA KEY IDLE_S SLOTS``: the keeper of a node."""
 
 import os
 import secrets
@@ -15,8 +15,8 @@ _LOCK_WAIT_S, _LOCK_LOOK_S = 2.0, 0.01
 """Who sweeps an area holds its lock for an instant."""
 
 
-def main(area: Path, key: str, idle_s: float) -> int:
-    """Keep snapshots in ``area``; returns what the process ends with."""
+def main(area: Path, key: str, idle_s: float, slots: int) -> int:
+    """Keep so many snapshots of every rank in ``area``; returns what the process ends with."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # meant for others; the agent says when it is over
         signal.signal(number, signal.SIG_IGN)
     os.umask(0o077)
@@ -24,7 +24,7 @@ def main(area: Path, key: str, idle_s: float) -> int:
     nonce = secrets.token_hex(8)
     while True:
         with suppress(BlockingIOError):
-            held = Area(area, key, nonce)
+            held = Area(area, key, nonce, slots)
             break
         if time.monotonic() > until_s:
             print(f"{area} has a keeper", file=sys.stderr)
@@ -35,4 +35,4 @@ def main(area: Path, key: str, idle_s: float) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), sys.argv[2], float(sys.argv[3])))
+    sys.exit(main(Path(sys.argv[1]), sys.argv[2], float(sys.argv[3]), int(sys.argv[4])))

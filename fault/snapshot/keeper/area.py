@@ -63,15 +63,16 @@ def started_at(pid: int) -> int | None:
 
 
 class Area:
-    """The folder as its keeper holds it; what an earlier keeper of the same launch left there is kept.
+    """The folder as its keeper holds it; what an earlier keeper of the same launch left there is kept. ``slots`` is how many
+    each rank gets.
 
     Raises:
         BlockingIOError: another keeper holds it.
     """
 
-    def __init__(self, path: Path, key: str, nonce: str) -> None:
-        self.path = path
-        self._lock = _locked(path, _LOCK)
+    def __init__(self, path: Path, key: str, nonce: str, slots: int = NUM_SLOTS) -> None:
+        self.path, self._numbers = path, range(slots)
+        self._lock = locked(path, _LOCK)
         before = identity_in(path)
         if before is not None and before.key != key:
             for folder in (*path.glob("rank-*"), *path.glob("parity-*"), *path.glob("layouts")):
@@ -92,7 +93,7 @@ class Area:
             return
         self.release(rank)
         try:
-            for number in range(NUM_SLOTS):
+            for number in self._numbers:
                 files = SlotFiles.of(self.path, rank, number)
                 files.folder.mkdir(parents=True, mode=0o700)
                 _make(files.header, HEADER_BYTES)
@@ -105,7 +106,7 @@ class Area:
 
     def room_of(self, rank: int) -> int | None:
         """Bytes of the slots of ``rank``; None without slots, or if some of their memory is gone."""
-        files = [SlotFiles.of(self.path, rank, number) for number in range(NUM_SLOTS)]
+        files = [SlotFiles.of(self.path, rank, number) for number in self._numbers]
         try:
             room = int((files[0].folder.parent / _ROOM).read_text())
             sizes = {one.header.stat().st_size for one in files} | {HEADER_BYTES}
@@ -129,7 +130,7 @@ class AgentMark:
     """Says that an area is wanted, also while no keeper lives: held by the agent of the node."""
 
     def __init__(self, path: Path) -> None:
-        self._descriptor: int | None = _locked(path, _AGENT)
+        self._descriptor: int | None = locked(path, _AGENT)
 
     def close(self) -> None:
         """The area may be swept."""
@@ -143,7 +144,7 @@ def sweep(root: Path = FOLDER) -> list[Path]:
     swept = []
     for path in root.glob(f"{_PREFIX}-{os.getuid()}-*"):
         with suppress(OSError):
-            held = [_lock_of(path / name) for name in (_LOCK, _AGENT)]
+            held = [lock_of(path / name) for name in (_LOCK, _AGENT)]
             try:
                 if None not in held:
                     _remove(path)
@@ -164,8 +165,8 @@ def _remove(path: Path) -> None:
     shutil.rmtree(going)
 
 
-def _lock_of(file: Path) -> int | None:
-    """Lock a file, which need not exist; None if somebody holds it."""
+def lock_of(file: Path) -> int | None:
+    """Lock a file, which need not exist, and return its descriptor; None if somebody holds it."""
     descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -175,7 +176,7 @@ def _lock_of(file: Path) -> int | None:
     return descriptor
 
 
-def _locked(path: Path, name: str) -> int:
+def locked(path: Path, name: str) -> int:
     """Make the folder, which only this user may look into, and lock a file in it.
 
     Raises:
@@ -189,7 +190,7 @@ def _locked(path: Path, name: str) -> int:
             status = path.lstat()
             if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
                 raise PermissionError(f"{path} is not a folder of user {os.getuid()} alone. Remove it.")
-            descriptor = _lock_of(path / name)
+            descriptor = lock_of(path / name)
             if descriptor is None:
                 if time.monotonic() > until_s:
                     raise BlockingIOError(f"{path / name} is held by another process")

@@ -33,11 +33,18 @@ class Protected(NamedTuple):
     code: str
     portions: tuple[tuple[Portion, ...], ...]
     """By member."""
+    coded_bytes: tuple[int, ...]
+    """By member: of what it holds, that which it codes; the rest others hold too."""
+
+    @property
+    def data_bytes(self) -> int:
+        """That this member holds."""
+        return sum(portion.num_bytes for portion in self.portions[self.member])
 
     @property
     def longest(self) -> int:
-        """Bytes of the longest data of a member."""
-        return max(sum(part.num_bytes for part in of_member) for of_member in self.portions)
+        """Bytes that the member codes which codes most."""
+        return max(self.coded_bytes)
 
     def values(self) -> dict[str, Any]:
         """As JSON; ``read`` reads it."""
@@ -48,7 +55,8 @@ class Protected(NamedTuple):
         """Raises ``LookupError``, ``TypeError`` or ``ValueError`` if it is none."""
         portions = tuple(tuple(Portion(*part) for part in of_member) for of_member in values["portions"])
         version = Version(*values["version"])
-        return cls(version, values["stripe"], values["member"], values["code"], portions)
+        coded_bytes = tuple(map(int, values["coded_bytes"]))
+        return cls(version, values["stripe"], values["member"], values["code"], portions, coded_bytes)
 
 
 class ParityBuffer:

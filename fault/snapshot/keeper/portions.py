@@ -48,6 +48,11 @@ def portions_of(area: Path, version: Version, ranks: Sequence[int]) -> tuple[Por
     return tuple(_portion(area, version, rank) for rank in sorted(ranks))
 
 
+def slot_files(area: Path, version: Version, rank: int) -> SlotFiles:
+    """The slot of ``rank`` that holds its part of a snapshot. Raises ``LookupError`` if neither does."""
+    return SlotFiles.of(area, rank, _slot_with(area, version, rank)[0])
+
+
 def holds(area: Path, version: Version, portions: Sequence[Portion]) -> bool:
     """Whether the slots of a node hold just this of a snapshot, as far as headers and sizes tell."""
     try:
@@ -141,7 +146,8 @@ def _slot_for(area: Path, rank: int, version: Version) -> int:
     """The slot that has it, else one that holds nothing, else the one with the older snapshot."""
     held = {one.number: one.record.version for one in held_by(area, rank)}
     worst = Version(-1, -1, "")
-    return min(range(NUM_SLOTS), key=lambda number: (held.get(number) != version, held.get(number, worst)))
+    there = [number for number in range(NUM_SLOTS) if SlotFiles.of(area, rank, number).folder.is_dir()]
+    return min(there, key=lambda number: (held.get(number) != version, held.get(number, worst)))
 
 
 def _file_views(stack: ExitStack, files: SlotFiles, portion: Portion) -> list[memoryview]:

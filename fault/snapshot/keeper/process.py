@@ -14,6 +14,7 @@ from evermesh.fault.snapshot.keeper.answers import Answers
 from evermesh.fault.snapshot.keeper.area import AgentMark, Identity, identity_in, sweep
 from evermesh.fault.snapshot.keeper.client import KeeperClient, KeeperLost
 from evermesh.fault.snapshot.keeper.serving import address_in
+from evermesh.fault.snapshot.keeper.slots import NUM_SLOTS
 
 _MODULE = "evermesh.fault.snapshot.keeper"
 _ANSWER_S = 2.0
@@ -27,16 +28,24 @@ class KeeperProcess:
     listen yet.
 
     One of an earlier launch is ended first. What nobody holds any more on this machine is swept. With a ``host``, other
-    nodes that know the ``secret`` may read what it keeps, over TCP on this address.
+    nodes that know the ``secret`` may read what it keeps, over TCP on this address. Ranks can write into two ``slots`` in
+    turns; what is only rebuilt needs one.
     """
 
     def __init__(
-        self, area: Path, key: str, log: Path, idle_s: float = IDLE_S, host: str | None = None, secret: bytes = b""
+        self,
+        area: Path,
+        key: str,
+        log: Path,
+        idle_s: float = IDLE_S,
+        host: str | None = None,
+        secret: bytes = b"",
+        slots: int = NUM_SLOTS,
     ) -> None:
         if host is not None and len(secret) < LEAST_SECRET_BYTES:
             raise ValueError(f"a secret of {len(secret)} bytes can be guessed; give at least {LEAST_SECRET_BYTES}.")
         self.area, self._key, self._log, self._idle_s = area, key, log, idle_s
-        self._host, self._secret = host, secret
+        self._host, self._secret, self._slots = host, secret, slots
         self._child: subprocess.Popen[bytes] | None = None
         self._client: KeeperClient | None = None
         self._answers = Answers()
@@ -140,7 +149,7 @@ class KeeperProcess:
             self._client = None
         self._answers = Answers()
         paths = os.pathsep.join(path for path in sys.path if path)
-        command = [sys.executable, "-P", "-m", _MODULE, str(self.area), self._key, str(self._idle_s)]
+        command = [sys.executable, "-P", "-m", _MODULE, str(self.area), self._key, str(self._idle_s), str(self._slots)]
         with self._log.open("ab") as output:
             self._child = subprocess.Popen(
                 command,

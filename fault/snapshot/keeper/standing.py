@@ -17,6 +17,12 @@ class Standing(NamedTuple):
     """Whether the other members can rebuild it."""
     text: str
     """Why it is not."""
+    data_bytes: int = 0
+    """That the node holds of it; 0: it is not protected, as with the next two."""
+    coded_bytes: int = 0
+    """Of these, that which parity is made of; the rest other members hold too."""
+    parity_bytes: int = 0
+    """That the node keeps for others."""
     seconds: float = 0.0
     """That it took."""
 

@@ -4,29 +4,28 @@ Everything that moves bytes happens in a thread, one transfer at a time. Whateve
 all that ranks need to go on; that they are not protected is written down where the agent looks (``standing``).
 """
 
-import json
 import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from evermesh.fault.snapshot.choosing import Version
-from evermesh.fault.snapshot.coding import Code
 from evermesh.fault.snapshot.keeper.parity import ParityBuffer, Protected, buffer_of, free_buffer
+from evermesh.fault.snapshot.keeper.place import Place
 from evermesh.fault.snapshot.keeper.portions import Portion, change_state, held_views, new_views, portions_of
+from evermesh.fault.snapshot.keeper.sharing import Sealed, sealed_by
 from evermesh.fault.snapshot.keeper.slots import State
 from evermesh.fault.snapshot.keeper.standing import Standing
 from evermesh.fault.snapshot.stripes import (
-    Address,
-    Membership,
     RecordUnreadable,
     SnapshotsDiffer,
     StripeRecord,
     StripeTransfer,
     TransferFailed,
     TransferGivenUp,
+    copied_bytes,
     listen,
     parity_bytes,
 )
@@ -35,24 +34,6 @@ _SILENCE_S = 30.0
 """A member that is silent for so long is lost."""
 _FAILURES = (OSError, LookupError, ValueError)
 """What may go wrong between members, memory and files; the errors of stripes are among these."""
-
-
-class Place(NamedTuple):
-    """The place of this node in its stripe."""
-
-    mine: Membership
-    """Its generation is the epoch: later ones replace earlier ones, also within an attempt."""
-    ranks: tuple[int, ...]
-    """Of this node."""
-    bytes_per_s: float | None
-
-    @classmethod
-    def told(cls, order: dict[str, Any]) -> "Place":
-        """As the order says. Raises ``LookupError``, ``TypeError`` or ``ValueError``."""
-        addresses = tuple(Address(host, port) for host, port in order["addresses"])
-        code, secret = Code.parse(order["code"]), bytes.fromhex(order["secret"])
-        mine = Membership(order["member"], addresses, code, order["stripe"], order["epoch"], secret)
-        return cls(mine, tuple(order["ranks"]), order["bytes_per_s"])
 
 
 class StripeMember:
@@ -143,9 +124,10 @@ class StripeMember:
             self._given_up.set()
         with self._busy:
             self._close()
-            found = self._rebuild(place, version, Protected.read(order["protected"]))
+            protected = Protected.read(order["protected"])._replace(member=place.mine.rank)
+            found = self._rebuild(place, version, protected)
             self._close()
-        Standing(place.mine.generation, version.step, True, "").write(self._area)
+        self._achieved(place, protected).write(self._area)
         return found | {"seconds": time.monotonic() - began_s}
 
     def _protect(self, place: Place, version: Version) -> None:
@@ -173,26 +155,43 @@ class StripeMember:
     def _protected(self, place: Place, version: Version) -> tuple[State, Standing]:
         epoch = place.mine.generation
         try:
-            self._move(place, version)
+            protected = self._move(place, version)
         except _FAILURES as error:
             self._close()
             return "sealed", Standing(epoch, version.step, False, f"{type(error).__name__}: {error}")
-        return "protected", Standing(epoch, version.step, True, "")
+        return "protected", self._achieved(place, protected)
 
-    def _move(self, place: Place, version: Version) -> None:
-        own = portions_of(self._area, version, place.ranks)
-        told = [json.loads(text) for text in self._told(place, version.step, json.dumps([version, own]).encode())]
-        others = [Version(*of_member) for of_member, _ in told]
-        if set(others) != {version}:
-            raise SnapshotsDiffer(f"members have sealed different snapshots: {sorted(set(others))}")
-        portions = tuple(tuple(Portion(*part) for part in parts) for _, parts in told)
-        mine = place.mine
-        protected = Protected(version, mine.stripe, mine.rank, str(mine.code), portions)
-        buffer = free_buffer(self._area)
-        buffer.make_room(parity_bytes(mine.code, protected.longest))
-        with held_views(self._area, version, place.ranks) as views, buffer.opened() as parity:
-            record = self._opened(place).protect(version.step, views, parity)
+    def _move(self, place: Place, version: Version) -> Protected:
+        mine, own = place.mine, sealed_by(self._area, version, portions_of(self._area, version, place.ranks))
+        told = [Sealed.from_bytes(text) for text in self._told(place, version.step, own.to_bytes())]
+        others = {one.version for one in told}
+        if others != {version}:
+            raise SnapshotsDiffer(f"members have sealed different snapshots: {sorted(others)}")
+        held = [one.num_bytes for one in told]
+        with held_views(self._area, version, place.ranks) as views:
+            pieces = self._opened(place).find_copies(version.step, views, [one.pieces for one in told], held)
+            coded = tuple(num_bytes - copied_bytes(found) for num_bytes, found in zip(held, pieces, strict=True))
+            portions = tuple(one.portions for one in told)
+            protected = Protected(version, mine.stripe, mine.rank, str(mine.code), portions, coded)
+            buffer = free_buffer(self._area)
+            buffer.make_room(parity_bytes(mine.code, protected.longest))
+            with buffer.opened() as parity:
+                record = self._opened(place).protect(version.step, views, parity, pieces=pieces)
         buffer.hold(protected, record.to_bytes())
+        return protected
+
+    @staticmethod
+    def _achieved(place: Place, protected: Protected) -> Standing:
+        mine = place.mine
+        return Standing(
+            mine.generation,
+            protected.version.step,
+            True,
+            "",
+            protected.data_bytes,
+            protected.coded_bytes[mine.rank],
+            parity_bytes(mine.code, protected.longest),
+        )
 
     def _told(self, place: Place, step: int, own: bytes) -> Sequence[bytes]:
         """What all members tell. A connection that has broken since it was used last is opened anew, once."""
@@ -207,9 +206,8 @@ class StripeMember:
                 raise
             return self._opened(place).tell_all(step, own)
 
-    def _rebuild(self, place: Place, version: Version, told: Protected) -> dict[str, Any]:
+    def _rebuild(self, place: Place, version: Version, protected: Protected) -> dict[str, Any]:
         mine = place.mine
-        protected = told._replace(member=mine.rank)
         buffer, record = self._held(version, protected)
         if buffer is None:
             buffer = free_buffer(self._area)

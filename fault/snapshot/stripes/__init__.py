@@ -1,6 +1,14 @@
 """Which nodes protect each other's snapshots, what that survives, and how they move the bytes."""
 
 from evermesh.fault.snapshot.handshake import Address, listen
+from evermesh.fault.snapshot.stripes.copies import (
+    LEAST_PIECE_BYTES,
+    MOST_PIECES,
+    NO_PIECES,
+    PIECE,
+    Pieces,
+    copied_bytes,
+)
 from evermesh.fault.snapshot.stripes.errors import (
     ChunkCorrupt,
     MemberLost,
@@ -19,11 +27,16 @@ from evermesh.fault.snapshot.stripes.transfer import Rebuilt, StripeTransfer
 
 __all__ = [
     "CHUNK_BYTES",
+    "LEAST_PIECE_BYTES",
+    "MOST_PIECES",
+    "NO_PIECES",
+    "PIECE",
     "Address",
     "ChunkCorrupt",
     "MemberLost",
     "Membership",
     "Payload",
+    "Pieces",
     "Rebuilt",
     "RecordUnreadable",
     "SnapshotsDiffer",
@@ -33,6 +46,7 @@ __all__ = [
     "TransferFailed",
     "TransferGivenUp",
     "WrongGeneration",
+    "copied_bytes",
     "digests_of",
     "listen",
     "parity_bytes",

@@ -11,6 +11,8 @@ from collections.abc import Generator
 from enum import IntEnum
 from typing import NamedTuple
 
+import xxhash
+
 from evermesh.fault.snapshot.stripes.errors import SnapshotsDiffer, TransferFailed
 from evermesh.fault.snapshot.stripes.payload import Payload
 
@@ -32,6 +34,8 @@ class Kind(IntEnum):
     """The sender has all it needs; the digests of its parity, where it was protected."""
     TELL = 6
     """Something that the caller has to say to all."""
+    COPIED = 7
+    """The sender has one more of the copies that it lacked."""
 
 
 class Header(NamedTuple):
@@ -110,3 +114,15 @@ def read_exactly(num_bytes: int) -> Generator[memoryview | None, int, bytearray]
         count = yield rest
         rest = rest[count:]
     return buffer
+
+
+def read_into(payload: Payload) -> Generator[memoryview | None, int, int]:
+    """Receive all bytes of ``payload`` there; returns their xxh3-64."""
+    digest = xxhash.xxh3_64()
+    for view in payload.views:
+        rest = view
+        while rest.nbytes:
+            count = yield rest
+            digest.update(rest[:count])
+            rest = rest[count:]
+    return digest.intdigest()

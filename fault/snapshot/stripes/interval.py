@@ -24,6 +24,11 @@ class Rates(NamedTuple):
     failure_every_s: float
     """Mean time between failures of the job."""
 
+    @property
+    def least_steps(self) -> int:
+        """Between two snapshots of which the first is protected before the second begins."""
+        return max(1, math.ceil(self.protect_s / self.step_s - 1e-9))
+
 
 @dataclass(frozen=True, slots=True)
 class Interval:
@@ -41,7 +46,7 @@ class Interval:
 
 def best_interval(rates: Rates) -> Interval:
     """The number of steps between snapshots with the least expected loss; exact, not a formula for the optimum."""
-    least = max(1, math.ceil(rates.protect_s / rates.step_s - 1e-9))
+    least = rates.least_steps
     most = max(least, math.ceil(2 * (daly_s(rates) + rates.failure_every_s) / rates.step_s))
     while most - least > 2:  # the expected time has one minimum
         third = (most - least) // 3

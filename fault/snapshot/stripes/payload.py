@@ -1,6 +1,8 @@
 """Bytes that lie in several buffers, and the digests of their chunks."""
 
-from collections.abc import Iterator, Sequence
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate
 from typing import Self, TypeAlias
 
 import numpy as np
@@ -18,19 +20,27 @@ class Payload:
 
     def __init__(self, views: Sequence[memoryview]) -> None:
         self.views = [view.cast("B") for view in views if view.nbytes]
-        self.nbytes = sum(view.nbytes for view in self.views)
+        *self._begins, self.nbytes = accumulate((view.nbytes for view in self.views), initial=0)
 
     def part(self, start: int, stop: int) -> Self:
         """Bytes [start, stop), as far as there are some; nothing is copied."""
-        found, begin = [], 0
-        for view in self.views:
+        found = []
+        for at in range(max(bisect_right(self._begins, start) - 1, 0), len(self.views)):
+            view, begin = self.views[at], self._begins[at]
+            if begin >= stop:
+                break
             first, last = max(start - begin, 0), min(stop - begin, view.nbytes)
             if first < last:
                 found.append(view[first:last])
-            begin += view.nbytes
-            if begin >= stop:
-                break
         return type(self)(found)
+
+    def without(self, gaps: Iterable[tuple[int, int]]) -> Self:
+        """All but the bytes [start, stop) of each of ``gaps``, which are in order and apart; nothing is copied."""
+        kept, begin = list[memoryview](), 0
+        for start, stop in gaps:
+            kept += self.part(begin, start).views
+            begin = stop
+        return type(self)(kept + self.part(begin, self.nbytes).views)
 
     def chunk(self, slot: int, length: int = CHUNK_BYTES) -> Self:
         """The first ``length`` bytes of a chunk."""
@@ -38,10 +48,7 @@ class Payload:
 
     def pieces(self) -> Iterator[tuple[int, memoryview]]:
         """Where each buffer begins, and the buffer."""
-        begin = 0
-        for view in self.views:
-            yield begin, view
-            begin += view.nbytes
+        yield from zip(self._begins, self.views, strict=True)
 
     def digest(self) -> int:
         """xxh3-64 of all bytes."""

@@ -8,6 +8,7 @@ import numpy as np
 import xxhash
 
 from evermesh.fault.snapshot.coding.engine import ByteArray, Engine
+from evermesh.fault.snapshot.stripes.copies import Pieces
 from evermesh.fault.snapshot.stripes.errors import ChunkCorrupt, SnapshotsDiffer, TransferFailed
 from evermesh.fault.snapshot.stripes.frames import Kind, Transfer, chunk, frame, read_frame, read_header
 from evermesh.fault.snapshot.stripes.membership import Membership
@@ -26,6 +27,7 @@ class Protection:
     parity.
 
     Args:
+        data: what this member codes.
         parity: filled; as large for every member as the data of the longest needs.
 
     Raises:
@@ -112,8 +114,8 @@ class Protection:
         told = yield from read_frame(self._transfer, Kind.DONE, peer, 8 * number, 8 * number)
         self._parity_digests[peer] = _digests(told, number, peer)
 
-    def record(self) -> StripeRecord:
-        """What is protected, once everybody has acknowledged."""
+    def record(self, pieces: tuple[Pieces, ...]) -> StripeRecord:
+        """What is protected, once everybody has acknowledged; ``pieces`` by member, as all have agreed."""
         return StripeRecord(
             self._mine.code,
             self._transfer.step,
@@ -121,6 +123,7 @@ class Protection:
             self._in_order(self._lengths),
             self._in_order(self._digests),
             self._in_order(self._parity_digests),
+            pieces,
         )
 
     def _count(self, row: int) -> None:

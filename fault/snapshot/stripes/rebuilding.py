@@ -7,19 +7,31 @@ replaced too.
 import struct
 from collections import deque
 from collections.abc import Generator, Iterator
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
 import xxhash
 
 from evermesh.fault.snapshot.coding.engine import ByteArray, Engine
+from evermesh.fault.snapshot.stripes.copies import MOST_PIECES
 from evermesh.fault.snapshot.stripes.errors import (
     ChunkCorrupt,
     RecordUnreadable,
     SnapshotsDiffer,
     TransferFailed,
 )
-from evermesh.fault.snapshot.stripes.frames import Header, Kind, Transfer, chunk, frame, read_frame, read_header
+from evermesh.fault.snapshot.stripes.fetching import Fetching, corrupt_pieces, fetches
+from evermesh.fault.snapshot.stripes.frames import (
+    Header,
+    Kind,
+    Transfer,
+    chunk,
+    frame,
+    read_frame,
+    read_header,
+    read_into,
+)
 from evermesh.fault.snapshot.stripes.membership import Membership
 from evermesh.fault.snapshot.stripes.payload import Payload
 from evermesh.fault.snapshot.stripes.pump import PIECE_BYTES, Incoming, Outgoing
@@ -27,9 +39,9 @@ from evermesh.fault.snapshot.stripes.record import StripeRecord
 from evermesh.fault.snapshot.stripes.rotation import CHUNK_BYTES, num_rows, parity_bytes
 from evermesh.fault.snapshot.stripes.schedule import Damage, Repair, repairs
 
-_HELD = struct.Struct("<?Q")
-"""Whether the sender holds the snapshot, and the root of its record; behind it the rows of its corrupt chunks, 4 bytes
-each."""
+_HELD = struct.Struct("<?QI")
+"""Whether the sender holds the snapshot, the root of its record, and the number of its corrupt chunks; behind it their rows,
+and the numbers of its corrupt pieces that it does not code, 4 bytes each."""
 _WINDOW = 8
 """Rows that a member computes at a time."""
 
@@ -51,7 +63,7 @@ class _Work(NamedTuple):
 
 
 class Rebuilding:
-    """Three phases of generators for every other member: say what one holds, move chunks, say that one is done."""
+    """Phases of generators for every other member: say what one holds, move chunks, then copies, say that one is done."""
 
     def __init__(
         self,
@@ -71,6 +83,8 @@ class Rebuilding:
         self.record = record
         self._roots = {mine.rank: record.root if record else None}
         self.corrupt: dict[int, frozenset[int]] = {mine.rank: frozenset(self._scrub()) if record else frozenset()}
+        pieces = corrupt_pieces(record, mine.rank, held.data) if record else frozenset[int]()
+        self.corrupt_pieces = {mine.rank: pieces}
         self._room = [np.empty(CHUNK_BYTES, np.uint8) for _ in range(_WINDOW * mine.code.parts)]
         self._to_start: deque[Repair] = deque()
         self._works: dict[int, _Work] = {}
@@ -86,17 +100,18 @@ class Rebuilding:
     def announce(self) -> Outgoing:
         """Say what one holds."""
         root = self._roots[self._mine.rank]
-        rows = np.array(sorted(self.corrupt[self._mine.rank]), "<u4").tobytes()
-        return frame(self._transfer, Kind.REBUILD, _HELD.pack(root is not None, root or 0) + rows)
+        rows, pieces = sorted(self.corrupt[self._mine.rank]), sorted(self.corrupt_pieces[self._mine.rank])
+        numbers = np.array([*rows, *pieces], "<u4").tobytes()
+        return frame(self._transfer, Kind.REBUILD, _HELD.pack(root is not None, root or 0, len(rows)) + numbers)
 
     def hear(self, peer: int) -> Incoming:
         """Learn the same of another member."""
-        most = _HELD.size + 4 * self._most_rows()
+        most = _HELD.size + 4 * (self._most_rows() + MOST_PIECES)
         told = yield from read_frame(self._transfer, Kind.REBUILD, peer, _HELD.size, most)
-        holds, root = _HELD.unpack_from(told)
+        holds, root, num_rows = _HELD.unpack_from(told)
         self._roots[peer] = root if holds else None
-        rows = np.frombuffer(told, "<u4", (len(told) - _HELD.size) // 4, _HELD.size)
-        self.corrupt[peer] = frozenset(rows.tolist())
+        numbers = np.frombuffer(told, "<u4", (len(told) - _HELD.size) // 4, _HELD.size).tolist()
+        self.corrupt[peer], self.corrupt_pieces[peer] = frozenset(numbers[:num_rows]), frozenset(numbers[num_rows:])
 
     def agree(self) -> None:
         """Check that all who hold the snapshot hold the same.
@@ -127,7 +142,7 @@ class Rebuilding:
 
     def take_record(self, peer: int) -> Incoming:
         """Receive the record, and check it against the root that all holders told."""
-        most = 4096 + 16 * self._mine.code.parts * (1 + self._most_rows())
+        most = 4096 + self._mine.code.parts * (16 * (1 + self._most_rows()) + 32 * MOST_PIECES)
         text = yield from read_frame(self._transfer, Kind.RECORD, peer, 0, most)
         try:
             record = StripeRecord.from_bytes(text)
@@ -142,13 +157,16 @@ class Rebuilding:
 
         Raises:
             TooManyErasures: the snapshot cannot be rebuilt.
-            TransferFailed: what is lost here does not fit into the room there is.
+            TransferFailed: what is lost here does not fit into the room there is, or a copy of it is coded by who is absent.
         """
         record = self._known()
         self._check_room(record)
         corrupt = {member: rows for member, rows in self.corrupt.items() if member not in self.lost}
-        plan = repairs(record, Damage(self.lost, self._absent, corrupt))
+        damage = Damage(self.lost, self._absent, corrupt)
+        plan = repairs(record, damage)
         self._plan = plan
+        wanted = fetches(record, damage, self.corrupt_pieces)
+        self.fetching = Fetching(self._mine.rank, self._transfer, record, self._held.data, wanted)
         self._to_start = deque(repair for repair in plan if repair.by == self._mine.rank)
         self._ready = {member: deque() for member in self.lost}
 
@@ -207,14 +225,8 @@ class Rebuilding:
     def _take_lost(self, peer: int, rows: set[int]) -> Generator[memoryview | None, int, int]:
         header = yield from read_header(self._transfer, Kind.CHUNK, peer)
         self._check_header(header, rows, self._mine.rank, peer)
-        digest = xxhash.xxh3_64()
-        for view in self._own(header.row).views:
-            rest = view
-            while rest.nbytes:
-                count = yield rest
-                digest.update(rest[:count])
-                rest = rest[count:]
-        self._check_digest(digest.intdigest(), header.row, self._mine.rank, peer)
+        digest = yield from read_into(self._own(header.row))
+        self._check_digest(digest, header.row, self._mine.rank, peer)
         return header.row
 
     def _start(self) -> None:
@@ -258,8 +270,12 @@ class Rebuilding:
 
     def _own(self, row: int) -> Payload:
         rows, rank = self._known().rows, self._mine.rank
-        whole = self._held.parity if rows.keeps_parity[row, rank] else self._held.data
+        whole = self._held.parity if rows.keeps_parity[row, rank] else self._coded
         return whole.chunk(int(rows.slot[row, rank]), int(rows.size[row, rank]))
+
+    @cached_property
+    def _coded(self) -> Payload:
+        return self._known().coded(self._mine.rank, self._held.data)
 
     def _size(self, row: int, member: int) -> int:
         return int(self._known().rows.size[row, member])
@@ -271,7 +287,7 @@ class Rebuilding:
         return num_rows(self._mine.code, max(room, *known, CHUNK_BYTES))
 
     def _check_room(self, record: StripeRecord) -> None:
-        needed = record.lengths[self._mine.rank], parity_bytes(record.code, max(record.lengths))
+        needed = record.data_bytes(self._mine.rank), parity_bytes(record.code, max(record.lengths))
         room = self._held.data.nbytes, self._held.parity.nbytes
         if room[0] < needed[0] or room[1] < needed[1]:
             raise TransferFailed(

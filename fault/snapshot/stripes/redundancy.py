@@ -39,7 +39,7 @@ def what_to_code(
         holders: nodes that hold a copy of the region in their snapshot, at least one.
     """
     coded: dict[Node, list[Region]] = defaultdict(list)
-    load: dict[Node, int] = {node: 0 for nodes in holders.values() for node in sorted(nodes, key=repr)}
+    load: dict[Node, int] = dict.fromkeys(sorted(set().union(*holders.values()), key=repr), 0)
     copied = []
     for region in sorted(holders, key=lambda region: -num_bytes[region]):
         nodes = holders[region]

@@ -6,10 +6,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import NamedTuple, Self
 
+import numpy as np
+
 from evermesh.fault.snapshot.coding import choose_engine
 from evermesh.fault.snapshot.coding.engine import Engine
 from evermesh.fault.snapshot.stripes.bandwidth import TokenBucket
-from evermesh.fault.snapshot.stripes.errors import TransferFailed
+from evermesh.fault.snapshot.stripes.copies import NO_PIECES, Pieces, digests_of_pieces, divide, gaps, shared_keys
+from evermesh.fault.snapshot.stripes.errors import SnapshotsDiffer, TransferFailed
 from evermesh.fault.snapshot.stripes.frames import Kind, Transfer, frame, read_frame
 from evermesh.fault.snapshot.stripes.membership import Membership, close_all, connect
 from evermesh.fault.snapshot.stripes.payload import Digests, Payload, digests_of
@@ -18,7 +21,7 @@ from evermesh.fault.snapshot.stripes.pump import Incoming, Outgoing, Pump
 from evermesh.fault.snapshot.stripes.rebuilding import Held, Rebuilding
 from evermesh.fault.snapshot.stripes.record import StripeRecord
 
-_MOST_TOLD_BYTES = 1 << 24
+_MOST_TOLD_BYTES = 1 << 26
 
 
 class Rebuilt(NamedTuple):
@@ -28,7 +31,7 @@ class Rebuilt(NamedTuple):
     lost: frozenset[int]
     """Members that held nothing and hold all now."""
     repaired: Mapping[int, int]
-    """Of other members the number of chunks that were corrupt and are right now."""
+    """Of other members the number of chunks and copies that were corrupt and are right now."""
 
 
 class StripeTransfer:
@@ -82,7 +85,7 @@ class StripeTransfer:
         """What every member tells the others, by rank; every member calls it, and nobody is absent.
 
         Raises:
-            TransferFailed: a member failed, or told more than 16 MiB.
+            TransferFailed: a member failed, or told more than 64 MiB.
         """
         self._need_all()
         transfer, heard = Transfer(step, self._mine.generation), {self._mine.rank: told}
@@ -97,8 +100,39 @@ class StripeTransfer:
             raise
         return tuple(heard[member] for member in range(self._mine.code.parts))
 
+    def find_copies(
+        self, step: int, data: Sequence[memoryview], told: Sequence[Pieces], lengths: Sequence[int]
+    ) -> tuple[Pieces, ...]:
+        """What several members hold, by member, and who of them codes it; every member calls it and gets the same.
+
+        Only what several keys are told of is read.
+
+        Args:
+            data: of this member.
+            told: pieces of all members, by member, the same everywhere; their digests are not known yet.
+            lengths: bytes of the data, by member.
+
+        Raises:
+            TransferFailed: a member failed, or told what cannot be.
+        """
+        keys = shared_keys(told)
+        if not keys.size:
+            return (NO_PIECES,) * self._mine.code.parts
+        shared = [pieces[np.isin(pieces["key"], keys)] for pieces in told]
+        own = digests_of_pieces(Payload(data), shared[self._mine.rank])
+        for member, digests in enumerate(self.tell_all(step, own.tobytes())):
+            if len(digests) != 8 * shared[member].size:
+                raise SnapshotsDiffer(f"member {member} told {len(digests)} bytes of digests.", (member,))
+            shared[member]["digest"] = np.frombuffer(digests, "<u8")
+        return divide(shared, lengths, self._mine.code.parity)
+
     def protect(
-        self, step: int, data: Sequence[memoryview], parity: memoryview, digests: Digests | None = None
+        self,
+        step: int,
+        data: Sequence[memoryview],
+        parity: memoryview,
+        digests: Digests | None = None,
+        pieces: tuple[Pieces, ...] | None = None,
     ) -> StripeRecord:
         """Keep parity of the others' data, and let them keep that of mine; every member calls it.
 
@@ -107,14 +141,16 @@ class StripeTransfer:
 
         Args:
             data: buffers that count as laid end to end; of any length on every member.
-            parity: overwritten; ``parity_bytes`` of the longest data.
-            digests: of the data, by chunk; computed if not given.
+            parity: overwritten; ``parity_bytes`` of the longest data, as far as it is coded.
+            digests: of what is coded of the data, by chunk; computed if not given.
+            pieces: as ``find_copies`` has them: what a member does not code. Without, all is coded.
 
         Raises:
             TransferFailed: nothing is protected, and ``parity`` is useless; the kinds are in ``errors``.
         """
         self._need_all()
-        payload = Payload(data)
+        pieces = pieces or (NO_PIECES,) * self._mine.code.parts
+        payload = Payload(data).without(gaps(pieces[self._mine.rank]))
         digests = digests_of(payload) if digests is None else digests
         try:
             part = Protection(self._mine, step, payload, digests, parity, self._engine)
@@ -125,7 +161,7 @@ class StripeTransfer:
         except BaseException:
             self.close()
             raise
-        return part.record()
+        return part.record(pieces)
 
     def rebuild(
         self, step: int, record: StripeRecord | None, data: Sequence[memoryview], parity: memoryview
@@ -142,7 +178,8 @@ class StripeTransfer:
             parity: likewise.
 
         Raises:
-            TooManyErasures: fewer chunks of a row are left than the code needs. Every member raises it.
+            TooManyErasures: fewer chunks of a row are left than the code needs, or of something that is not coded no copy.
+            Every member raises it.
             TransferFailed: a member failed; repeat it. The kinds are in ``errors``.
         """
         self._need_connections()
@@ -155,12 +192,14 @@ class StripeTransfer:
             self._share_record(part)
             part.begin()
             self._phase(part.give, part.take)
+            self._phase(part.fetching.give, part.fetching.take)
             self._phase(lambda peer: part.tell(), part.told)
         except BaseException:
             self.close()
             raise
         assert part.record is not None, "the plan was made with it"
-        return Rebuilt(part.record, part.lost, {member: len(rows) for member, rows in part.corrupt.items() if rows})
+        repaired = {member: len(rows) + len(part.corrupt_pieces[member]) for member, rows in part.corrupt.items()}
+        return Rebuilt(part.record, part.lost, {member: number for member, number in repaired.items() if number})
 
     def _share_record(self, part: Rebuilding) -> None:
         giver = part.first_holder

@@ -18,6 +18,8 @@ EXAMPLES = """[bold]Examples[/]
 
   evermesh snapshot plan --topology cluster.json --must-survive rack --json
 
+  evermesh snapshot plan --nodes 64 --copies 32 --copied 0.75 [dim]# pp 2, experts of one node each[/]
+
   evermesh snapshot plan --nodes 1024 --state-gb 180 --step-s 8 --stall-s 0.6 --failures 3.8"""
 
 
@@ -34,6 +36,12 @@ def plan(
     must_survive: Annotated[
         list[str] | None, typer.Option("--must-survive", metavar="KIND", help="Fail if losing a rack is not survived.")
     ] = None,
+    copies: Annotated[
+        int, typer.Option("--copies", min=1, help="Nodes that hold the same state (data-parallel ones).")
+    ] = 1,
+    copied: Annotated[
+        float, typer.Option("--copied", min=0, max=1, help="Share of a node's state that they hold alike.")
+    ] = 1.0,
     state_gb: Annotated[float | None, typer.Option("--state-gb", min=0, help="State of a node, GB.")] = None,
     step_s: Annotated[float | None, typer.Option("--step-s", min=1e-6, help="Seconds of a step.")] = None,
     stall_s: Annotated[float, typer.Option("--stall-s", min=0, help="How long a snapshot stops training, s.")] = 0.0,
@@ -43,13 +51,16 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="All figures as JSON.")] = False,
 ) -> None:
     """Show which nodes would protect each other, what that survives, and how often to take a snapshot."""
-    from evermesh.launcher.snapshot_plan import FailureRates, plan_snapshots, read_nodes
+    from evermesh.launcher.snapshot_plan import Copies, FailureRates, plan_snapshots, read_nodes
 
     if (nodes is None) == (topology is None):
         raise typer.BadParameter("give either --nodes N or --topology FILE.")
     members = read_nodes(topology, nodes or 0, per_rack)
     rates = FailureRates(step_s, stall_s, protect_s, restart_s, failures) if step_s else None
-    found = plan_snapshots(members, code, losses, must_survive or (), rates)
+    if copies > len(members):
+        raise typer.BadParameter(f"--copies {copies}, but there are {len(members)} nodes.")
+    alike = Copies(copies, copied) if copies > 1 else None
+    found = plan_snapshots(members, code, losses, must_survive or (), rates, alike)
     if as_json:
         print(json.dumps(asdict(found), indent=1))
         return
@@ -64,6 +75,10 @@ def _print(found: "SnapshotPlan", state_gb: float | None) -> None:
 
     stripes = ", ".join(f"{number} x {code}" for code, number in found.stripes.items())
     line(f"{found.nodes} nodes in stripes: {stripes}; memory for parity +{found.memory:.0%}")
+    if found.coded < 1:
+        line(f"{found.coded:.0%} of the state of a node is coded, once; of the rest its stripe has copies enough")
+    else:
+        line("all state is coded; what data-parallel nodes of a stripe hold alike would not be: see --copies")
     if state_gb is not None:
         total = state_gb * (2 + 2 * found.memory)
         line(f"memory of a node: {total:,.1f} GB (two snapshots of {state_gb:,.1f} GB and their parity)")

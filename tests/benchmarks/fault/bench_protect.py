@@ -1,7 +1,8 @@
 """Snapshots of four members protected and rebuilt over loopback, next to a copy on another rank by gloo's all_gather.
 
 Four processes with ``SIZE_MB`` (192) MiB each, code 3+1, and eight of them with ``WIDE_SIZE_MB``, code 6+2. The copy is
-what replication takes: all_gather in pairs, into memory that was touched before. Every pattern of losses is rebuilt and
+what replication takes: all_gather in pairs, into memory that was touched before. Where members hold three quarters of their
+data alike, that is measured beside the same with all coded. Every pattern of losses is rebuilt and
 compared, byte by byte of data and by digest of parity. Seconds are those of the slowest member; beside them is the
 processor time of all members over the number of cores, which other jobs on the machine lengthen less.
 """
@@ -15,11 +16,12 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import replace
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from evermesh.fault.snapshot.coding import Code
-from evermesh.fault.snapshot.stripes import Payload, StripeTransfer, digests_of, listen
+from evermesh.fault.snapshot.stripes import PIECE, Payload, StripeTransfer, digests_of, listen, parity_bytes
 from tests.benchmarks.harness import Row, exact_row, paired_row
 from tests.cluster import run_ranks
 from tests.fault.snapshot.members import Node, membership, random_node
@@ -41,6 +43,21 @@ def run() -> list[Row]:
         _beside_copies(f"protect {size}, processor time", found, ", processor"),
         exact_row("memory of parity, 3+1", found["parity"][0], "x data", goal=1 / 3, peer="copy", peer_value=1.0),
         *_rebuilt("rebuild 1 of 4, 3+1", found, _BYTES),
+    ]
+    [alike, *_] = run_ranks(4, _alike, Code(3, 1), _BYTES, timeout_s=600)
+    rows += [
+        paired_row(
+            f"protect {size}, 3/4 of it alike{kind}",
+            alike[f"alike{key}"],
+            "s",
+            peer="all coded",
+            peer_values=alike[f"all coded{key}"],
+        )
+        for kind, key in (("", ""), (", processor time", ", processor"))
+    ]
+    rows += [
+        exact_row("memory of parity, 3/4 alike", alike["parity"][0], "x data", peer="all coded", peer_value=1 / 3),
+        *_rebuilt("rebuild 1 of 4, 3/4 alike", alike, _BYTES),
     ]
     [wide, *_] = run_ranks(8, _members, Code(6, 2), _WIDE_BYTES, False, timeout_s=900)
     size = f"8 x {_WIDE_BYTES // _MIB} MiB, 6+2"
@@ -84,6 +101,40 @@ def _members(rank: int, size: int, code: Code, num_bytes: int, with_copy: bool) 
         before = bytes(node.data)
         for lost in itertools.combinations(range(size), code.parity):
             _rebuild(transfer, node, rank in lost, found)
+            assert node.data == before, f"{lost}: other bytes"
+    return {**found, "parity": [len(node.parity) / num_bytes]}
+
+
+def _alike(rank: int, size: int, code: Code, num_bytes: int) -> dict[str, list[float]]:
+    node = random_node(0, rank, num_bytes, code, num_bytes)
+    chunks, shared = num_bytes // _MIB, 3 * num_bytes // 4 // _MIB
+    node.data[: shared * _MIB] = random_node(1, 0, shared * _MIB, code, num_bytes).data
+    pieces = np.zeros(chunks, PIECE)
+    pieces["start"], pieces["num_bytes"] = np.arange(chunks) * _MIB, _MIB
+    pieces["key"] = np.arange(chunks) + (np.arange(chunks) >= shared) * (rank + 1) * chunks
+    found: dict[str, list[float]] = defaultdict(list)
+    data, all_parity = [memoryview(node.data)], node.parity
+    node.parity = bytearray(parity_bytes(code, num_bytes - shared * _MIB))
+    with closing(listen("127.0.0.1")) as listener:
+        transfer = StripeTransfer(membership(rank, code, listener.getsockname()[1]), listener)
+    with transfer:
+        for step in range(_ROUNDS + 1):
+
+            def protect(step: int = step) -> None:
+                told = [np.frombuffer(one, PIECE) for one in transfer.tell_all(step, pieces.tobytes())]
+                copies = transfer.find_copies(step, data, told, [num_bytes] * size)
+                node.record = transfer.protect(step, data, memoryview(node.parity), pieces=copies)
+
+            def protect_all(step: int = step) -> None:
+                transfer.protect(step, data, memoryview(all_parity))
+
+            _measure(protect_all, found, "all coded")
+            _measure(protect, found, "alike")
+        for measured in found.values():
+            del measured[:1]  # memory is touched for the first time
+        before = bytes(node.data)
+        for lost in range(size):
+            _rebuild(transfer, node, rank == lost, found)
             assert node.data == before, f"{lost}: other bytes"
     return {**found, "parity": [len(node.parity) / num_bytes]}
 

@@ -19,7 +19,7 @@ from evermesh.runtime.data import open_sources
 from tests.benchmarks.harness import Row, paired_row
 from tests.benchmarks.launcher.bench_recovery import _ours
 
-ROUNDS = 7
+ROUNDS = 11
 GOALS = {2: 0.5, 4: 1.0}
 _WAIT_S = 100.0
 _FIGURES = ("until it trains again", "loading, part of that", "to the end of the next step", "steps trained again")

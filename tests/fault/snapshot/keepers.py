@@ -10,17 +10,18 @@ from pathlib import Path
 from evermesh.fault.snapshot.keeper.area import area_of, identity_in, sweep
 from evermesh.fault.snapshot.keeper.client import KeeperClient
 from evermesh.fault.snapshot.keeper.process import KeeperProcess
+from evermesh.fault.snapshot.keeper.slots import NUM_SLOTS
 
 WAIT_S = 20.0
 
 
 @contextmanager
 def keeper_of(
-    run: Path, node: str = "node-0", key: str = "launch", secret: bytes | None = None
+    run: Path, node: str = "node-0", key: str = "launch", secret: bytes | None = None, slots: int = NUM_SLOTS
 ) -> Iterator[KeeperProcess]:
     """A keeper that listens, with a ``secret`` also for other nodes; nothing of it is left at the end."""
     serving = {} if secret is None else {"host": "127.0.0.1", "secret": secret}
-    keeper = KeeperProcess(area_of(run, node), key, run / f"{node}.log", **serving)  # type: ignore[arg-type]
+    keeper = KeeperProcess(area_of(run, node), key, run / f"{node}.log", slots=slots, **serving)  # type: ignore[arg-type]
     try:
         KeeperClient(keeper.area, WAIT_S).close()
         keeper.look()  # stays connected, as an agent does

@@ -8,22 +8,41 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
+from evermesh.checkpoint.committing import data_name
 from evermesh.fault.snapshot.choosing import Version
 from evermesh.fault.snapshot.keeper.client import KeeperClient
 from evermesh.fault.snapshot.keeper.parity import buffer_of, protected_in
 from evermesh.fault.snapshot.keeper.process import KeeperProcess
-from evermesh.fault.snapshot.keeper.slots import Header, SlotFiles, held_by, ranks_in
+from evermesh.fault.snapshot.keeper.slots import NUM_SLOTS, Header, SlotFiles, held_by, ranks_in
 from tests.fault.snapshot.keepers import WAIT_S, keeper_of, kill_keeper
 
 HOST, SECRET, MAP = "127.0.0.1", "5a" * 32, "a" * 32
 
 
-class Stripe:
-    """Nodes with ``sizes`` bytes per rank (0: a rank without data), and their keepers."""
+class Part(NamedTuple):
+    """Bytes [start, stop) of a tensor of ``num_bytes``, whose content follows from its name and the step."""
 
-    def __init__(self, folder: Path, code: str, sizes: Sequence[Sequence[int]]) -> None:
+    name: str
+    num_bytes: int
+    start: int
+    stop: int
+
+    def content(self, step: int) -> bytes:
+        return random.Random(f"{self.name} {step}").randbytes(self.num_bytes)[self.start : self.stop]
+
+
+HEAD_BYTES = 123
+"""Of a data file with tensors, in front of them."""
+Data: TypeAlias = int | tuple[Part, ...]
+"""Of a rank: so many bytes (0: it has no data), or parts of tensors."""
+
+
+class Stripe:
+    """Nodes with the data of their ranks, and their keepers."""
+
+    def __init__(self, folder: Path, code: str, sizes: Sequence[Sequence[Data]]) -> None:
         self.code, self.sizes, self._folder = code, sizes, folder
         self._stack, self.keepers = ExitStack(), dict[int, KeeperProcess]()
         first = 0
@@ -32,10 +51,12 @@ class Stripe:
             self.ranks.append(range(first, first + len(of_node)))
             first += len(of_node)
         self.epoch = 0
+        self.spoiled: tuple[int, int] | None = None
+        """A rank, and the byte of its data that is wrong in what it leaves."""
 
-    def start(self, node: int) -> None:
+    def start(self, node: int, slots: int = NUM_SLOTS) -> None:
         """Start the keeper of a node."""
-        self.keepers[node] = self._stack.enter_context(keeper_of(self._folder, f"node-{node}"))
+        self.keepers[node] = self._stack.enter_context(keeper_of(self._folder, f"node-{node}", slots=slots))
 
     def area(self, node: int) -> Path:
         return self.keepers[node].area
@@ -73,9 +94,11 @@ class Stripe:
         """Ranks of these nodes copy and have sealed; returns without waiting for the protection."""
         for node in range(len(self.sizes)) if nodes is None else nodes:
             client = self.client(node)
-            for rank, size in zip(self.ranks[node], self.sizes[node], strict=True):
-                _reserve(client, generation, rank, size)
-                number = _write(self.area(node), rank, size, step)
+            for rank, data in zip(self.ranks[node], self.sizes[node], strict=True):
+                _reserve(client, generation, rank, data)
+                number = _write(self.area(node), rank, data, step)
+                if self.spoiled is not None and self.spoiled[0] == rank:
+                    flip(SlotFiles.of(self.area(node), rank, number).data, self.spoiled[1])
                 answer = client.ask("seal", WAIT_S, generation=generation, rank=rank, slot=number, step=step)
                 assert answer["ok"], answer
         return Version(generation, step, MAP)
@@ -129,7 +152,7 @@ class Stripe:
 
 
 @contextmanager
-def stripe_of(folder: Path, code: str, sizes: Sequence[Sequence[int]]) -> Iterator[Stripe]:
+def stripe_of(folder: Path, code: str, sizes: Sequence[Sequence[Data]]) -> Iterator[Stripe]:
     """Keepers that have joined; nothing of them is left at the end."""
     stripe = Stripe(folder, code, sizes)
     try:
@@ -170,12 +193,24 @@ def flip(file: Path, at: int) -> None:
         opened.write(bytes([before ^ 4]))
 
 
-def _reserve(client: KeeperClient, generation: int, rank: int, size: int) -> None:
+def _reserve(client: KeeperClient, generation: int, rank: int, data: Data) -> None:
+    size, extents = num_bytes_of(data), dict[str, list[dict[str, object]]]()
+    offset = HEAD_BYTES
+    for part in data if isinstance(data, tuple) else ():
+        region = {"offsets": [0], "sizes": [part.num_bytes]}
+        place = {"file": data_name(rank), "offset": offset, "region": region, "start": part.start, "stop": part.stop}
+        extents.setdefault(part.name, []).append(place)
+        offset += part.stop - part.start
     told = {"generation": generation, "rank": rank, "shard_map": MAP, "data_bytes": size}
-    assert client.ask("reserve", WAIT_S, **told, tensor_bytes=size, extents={})["ok"]
+    assert client.ask("reserve", WAIT_S, **told, tensor_bytes=size, extents=extents)["ok"]
 
 
-def _write(area: Path, rank: int, size: int, step: int) -> int:
+def num_bytes_of(data: Data) -> int:
+    """Of the data file of a rank."""
+    return HEAD_BYTES + sum(part.stop - part.start for part in data) if isinstance(data, tuple) else data
+
+
+def _write(area: Path, rank: int, data: Data, step: int) -> int:
     """As a rank does, into the slot with the older snapshot; its number."""
     held = {one.number: one.record.step for one in held_by(area, rank)}
     number = min((0, 1), key=lambda number: held.get(number, -1))
@@ -183,9 +218,11 @@ def _write(area: Path, rank: int, size: int, step: int) -> int:
     header = Header(files.header)
     header.begin(step)
     header.close()
-    if size:
-        with files.data.open("r+b") as data:
-            data.write(random.Random(f"{rank} {step}").randbytes(size))
+    if data:
+        alone = random.Random(f"{rank} {step}").randbytes(HEAD_BYTES if isinstance(data, tuple) else data)
+        parts = data if isinstance(data, tuple) else ()
+        with files.data.open("r+b") as opened:
+            opened.write(alone + b"".join(part.content(step) for part in parts))
     files.objects.write_text(json.dumps({"objects": {"step": step}, "description": {"rank": rank}}))
     return number
 

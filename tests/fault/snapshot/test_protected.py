@@ -4,6 +4,7 @@ memory is compared byte for byte."""
 import itertools
 import os
 import signal
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,27 @@ def test_f8_f12_every_loss_that_the_code_covers_is_rebuilt_byte_for_byte(tmp_pat
                 assert all(standing_in(stripe.area(node)).is_protected for node in range(3))  # type: ignore[union-attr]
         assert stripe.protect(5) != version  # and goes on
         assert {held.state for held in held_by(stripe.area(lost[0]), stripe.ranks[lost[0]][0])} == {"protected"}
+
+
+def test_what_is_only_rebuilt_needs_one_slot(tmp_path: Path) -> None:
+    with stripe_of(tmp_path, "2+1", SIZES) as stripe:
+        stripe.protect(4)
+        version = stripe.protect(5)
+        before = _data_of(stripe, 1)
+        assert len(list(stripe.area(1).glob("rank-*/slot-*"))) == 4
+        stripe.keepers[1].end()
+        stripe.start(1, slots=1)
+        stripe.join()
+        assert [answer.get("lost") for answer in stripe.rebuild(version)] == [[1]] * 3
+        assert len(list(stripe.area(1).glob("rank-*/slot-*"))) == 2, "of two ranks"
+        after = _data_of(stripe, 1)
+        assert len(after) == 1, "one of them has no data"
+        assert after < before
+        assert stripe.states(version) == {"protected"}
+
+
+def _data_of(stripe: Stripe, node: int) -> set[bytes]:
+    return {sha256(path.read_bytes()).digest() for path in stripe.area(node).glob("rank-*/slot-*/*.safetensors")}
 
 
 def test_f11_more_losses_than_the_code_covers_are_refused_by_all_and_change_nothing(tmp_path: Path) -> None:

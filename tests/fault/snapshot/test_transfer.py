@@ -19,6 +19,7 @@ from evermesh.fault.snapshot.coding import Code, Coder, TooManyErasures
 from evermesh.fault.snapshot.coding.engine import NumpyEngine
 from evermesh.fault.snapshot.stripes import (
     CHUNK_BYTES,
+    PIECE,
     Address,
     ChunkCorrupt,
     MemberLost,
@@ -398,7 +399,11 @@ def _record(seed: int = 0) -> StripeRecord:
     kept = Rows(code, lengths).number // 3
     data = [drawn.integers(0, 2**63, -(-length // CHUNK_BYTES)).astype(np.uint64) for length in lengths]
     parity = [drawn.integers(0, 2**63, kept).astype(np.uint64) for _ in lengths]
-    return StripeRecord(code, 11, 7, lengths, tuple(data), tuple(parity))
+    pieces = tuple(np.zeros(number, PIECE) for number in (2, 0, 1))
+    for of_member in pieces:
+        for field in ("start", "key", "digest"):
+            of_member[field] = drawn.integers(0, 2**63, of_member.size)
+    return StripeRecord(code, 11, 7, lengths, tuple(data), tuple(parity), pieces)
 
 
 def test_a_record_is_read_back_as_it_was() -> None:

@@ -1,6 +1,7 @@
 """An agent as a process, and a controller that only listens: the protocol, signals, and its end."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,9 +16,11 @@ import pytest
 from pydantic import BaseModel
 
 from evermesh.launcher.agent.spec import AgentSpec
+from evermesh.launcher.config import HangConfig
 from evermesh.launcher.contact import write_contact
 from evermesh.launcher.messages import (
     Ask,
+    Beat,
     End,
     FromAgent,
     FromAgentAdapter,
@@ -38,7 +41,7 @@ from evermesh.launcher.processes import AGENT_MODULE, TOKEN_VARIABLE
 from evermesh.launcher.succession.peers import Peers
 from evermesh.launcher.succession.protocol import Vote
 from tests.launcher.agent.listening import TOKEN, Controller, controlled
-from tests.processes import lives
+from tests.processes import lives, still_alive
 
 FUNCTIONS = "tests.launcher.agent.worker_functions"
 WAIT_S = 30.0
@@ -66,11 +69,12 @@ class Served:
     def send(self, message: BaseModel | str) -> None:
         self.controller.connections[-1].send(message if isinstance(message, str) else message.model_dump_json())
 
-    def start(self, generation: int, function: str = "wait_for_stop") -> None:
+    def start(self, generation: int, function: str = "wait_for_stop", hang: HangConfig | None = None) -> None:
         """Two ranks."""
         work = TrainingWork(entry=f"{FUNCTIONS}:{function}", arguments={}, logs=str(self.run / "logs"))
         place = Place(first_rank=0, ranks=2, world_size=2, node_rank=0, nodes=1)
-        self.send(Start(generation=generation, place=place, store=Store(host="127.0.0.1", port=1), work=work))
+        store = Store(host="127.0.0.1", port=1)
+        self.send(Start(generation=generation, place=place, store=store, work=work, hang=hang))
 
     def started(self, generation: int) -> list[psutil.Process]:
         """The processes of a generation, as soon as they are told."""
@@ -115,6 +119,8 @@ def agent(tmp_path: Path) -> Iterator[Served]:
 def test_it_says_who_it_is_and_workers_know_no_token(agent: Served) -> None:
     hello = agent.all(Hello)[0]
     assert (hello.node, hello.pid, hello.outcome, hello.shared_memory_bytes) == ("node-0", agent.process.pid, None, 256)
+    agent.until(lambda: bool(agent.all(Beat)))
+    assert 0 < agent.all(Beat)[0].shared_memory_free_bytes <= shutil.disk_usage("/dev/shm").total
     agent.start(1)
     for rank in agent.started(1):
         assert TOKEN_VARIABLE not in rank.environ()
@@ -210,6 +216,27 @@ def test_without_a_controller_it_leaves_when_it_has_nothing_to_run_and_not_befor
         for rank in ranks:
             rank.kill()
         assert agent.process.wait(WAIT_S) == 0
+
+
+def test_ranks_that_hang_while_no_controller_is_in_reach_are_ended_and_told_as_victims(tmp_path: Path) -> None:
+    quick = HangConfig(stopped_s=0.5, idle_s=0.5)
+    with serving(tmp_path) as agent:
+        agent.start(1, "stop_after_7", quick)
+        ranks = agent.started(1)
+        agent.until(lambda: any(rank.stopped_s > 1.0 for beat in agent.all(Beat) for rank in beat.ranks))
+        assert all(map(lives, ranks)), "while there is one, that is for it to say"
+        agent.controller.close()
+        assert still_alive(ranks, WAIT_S) == []
+        with controlled() as other:
+            write_contact(tmp_path, other.url)
+            again = Served(agent.process, other, tmp_path)
+            again.until(lambda: bool(again.all(Hello)))
+            (told,) = again.all(Hello)
+    assert told.outcome.is_over
+    (failure,) = told.outcome.failures
+    assert failure.peer_lost
+    assert "has been stopped for" in failure.how
+    assert "its node was out of reach for" in failure.how
 
 
 def test_it_says_why_it_cannot_begin_and_nothing_else(tmp_path: Path) -> None:

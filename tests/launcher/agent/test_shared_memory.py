@@ -21,6 +21,11 @@ def area() -> Iterator[SharedArea]:
         yield area
 
 
+def test_what_is_left_is_that_of_the_file_system(area: SharedArea) -> None:
+    status = os.statvfs(area.board)
+    assert area.free_bytes == pytest.approx(status.f_bavail * status.f_frsize, abs=1 << 30)  # others write there too
+
+
 def test_a_slot_is_read_as_it_was_written_and_the_others_stay_empty(area: SharedArea) -> None:
     writer, reader = Board(area.board), Board(area.board)
     writer.write(1, Slot(3, 4711, 12, 0.5, 0.25))

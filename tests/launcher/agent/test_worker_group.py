@@ -15,6 +15,7 @@ import pytest
 from evermesh.launcher.agent import warm
 from evermesh.launcher.agent.loop import Loop
 from evermesh.launcher.agent.shared_memory import POINTS, Board, SharedArea
+from evermesh.launcher.agent.standby import Standbys
 from evermesh.launcher.agent.worker_group import Hooks, WorkerGroup
 from evermesh.launcher.interrupts import SIGNALS
 from evermesh.launcher.messages import Outcome, Place, Store, TrainingWork
@@ -38,6 +39,8 @@ class Running:
         board: Path | None = None,
         generation: int = 1,
         store: Store = NO_STORE,
+        waiting: int = 0,
+        standbys: Standbys | None = None,
         **arguments: Any,
     ) -> None:
         self.loop, self.reports = Loop(), list[dict[str, Any]]()
@@ -45,7 +48,9 @@ class Running:
         place = Place(first_rank=0, ranks=size, world_size=size, node_rank=0, nodes=1)
         hooks = Hooks(lambda: None, self._report, lambda plan: None)
         self.on_report: Callable[[], None] = lambda: None
-        self.group = WorkerGroup(self.loop, generation, place, logs, hooks)
+        self.standbys = standbys or Standbys()
+        self.standbys.fill(waiting)
+        self.group = WorkerGroup(self.loop, generation, place, logs, hooks, self.standbys)
         work = TrainingWork(entry=f"{FUNCTIONS}:{function}", arguments=arguments, logs=str(logs))
         self.group.start(store, work, board, None)
 
@@ -57,6 +62,7 @@ class Running:
     def close(self) -> None:
         self.group.kill()
         self.group.wait_gone()
+        self.standbys.close()
         self.loop.close()
 
     def _report(self, values: dict[str, Any]) -> None:
@@ -189,7 +195,7 @@ AGENT = """
 import sys
 from pathlib import Path
 from tests.launcher.agent.test_worker_group import Running
-job = Running(sys.argv[1], 3, Path(sys.argv[2]))
+job = Running(sys.argv[1], 3, Path(sys.argv[2]), waiting=int(sys.argv[3]))
 job.loop.run_until(lambda: len(job.reports) == 3)
 print("ready", flush=True)
 job.until(lambda seen: seen.is_over)
@@ -197,9 +203,9 @@ job.until(lambda seen: seen.is_over)
 
 
 @contextmanager
-def owner(logs: Path, function: str = "wait_for_stop") -> Iterator[subprocess.Popen[str]]:
+def owner(logs: Path, function: str = "wait_for_stop", waiting: int = 0) -> Iterator[subprocess.Popen[str]]:
     """A process of its own whose three workers are running."""
-    command = [sys.executable, "-c", AGENT, function, str(logs)]
+    command = [sys.executable, "-c", AGENT, function, str(logs), str(waiting)]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     ) as process:

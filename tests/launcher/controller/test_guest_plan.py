@@ -5,8 +5,9 @@ import itertools
 import pytest
 
 from evermesh.fault.snapshot.choosing import Version
-from evermesh.launcher.controller.guest_plan import GuestPlan, KeeperName, complete_version, plan_guests
-from evermesh.launcher.controller.recovery import groups_of
+from evermesh.launcher.controller.guest_plan import GuestPlan, plan_guests
+from evermesh.launcher.controller.nodes import KeeperName
+from evermesh.launcher.controller.recovery import complete_version, groups_of
 from evermesh.launcher.messages import InMemory, ProtectedPart, SnapshotPart
 
 MAP = "a" * 32
@@ -34,6 +35,7 @@ def _memory(place: int, code: str, held: list[int], protected: list[int]) -> InM
             member=group.places.index(place),
             code=str(group.code),
             portions=portions,
+            coded_bytes=(),
         )
         for step in protected
     )

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -29,7 +30,9 @@ PORTIONS = tuple(((rank, 8, 8, 8),) for rank in range(3))
 def _memory(job: World, rank: int, steps: tuple[int, ...]) -> InMemory:
     parts = [SnapshotPart(rank=rank, generation=1, step=step, shard_map=MAP, world_size=3) for step in steps]
     known = [
-        ProtectedPart(version=(1, step, MAP), stripe="stripe-0", member=rank, code="2+1", portions=PORTIONS)
+        ProtectedPart(
+            version=(1, step, MAP), stripe="stripe-0", member=rank, code="2+1", portions=PORTIONS, coded_bytes=()
+        )
         for step in steps
     ]
     launch = launch_of(job.controller.record.started_s)
@@ -37,9 +40,10 @@ def _memory(job: World, rank: int, steps: tuple[int, ...]) -> InMemory:
 
 
 @contextmanager
-def _about_to_shrink(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
+def _about_to_shrink(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> Iterator[World]:
     """Three nodes, of which one is lost with its memory, and nobody takes its place."""
-    with world(workers=3, nodes=3, spares=0, min_nodes=2, shrink_after_s=2.0) as job:
+    values = {"workers": 3, "nodes": 3, "spares": 0, "min_nodes": 2, "shrink_after_s": 2.0}
+    with world(**(values | changes)) as job:
         monkeypatch.setattr(job, "replace", lambda node: False)
         job.settle(2)
         for rank, name in enumerate(job.controller.life.nodes if job.controller.life else ()):
@@ -100,6 +104,18 @@ def test_ranks_start_when_a_guest_has_what_was_lost_and_it_ends_with_the_first_c
             assert len(_guests(job)) == left
 
 
+@pytest.mark.parametrize("free", [{"node-0": 4, "node-2": 6}, {"node-0": 7}, {"node-0": 9, "node-2": 1}])
+def test_the_host_is_where_most_shared_memory_is_left(monkeypatch: pytest.MonkeyPatch, free: dict[str, int]) -> None:
+    """All have 8 bytes of memory; one that says nothing of the file system counts with these."""
+    with _about_to_shrink(monkeypatch) as job:
+        for name, num_bytes in free.items():
+            job.agents[name].shared_memory_free_bytes = num_bytes
+        job.settle(3)
+        (rebuilt,) = _told(job, "snapshot rebuilt")
+        best = max(("node-0", "node-2"), key=lambda name: min(8, free.get(name, 8)))
+        assert f"guest-2-0-0 on {best} keeps" in rebuilt.text
+
+
 def test_where_the_newest_cannot_be_rebuilt_an_older_snapshot_is_and_the_first_guest_ends(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -138,10 +154,67 @@ def test_what_ranks_would_find_anyway_is_not_rebuilt(monkeypatch: pytest.MonkeyP
     with _about_to_shrink(monkeypatch) as job:
         reach = Reach((), "", b"")
         reach.newest = Version(1, 9, MAP)
-        monkeypatch.setattr(job.controller, "_reach", reach)
+        monkeypatch.setattr(job.controller._memory, "reach", reach)
         job.settle(3)
         assert not _told(job, "snapshot rebuilt")
         assert _generation(job) == {2}
+
+
+def _settle_to_the_end(job: World) -> None:
+    until_s = time.monotonic() + 20
+    while job.controller.state != "failed":
+        assert time.monotonic() < until_s
+        job.settle(0.25)
+        time.sleep(0.005)  # the thread that asks keepers has a clock of its own
+
+
+def test_f10_before_a_job_ends_that_cannot_go_on_guests_have_what_was_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    with _about_to_shrink(monkeypatch, min_nodes=None, join_timeout_s=5.0) as job:
+        job.settle(3)
+        assert job.controller.state == "waiting"
+        assert _guests(job) == {}, "the node may still come"
+        _settle_to_the_end(job)
+        (rebuilt,) = _told(job, "snapshot rebuilt")
+        assert rebuilt.step == 9
+        assert _generation(job) == {1}
+        assert _guests(job) == {"guest-1-end-0-0": (1,)}
+        assert job.run.state().exit_code == 75
+
+
+@pytest.mark.parametrize("how", ["cannot", "silent"])
+def test_f10_where_no_guest_can_be_had_the_job_ends_with_the_reasons(monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    with _about_to_shrink(monkeypatch, min_nodes=None, join_timeout_s=5.0) as job:
+        for agent in job.agents.values():
+            agent.cannot_rebuild = {8, 9}
+            agent.ignores = (HostGuest,) if how == "silent" else ()
+        _settle_to_the_end(job)
+        assert not _told(job, "snapshot rebuilt")
+        assert _guests(job) == {}
+        assert job.run.state().exit_code == 75
+        error = job.run.state().error or ""
+        assert "2 of 3 nodes were there after 5 s" in error
+        assert "Step 9 was in memory, but could not be written to storage: step 9: " in error
+        assert error.count("no room" if how == "cannot" else "took too long") == 2, "of each snapshot in memory"
+
+
+def test_f10_a_node_that_comes_in_time_ends_what_was_begun_for_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    with _about_to_shrink(monkeypatch, min_nodes=None, join_timeout_s=5.0) as job:
+        for agent in job.agents.values():
+            agent.ignores = (Rebuild,)
+        until_s = time.monotonic() + 20
+        while not _guests(job):
+            assert time.monotonic() < until_s
+            job.settle(0.25)
+            time.sleep(0.005)
+        job.start(["node-1"])
+        while job.controller.generation == 1:
+            job.settle(0.25)
+        for agent in job.agents.values():
+            agent.ignores = ()
+        job.settle(25)  # orders that were ignored are given again
+        assert _generation(job) == {2}
+        assert _guests(job) == {}
+        assert [event.step for event in _told(job, "snapshot rebuilt")] == [9], "into the node itself"
 
 
 def test_keepers_that_live_on_are_found_without_their_agents(tmp_path: Path) -> None:

@@ -2,12 +2,13 @@
 
 import itertools
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import pytest
 
+from evermesh.launcher.controller.in_memory import job_groups
 from evermesh.launcher.controller.journal import read_journal
-from evermesh.launcher.controller.racks import lost_rack, place_nodes
+from evermesh.launcher.controller.racks import code_for_racks, lost_rack, place_nodes
 from evermesh.launcher.controller.recovery import Group, groups_of
 from tests.launcher.controller.worlds import world
 
@@ -35,6 +36,48 @@ def test_no_order_of_the_nodes_spreads_stripes_wider(code: str, number: int) -> 
         assert _worst(placed, racks, groups) == best, racks
         survives = best <= groups[0].tolerated or not racks
         assert (lost_rack(placed, racks, groups) is None) == survives, racks
+
+
+def _partitions(number: int, most: int) -> Iterator[tuple[int, ...]]:
+    """The ways to divide so many nodes into racks, the largest first."""
+    if number == 0:
+        yield ()
+    for first in range(min(number, most), 0, -1):
+        yield from ((first, *rest) for rest in _partitions(number - first, first))
+
+
+@pytest.mark.parametrize("number", range(2, 9))
+def test_auto_survives_the_loss_of_a_rack_wherever_a_code_with_no_more_parity_than_data_does(number: int) -> None:
+    names, least = _names(number), groups_of(number, "auto")[0].tolerated
+    for sizes in _partitions(number, number):
+        racks = dict(zip(names, (str(rack) for rack, size in enumerate(sizes) for _ in range(size)), strict=True))
+
+        def is_good(code: str, racks: Racks = racks) -> bool:
+            groups = groups_of(number, code)
+            enough = all(group.tolerated >= least and 2 * group.tolerated <= len(group.places) for group in groups)
+            return enough and lost_rack(place_nodes(names, (), names, racks, groups), racks, groups) is None
+
+        codes = [f"{data}+{parity}" for parity in range(1, number) for data in range(1, number - parity + 1)]
+        chosen = code_for_racks(number, sizes)
+        assert is_good(chosen) == any(map(is_good, codes)), (sizes, chosen)
+        if chosen != "auto":
+            least_more = min(_more(groups_of(number, code)) for code in codes if is_good(code))
+            assert _more(groups_of(number, chosen)) == least_more
+
+
+def _more(groups: Sequence[Group]) -> float:
+    """Memory for parity, of that for data."""
+    return max(group.tolerated / (len(group.places) - group.tolerated) for group in groups)
+
+
+def test_a_job_that_says_its_racks_has_auto_protect_it_from_the_loss_of_one() -> None:
+    racks = {"node-0": "a", "node-1": "b", "node-2": "b", "node-3": "a"}
+    with world(workers=4, nodes=4, spares=0, racks=racks) as job:
+        job.settle(2.0)
+        assert job.controller.life is not None
+        assert job.controller.job.lost_rack is None
+        assert [group.code for group in job_groups(job.config, 4)] == ["1+1", "1+1"]
+        assert [group.code for group in job_groups(job.config, 3)] == ["2+1"], "of three nodes two may be of one rack"
 
 
 def test_without_racks_or_stripes_nodes_stay_in_the_order_in_which_they_came() -> None:
@@ -81,18 +124,18 @@ def test_what_is_said_where_a_rack_cannot_be_lost() -> None:
 def test_a_job_puts_nodes_of_one_rack_into_different_stripes_and_says_when_a_spare_ends_that() -> None:
     racks = {"node-0": "a", "node-1": "b", "node-2": "b", "node-3": "a", "node-4": "b"}
     shape = {"workers": 4, "nodes": 4, "spares": 1, "racks": racks}
-    with world(**shape) as job:
+    with world(**shape, train={**_train(), "snapshot": {"code": "3+1"}}) as job:
         job.absent.add("node-4")
         job.settle(2.0)
         assert job.controller.life is not None
         assert job.controller.life.nodes == ("node-0", "node-3", "node-1", "node-2")
-        assert job.controller.lost_rack is not None, "auto is one stripe of four with one parity part"
+        assert job.controller.job.lost_rack is not None, "one stripe of four with one parity part"
         assert [entry.kind for entry in read_journal(job.run.journal)].count("rack unprotected") == 1
     data = {"train": {**_train(), "snapshot": {"code": "1+1"}}}
     with world(**shape, **data) as job:
         job.absent.add("node-4")
         job.settle(2.0)
-        assert job.controller.lost_rack is None
+        assert job.controller.job.lost_rack is None
         job.absent.clear()
         job.absent.add("node-3")
         job.settle(1.0)

@@ -28,6 +28,7 @@ def _memory(
             member=group.places.index(place),
             code=str(group.code),
             portions=(),
+            coded_bytes=(),
         )
         for version in protected
     ]

@@ -46,6 +46,7 @@ Thread 0x0000000000000001 (most recent call first):
 RING = """
 2026-01-01 10:00:00 generation 1, rank 1: no step
 Current thread 0x0000000000000001 (most recent call first):
+  File "/x/evermesh/fault/recorder/native/tap.py", line 130 in wait
   File "{file}", line 2 in passed_on
 """
 

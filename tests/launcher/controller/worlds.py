@@ -52,7 +52,7 @@ from evermesh.launcher.messages import (
 )
 from evermesh.launcher.policy import Failure
 
-_CLOCKED = ("controller", "guests", "life", "nodes", "record", "stripes")
+_CLOCKED = ("controller", "guests", "job", "life", "nodes", "record", "stripes")
 START_S = 1000.0
 _PIDS = itertools.count(100)
 
@@ -89,6 +89,7 @@ class Agent:
         """The ranks of guests."""
         self.cannot_rebuild: set[int] = set()
         """Steps."""
+        self.shared_memory_free_bytes: int | None = None
         self.ignores: tuple[type[BaseModel], ...] = ()
         """What it does not answer."""
         self.node: Node | None = None
@@ -139,7 +140,8 @@ class Agent:
                 for i in range(place.ranks)
             )
         generation = self.ranks.generation if self.ranks else 0
-        self.say(Beat(generation=generation, ranks=beats, memory_free_bytes=1))
+        free = self.shared_memory_free_bytes
+        self.say(Beat(generation=generation, ranks=beats, memory_free_bytes=8, shared_memory_free_bytes=free))
 
     def take(self) -> bool:
         """Do what the oldest message asks for; whether there was one."""

@@ -11,7 +11,7 @@ from evermesh.launcher.scripts.flags import FLAGS
 from evermesh.launcher.scripts.options import PythonModule, ScriptJob, script_job
 from evermesh.launcher.scripts.where import Machines, ThisMachine
 
-OURS_ALONE = {"--nodes", "--workers", "--grace"}
+OURS_ALONE = {"--nodes", "--workers", "--grace", "--no-record"}
 NOT_TAKEN = {"--logs-specs", "--numa-binding", "--virtual-local-rank", "--help", "-h"} | {
     f"--duplicate-{stream}-filters" for stream in ("stdout", "stderr")
 }

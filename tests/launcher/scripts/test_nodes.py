@@ -15,7 +15,13 @@ from tests.launcher.scripts.conftest import EVERMESH, Launcher
 from tests.launcher.scripts.test_scripts import DIFFERENT, DUMP, RESTARTS, TORCHRUN, TRAIN, WAIT, dumped
 from tests.processes import still_alive
 
-OWN = {"EVERMESH_GENERATION", "EVERMESH_RESTART_REASON", "EVERMESH_PROGRESS_FILE", "XDG_STATE_HOME"}
+OWN = {
+    "EVERMESH_GENERATION",
+    "EVERMESH_PROGRESS_FILE",
+    "EVERMESH_RESTART_REASON",
+    "EVERMESH_RINGS",
+    "XDG_STATE_HOME",
+}
 
 
 @pytest.fixture
@@ -66,7 +72,7 @@ def test_two_nodes_here_find_what_two_machines_find(launcher: Launcher, port: in
     assert launcher.run("--nodes", "2", "--workers", "2", script, "here").returncode == 0
     machines = [launcher.start(*addresses(port, rank), "--workers", "2", script, "there") for rank in range(2)]
     assert [ended(machine)[0] for machine in machines] == [0, 0]
-    different = {"EVERMESH_PROGRESS_FILE", *DIFFERENT}
+    different = {"EVERMESH_PROGRESS_FILE", "EVERMESH_RINGS", *DIFFERENT}
     for here, there in zip(dumped(launcher.folder / "here", 4), dumped(launcher.folder / "there", 4), strict=True):
         assert set(here) == set(there)
         assert {name for name in here if here[name] != there[name]} <= different

@@ -101,7 +101,7 @@ def test_the_environment_of_every_rank_is_torchruns_and_ours(launcher: Launcher)
         subprocess.run(command, cwd=launcher.folder, env=environment, check=True, capture_output=True)
         found[name] = dumped(launcher.folder / name, 2)
     for ours, theirs in zip(found["ours"], found["theirs"], strict=True):
-        own = {"EVERMESH_GENERATION", "EVERMESH_RESTART_REASON", "EVERMESH_PROGRESS_FILE"}
+        own = {"EVERMESH_GENERATION", "EVERMESH_RESTART_REASON", "EVERMESH_PROGRESS_FILE", "EVERMESH_RINGS"}
         assert set(ours) - own == set(theirs)
         assert {name for name in theirs if ours[name] != theirs[name]} <= set(DIFFERENT)
         assert ours["OMP_NUM_THREADS"] == "1"

@@ -1,9 +1,10 @@
 """Members with their disks and sockets: who is let in, what outlives them, who is elected and who is not."""
 
 import os
+import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -226,3 +227,30 @@ def test_a_seat_says_who_is_asked_and_where(members: list[Member]) -> None:
     seat = members[0].server.seat
     assert Seat.model_validate_json(seat.model_dump_json()) == seat
     assert seat.url.startswith("ws://127.0.0.1:")
+
+
+@contextmanager
+def _unreachable() -> Iterator[str]:
+    """Where a connection is neither taken nor refused, as behind a cut cable."""
+    with ExitStack() as stack:
+        listener = stack.enter_context(socket.socket())
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        for _ in range(3):  # nobody accepts these, and there is no room for more
+            waiting = stack.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(listener.getsockname())
+        host, port = listener.getsockname()
+        yield f"ws://{host}:{port}"
+
+
+def test_one_that_is_out_of_reach_keeps_nobody_from_answering(members: list[Member]) -> None:
+    with _unreachable() as url:
+        seat = members[0].server.seat
+        gone = seat.model_copy(update={"url": url, "identity": "gone"})
+        peers = Peers(TOKEN)
+        for _ in range(2):  # the second time the others have been asked before
+            answers = peers.ask({gone: Peek(), **{member.server.seat: Peek() for member in members}})
+            assert set(answers) == {member.server.seat.identity for member in members}
+        assert peers.responsive([gone, seat]) == [seat]
+        peers.close()

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from evermesh.launcher.config import HangConfig
-from evermesh.launcher.controller.freezes import frozen
+from evermesh.launcher.freezes import frozen
 from evermesh.launcher.messages import RankBeat
 
 DEFAULT = HangConfig()

@@ -1,0 +1,86 @@
+"""Jobs on three hosts with addresses of their own, which are the nodes of a real Ray cluster: what a cut cable does."""
+
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from evermesh.fault.events import read_events
+from evermesh.fault.snapshot.keeper.area import area_of, identity_in
+from tests.launcher.jobs import Job, clean_losses, launched
+from tests.processes import still_alive
+
+pytest.importorskip("ray")
+from tests.launcher.hosts import Host, Hosts, can_make_hosts, on, ray_hosts
+
+pytestmark = [
+    pytest.mark.timeout(300),
+    pytest.mark.skipif(not can_make_hosts(), reason="network namespaces cannot be made here (root and iproute2)"),
+]
+
+
+@pytest.fixture(scope="module")
+def hosts() -> Iterator[Hosts]:
+    with ray_hosts(3) as made:
+        yield made
+
+
+def _host_of(hosts: Hosts, job: Job, node: str) -> Host:
+    return next(host for host in hosts.hosts if job.agents[node] in {process.pid for process in host.processes})
+
+
+def _workers(job: Job, node: str) -> list[psutil.Process]:
+    """The ranks of a node and what these have started: who writes into the log of a rank."""
+    family = psutil.Process(job.agents[node]).children(recursive=True)
+    return [process for process in family if any("rank-" in opened.path for opened in process.open_files())]
+
+
+def _members(job: Job) -> list[str]:
+    nodes = [entry.fields["nodes"] for entry in job.journal if entry.kind == "attempt"][-1]
+    assert isinstance(nodes, list)
+    return list(map(str, nodes))
+
+
+def test_f15_a_node_whose_cable_is_cut_ends_its_ranks_and_is_a_spare_when_it_is_back(
+    hosts: Hosts, job_file: Path
+) -> None:
+    elastic = ("train.steps=100000", "nodes=2", "spares=1", "train.checkpoint.every=null", "train.snapshot.every=1")
+    head = hosts.hosts[0]
+    with launched(job_file, *elastic, on(hosts), within=head.command()) as job:
+        job.wait(job.has_trained)
+        job.wait(lambda: "snapshots protected" in job.events)
+        job.wait(lambda: len(job.agents) == 3)
+        victim = next(node for node in _members(job) if _host_of(hosts, job, node) != head)
+        host, ranks = _host_of(hosts, job, victim), _workers(job, victim)
+        agent = psutil.Process(job.agents[victim])
+        keeper = identity_in(area_of(job.run.directory, victim))
+        assert keeper is not None
+        assert ranks
+        cut_s = time.time()
+        hosts.cut(host)
+        job.wait(lambda: job.has_trained(2))
+        assert victim not in _members(job)
+        job.wait(lambda: still_alive(ranks, 0.1) == [], 20.0)
+        print(f"ranks of the cut node gone {time.time() - cut_s:.1f} s after the cut")
+        assert psutil.pid_exists(keeper.pid), "its memory stays"
+        again = next(entry for entry in job.journal if entry.fields.get("to") == "training" and entry.generation == 2)
+        print(f"trained on after {again.time_s - cut_s:.1f} s")
+        log = (job.run.logs / f"agent-{victim}.log").read_text()
+        assert "ending the ranks: " in log
+        hosts.mend(host)
+        job.wait(lambda: job.agents[victim] != agent.pid)  # a new one has joined, as a spare
+        assert still_alive([agent], 10.0) == []
+        (resumed,) = [event for event in read_events(job.run.events) if event.kind == "resumed"]
+        step = len(job.losses)
+        job.wait(lambda: len(job.losses) > step + 3)
+        assert job.run.state().attempt == 2, "who comes back disturbs nobody"
+        assert _workers(job, victim) == []
+        job.process.send_signal(signal.SIGTERM)
+        code, _, stderr = job.end()
+        assert code == 143, stderr
+        assert resumed.fields["source"] == "memory"
+        losses = job.losses
+    assert losses == clean_losses(job_file, 100_000, "nodes=2", f"train.stop_at={len(losses)}")
