@@ -1,8 +1,8 @@
 """How long every rank computes in a step, next to those that do the same: no clocks are compared.
 
-What a rank does between its collectives is its own; that it waits inside them for others is not. Ranks are compared where
-their pipeline stage and all that they did in the step, sizes included, are the same, and, where a plan says how much work
-each had, by the ratio of the two.
+What a rank does while none of its collectives is under way is its own; that it waits inside them for others is not.
+Ranks are compared where their pipeline stage and all that they did in the step, sizes included, are the same, and,
+where a plan says how much work each had, by the ratio of the two.
 """
 
 from dataclasses import dataclass

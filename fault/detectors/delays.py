@@ -14,6 +14,8 @@ from typing import Literal
 import numpy as np
 
 _LEAST_SCORE, _LEAST_SCORE_OF_CELL = 4.6, 4.75
+_LEAST_SCORE_OF_DIFFERENCES = 5.1
+"""Next to their history cells differ by what both differ by chance, and what is slow stands out more."""
 _LEAST_LOG = math.log(1.2)
 _TRIMMED = 0.05
 _USUAL, _OF_USUAL = 3.0, 1.0135
@@ -63,6 +65,7 @@ def blame(delays: Delays) -> Blamed | None:
         return None
     logs = logs - np.median(logs)
     scores = logs / _spread(logs)
+    least = _LEAST_SCORE if delays.before is None else _LEAST_SCORE_OF_DIFFERENCES
     size = int(max(sources.max(), targets.max())) + 1
     rows, columns = (_pooled(of, scores, size) for of in (sources, targets))
     best_row, best_column, best_cell = int(rows.argmax()), int(columns.argmax()), int(scores.argmax())
@@ -71,7 +74,7 @@ def blame(delays: Delays) -> Blamed | None:
         (float(columns[best_column]), 1, "destination"),
         (float(scores[best_cell]), 3, "link"),
     )
-    if found[0] < _LEAST_SCORE:
+    if found[0] < least:
         return None
     at = {"source": sources == best_row, "destination": targets == best_column}.get(found[2])
     if at is None or (scores[at] > _SLOW_CELL).mean() < _SHARED or at.sum() == 1:

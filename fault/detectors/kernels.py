@@ -16,9 +16,10 @@ SLOT_COLUMNS = 4
 
 TRAIN_NS, INPUT_NS, OTHER_NS, INSIDE_NS, COUNT, UNSEEN, BEGIN_NS, END_NS = 0, 1, 2, 3, 4, 5, 6, 7
 STEP_COLUMNS = 8
-"""Of a rank in a step: time outside collectives before records of training, input and other phases; time inside; records;
-records whose caller may have computed meanwhile, or whose end nobody saw; first entry; last end."""
+"""Of a rank in a step: time in which nothing of it was under way, before records of training, input and other phases; time in
+which something was; records; records whose end nobody saw; first entry; last end."""
 
+NO_STEP = np.uint64(0xFFFFFFFFFFFFFFFF)
 DIFFERS_OPERATION, DIFFERS_BYTES, DIFFERS_DTYPE, DIFFERS_STEP, DIFFERS_PEER = 1, 2, 4, 8, 16
 
 BLOCK = 32
@@ -71,8 +72,8 @@ def survey_rank(
             if row[COUNT] == 0:
                 row[BEGIN_NS] = entered
             row[COUNT] += 1
-            if flags & 3 == 3 and ended > 0:
-                row[INSIDE_NS] += ended - entered
+            if flags & 1 != 0 and ended > 0:
+                row[INSIDE_NS] += max(ended - max(entered, frontier), 0)
             else:
                 row[UNSEEN] += 1
             row[END_NS] = max(ended, entered)
@@ -82,10 +83,7 @@ def survey_rank(
                 what ^= words[index, 4] * _MIXER
                 what ^= (kinds & np.uint64(0xFFFF)) << np.uint64(7)
                 signatures[step] = (signatures[step] ^ what) * _MIXER + np.uint64(1)
-        if flags & 2 != 0 and ended > frontier:
-            frontier = ended
-        elif flags & 2 == 0 and entered > frontier:
-            frontier = entered
+        frontier = max(frontier, entered, ended)
     carried[0] = frontier
     return opened
 
@@ -130,16 +128,15 @@ def lay_beside(
     row_starts: Any,
     cell_starts: Any,
     shift_ns: int,
-    entered_at: Any,
-    ended_at: Any,
+    times: Any,
     reference: Any,
-    reference_step: Any,
     flags: Any,
 ) -> None:
     """Put the collectives of one rank into the cells of their groups, and compare each with the first that was put there.
 
-    A group has rows, one for each number from ``first_numbers`` on, and in each a cell for every member. Times are minus
-    ``shift_ns``. ``reference`` [rows, 2]: bytes; peer, operation and dtype. ``flags`` [rows]: what differs.
+    A group has rows, one for each number from ``first_numbers`` on, and in each a cell for every member. ``times``
+    [cells, 2]: entered and ended, minus ``shift_ns``. ``reference`` [rows, 3]: bytes; peer, operation and dtype;
+    step, NO_STEP where nobody entered. ``flags`` [rows]: what differs.
     """
     for index in range(len(words)):
         group = np.int64(words[index, 5] & _LOW)
@@ -152,16 +149,15 @@ def lay_beside(
             continue
         row = row_starts[known] + at
         cell = cell_starts[known] + at * sizes[known] + places[group]
-        entered_at[cell] = np.int64(words[index, 1]) - shift_ns
+        times[cell, 0] = np.int64(words[index, 1]) - shift_ns
         if words[index, 3] > 0:
-            ended_at[cell] = np.int64(words[index, 3]) - shift_ns
-        step = np.int64(words[index, 6] & _LOW)
+            times[cell, 1] = np.int64(words[index, 3]) - shift_ns
+        step = words[index, 6] & _LOW
         kinds = words[index, 7] & np.uint64(0xFFFFFFFFFFFF)
-        if reference_step[row] < 0:
-            reference_step[row] = step
-            reference[row, 0], reference[row, 1] = words[index, 4], kinds
+        if reference[row, 2] == NO_STEP:
+            reference[row, 0], reference[row, 1], reference[row, 2] = words[index, 4], kinds, step
             continue
-        if reference_step[row] != step:
+        if reference[row, 2] != step:
             flags[row] |= DIFFERS_STEP
         if reference[row, 0] != words[index, 4]:
             flags[row] |= DIFFERS_BYTES

@@ -71,9 +71,10 @@ def match(joined: Joined, survey: Survey, offset_ns: Mapping[str, int] | None = 
     first_numbers, num_rows = _rows_of_groups(joined, survey)
     row_starts = np.concatenate([[0], np.cumsum(num_rows)]).astype(np.int64)
     cell_starts = np.concatenate([[0], np.cumsum(num_rows * joined.sizes)]).astype(np.int64)
-    entered_at, ended_at = np.zeros(cell_starts[-1], np.int64), np.zeros(cell_starts[-1], np.int64)
-    reference = np.zeros((int(row_starts[-1]), 2), np.uint64)
-    steps, flags = np.full(row_starts[-1], -1, np.int64), np.zeros(row_starts[-1], np.uint8)
+    times = np.zeros((int(cell_starts[-1]), 2), np.int64)  # both times of a cell, and all of a row, share a cache line
+    reference = np.zeros((int(row_starts[-1]), 3), np.uint64)
+    reference[:, 2] = kernels.NO_STEP
+    flags = np.zeros(len(reference), np.uint8)
     for index, trace in enumerate(joined.traces):
         kernels.lay_beside(
             joined.words(index),
@@ -84,13 +85,21 @@ def match(joined: Joined, survey: Survey, offset_ns: Mapping[str, int] | None = 
             row_starts,
             cell_starts,
             (offset_ns or {}).get(trace.node, 0),
-            entered_at,
-            ended_at,
+            times,
             reference,
-            steps,
             flags,
         )
-    found = Matched(entered_at, ended_at, first_numbers, row_starts, cell_starts, joined.sizes, reference, steps, flags)
+    found = Matched(
+        times[:, 0],
+        times[:, 1],
+        first_numbers,
+        row_starts,
+        cell_starts,
+        joined.sizes,
+        reference[:, :2],
+        reference[:, 2].view(np.int64),
+        flags,
+    )
     uneven = np.isin(found.operations(slice(None)), UNEVEN) & (flags & kernels.DIFFERS_OPERATION == 0)
     flags[uneven] &= np.uint8(0xFF ^ kernels.DIFFERS_BYTES)
     return found

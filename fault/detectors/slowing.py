@@ -28,6 +28,8 @@ _LEAST_SHARE = 0.05
 _LEAST_SCORE_OF_FEW = 8.0
 _LASTING = 0.75
 _PAUSE = 1.5
+_SAMPLED = 64
+"""Ranks that show how much steps differ by chance."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +79,8 @@ def _lasting(survey: Survey, compared: Compared, cause: str) -> list[Slow]:
     excess = np.full(len(recent), np.nan)
     excess[usable] = np.nanmedian(_recent(compared.excess_s)[usable], axis=1)
     of_peers = spread(logs[usable])
-    usual_noise = float(np.median([noise(_logs(row)) for row in recent[usable]]))
+    sample = recent[usable][:: max(1, int(usable.sum()) // _SAMPLED)]
+    usual_noise = float(np.median([noise(_logs(row)) for row in sample]))
     found = []
     for trace in np.flatnonzero(usable & (logs > np.log(LEAST_RATIO)) & (excess > _LEAST_SHARE * step_s)).tolist():
         own = _logs(recent[trace])
