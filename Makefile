@@ -54,7 +54,7 @@ gpu: $(INSTALLED)  ## the checks that only a GPU can make; skips aloud without o
 parity: $(INSTALLED)  ## gradients on every layout against one process; takes minutes
 	$(BIN)/python -m pytest tests/runtime tests/parallelism tests/checkpoint tests/fault tests/launcher -m parity
 
-soak: $(INSTALLED)  ## long runs of jobs: 200 restarts in a row, a clock that jumps, killed copies (KILLS=1000), 30 random faults (FAULTS=300 SEED=1)
+soak: $(INSTALLED)  ## long runs: 200 restarts in a row, a clock that jumps, killed copies (KILLS=1000), flipped bits (FLIPS), 30 random faults (FAULTS=300 SEED=1)
 	$(BIN)/python -m pytest tests/launcher tests/fault -m soak -s
 
 soak-planner: $(INSTALLED)  ## a million random plans, each proved, in two processes; takes hours (PLANS=20000: minutes)
