@@ -31,16 +31,16 @@ def find_hangs(joined: Joined, standing: Standing, context: Context, spoiled: se
     for key in waiters:
         for trace in standing.missing[key]:
             waited_for[trace].append(key)
+    explained = {key: waiters[key] for key in waiters if key not in crowded}
+    suspects = list(_of_suspects(joined, standing, context, waited_for, explained))
     found = [
-        *_of_suspects(
-            joined, standing, context, waited_for, {key: waiters[key] for key in waiters if key not in crowded}
-        ),
+        *suspects,
         *_of_crowds(joined, standing, waited_for, waiters, crowded),
-        *_of_gone(joined, context, waiters),
+        *(one for one in _of_gone(joined, context, waiters) if one.rank not in {other.rank for other in suspects}),
         *_of_unknown(joined, standing, long.values()),
         *merged(list(of_communication(joined, standing, context, waiters, spoiled))),
     ]
-    roots = [trace for trace in waited_for if trace not in standing.waiting]
+    roots = [trace for trace in waited_for if _is_stuck_alone(joined, standing, context, trace)]
     roots += [
         trace
         for trace, one in standing.waiting.items()
@@ -88,9 +88,9 @@ def _of_suspects(
     waited_for: dict[int, list[Key]],
     waiters: dict[Key, list[Waiting]],
 ) -> Iterator[Finding]:
-    """Those that are waited for and are in no operation."""
+    """Those that are waited for and wait for nobody."""
     for trace, keys in sorted(waited_for.items()):
-        if trace in standing.waiting:
+        if not _is_stuck_alone(joined, standing, context, trace):
             continue
         waiting = [one for key in keys for one in waiters.get(key, ())]
         if not waiting:
@@ -120,6 +120,12 @@ def _of_suspects(
             },
             confidence=confidence,
         )
+
+
+def _is_stuck_alone(joined: Joined, standing: Standing, context: Context, trace: int) -> bool:
+    """Whether a rank is in no operation, or its process is known to be stopped or gone: then it is not what it is in that
+    keeps it."""
+    return trace not in standing.waiting or is_gone(context, joined.traces[trace].rank)
 
 
 def _of_gone(joined: Joined, context: Context, waiters: dict[Key, list[Waiting]]) -> Iterator[Finding]:

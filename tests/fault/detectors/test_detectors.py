@@ -70,6 +70,30 @@ def test_a_process_that_ended_inside_a_collective_is_told(process: ProcessState 
     assert (finding.kind, finding.rank) == (kinds.HANG, 2)
 
 
+def test_a_rank_that_was_stopped_inside_of_what_the_other_side_has_finished_is_told() -> None:
+    world, seconds = Group("world", (0, 1)), 1_000_000_000
+    operations = {
+        0: [("send", 0, 1), ("receive", 0, 1), ("receive", 1, 0)],
+        1: [("send", 0, 1), ("receive", 0, 0)],
+    }
+    traces = []
+    for rank, of_rank in operations.items():
+        records = np.zeros(len(of_rank), RECORD)
+        for row, (operation, number, is_over) in enumerate(of_rank):
+            records[row]["sequence"], records[row]["number"], records[row]["step"] = row + 1, number, 1
+            records[row]["operation"], records[row]["peer"] = OPERATIONS.index(operation), 1 - rank
+            records[row]["entered_ns"] = (row + 1) * seconds
+            records[row]["ended_ns"] = (row + 1) * seconds + 5 if is_over else 0
+            records[row]["phase"], records[row]["flags"] = PHASES.index("train"), Flags.END_SEEN
+        named = {1: world}
+        records["group"] = 1
+        traces.append(RankTrace(rank, "node0", 7 + rank, records, named, {}, 1, "train", 200 * seconds, 0))
+    states = {0: ProcessState("S", 7, False), 1: ProcessState("T", 7, False)}
+    finding = _only(diagnose(traces, Context(processes=states)).findings)
+    assert (finding.kind, finding.rank) == (kinds.HANG, 1)
+    assert "its process is stopped" in finding.text
+
+
 def test_the_first_step_may_take_long() -> None:
     for wait_s, found in ((20.0, 0), (100.0, 1)):
         job = generate(JobShape(dp=4), [Hang(3, 1)], wait_s=wait_s)
