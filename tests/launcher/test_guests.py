@@ -107,9 +107,10 @@ def test_where_no_guest_can_be_had_a_job_that_shrinks_goes_on_from_storage_and_s
             _end(job)
 
 
+@pytest.mark.parity
 @pytest.mark.parametrize(("nodes", "code", "place"), [
     (2, "1+1", 0),  # of rank 0
-    pytest.param(3, "2+1", 1, marks=pytest.mark.parity),
+    (3, "2+1", 1),
 ])  # fmt: skip
 def test_f10_a_job_that_waited_in_vain_writes_down_what_only_the_stripe_can_rebuild_and_is_resumed_from_there(
     job_file: Path, nodes: int, code: str, place: int
