@@ -70,8 +70,6 @@ from evermesh.launcher.succession.office import START_S
 
 _BEAT_S = 0.25
 _LEAVE_WAIT_S = 5.0
-_STANDBY_S = 2.0
-"""After workers were started, until others are forked for the next time: not while they load their state."""
 
 
 class Agent:
@@ -110,7 +108,6 @@ class Agent:
                     self._candidate.begin()
                 warm.warm_up(self.spec.warm_module, self.spec.threads)
                 self._beat()
-                self._loop.post(self._fill_standbys)
                 self._loop.run_until(lambda: self._has_left)
             finally:
                 self._leave()
@@ -236,11 +233,14 @@ class Agent:
         rings = self._recording.begin(wanted=message.work.records)
         group.start(message.store, message.work, self._area.board, self._interface, keeper, keepers, rings)
         self._tell_started(group)
-        self._loop.after(_STANDBY_S, self._fill_standbys)
 
-    def _fill_standbys(self) -> None:
-        """Have as many workers in waiting as ranks may have to be started here at once."""
-        self._standbys.fill(self.spec.slots)
+    def _fill_standbys(self, beats: Sequence[RankBeat]) -> None:
+        """Have as many workers in waiting as ranks may have to be started here at once; none are forked while ranks load
+        their state."""
+        group = self._group
+        is_idle = group is None or group.outcome.is_over
+        if is_idle or (group is not None and len(beats) == group.place.ranks and all(beat.step for beat in beats)):
+            self._standbys.fill(self.spec.slots)
 
     def _end(self, message: End) -> None:
         if self._group and self._group.generation == message.generation:
@@ -257,9 +257,9 @@ class Agent:
         if self._group:
             outcome = self._group.outcome
             in_memory = self._keeper.in_memory() if outcome.is_over else None
-            if outcome.is_over:
-                self._recording.keep()
             self._link.send(Progress(outcome=outcome, in_memory=in_memory))
+            if outcome.is_over:
+                self._recording.keep()  # while the controller thinks; the next start finds it done
 
     def _pass_report(self, values: dict[str, Any]) -> None:
         if self._group:
@@ -289,6 +289,7 @@ class Agent:
         self._stripe.look(had_died=any(kind == KEEPER_LOST for kind, _ in noticed))
         self._look_after_controller()
         self._fence(beats)
+        self._fill_standbys(beats)
 
     def _fence(self, beats: Sequence[RankBeat]) -> None:
         """End ranks that hang while no controller is in reach: they wait for ranks from which this node is cut off, and
