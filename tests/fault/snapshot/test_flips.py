@@ -10,6 +10,7 @@ from typing import NamedTuple
 import pytest
 
 from evermesh.fault.snapshot.choosing import Version
+from evermesh.fault.snapshot.keeper.parity import buffer_of
 from evermesh.fault.snapshot.keeper.sealing import rotten_chunks
 from evermesh.fault.snapshot.keeper.slots import HEADER_USED_BYTES, SlotFiles, held_by
 from tests.fault.snapshot.stripe_keepers import Stripe, stripe_of
@@ -36,12 +37,13 @@ def _files(stripe: Stripe, node: int, version: Version) -> Iterator[Path]:
             if held.record.version == version:
                 files = SlotFiles.of(area, rank, held.number)
                 yield from (file for file in (files.header, files.data, files.index, files.objects) if file.is_file())
-    yield from (_parity(stripe, node).with_name(name) for name in ("parity", "record", "protected"))
+    yield from (_parity(stripe, node, version).with_name(name) for name in ("parity", "record", "protected"))
 
 
-def _parity(stripe: Stripe, node: int) -> Path:
-    (found,) = stripe.area(node).glob("parity-*/parity")
-    return found
+def _parity(stripe: Stripe, node: int, version: Version) -> Path:
+    buffer = buffer_of(stripe.area(node), version)
+    assert buffer is not None
+    return buffer._folder / "parity"
 
 
 def _draw(rng: random.Random, stripe: Stripe, version: Version, most: int) -> list[_Flip]:
@@ -106,7 +108,7 @@ def _flip_and_repair(folder: Path, code: str, number: int, seed: int) -> int:
     with stripe_of(folder, code, SIZES) as stripe:
         version = stripe.protect(4)
         whole = stripe.digests(version)
-        before = {node: _parity(stripe, node).read_bytes() for node in range(3)}
+        before = {node: _parity(stripe, node, version).read_bytes() for node in range(3)}
         while flipped < number:
             flips = _draw(rng, stripe, version, int(code[-1]))
             _spoil(flips)
@@ -117,7 +119,7 @@ def _flip_and_repair(folder: Path, code: str, number: int, seed: int) -> int:
             ):  # the scrubber has marked a slot while it was repaired: it is lost then
                 assert _rebuild(stripe, version) <= {flip.node for flip in flips}, flips
             assert stripe.digests(version) == whole, flips
-            assert {node: _parity(stripe, node).read_bytes() for node in range(3)} == before, flips
+            assert {node: _parity(stripe, node, version).read_bytes() for node in range(3)} == before, flips
             flipped += len(flips)
     return flipped
 
