@@ -56,7 +56,9 @@ class Keeper:
         """By rank: held while its memory is made, sealed or given back."""
         self._connected, self._last_s = 0, time.monotonic()
         self._has_ended = threading.Event()
-        self._scrubber = Scrubber(area.path)
+        self._repairing = threading.Lock()
+        """Held while slots are made whole, and while one is looked at again and marked."""
+        self._scrubber = Scrubber(area.path, self._repairing)
         self._stripe: StripeMember | None = None
         self._service: ReadService | None = None
 
@@ -154,7 +156,8 @@ class Keeper:
         return {}
 
     def _rebuild_order(self, order: Order) -> Order:
-        return self._member.rebuild(order)
+        with self._repairing:
+            return self._member.rebuild(order)
 
     @property
     def _member(self) -> "StripeMember":

@@ -14,10 +14,13 @@ _PAUSE_S = 5.0
 
 
 class Scrubber:
-    """Reads every sealed slot of ``area`` at a bounded rate and marks what has rotted: nobody restores from it then."""
+    """Reads every sealed slot of ``area`` at a bounded rate and marks what has rotted: nobody restores from it then.
 
-    def __init__(self, area: Path, bytes_per_s: float = _BYTES_PER_S) -> None:
-        self._area, self._bytes_per_s = area, bytes_per_s
+    Whoever holds ``repairing`` makes slots whole meanwhile: what is found then is left to the next look.
+    """
+
+    def __init__(self, area: Path, repairing: threading.Lock, bytes_per_s: float = _BYTES_PER_S) -> None:
+        self._area, self._repairing, self._bytes_per_s = area, repairing, bytes_per_s
         self.rotten: list[str] = []
         """What was found, in words."""
 
@@ -38,6 +41,14 @@ class Scrubber:
                     continue
 
     def _mark(self, files: SlotFiles, text: str) -> None:
+        if not self._repairing.acquire(blocking=False):
+            return
+        try:
+            self._mark_if_still_rotten(files, text)
+        finally:
+            self._repairing.release()
+
+    def _mark_if_still_rotten(self, files: SlotFiles, text: str) -> None:
         header = Header(files.header)
         try:
             before = header.record

@@ -31,7 +31,7 @@ from tests.benchmarks.harness import Row, exact_row
 from tests.cluster import run_ranks
 
 _ROUNDS, _BLOCKS = 6, 60
-_PAIRS, _STEPS = int(os.environ.get("PAIRS", "40")), 10
+_PAIRS, _STEPS, _WARM = int(os.environ.get("PAIRS", "40")), 10, 3
 Seconds = tuple[float, float]
 """By the clock on the wall, and of processors."""
 _WAYS: dict[str, tuple[Wanted, bool, float | None]] = {
@@ -164,16 +164,21 @@ def _steps(rank: int, world_size: int, wanted: Wanted) -> list[tuple[Seconds, Se
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     tokens = torch.randn(128, 256)
 
+    def step() -> None:
+        model(tokens).square().mean().backward()
+        for parameter in model.parameters():
+            assert parameter.grad is not None
+            dist.all_reduce(parameter.grad)
+        optimizer.step()
+        optimizer.zero_grad()
+
     def seconds() -> Seconds:
+        for _ in range(_WARM):  # a recorder has just begun, or ended
+            step()
         dist.barrier()
         begin, used = time.perf_counter(), time.process_time()
         for _ in range(_STEPS):
-            model(tokens).square().mean().backward()
-            for parameter in model.parameters():
-                assert parameter.grad is not None
-                dist.all_reduce(parameter.grad)
-            optimizer.step()
-            optimizer.zero_grad()
+            step()
         return time.perf_counter() - begin, time.process_time() - used
 
     def recorded() -> Seconds:
