@@ -4,6 +4,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 ROOMS := parallelism checkpoint fault runtime launcher
+# test files that run at once: most of their time they wait
+WORKERS ?= 2
 BROWSER := $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)
 export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -33,10 +35,10 @@ demo: $(INSTALLED)  ## the main job: train, save, stop, resume on another number
 
 test: $(INSTALLED)  ## all tests; those of the dashboard need Chromium (Debian: apt-get install chromium)
 	@test -n "$(BROWSER)" || echo "no Chromium: the tests of the dashboard are skipped. To run them: apt-get install chromium"
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 $(addprefix test-,$(ROOMS)): test-%: $(INSTALLED)  ## tests of one room: test-parallelism, test-checkpoint, ...
-	$(BIN)/python -m pytest tests/$*
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile tests/$*
 
 check: $(INSTALLED)  ## lint, format and types
 	$(BIN)/ruff check .

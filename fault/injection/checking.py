@@ -119,12 +119,12 @@ def _allowed(fault: Fault) -> tuple[str, ...]:
         return ("rank", "node", "agent", "keeper", "controller", "head", "launcher", "job")
     if isinstance(fault, Stop):
         return ("rank", "node", "agent", "keeper", "controller")
-    return ("node",) if fault.kind == "cut" else ("rank",)
+    return ("node",) if fault.kind in ("cut", "delay") else ("rank",)
 
 
 def _has_outside(fault: Fault) -> bool:
     """Whether it can be done from outside the ranks."""
-    return fault.kind in ("kill", "stop", "cut", "fill")
+    return fault.kind in ("kill", "stop", "cut", "delay", "fill")
 
 
 def _step_problems(fault: Fault, at: AtStep, shape: RunShape) -> Iterator[tuple[str, str]]:

@@ -168,6 +168,26 @@ class Cut(_Fault):
     for_s: PositiveFloat
 
 
+class Delay(_Fault):
+    """What passes between a node and the controller comes later, in both directions."""
+
+    kind: Literal["delay"] = "delay"
+    target: Target = Target(of="node", which="any")
+    seconds: NonNegativeFloat = 0.0
+    """Later by so much."""
+    lost: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Share of it that is lost, and comes when it is sent again."""
+    again_s: PositiveFloat = 0.2
+    """Seconds until then."""
+    for_s: PositiveFloat
+
+    @model_validator(mode="after")
+    def _does_something(self) -> Self:
+        if self.seconds == 0.0 and self.lost == 0.0:
+            raise ValueError("seconds 0 and lost 0 delay nothing; set one of them")
+        return self
+
+
 class Fill(_Fault):
     """A file takes all but some bytes of a file system, and is removed afterwards."""
 
@@ -231,7 +251,7 @@ class Hang(_OfRank):
 
 
 Fault = Annotated[
-    Kill | Stop | Slow | Cut | Fill | Flip | Poison | Raise | Hang,
+    Kill | Stop | Slow | Cut | Delay | Fill | Flip | Poison | Raise | Hang,
     Field(discriminator="kind"),
 ]
 

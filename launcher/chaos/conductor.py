@@ -1,4 +1,4 @@
-"""What is injected from outside the ranks: signals to any process, full file systems, cut ways. A thread beside the job."""
+"""What is injected from outside the ranks: signals, full file systems, ways that are cut or bad. A thread beside the job."""
 
 import signal
 import threading
@@ -11,11 +11,11 @@ from pydantic import ValidationError
 
 from evermesh.fault.errors import EventLogUnusable
 from evermesh.fault.events import Event
-from evermesh.fault.injection import AfterSeconds, AtStep, Cut, Fill, Injection, Kill, Shot, Stop
+from evermesh.fault.injection import AfterSeconds, AtStep, Cut, Delay, Fill, Injection, Kill, Shot, Stop
 from evermesh.fault.injection.telling import INJECTED, tell
 from evermesh.launcher.chaos.ballast import Ballast
-from evermesh.launcher.chaos.cutting import Way
 from evermesh.launcher.chaos.victims import victims
+from evermesh.launcher.chaos.way import Way
 from evermesh.launcher.controller.journal import Entry
 from evermesh.launcher.errors import RunNotFound
 from evermesh.launcher.following import Lines
@@ -44,7 +44,7 @@ class Conductor:
         self._due: list[Shot] = []
         self._undo: list[tuple[float, Callable[[], None]]] = []
         """Monotonic clock, and what ends something that lasts."""
-        self._ways = {name: Way(run, name) for name in sorted(set(map(_cut_node, self._left))) if name}
+        self._ways = {name: Way(run, name) for name in sorted(set(map(_node_of_way, self._left))) if name}
         self._is_withdrawn = False
         self.asked_launcher = False
         """A shot has asked who shows the job for its end."""
@@ -136,9 +136,13 @@ class Conductor:
             _send(found, signal.SIGSTOP)
             self._continue_later(found, fault)
         elif isinstance(fault, Cut):
-            way = self._ways[_cut_node(shot)]
+            way = self._ways[_node_of_way(shot)]
             way.cut()
             self._undo.append((time.monotonic() + fault.for_s, way.mend))
+        elif isinstance(fault, Delay):
+            way = self._ways[_node_of_way(shot)]
+            way.worsen(fault)
+            self._undo.append((time.monotonic() + fault.for_s, lambda: way.worsen(None)))
         elif isinstance(fault, Fill):
             ballast = Ballast(fault, self._run.directory)
             self._undo.append((time.monotonic() + fault.for_s, ballast.remove))
@@ -157,9 +161,9 @@ class Conductor:
         self._undo_due(float("inf"))
 
 
-def _cut_node(shot: Shot) -> str:
-    """Name of the node whose way is cut; empty for other faults."""
-    return f"node-{shot.victim.which}" if isinstance(shot.fault, Cut) and shot.victim is not None else ""
+def _node_of_way(shot: Shot) -> str:
+    """Name of the node whose way to the controller is cut or bad; empty for other faults."""
+    return f"node-{shot.victim.which}" if isinstance(shot.fault, Cut | Delay) and shot.victim is not None else ""
 
 
 def _send(processes: list[psutil.Process], number: signal.Signals) -> None:

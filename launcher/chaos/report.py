@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from evermesh.fault.events import Event, read_events
-from evermesh.fault.injection import Cut, Fill, Flip, Injection, Kill, Poison, Shot, Slow, Stop
+from evermesh.fault.injection import Cut, Delay, Fill, Flip, Injection, Kill, Poison, Shot, Slow, Stop
 from evermesh.fault.injection.telling import INJECTED
 from evermesh.launcher.controller.journal import Entry, read_journal
 from evermesh.launcher.run_directory import Run
@@ -17,6 +17,8 @@ Outcome = Literal["restarted", "survived", "ended the job", "not injected"]
 _HARMLESS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGCONT", "SIGUSR1", "SIGCHLD", "SIGURG", "SIGWINCH")
 """Signals that end no rank and no agent."""
 _NOTICED = ("node cut off", "node lost")
+_NOTICED_AFTER_S = 2.0
+"""Seconds for which a way may be whole again when its node is told as cut off."""
 
 
 class _Frozen(BaseModel):
@@ -206,7 +208,7 @@ def _is_to_blame(
 def _must_end(shot: Shot) -> bool:
     """Whether no attempt goes on behind it."""
     fault, of = shot.fault, shot.victim.of if shot.victim is not None else None
-    if isinstance(fault, Slow | Cut | Fill | Flip | Poison) or of in ("controller", "launcher", "keeper"):
+    if isinstance(fault, Slow | Cut | Delay | Fill | Flip | Poison) or of in ("controller", "launcher", "keeper"):
         return False
     if isinstance(fault, Kill):
         return fault.signal not in _HARMLESS
@@ -225,7 +227,10 @@ def _noticed(shot: Shot, event: Event, history: History) -> tuple[float, str] | 
         stops = [entry for entry in history.journal if entry.kind == "stop" and entry.time_s >= event.time_s]
         return (stops[0].time_s, stops[0].reason) if stops else None
     if of in ("agent", "node"):
-        told = [other for other in history.events if other.kind in _NOTICED and other.time_s >= event.time_s]
+        lasts_s = shot.fault.for_s + _NOTICED_AFTER_S if isinstance(shot.fault, Cut | Delay) else float("inf")
+        told = [
+            other for other in history.events if other.kind in _NOTICED and 0 <= other.time_s - event.time_s <= lasts_s
+        ]
         return (told[0].time_s, told[0].text) if told else None
     if of == "keeper" or (isinstance(shot.fault, Flip) and shot.fault.is_of_snapshot):
         kind = "keeper lost" if of == "keeper" else "snapshot damaged"

@@ -34,6 +34,7 @@ faults:
 - {kind: stop, target: agent any, at: {seconds: 3}, continue_after_s: 2}
 - {kind: slow, target: rank 0, at: {step: 7}, factor: 3, steps: 5}
 - {kind: cut, target: node 1, at: {step: 7}, for_s: 5}
+- {kind: delay, target: node 1, at: {step: 7}, seconds: 0.2, lost: 0.1, for_s: 5}
 - {kind: fill, place: shm, free_bytes: 4096, at: {step: 7}, for_s: 5}
 - {kind: flip, target: rank any, what: gradient, at: {step: 7}}
 - {kind: poison, at: {step: 7}}
@@ -75,7 +76,7 @@ def test_a_schedule_becomes_one_shot_per_victim_and_time_with_nothing_left_to_ch
     assert {str(shot) for shot in shots if not shot.is_inside} == {
         "kill SIGTERM launcher at second 2.5",
         "kill job at step 50, forward",
-        *(text for text in told if text.startswith(("stop", "cut", "fill"))),
+        *(text for text in told if text.startswith(("stop", "cut", "delay", "fill"))),
     }
 
 

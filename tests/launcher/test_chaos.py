@@ -34,6 +34,15 @@ def kill(target: str, step: int, phase: str | None = None, **more: Any) -> dict[
 def survived(job_file_of_module: Path) -> ChaosReport:
     """One job that all of this happens to, and one that it does not happen to."""
     faults = [
+        {
+            "kind": "delay",
+            "target": "node 1",
+            "at": {"step": 3},
+            "seconds": 0.1,
+            "lost": 0.2,
+            "again_s": 0.4,
+            "for_s": 3,
+        },
         kill("rank 1", 6, "backward"),
         {"kind": "raise", "target": "rank 0", "at": {"step": 11, "phase": "all-reduce"}},
         {"kind": "slow", "target": "rank 1", "at": {"step": 13}, "factor": 2, "sleep_s": 0.3, "steps": 3},
@@ -92,6 +101,13 @@ def test_f29_a_slow_rank_and_f7_one_that_is_stopped_for_a_moment_end_no_attempt(
     step_s = {report.step: report.step_s for report in read_telemetry(Path(survived.run) / "telemetry.jsonl")}
     assert min(step_s[step] for step in (13, 14, 15)) > 0.3
     assert step_s[18] > 0.4
+
+
+def test_a_node_whose_way_to_the_controller_is_slow_and_loses_a_part_is_not_taken_for_lost(
+    survived: ChaosReport,
+) -> None:
+    fault = one(survived, "delay node 1")
+    assert (fault.outcome, fault.detected_after_s) == ("survived", None)
 
 
 def test_f5_an_agent_that_is_killed_is_found_lost_and_f22_a_controller_is_replaced_without_a_restart(
