@@ -34,6 +34,10 @@ class Client:
         """The job as it is now."""
         return JobStatus.model_validate_json(self._ask("GET", "status").content)
 
+    def metrics(self) -> str:
+        """The numbers of the job in the text format of Prometheus."""
+        return self._ask("GET", "metrics").text
+
     def stop(self, signal: int, *, at_once: bool = False, grace_s: float | None = None) -> None:
         """Ask for the end of the job; returns when the controller knows."""
         self._ask("POST", "stop", {"signal": int(signal), "at_once": at_once, "grace_s": grace_s})

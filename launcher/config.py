@@ -81,6 +81,9 @@ class JobConfig(BaseModel):
     record: bool = True
     """Every collective and message of every rank leaves a record in shared memory, 1.3 MiB per rank, which others can read
     whatever the rank is doing: `evermesh records`."""
+    metrics: bool = True
+    """Every agent serves numbers of its node to Prometheus, on a free port of the node's address, to who shows the token of
+    the run. The controller tells of the job as a whole, and where they are, under ``/api/metrics`` either way."""
     join_timeout_s: PositiveFloat = 60.0
     """How long to wait for enough nodes, seconds; then the job ends with 75 (requeue)."""
     grace_s: PositiveFloat = 25.0

@@ -12,6 +12,7 @@
         ├── RunAlive         (RuntimeError)     another launcher holds the run
         ├── ResumeRefused    (ValueError)       a run cannot go on the way it was asked to
         ├── RelayoutRefused  (ValueError)       a running job cannot go on with another layout
+        ├── ListenInvalid    (ValueError)       nothing can be served at an address
         ├── RunUnusable      (OSError)          the directory of a run cannot be made
         ├── DevicesMissing   (RuntimeError)     the machine has fewer devices than the job has workers
         ├── StoppedAtOnce    (RuntimeError)     a second signal came before the first was answered
@@ -107,6 +108,10 @@ class ResumeRefused(LauncherError, ValueError):
 
 class RelayoutRefused(LauncherError, ValueError):
     """A running job cannot go on with the layout that was asked for; it goes on with the one it has."""
+
+
+class ListenInvalid(LauncherError, ValueError):
+    """Nothing can be served at an address."""
 
 
 class RunUnusable(LauncherError, OSError):

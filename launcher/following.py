@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,7 @@ from evermesh.launcher.agent.revival import Revival
 from evermesh.launcher.client import Client
 from evermesh.launcher.errors import ControllerLost, StoppedAtOnce, WorkersFailed
 from evermesh.launcher.interrupts import Interrupts
+from evermesh.launcher.lines import Lines
 from evermesh.launcher.progress import Progress
 from evermesh.launcher.run_directory import Run, RunState
 from evermesh.launcher.succession.office import election_s
@@ -68,32 +69,6 @@ class JobResult:
     """The newest checkpoint."""
     exit_code: int
     """0, or 128 + the signal that asked for the end."""
-
-
-class Lines:
-    """The lines that a growing file gets from now on; unfinished ones wait."""
-
-    def __init__(self, path: Path, *, from_start: bool = False) -> None:
-        self._path = path
-        self._offset = path.stat().st_size if path.is_file() and not from_start else 0
-
-    def new(self) -> Iterator[bytes]:
-        """The lines since the last call."""
-        try:
-            size = self._path.stat().st_size
-        except FileNotFoundError:
-            return
-        if size < self._offset:  # an unfinished line was cut off
-            self._offset = size
-        if size == self._offset:
-            return
-        with self._path.open("rb") as file:
-            file.seek(self._offset)
-            for line in file:
-                if not line.endswith(b"\n"):
-                    return
-                self._offset += len(line)
-                yield line
 
 
 class Follower:

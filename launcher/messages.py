@@ -120,6 +120,8 @@ class Hello(_Message):
     """Where it is asked about the journal; None: it has no part in that."""
     is_head: bool = False
     """It shares a machine with the first controller of the job."""
+    metrics: str | None = None
+    """Host and port where it serves numbers of its node; None: it does not."""
 
 
 class Beat(_Message):

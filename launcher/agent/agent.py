@@ -23,6 +23,7 @@ from evermesh.launcher.agent.guests import Guests
 from evermesh.launcher.agent.keeping import KEEPER_LOST, NodeKeeper
 from evermesh.launcher.agent.link import Link, LinkHooks
 from evermesh.launcher.agent.loop import Loop
+from evermesh.launcher.agent.numbers import NodeNumbers
 from evermesh.launcher.agent.pulse import Pulse
 from evermesh.launcher.agent.recording import Recording
 from evermesh.launcher.agent.revival import Revival
@@ -97,6 +98,7 @@ class Agent:
         hooks = LinkHooks(self._greet, self._receive, self._note_lost)
         find = self._candidate.find if self._candidate else lambda: read_contact(spec.run, spec.node)
         self._link = Link(self._loop, spec.node, token, find, hooks)
+        self._numbers = NodeNumbers(spec, token, self._missing_s)
         self._stripe = NodeStripe(self._loop, self._keeper, spec.address, token, self._link.send)
         self._guests = Guests(self._loop, self._keeper, spec.address, token, self._link.send)
 
@@ -137,6 +139,7 @@ class Agent:
                 guests=self._guests.in_memory(),
                 seat=self._candidate.seat if self._candidate else None,
                 is_head=self.spec.is_head,
+                metrics=self._numbers.at,
             )
         )
         if self._group and not self._group.outcome.is_over:
@@ -271,13 +274,15 @@ class Agent:
 
     def _beat(self) -> None:
         generation, beats = self._group.generation if self._group else 0, tuple(self._rank_beats())
+        snapshot_bytes = self._keeper.num_bytes + self._guests.num_bytes
+        self._numbers.tell(beats, snapshot_bytes)
         self._link.send(
             Beat(
                 generation=generation,
                 ranks=beats,
                 memory_free_bytes=psutil.virtual_memory().available,
                 shared_memory_free_bytes=self._area.free_bytes,
-                snapshot_bytes=self._keeper.num_bytes + self._guests.num_bytes,
+                snapshot_bytes=snapshot_bytes,
                 keeper=self._keeper.address,
             )
         )
@@ -371,6 +376,7 @@ class Agent:
         if self._store:
             self._store.close()
         self._recording.close()
+        self._numbers.close()
         self._board.close()
         self._area.close()
         self._loop.close()

@@ -26,5 +26,7 @@ class AgentSpec(BaseModel):
     """It is the node that the first controller of the job counts to."""
     journal_folder: Path | None = None
     """Where it keeps its copy of the journal and what it has promised; None: it takes no part in elections."""
+    metrics: bool = True
+    """Whether it serves numbers of its node."""
     orphan_limit_s: PositiveFloat = 600.0
     """Without a controller and without ranks to run it leaves after this time, seconds."""

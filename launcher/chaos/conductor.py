@@ -18,7 +18,7 @@ from evermesh.launcher.chaos.victims import victims
 from evermesh.launcher.chaos.way import Way
 from evermesh.launcher.controller.journal import Entry
 from evermesh.launcher.errors import RunNotFound
-from evermesh.launcher.following import Lines
+from evermesh.launcher.lines import Lines
 from evermesh.launcher.run_directory import Run
 from evermesh.runtime.telemetry import StepReport
 

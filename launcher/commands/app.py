@@ -14,6 +14,7 @@ from evermesh.launcher.commands import (
     export,
     jobs,
     layout,
+    metrics,
     plan,
     records,
     simulate,
@@ -38,6 +39,7 @@ app.command("top", epilog=watching.TOP_EXAMPLES)(watching.top)
 app.command("logs", epilog=watching.LOGS_EXAMPLES)(watching.logs)
 app.command("records", epilog=records.EXAMPLES)(records.records)
 app.command("nodes", epilog=watching.NODES_EXAMPLES)(watching.nodes)
+app.command("metrics", epilog=metrics.EXAMPLES)(metrics.metrics)
 app.command("dashboard", epilog=watching.DASHBOARD_EXAMPLES)(watching.dashboard)
 app.command("relayout", epilog=watching.RELAYOUT_EXAMPLES)(watching.relayout)
 app.command("stop", epilog=watching.STOP_EXAMPLES)(watching.stop)

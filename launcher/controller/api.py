@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator
 from evermesh.fault.events import read_events
 from evermesh.launcher.controller.controller import Controller
 from evermesh.launcher.controller.dashboard import dashboard_router
+from evermesh.launcher.controller.exposition import metrics_router
 from evermesh.launcher.controller.guard import Guard
 from evermesh.launcher.controller.journal import JournalIndex
 from evermesh.launcher.controller.reporting import job_status
@@ -62,6 +63,7 @@ def make_app(controller: Controller, token: str) -> Guard:
     app = FastAPI(title="Evermesh controller", docs_url=None, redoc_url=None, openapi_url="/api/openapi.json")
     app.include_router(_people(controller))
     app.include_router(_agents(controller))
+    app.include_router(metrics_router(controller))
     app.include_router(dashboard_router())
     app.add_exception_handler(RequestValidationError, _refuse)
     return Guard(app, token)

@@ -61,6 +61,8 @@ class Node:
     seat: Seat | None = None
     """Where its agent is asked about the journal."""
     is_head: bool = False
+    metrics: str | None = None
+    """Host and port where its agent serves numbers of it."""
 
     @property
     def room_bytes(self) -> int:
@@ -125,7 +127,7 @@ class Nodes:
         is_new = node.pid is not None and node.pid != hello.pid
         node.host, node.address, node.pid = hello.host, hello.address, hello.pid
         node.shared_memory_bytes = hello.shared_memory_bytes
-        node.seat, node.is_head = hello.seat, hello.is_head
+        node.seat, node.is_head, node.metrics = hello.seat, hello.is_head, hello.metrics
         node.state = "ready"
         node.hear()
         self.guests = {name: found for name, found in self.guests.items() if name.node != hello.node}

@@ -107,6 +107,7 @@ class LocalPlacement:
             revives=True,
             is_head=node == _HEAD,
             journal_folder=journal_folder(self._run, self._config, node),
+            metrics=self._config.metrics,
         )
 
 

@@ -226,6 +226,7 @@ class RayPlacement:
             warm_module=WARM_MODULE,
             threads=device.threads if isinstance(device, CpuDevice) else 1,
             journal_folder=journal_folder(self._run, self._config, node),
+            metrics=self._config.metrics,
         )
 
 

@@ -15,7 +15,7 @@ import pytest
 
 from evermesh.launcher.controller.journal import Entry
 from evermesh.launcher.controller.work import newest_step
-from evermesh.launcher.following import Lines
+from evermesh.launcher.lines import Lines
 from evermesh.runtime.telemetry import StepReport
 from tests.launcher.jobs import Job, launched
 from tests.launcher.test_cli import evermesh

@@ -14,14 +14,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import httpx2
 import psutil
 import pytest
 
 from evermesh import checkpoint
 from evermesh.launcher import Run
-from evermesh.launcher.contact import read_token
+from evermesh.launcher.contact import read_contact, read_token
 from tests.launcher.jobs import Job, clean_losses, end_for_certain, launched
 from tests.launcher.test_cli import EVERMESH, evermesh
+from tests.launcher.test_metrics import by_name
 from tests.processes import still_alive
 
 ENDLESS = ("train.steps=100000", "nodes=2", "train.checkpoint.every=50")
@@ -184,6 +186,27 @@ def test_status_tells_what_a_restart_would_lose(job: Job) -> None:
         assert " in memory, " in shown
         assert " MiB per node, protected" in shown
         assert "a restart loses " in shown
+
+
+def test_prometheus_is_told_of_the_job_and_of_its_nodes_if_it_shows_the_token(job: Job) -> None:
+    told = by_name(evermesh("metrics", "watched").stdout)
+    now = json.loads(evermesh("status", "watched", "--json").stdout)
+    assert told["evermesh_step"][()] <= now["step"]
+    assert told["evermesh_trained_steps_total"][()] >= told["evermesh_step"][()]
+    assert told["evermesh_job_state"][("training",)] == 1
+    assert set(told["evermesh_node_snapshot_bytes"]) == {(node["host"], node["node"]) for node in now["nodes"]}
+    assert set(told["evermesh_rank_compute_seconds"]) == {("node-0", "0"), ("node-1", "1")}
+    assert told["evermesh_events_total"][("started",)] >= 1
+    headers = {"Authorization": f"Bearer {read_token(job.run.directory)}"}
+    targets = httpx2.get(f"{read_contact(job.run.directory)}/api/metrics/targets", headers=headers).json()
+    assert [target["labels"]["node"] for target in targets] == ["node-0", "node-1"]
+    for number, target in enumerate(targets):
+        (address,) = target["targets"]
+        assert address.startswith("127.0.0.1:")
+        assert httpx2.get(f"http://{address}/metrics").status_code == 401
+        of_node = by_name(httpx2.get(f"http://{address}/metrics", headers=headers).text)
+        assert of_node["evermesh_agent_rank_step"][(f"node-{number}", str(number))] > 0
+        assert of_node["evermesh_machine_memory_available_bytes"][()] > 0
 
 
 def test_nodes_lists_leases_and_ranks(job: Job) -> None:

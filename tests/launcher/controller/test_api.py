@@ -65,7 +65,15 @@ def served() -> Iterator[Served]:
             thread.join()
 
 
-READS = ["/api/status", "/api/steps", "/api/events", "/api/journal", "/api/plan"]
+READS = [
+    "/api/status",
+    "/api/steps",
+    "/api/events",
+    "/api/journal",
+    "/api/plan",
+    "/api/metrics",
+    "/api/metrics/targets",
+]
 ALL = [
     *[("GET", path) for path in READS],
     ("GET", "/api/openapi.json"),
