@@ -364,6 +364,7 @@ def test_f2_a_rank_killed_at_any_moment_leaves_a_whole_snapshot(seed: int, tmp_p
 
 
 @pytest.mark.soak
+@pytest.mark.timeout(7200)
 def test_f2_of_many_kills_each_leaves_a_whole_snapshot_that_is_at_most_one_interval_old(tmp_path: Path) -> None:
     for seed in range(int(os.environ.get("KILLS", "1000"))):
         folder = tmp_path / str(seed)
