@@ -5,7 +5,7 @@ Left out is what is small whatever the model: norms, scalars, plans, tokens, doc
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,6 +47,10 @@ class Collective:
         n = len(self.ranks)
         return sum(times * wire_bytes(self.operation, int(payload), n, position) for payload, times in self.calls)
 
+    def scaled(self, share: float) -> "Collective":
+        """As if it were done so much as often."""
+        return replace(self, calls=tuple((payload, times * share) for payload, times in self.calls))
+
     @property
     def payload_bytes(self) -> float:
         """Of all calls."""
@@ -63,6 +67,10 @@ class Messages:
     senders: NDArray[np.int64]
     receivers: NDArray[np.int64]
     num_bytes: NDArray[np.float64]
+
+    def scaled(self, share: float) -> "Messages":
+        """As if they were sent so much as often."""
+        return replace(self, num_bytes=self.num_bytes * share)
 
 
 Exchange = Collective | Messages

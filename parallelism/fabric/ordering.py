@@ -31,10 +31,12 @@ class Order(NamedTuple):
     """In the order that was given."""
 
 
-def order_nodes(topology: Topology, exchanges: Sequence[Exchange], given: Sequence[int] | None = None) -> Order:
+def order_nodes(
+    topology: Topology, exchanges: Sequence[Exchange], given: Sequence[int] | None = None, *, improves: bool = True
+) -> Order:
     """An order of the nodes for a job with these exchanges, whose ranks are numbered node by node.
 
-    ``given`` is the order to improve, by default that of the topology. The number of devices is the same in every node.
+    ``given`` is the order to improve, by default that of the topology; with ``improves`` off it is only judged. The number of devices is the same in every node.
     """
     order = list(given if given is not None else range(len(topology.nodes)))
     devices = topology.nodes[order[0]].devices
@@ -42,7 +44,7 @@ def order_nodes(topology: Topology, exchanges: Sequence[Exchange], given: Sequen
     block_of = _blocks(topology)
     before = crossing_bytes(between, [block_of[node] for node in order])
     best, least = order, before
-    if len({block_of[node] for node in order}) == 1:
+    if not improves or len({block_of[node] for node in order}) == 1:
         return Order(tuple(order), before, before)
     starts = list(dict.fromkeys(map(tuple, _starts(order, block_of, between))))
     starts.sort(key=lambda start: crossing_bytes(between, [block_of[node] for node in start]))

@@ -1,0 +1,175 @@
+"""What ``evermesh traffic plan`` computes: the paths of a job on a network, before (hash) and after (plan)."""
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from evermesh.launcher.errors import TrafficRequestInvalid
+from evermesh.launcher.layouts import LengthsAsked, Source, read_topology
+from evermesh.launcher.traffic_registry import Registry
+from evermesh.parallelism.cost import ModelShape
+from evermesh.parallelism.fabric.assigning import Assignment, assign
+from evermesh.parallelism.fabric.exchanges import Exchange, plan_exchanges
+from evermesh.parallelism.fabric.flows import Algorithm, Flows, flows_of
+from evermesh.parallelism.fabric.hashing import hashed
+from evermesh.parallelism.fabric.model import model_of
+from evermesh.parallelism.fabric.ordering import Order, order_nodes
+from evermesh.parallelism.fabric.paths import Connections, Loads
+from evermesh.parallelism.fabric.rails import RailRow, rail_report
+from evermesh.parallelism.fabric.replanning import Replanned, replan
+from evermesh.parallelism.fabric.settings import Part, what_holds
+from evermesh.parallelism.fabric.wiring import Wiring
+from evermesh.parallelism.layout import Layout
+from evermesh.parallelism.layout.activations import Precision
+from evermesh.parallelism.layout.network import Network
+from evermesh.parallelism.layout.options import SearchOptions
+from evermesh.parallelism.layout.rates import Hardware, rates
+from evermesh.parallelism.layout.search import estimate_layout
+from evermesh.parallelism.planner import plan_batch
+from evermesh.parallelism.pool import Pool
+from evermesh.parallelism.topology import Topology
+
+
+@dataclass(frozen=True, slots=True)
+class TrafficAsked:
+    """What to plan."""
+
+    job: Path
+    topology: Path
+    nodes: tuple[str, ...] = ()
+    """Nodes of the job, by name; none: all of the topology."""
+    failed: tuple[str, ...] = ()
+    """Cables and switches that are broken."""
+    reorders: bool = True
+    """Whether the order of nodes may be improved."""
+    algorithm: Algorithm = "ring"
+    pxn: bool = True
+    parts: int = 1
+    """Streams of a connection on each port."""
+    seeds: int = 20
+    """Hashes to compare with."""
+    batches: int = 2
+    """Of the job's data, to plan."""
+    registry: Path | None = None
+    """File with the loads of other jobs."""
+    step_s: float | None = None
+    """Seconds of a step; None: by formula."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrafficPlan:
+    """Paths of a job, and what they are compared with."""
+
+    job: str
+    layout: Layout
+    asked: TrafficAsked
+    topology: Topology
+    """Of the nodes of the job, in the order of ranks."""
+    wiring: Wiring
+    """Without what is broken."""
+    order: Order
+    flows: Flows
+    connections: Connections
+    assignment: Assignment
+    hashed: tuple[float, ...]
+    """Largest load of a link, seconds, of every hash, ascending."""
+    others: Loads | None
+    """Bytes of other jobs in a step."""
+    replanned: Replanned | None
+    """Where something is broken: from the paths without that, moving as little as can be."""
+    step_s: float
+    rails: tuple[RailRow, ...]
+    parts: tuple[Part, ...]
+
+    @property
+    def gain(self) -> float:
+        """Largest load under a hash, the median, over that of the plan."""
+        most = self.assignment.loads.most
+        return statistics.median(self.hashed) / most if most else 1.0
+
+
+def plan_traffic_of(asked: TrafficAsked, console: Console) -> TrafficPlan:
+    """Plan the paths of a job.
+
+    Raises:
+        EvermeshError: of the job and its data; TrafficRequestInvalid where job and topology do not go together;
+            TrafficImpossible where the network is not described, or cannot carry the job.
+    """
+    source = Source.read(asked.job)
+    if source.job is None:
+        raise TrafficRequestInvalid(f"{asked.job} is no job: paths need train.layout and the data. Give a job file.")
+    layout, registry = source.job.train.layout, Registry.read(asked.registry)
+    topology = _chosen(read_topology(asked.topology), asked, layout)
+    lengths, vocabulary = source.lengths(LengthsAsked(batches=asked.batches), console)
+    shape, options = source.model.shape(vocabulary), source.options(None)
+    step_s = asked.step_s or estimate_layout(shape, topology, lengths, layout, options).step.total
+    exchanges = _exchanges(shape, layout, topology, lengths, options)
+    order = order_nodes(topology, exchanges, improves=asked.reorders)
+    whole = Wiring.of(topology, order.nodes)
+    wiring = whole.without(asked.failed)
+    others = registry.loads(source.job.name, wiring, step_s)
+    flows = flows_of(exchanges, wiring, algorithm=asked.algorithm, pxn=asked.pxn)
+    connections = Connections.of(flows)
+    hashes = (hashed(connections, wiring, seed, parts=asked.parts) for seed in range(asked.seeds))
+    return TrafficPlan(
+        job=source.job.name,
+        layout=layout,
+        asked=asked,
+        topology=topology.model_copy(update={"nodes": whole.nodes, "speeds": ()}),
+        wiring=wiring,
+        order=order,
+        flows=flows,
+        connections=connections,
+        assignment=assign(connections, wiring, parts=asked.parts, others=others),
+        hashed=tuple(sorted(Loads.of(paths, wiring, others).seconds(wiring).most for paths in hashes)),
+        others=others,
+        replanned=_replanned(connections, whole, wiring, others, asked.parts) if asked.failed else None,
+        step_s=step_s,
+        rails=tuple(rail_report(flows, wiring)),
+        parts=tuple(what_holds(wiring, parts=asked.parts, pxn=asked.pxn)),
+    )
+
+
+def _replanned(connections: Connections, whole: Wiring, wiring: Wiring, others: Loads | None, parts: int) -> Replanned:
+    before = assign(connections, whole, parts=parts, others=others)
+    return replan(before.paths, connections, wiring, parts=parts, others=others)
+
+
+def _chosen(topology: Topology, asked: TrafficAsked, layout: Layout) -> Topology:
+    """The nodes of the job, as many as its layout needs."""
+    by_name = {node.name: node for node in topology.nodes}
+    if unknown := [name for name in asked.nodes if name not in by_name]:
+        raise TrafficRequestInvalid(
+            f"{asked.topology} has no node {unknown[0]}; it has {', '.join(list(by_name)[:8])}, ..."
+        )
+    nodes = tuple(by_name[name] for name in asked.nodes) or topology.nodes
+    devices = sum(node.devices for node in nodes)
+    if devices != layout.world_size:
+        way_out = "Name the nodes of the job with --nodes" if devices > layout.world_size else "Describe more nodes"
+        raise TrafficRequestInvalid(
+            f"the job has {layout.world_size:,} ranks, the {len(nodes):,} nodes have {devices:,} devices. {way_out}, or set "
+            "workers and train.layout to as many."
+        )
+    return topology.model_copy(update={"nodes": nodes, "speeds": ()})
+
+
+def _exchanges(
+    shape: ModelShape, layout: Layout, topology: Topology, lengths: Sequence[Sequence[int]], options: SearchOptions
+) -> list[Exchange]:
+    """Of a step, the mean over batches."""
+    hardware = Hardware(Network(topology), options.device, Precision(options.element_bytes, options.device.fused_norms))
+    devices = topology.nodes[0].devices
+    cost, pool = rates(shape, layout, hardware).cost_model(), Pool.of(layout.hdp, max(1, devices // layout.tp))
+    model = model_of(shape, layout, options.element_bytes)
+    nodes = [rank // devices for rank in range(layout.world_size)]
+    found = list[Exchange]()
+    for batch in lengths:
+        plan = plan_batch(batch, layout, cost, pool=pool)
+        found += [one.scaled(1 / len(lengths)) for one in plan_exchanges(plan, model, nodes)]
+    return found
+
+
+__all__ = ["TrafficAsked", "TrafficPlan", "plan_traffic_of"]
