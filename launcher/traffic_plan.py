@@ -4,6 +4,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from rich.console import Console
 
@@ -59,6 +60,25 @@ class TrafficAsked:
     """Seconds of a step; None: by formula."""
 
 
+class Busiest(NamedTuple):
+    """Seconds that the busiest link of each kind needs in a step."""
+
+    ports: float
+    trunks: float
+    """Between leaves and spines."""
+
+    @classmethod
+    def of(cls, seconds: Loads) -> "Busiest":
+        """Of these loads, in seconds."""
+        largest = [float(array.max(initial=0.0)) for array in (seconds.send, seconds.receive, seconds.up, seconds.down)]
+        return cls(max(largest[:2]), max(largest[2:]))
+
+    @property
+    def most(self) -> float:
+        """Of all links."""
+        return max(self)
+
+
 @dataclass(frozen=True, slots=True)
 class TrafficPlan:
     """Paths of a job, and what they are compared with."""
@@ -74,8 +94,8 @@ class TrafficPlan:
     flows: Flows
     connections: Connections
     assignment: Assignment
-    hashed: tuple[float, ...]
-    """Largest load of a link, seconds, of every hash, ascending."""
+    hashed: tuple[Busiest, ...]
+    """Of every hash."""
     others: Loads | None
     """Bytes of other jobs in a step."""
     replanned: Replanned | None
@@ -88,7 +108,7 @@ class TrafficPlan:
     def gain(self) -> float:
         """Largest load under a hash, the median, over that of the plan."""
         most = self.assignment.loads.most
-        return statistics.median(self.hashed) / most if most else 1.0
+        return statistics.median(one.most for one in self.hashed) / most if most else 1.0
 
 
 def plan_traffic_of(asked: TrafficAsked, console: Console) -> TrafficPlan:
@@ -124,7 +144,7 @@ def plan_traffic_of(asked: TrafficAsked, console: Console) -> TrafficPlan:
         flows=flows,
         connections=connections,
         assignment=assign(connections, wiring, parts=asked.parts, others=others),
-        hashed=tuple(sorted(Loads.of(paths, wiring, others).seconds(wiring).most for paths in hashes)),
+        hashed=tuple(Busiest.of(Loads.of(paths, wiring, others).seconds(wiring)) for paths in hashes),
         others=others,
         replanned=_replanned(connections, whole, wiring, others, asked.parts) if asked.failed else None,
         step_s=step_s,
@@ -172,4 +192,4 @@ def _exchanges(
     return found
 
 
-__all__ = ["TrafficAsked", "TrafficPlan", "plan_traffic_of"]
+__all__ = ["Busiest", "TrafficAsked", "TrafficPlan", "plan_traffic_of"]

@@ -2,18 +2,16 @@
 
 import json
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.table import Table
 
-from evermesh.launcher.traffic_plan import TrafficPlan
+from evermesh.launcher.traffic_plan import Busiest, TrafficPlan
 from evermesh.parallelism.fabric.paths import Loads, Paths
 from evermesh.parallelism.fabric.settings import env_text, environments, hostfile
-from evermesh.parallelism.fabric.wiring import Floats
 from evermesh.parallelism.layout.explain import degrees_of
 
 _BUSIEST = 5
@@ -32,24 +30,21 @@ def headline(found: TrafficPlan) -> str:
 
 def loads_table(found: TrafficPlan) -> Table:
     """Seconds that the busiest link of each kind needs in a step, by hash and by plan."""
-    table = _table(
-        "seconds of a step on the busiest link", "hash, median", "hash, best to worst", "plan", "lower bound"
-    )
-    plan, bound = found.assignment, found.assignment.bound
-    hashes = found.hashed
-    table.add_row(
-        "of all links",
-        _seconds(statistics.median(hashes)),
-        f"{_seconds(hashes[0])} to {_seconds(hashes[-1])}",
-        _seconds(plan.loads.most),
-        f"{_seconds(bound.seconds)}, {bound.binding}",
-    )
-    ports = max(_most(plan.loads.send), _most(plan.loads.receive))
-    table.add_row("of ports", "", "", _seconds(ports), "")
-    table.add_row("between leaves and spines", "", "", _seconds(max(_most(plan.loads.up), _most(plan.loads.down))), "")
-    if found.replanned is not None:
-        after = found.replanned.assignment
-        table.add_row("moving as little as can be", "", "", _seconds(after.loads.most), "")
+    names = ["hash, median", "hash, best to worst", "plan"]
+    names += ["moving little"] if found.replanned is not None else []
+    table = _table("seconds of a step on the busiest link", *names, "lower bound")
+    plans = [found.assignment, *([found.replanned.assignment] if found.replanned is not None else [])]
+    bound = found.assignment.bound
+    kinds: dict[str, Callable[[Busiest], float]] = {
+        "of all": lambda one: one.most,
+        "of ports": lambda one: one.ports,
+        "between leaves and spines": lambda one: one.trunks,
+    }
+    for name, of in kinds.items():
+        hashes = [of(one) for one in found.hashed]
+        figures = [_seconds(statistics.median(hashes)), f"{_seconds(min(hashes))} to {_seconds(max(hashes))}"]
+        figures += [_seconds(of(Busiest.of(one.loads))) for one in plans]
+        table.add_row(name, *figures, f"{_seconds(bound.seconds)}, {bound.binding}" if name == "of all" else "")
     return table
 
 
@@ -62,12 +57,10 @@ def rails_table(found: TrafficPlan) -> Table:
     return table
 
 
-def parts_table(found: TrafficPlan) -> Table:
+def parts_lines(found: TrafficPlan) -> Iterator[str]:
     """What brings each part of the plan about."""
-    table = Table("part of the plan", "", "by", box=None, header_style="bold", pad_edge=False)
     for part in found.parts:
-        table.add_row(part.part, part.how, part.by)
-    return table
+        yield f"{part.how}: {part.part}. {part.by[0].upper()}{part.by[1:]}."
 
 
 def lines_of(found: TrafficPlan) -> Iterator[str]:
@@ -84,8 +77,8 @@ def lines_of(found: TrafficPlan) -> Iterator[str]:
     yield f"Plan: {found.gain:.2f} times less on the busiest link than a hash (median of {len(found.hashed)}), {word}."
     if found.replanned is not None:
         yield (
-            f"Broken: {', '.join(found.asked.failed)}: {found.replanned.cut} streams cut, {found.replanned.moved} others moved "
-            f"to make room; {_seconds(found.replanned.assignment.loads.most)} s, planned from scratch "
+            f"Broken: {', '.join(found.asked.failed)}: {found.replanned.cut} streams cut, {found.replanned.moved} others "
+            f"moved to make room; {_seconds(found.replanned.assignment.loads.most)} s, planned from scratch "
             f"{_seconds(plan.loads.most)} s."
         )
     busiest = ", ".join(f"{link} {_seconds(seconds)} s" for link, seconds in busiest_links(found))
@@ -113,7 +106,7 @@ def as_json(found: TrafficPlan) -> str:
         "bytes_leaving_nodes": found.flows.total_bytes,
         "streams": len(plan.paths),
         "step_s": found.step_s,
-        "hash_s": list(found.hashed),
+        "hash_s": [one.most for one in found.hashed],
         "plan_s": plan.loads.most,
         "bound_s": plan.bound.seconds,
         "binding": plan.bound.binding,
@@ -177,10 +170,6 @@ def _table(first: str, *columns: str) -> Table:
     return table
 
 
-def _most(array: Floats) -> float:
-    return float(np.max(array, initial=0.0))
-
-
 def _seconds(value: float) -> str:
     return f"{value:.4g}"
 
@@ -199,7 +188,7 @@ __all__ = [
     "lines_of",
     "loads_table",
     "own_loads",
-    "parts_table",
+    "parts_lines",
     "rails_table",
     "write_settings",
 ]

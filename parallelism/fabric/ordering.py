@@ -36,7 +36,8 @@ def order_nodes(
 ) -> Order:
     """An order of the nodes for a job with these exchanges, whose ranks are numbered node by node.
 
-    ``given`` is the order to improve, by default that of the topology; with ``improves`` off it is only judged. The number of devices is the same in every node.
+    ``given`` is the order to improve, by default that of the topology; with ``improves`` off it is only judged. The number
+    of devices is the same in every node.
     """
     order = list(given if given is not None else range(len(topology.nodes)))
     devices = topology.nodes[order[0]].devices

@@ -197,9 +197,10 @@ def _port_pairs(source: int, target: int, wiring: Wiring, reach: np.ndarray) -> 
         names = [
             f"{wiring.nodes[wiring.cards[card].place].name}/{wiring.cards[card].nic.name}" for card in (source, target)
         ]
+        bare = next((name for name, ports in zip(names, healthy, strict=True) if not ports), None)
+        why = f"no port of {bare} has a cable" if bare else "no spine has links to a leaf of both"
         raise TrafficImpossible(
-            f"no path is left from card {names[0]} to card {names[1]}: {len(healthy[0])} and {len(healthy[1])} of their "
-            "ports have a cable, and no spine has links to a leaf of both. Repair a cable, add the missing links to the "
+            f"no path is left from card {names[0]} to card {names[1]}: {why}. Repair a cable, add the missing links to the "
             "topology, or leave one of the two nodes out."
         )
     return found

@@ -16,8 +16,9 @@ _TINY = 1e-9
 """Relative; loads that differ by less are equal."""
 _MOST_STARTS = 8
 """Streams of different size with which a chain from a link is tried."""
-_SHORT = 4
-"""Streams of a chain that only levels loads; one that lowers the largest may have any number."""
+_LONGEST = (4, 32, None)
+"""Streams of a chain: short ones are tried first, so that little moves; None: any number. Only the largest load is worth
+more than a short one."""
 
 Link = tuple[int, int, int]
 """Side (0 up, 1 down), leaf, spine."""
@@ -55,7 +56,8 @@ class Repair:
         """Relieve the link with the largest load until one cannot be, or none has more than ``bound`` seconds."""
         while (most := float(self.seconds.max(initial=0.0))) > bound * (1 + _TINY):
             side, leaf, spine = (int(at) for at in np.unravel_index(self.seconds.argmax(), self.seconds.shape))
-            if not self._relieve((side, leaf, spine), most, all_spines=True):
+            link = side, leaf, spine
+            if not any(self._relieve(link, most, longest, all_spines=True) for longest in _LONGEST):
                 return
 
     def level(self, rounds: int = 2) -> None:
@@ -65,12 +67,12 @@ class Repair:
             for side, leaf in np.ndindex(self.seconds.shape[:2]):
                 if self.seconds[side, leaf].any():
                     row = self.seconds[side, leaf]
-                    while self._relieve((side, leaf, int(row.argmax())), None, all_spines=False):
+                    while self._relieve((side, leaf, int(row.argmax())), None, _LONGEST[0], all_spines=False):
                         changed = True
             if not changed:
                 return
 
-    def _relieve(self, link: Link, most: float | None, *, all_spines: bool) -> bool:
+    def _relieve(self, link: Link, most: float | None, longest: int | None, *, all_spines: bool) -> bool:
         side, leaf, spine = link
         row = self.seconds[side, leaf]
         members = self._members.get(link, {})
@@ -84,11 +86,10 @@ class Repair:
                     return True
         return False
 
-    def _try(self, start: int, spine: int, other: int, vertex: _Vertex, most: float | None) -> bool:
-        """Move ``start`` from ``spine`` to ``other`` and whatever has to follow; False: it was all taken back."""
+    def _try(self, start: int, pair: tuple[int, int], vertex: _Vertex, most: float | None, longest: int | None) -> bool:
+        """Move ``start`` from one spine to the other and whatever has to follow; False: it was all taken back."""
         before: dict[_Vertex, tuple[float, float]] = {}
         moved: dict[int, int] = {}
-        pair = spine, other
         queue = self._move(start, pair, before, moved)
         while queue:
             at = queue.pop()
@@ -100,8 +101,8 @@ class Repair:
             over = next((one for one in pair if self.seconds[(*at, one)] > limit * (1 + _TINY / 10)), None)
             if over is None:
                 continue
-            follower = self._best(at, over, spine + other - over, moved)
-            if follower is None or (most is None and len(moved) >= _SHORT):
+            follower = self._best(at, over, sum(pair) - over, moved)
+            if follower is None or (longest is not None and len(moved) >= longest):
                 self._take_back(moved)
                 return False
             queue += self._move(follower, pair, before, moved)

@@ -78,8 +78,9 @@ def plan(
         return
     console = Console()
     console.print(report.headline(found), highlight=False, soft_wrap=True)
-    for table in (report.loads_table(found), report.rails_table(found), report.parts_table(found)):
-        console.print(table)
-        console.print()
-    for line in report.lines_of(found):
+    console.print(report.loads_table(found))
+    console.print()
+    console.print(report.rails_table(found))
+    console.print()
+    for line in (*report.lines_of(found), "", *report.parts_lines(found)):
         console.print(line, highlight=False, markup=False, soft_wrap=True)

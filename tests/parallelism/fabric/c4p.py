@@ -1,6 +1,6 @@
 """The experiments of C4P (arXiv 2406.04594) in shape: 16 nodes with eight bonded cards of two ports of 200 Gb/s.
 
-How its leaves and spines are cabled is not published in full; here a leaf serves two rails of eight nodes and has eight links of
+The cables between its leaves and spines are chosen here: a leaf serves two rails of eight nodes and has eight links of
 400 Gb/s to spines, so nothing is oversubscribed. Rates are those of fair sharing, in Gb/s of bus bandwidth per card: 400
 is the line rate here, about 360 what was reached there.
 """

@@ -22,7 +22,11 @@ LAYOUTS = [
     ({"hdp": 8, "tp": 2}, DENSE, None),
     ({"hdp": 2, "tp": 8}, DENSE, None),
     ({"hdp": 4, "tp": 2, "pp": 2, "schedule": "zero-bubble"}, DENSE, None),
-    ({"hdp": 4, "tp": 2, "pp": 2, "virtual_stages": 2, "activations": "recompute"}, DENSE, None),
+    (
+        {"hdp": 4, "tp": 2, "pp": 2, "schedule": "interleaved-1f1b", "virtual_stages": 2, "activations": "recompute"},
+        DENSE,
+        None,
+    ),
     ({"hdp": 16, "sharding": {"parameters": 4, "gradients": 8, "keep_for": "micro_batch"}}, DENSE, None),
     ({"hdp": 8, "tp": 2, "capacity": 512}, DENSE, [3000, 700, 100, 900]),
     ({"hdp": 2, "tp": 2, "pp": 4}, DENSE.model_copy(update={"tied_embeddings": True}), None),

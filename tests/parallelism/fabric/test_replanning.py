@@ -73,9 +73,9 @@ def test_the_other_port_of_a_card_takes_over_from_one_that_is_cut() -> None:
 
 def test_a_card_without_ports_and_names_that_do_not_exist_are_refused() -> None:
     whole = _network()
-    with pytest.raises(TrafficImpossible, match=r"no path is left from card .*node3/mlx5_1.*0 and 2|2 and 0"):
+    with pytest.raises(TrafficImpossible, match="no port of node3/mlx5_1 has a cable"):
         assign(WANTED, whole.without(["node3/mlx5_1/0", "node3/mlx5_1/1"]))
-    with pytest.raises(TrafficImpossible, match="Did you mean leaf1.0r-spine3"):
+    with pytest.raises(TrafficImpossible, match=r"Did you mean leaf1\.0r-spine3"):
         whole.without(["leaf1.0r-spine9"])
     with pytest.raises(TrafficImpossible, match="no path is left"):
         assign(WANTED, whole.without([f"spine{spine}" for spine in range(4)]))
