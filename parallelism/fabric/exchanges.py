@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from evermesh.parallelism.attention.traffic import sequence_messages
+from evermesh.parallelism.attention.traffic import AttentionSizes, sequence_messages
 from evermesh.parallelism.batch_plan import BatchPlan, Piece
 from evermesh.parallelism.fabric.expert_rows import copy_messages, expert_messages, sharing_experts
 from evermesh.parallelism.links import Operation, wire_bytes
@@ -89,6 +89,7 @@ def plan_exchanges(
         nodes: index of the node of every rank.
         choices: where tokens went, if it is known; without, every expert gets equally many, and none has copies.
     """
+    plan = replace(plan, ranks=tuple(plan.ranks))  # unpacked once
     calls: _Calls = {}
     sent: _Sent = {}
     matrices = list[Messages]()
@@ -103,8 +104,8 @@ def plan_exchanges(
             for ranks, pp in sharing_experts(model, nodes)
             for key, ends in expert_messages(plan, model, pp, ranks, nodes, choices)
         ]
-        for key, ends, num_bytes in copy_messages(model, choices):
-            sent.setdefault(key, Counter())[ends] += num_bytes
+        for key, pair, num_bytes in copy_messages(model, choices):
+            sent.setdefault(key, Counter())[pair] += num_bytes
     found: list[Exchange] = [
         Collective(*key, tuple((float(size), float(times)) for size, times in of_key.items()))
         for key, of_key in calls.items()
@@ -184,13 +185,15 @@ def _sequences(sent: _Sent, plan: BatchPlan, model: TrainedModel) -> None:
             for piece in micro_batch.pieces:
                 if len(piece.ring) > 1:
                     shared[piece.sequence] = piece, micro_batch.recompute == "block"
-    mesh = model.mesh
+    mesh, known = model.mesh, dict[AttentionSizes, Counter[tuple[str, int, int]]]()
     for pp, stage in enumerate(model.stages):
-        sizes, pairs = model.attention(stage), Counter[tuple[str, int, int]]()
-        for sequence, (piece, recomputed) in shared.items():
-            for one in sequence_messages(plan.lengths[sequence], piece, sizes, recomputed=recomputed):
-                pairs[one.call_site, one.sender, one.receiver] += one.layers * one.num_bytes
-        for (site, sender, receiver), num_bytes in pairs.items():
+        sizes = model.attention(stage)
+        if sizes not in known:  # stages are mostly alike
+            pairs = known[sizes] = Counter()
+            for sequence, (piece, recomputed) in shared.items():
+                for one in sequence_messages(plan.lengths[sequence], piece, sizes, recomputed=recomputed):
+                    pairs[one.call_site, one.sender, one.receiver] += one.layers * one.num_bytes
+        for (site, sender, receiver), num_bytes in known[sizes].items():
             of_site = sent.setdefault((site, "hdp", "send"), Counter())
             for tp in range(mesh.tp):
                 of_site[mesh.rank(sender, tp, pp), mesh.rank(receiver, tp, pp)] += num_bytes

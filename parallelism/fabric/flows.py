@@ -136,17 +136,18 @@ def _joined(found: dict[Label, list[_Columns]], num_cards: int) -> Flows:
     """One row for each label and pair."""
     labels, parts = list[Label](), list[tuple[Ints, Ints, Ints, Floats]]()
     for label, columns in found.items():
-        source, target, num_bytes = (np.concatenate([np.asarray(part[at]) for part in columns]) for at in range(3))
-        pairs, inverse = np.unique(source.astype(np.int64) * num_cards + target.astype(np.int64), return_inverse=True)
+        source, target = (np.concatenate([np.asarray(part[at], np.int64) for part in columns]) for at in range(2))
+        num_bytes = np.concatenate([np.asarray(part.num_bytes, np.float64) for part in columns])
+        pairs, inverse = np.unique(source * num_cards + target, return_inverse=True)
         if len(pairs):
-            sums = np.bincount(inverse, weights=num_bytes.astype(np.float64))
+            sums = np.bincount(inverse, num_bytes).astype(np.float64)
             parts.append((np.full(len(pairs), len(labels), np.int64), pairs // num_cards, pairs % num_cards, sums))
             labels.append(label)
     if not parts:
         none = np.zeros(0, np.int64)
         return Flows((), none, none, none, np.zeros(0))
-    label_column, source, target, sums = (np.concatenate(column) for column in zip(*parts, strict=True))
-    return Flows(tuple(labels), label_column, source, target, sums)
+    label_column, source, target = (np.concatenate([part[at] for part in parts]) for at in range(3))
+    return Flows(tuple(labels), label_column, source, target, np.concatenate([part[3] for part in parts]))
 
 
 __all__ = ["Algorithm", "Flows", "Label", "flows_of"]

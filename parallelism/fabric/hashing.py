@@ -46,7 +46,7 @@ def _through_bonds(connections: Connections, pinned: Paths, wiring: Wiring, draw
     senders, receivers = connections.source[pinned.connection], connections.target[pinned.connection]
     usable = wiring.trunk_bytes_per_s > 0
     leaf = wiring.port_leaf[ports]
-    reached = (usable[leaf] & healthy[..., None]).any(1)
+    reached = np.asarray((usable[leaf] & healthy[..., None]).any(1))
     """By card, by spine: whether it can be reached through it."""
     can_send = healthy[senders] & _connected(leaf, healthy, usable, reached, senders, receivers)
     source_port = ports[senders, _drawn(can_send, draw)]

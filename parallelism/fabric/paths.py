@@ -34,7 +34,7 @@ class Connections:
         axis = np.array([axes.index(label.axis) for label in flows.labels], np.int64)[flows.label]
         size = 1 + int(max(flows.source.max(initial=0), flows.target.max(initial=0)))
         keys, inverse = np.unique((axis * size + flows.source) * size + flows.target, return_inverse=True)
-        sums = np.bincount(inverse, weights=flows.num_bytes, minlength=len(keys))
+        sums = np.bincount(inverse, flows.num_bytes, len(keys)).astype(np.float64)
         return cls(axes, keys // size // size, keys // size % size, keys % size, sums)
 
     def __len__(self) -> int:
@@ -177,9 +177,9 @@ def split(connections: Connections, wiring: Wiring, parts: int = 1) -> Paths:
         share = len(known[pair]) * parts
         rows += [(number, *ports, share) for ports in known[pair] for _ in range(parts)]
     columns = np.array(rows, np.int64).reshape(-1, 4)
-    number, source, target, shares = columns.T
+    connection, source, target, shares = columns.T
     spine = np.where(wiring.port_leaf[source] == wiring.port_leaf[target], DIRECT, 0)
-    return Paths(number, source, target, connections.num_bytes[number] / shares, spine)
+    return Paths(connection, source, target, connections.num_bytes[connection] / shares, spine)
 
 
 def _port_pairs(source: int, target: int, wiring: Wiring, reach: np.ndarray) -> list[tuple[int, int]]:

@@ -81,7 +81,7 @@ class Repair:
         for other in targets if all_spines else targets[:1]:
             for stream in _different(members, self._num_bytes):
                 if np.isfinite(self._per_byte[self._ends[stream][1 - side], other]) and self._try(
-                    stream, spine, other, (side, leaf), most
+                    stream, (spine, other), (side, leaf), most, longest
                 ):
                     return True
         return False
