@@ -54,7 +54,10 @@ def _published() -> list[Row]:
         words = ("planned before", "planned again") if published is c4p.FAILED_LINK else ("hash", "plan")
         sides = zip(words, (found.before, found.after), (published.before, published.after), strict=True)
         for word, rates, theirs in sides:
-            for end, value, peer in (("lowest", min(rates), theirs[0]), ("highest", max(rates), theirs[1])):
+            ends = [("lowest", min(rates), theirs[0]), ("highest", max(rates), theirs[1])]
+            if theirs[0] == theirs[1]:
+                ends.insert(1, ("mean", statistics.mean(rates), theirs[0]))
+            for end, value, peer in ends:
                 what = f"{name}: {word}, {end} share of the line rate"
                 rows.append(exact_row(what, value / line, "", peer="C4P, published", peer_value=peer / reached))
     return rows
