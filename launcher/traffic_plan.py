@@ -11,7 +11,7 @@ from rich.console import Console
 from evermesh.launcher.errors import TrafficRequestInvalid
 from evermesh.launcher.layouts import LengthsAsked, Source, read_topology
 from evermesh.launcher.traffic_registry import Registry
-from evermesh.parallelism.cost import ModelShape
+from evermesh.parallelism.cost import CostModel, ModelShape
 from evermesh.parallelism.fabric.assigning import Assignment, assign
 from evermesh.parallelism.fabric.exchanges import Exchange, plan_exchanges
 from evermesh.parallelism.fabric.flows import Algorithm, Flows, flows_of
@@ -122,11 +122,16 @@ def plan_traffic_of(asked: TrafficAsked, console: Console) -> TrafficPlan:
     if source.job is None:
         raise TrafficRequestInvalid(f"{asked.job} is no job: paths need train.layout and the data. Give a job file.")
     layout, registry = source.job.train.layout, Registry.read(asked.registry)
+    if layout.deepspeed is not None:
+        raise TrafficRequestInvalid(
+            f"{asked.job} has DeepSpeed divide gradients and states: what it sends is not known here. Give the job with "
+            "train.layout.sharding of kind tiers."
+        )
     topology = _chosen(read_topology(asked.topology), asked, layout)
     lengths, vocabulary = source.lengths(LengthsAsked(batches=asked.batches), console)
     shape, options = source.model.shape(vocabulary), source.options(None)
     step_s = asked.step_s or estimate_layout(shape, topology, lengths, layout, options).step.total
-    exchanges = _exchanges(shape, layout, topology, lengths, options)
+    exchanges = _exchanges(shape, layout, topology, lengths, options, source.job.train.cost)
     order = order_nodes(topology, exchanges, improves=asked.reorders)
     whole = Wiring.of(topology, order.nodes)
     wiring = whole.without(asked.failed)
@@ -177,12 +182,18 @@ def _chosen(topology: Topology, asked: TrafficAsked, layout: Layout) -> Topology
 
 
 def _exchanges(
-    shape: ModelShape, layout: Layout, topology: Topology, lengths: Sequence[Sequence[int]], options: SearchOptions
+    shape: ModelShape,
+    layout: Layout,
+    topology: Topology,
+    lengths: Sequence[Sequence[int]],
+    options: SearchOptions,
+    measured: CostModel | None,
 ) -> list[Exchange]:
-    """Of a step, the mean over batches."""
+    """Of a step, the mean over batches, planned with the cost model of the job or with nominal rates."""
     hardware = Hardware(Network(topology), options.device, Precision(options.element_bytes, options.device.fused_norms))
     devices = topology.nodes[0].devices
-    cost, pool = rates(shape, layout, hardware).cost_model(), Pool.of(layout.hdp, max(1, devices // layout.tp))
+    cost = measured or rates(shape, layout, hardware).cost_model()
+    pool = Pool.of(layout.hdp, max(1, devices // layout.tp))
     model = model_of(shape, layout, options.element_bytes)
     nodes = [rank // devices for rank in range(layout.world_size)]
     found = list[Exchange]()

@@ -22,8 +22,8 @@ def headline(found: TrafficPlan) -> str:
     """The job and its network, in one line."""
     wiring = found.wiring
     return (
-        f"[bold]{found.job}[/]: {degrees_of(found.layout)} on {len(wiring.nodes):,} nodes with {len(wiring.cards):,} "
-        f"{wiring.nic_class} cards, {len(wiring.leaves):,} leaves and {len(wiring.spines):,} spines; "
+        f"[bold]{found.job}[/]: {degrees_of(found.layout)} on {_count(len(wiring.nodes), 'node')} with {len(wiring.cards):,} "
+        f"{wiring.nic_class} cards, {len(wiring.leaves):,} leaves and {_count(len(wiring.spines), 'spine')}; "
         f"{_size(found.flows.total_bytes)} leave nodes in a step, in {len(found.assignment.paths):,} streams"
     )
 
@@ -66,6 +66,9 @@ def parts_lines(found: TrafficPlan) -> Iterator[str]:
 def lines_of(found: TrafficPlan) -> Iterator[str]:
     """In sentences: order, gain, what is broken, the busiest links."""
     order, plan = found.order, found.assignment
+    if not len(plan.paths):
+        yield "Nothing leaves a node: there are no paths to plan."
+        return
     if list(order.nodes) != sorted(order.nodes):
         yield (
             f"Order: {_size(order.crossing_bytes)} of a step between nodes that share no leaf, {_size(order.given_bytes)} as "
@@ -168,6 +171,10 @@ def _table(first: str, *columns: str) -> Table:
     for column in table.columns[1:]:
         column.justify = "right"
     return table
+
+
+def _count(number: int, word: str) -> str:
+    return f"{number:,} {word}{'' if number == 1 else 's'}"
 
 
 def _seconds(value: float) -> str:

@@ -69,9 +69,9 @@ def what_holds(wiring: Wiring, *, parts: int = 1, pxn: bool = True) -> list[Part
         Part("the cards that carry the job, without those that are cut off", "enforced", cards),
         Part(
             "the order of nodes",
-            "enforced",
-            "hostfile, with a launcher that numbers ranks in its order (mpirun --hostfile; torchrun --node-rank by line); "
-            "evermesh launch chooses the order of a job file's nodes itself",
+            "advisory",
+            "the hostfile has it for launchers that number ranks in its order (mpirun --hostfile; torchrun --node-rank by "
+            "line); evermesh launch chooses the order of a job file's nodes itself",
         ),
         Part(
             "rank i talks over card i",
@@ -83,7 +83,7 @@ def what_holds(wiring: Wiring, *, parts: int = 1, pxn: bool = True) -> list[Part
         _messages(pxn=pxn),
     ]
     if is_rdma and ports * parts > 1:
-        names = "NCCL_IB_QPS_PER_CONNECTION and NCCL_IB_SPLIT_DATA_ON_QPS"
+        names = "NCCL_IB_QPS_PER_CONNECTION and NCCL_IB_SPLIT_DATA_ON_QPS; NCCL has a connection for every channel"
         found.append(Part(f"{ports * parts} streams of each connection, equally large", "enforced", names))
     if ports > 1:
         found.append(

@@ -97,6 +97,24 @@ def test_a_job_makes_room_for_another_that_is_registered(job: Path, tmp_path: Pa
         _run(job, EXAMPLE, "--registry", registry)
 
 
+def test_a_job_of_one_node_has_no_paths(job: Path) -> None:
+    values = yaml.safe_load(job.read_text())
+    values["workers"] = 4
+    values["train"]["layout"] = {"hdp": 1, "tp": 4, "capacity": 1024}
+    job.write_text(yaml.safe_dump(values))
+    text = _run(job, EXAMPLE, "--nodes", "node1")
+    assert "on 1 node with 4 roce cards" in text
+    assert "Nothing leaves a node: there are no paths to plan." in text
+
+
+def test_what_deepspeed_sends_is_not_known(job: Path) -> None:
+    values = yaml.safe_load(job.read_text())
+    values["train"]["layout"] = {"hdp": 16, "capacity": 512, "sharding": {"kind": "deepspeed"}}
+    job.write_text(yaml.safe_dump(values))
+    with pytest.raises(EvermeshError, match="has DeepSpeed divide gradients and states"):
+        _run(job, EXAMPLE)
+
+
 def _speed(link: str) -> float:
     return 25e9 if "/" in link else 12.5e9
 

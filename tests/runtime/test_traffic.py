@@ -123,7 +123,7 @@ def _check_network(traffic: Sequence[Traffic], exchanges: Sequence[Exchange], no
         if isinstance(one, Collective):
             around = [*one.ranks[1:], one.ranks[0]]
             hops = enumerate(zip(one.ranks, around, strict=True))
-            planned[key] += sum(one.wire_bytes(at) for at, (a, b) in hops if nodes[a] != nodes[b])
+            planned[key] += round(sum(one.wire_bytes(at) for at, (a, b) in hops if nodes[a] != nodes[b]))
         else:
             planned[key] += round(one.num_bytes.sum())
     assert +planned == +counted
