@@ -86,8 +86,6 @@ class TrafficPlan:
     job: str
     layout: Layout
     asked: TrafficAsked
-    topology: Topology
-    """Of the nodes of the job, in the order of ranks."""
     wiring: Wiring
     """Without what is broken."""
     order: Order
@@ -96,8 +94,6 @@ class TrafficPlan:
     assignment: Assignment
     hashed: tuple[Busiest, ...]
     """Of every hash."""
-    others: Loads | None
-    """Bytes of other jobs in a step."""
     replanned: Replanned | None
     """Where something is broken: from the paths without that, moving as little as can be."""
     step_s: float
@@ -118,10 +114,46 @@ def plan_traffic_of(asked: TrafficAsked, console: Console) -> TrafficPlan:
         EvermeshError: of the job and its data; TrafficRequestInvalid where job and topology do not go together;
             TrafficImpossible where the network is not described, or cannot carry the job.
     """
+    given = _given(asked, console)
+    order = order_nodes(given.topology, given.exchanges, improves=asked.reorders)
+    whole = Wiring.of(given.topology, order.nodes)
+    wiring = whole.without(asked.failed)
+    others = Registry.read(asked.registry).loads(given.job, wiring, given.step_s)
+    flows = flows_of(given.exchanges, wiring, algorithm=asked.algorithm, pxn=asked.pxn)
+    connections = Connections.of(flows)
+    hashes = (hashed(connections, wiring, seed, parts=asked.parts) for seed in range(asked.seeds))
+    return TrafficPlan(
+        job=given.job,
+        layout=given.layout,
+        asked=asked,
+        wiring=wiring,
+        order=order,
+        flows=flows,
+        connections=connections,
+        assignment=assign(connections, wiring, parts=asked.parts, others=others),
+        hashed=tuple(Busiest.of(Loads.of(paths, wiring, others).seconds(wiring)) for paths in hashes),
+        replanned=_replanned(connections, whole, wiring, others, asked.parts) if asked.failed else None,
+        step_s=given.step_s,
+        rails=tuple(rail_report(flows, wiring)),
+        parts=tuple(what_holds(wiring, parts=asked.parts, pxn=asked.pxn)),
+    )
+
+
+class _Given(NamedTuple):
+    """A job, its nodes, and what its ranks send each other in a step."""
+
+    job: str
+    layout: Layout
+    topology: Topology
+    exchanges: Sequence[Exchange]
+    step_s: float
+
+
+def _given(asked: TrafficAsked, console: Console) -> _Given:
     source = Source.read(asked.job)
     if source.job is None:
         raise TrafficRequestInvalid(f"{asked.job} is no job: paths need train.layout and the data. Give a job file.")
-    layout, registry = source.job.train.layout, Registry.read(asked.registry)
+    layout = source.job.train.layout
     if layout.deepspeed is not None:
         raise TrafficRequestInvalid(
             f"{asked.job} has DeepSpeed divide gradients and states: what it sends is not known here. Give the job with "
@@ -130,32 +162,9 @@ def plan_traffic_of(asked: TrafficAsked, console: Console) -> TrafficPlan:
     topology = _chosen(read_topology(asked.topology), asked, layout)
     lengths, vocabulary = source.lengths(LengthsAsked(batches=asked.batches), console)
     shape, options = source.model.shape(vocabulary), source.options(None)
-    step_s = asked.step_s or estimate_layout(shape, topology, lengths, layout, options).step.total
     exchanges = _exchanges(shape, layout, topology, lengths, options, source.job.train.cost)
-    order = order_nodes(topology, exchanges, improves=asked.reorders)
-    whole = Wiring.of(topology, order.nodes)
-    wiring = whole.without(asked.failed)
-    others = registry.loads(source.job.name, wiring, step_s)
-    flows = flows_of(exchanges, wiring, algorithm=asked.algorithm, pxn=asked.pxn)
-    connections = Connections.of(flows)
-    hashes = (hashed(connections, wiring, seed, parts=asked.parts) for seed in range(asked.seeds))
-    return TrafficPlan(
-        job=source.job.name,
-        layout=layout,
-        asked=asked,
-        topology=topology.model_copy(update={"nodes": whole.nodes, "speeds": ()}),
-        wiring=wiring,
-        order=order,
-        flows=flows,
-        connections=connections,
-        assignment=assign(connections, wiring, parts=asked.parts, others=others),
-        hashed=tuple(Busiest.of(Loads.of(paths, wiring, others).seconds(wiring)) for paths in hashes),
-        others=others,
-        replanned=_replanned(connections, whole, wiring, others, asked.parts) if asked.failed else None,
-        step_s=step_s,
-        rails=tuple(rail_report(flows, wiring)),
-        parts=tuple(what_holds(wiring, parts=asked.parts, pxn=asked.pxn)),
-    )
+    step_s = asked.step_s or estimate_layout(shape, topology, lengths, layout, options).step.total
+    return _Given(source.job.name, layout, topology, exchanges, step_s)
 
 
 def _replanned(connections: Connections, whole: Wiring, wiring: Wiring, others: Loads | None, parts: int) -> Replanned:

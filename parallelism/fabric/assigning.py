@@ -5,7 +5,6 @@ without other jobs, streams are spread with a proof (``colouring``); else each g
 first. Then chains of moves relieve links (``repairing``). The certificate says how far from a lower bound the result is.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -133,9 +132,4 @@ class _Component:
         return chosen
 
 
-def spines_of(assignment: Assignment, wiring: Wiring) -> Sequence[str | None]:
-    """By stream, the name of its spine; None: it needs none."""
-    return [wiring.spines[spine] if spine >= 0 else None for spine in assignment.paths.spine.tolist()]
-
-
-__all__ = ["Assignment", "assign", "choose_spines", "spines_of"]
+__all__ = ["Assignment", "assign", "choose_spines"]

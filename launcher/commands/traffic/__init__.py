@@ -9,7 +9,7 @@ app = typer.Typer(
     help="Plan the paths of a job through a network of leaf and spine switches.",
     no_args_is_help=True,
     rich_markup_mode="rich",
-    epilog="[bold]Example[/]\n\n  evermesh traffic plan job.yaml --topology deploy/topologies/leaf-spine.yaml",
+    epilog="[bold]Example[/]\n\n  evermesh traffic plan job.yaml --topology cluster.yaml",
 )
 app.command("plan", epilog=plan.EXAMPLES)(plan.plan)
 

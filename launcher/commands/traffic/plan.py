@@ -8,11 +8,13 @@ from rich.console import Console
 
 EXAMPLES = """[bold]Examples[/]
 
-  evermesh traffic plan job.yaml --topology deploy/topologies/leaf-spine.yaml
+  evermesh traffic plan job.yaml --topology cluster.yaml --settings out
 
-  evermesh traffic plan job.yaml --topology cluster.yaml --failed leaf0.0l-spine3 --settings build/settings
+  evermesh traffic plan job.yaml --topology cluster.yaml --failed leaf0-spine3
 
-  evermesh traffic plan job.yaml --topology cluster.yaml --registry loads.json --step-s 4.2 --json"""
+  evermesh traffic plan job.yaml --topology cluster.yaml --registry loads.json
+
+[dim]A topology to start from: deploy/topologies/leaf-spine.yaml[/]"""
 
 
 def plan(
