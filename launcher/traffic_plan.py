@@ -132,7 +132,7 @@ def plan_traffic_of(asked: TrafficAsked, console: Console) -> TrafficPlan:
         connections=connections,
         assignment=assign(connections, wiring, parts=asked.parts, others=others),
         hashed=tuple(Busiest.of(Loads.of(paths, wiring, others).seconds(wiring)) for paths in hashes),
-        replanned=_replanned(connections, whole, wiring, others, asked.parts) if asked.failed else None,
+        replanned=_replanned(given, asked, (whole, wiring), others) if asked.failed else None,
         step_s=given.step_s,
         rails=tuple(rail_report(flows, wiring)),
         parts=tuple(what_holds(wiring, parts=asked.parts, pxn=asked.pxn)),
@@ -167,9 +167,14 @@ def _given(asked: TrafficAsked, console: Console) -> _Given:
     return _Given(source.job.name, layout, topology, exchanges, step_s)
 
 
-def _replanned(connections: Connections, whole: Wiring, wiring: Wiring, others: Loads | None, parts: int) -> Replanned:
-    before = assign(connections, whole, parts=parts, others=others)
-    return replan(before.paths, connections, wiring, parts=parts, others=others)
+def _replanned(given: _Given, asked: TrafficAsked, networks: tuple[Wiring, Wiring], others: Loads | None) -> Replanned:
+    """From the paths on the first network, where nothing is broken, to those on the second."""
+    was, now = (
+        Connections.of(flows_of(given.exchanges, wiring, algorithm=asked.algorithm, pxn=asked.pxn))
+        for wiring in networks
+    )
+    before = assign(was, networks[0], parts=asked.parts, others=others)
+    return replan(before.paths, now, networks[1], parts=asked.parts, others=others, was=was)
 
 
 def _chosen(topology: Topology, asked: TrafficAsked, layout: Layout) -> Topology:

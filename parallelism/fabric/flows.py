@@ -73,11 +73,12 @@ def flows_of(
 
 
 def _rail_table(wiring: Wiring) -> Ints:
-    """The card of every place on every rail; -1: none."""
+    """The card of every place on every rail; -1: none, or none with a cable."""
     rails = 1 + max((card.nic.rail for card in wiring.cards), default=0)
     table = np.full((len(wiring.nodes), rails), -1, np.int64)
     for number, card in reversed(list(enumerate(wiring.cards))):
-        table[card.place, card.nic.rail] = number
+        if wiring.is_alive(number):
+            table[card.place, card.nic.rail] = number
     return table
 
 

@@ -63,11 +63,12 @@ class Paths:
         """Numbers of the streams whose ports are on two leaves."""
         return np.flatnonzero(wiring.port_leaf[self.source_port] != wiring.port_leaf[self.target_port])
 
-    def stream_keys(self) -> list[tuple[int, int, int, int]]:
-        """What a stream is known by: connection, ports, and a number among those that have these in common."""
-        seen: dict[tuple[int, int, int], int] = {}
+    def stream_keys(self, connections: Connections) -> list[tuple[str, int, int, int]]:
+        """What streams are known by: axis, ports, and a number among those that have these in common."""
+        axes = (connections.axes[axis] for axis in connections.axis[self.connection].tolist())
+        seen: dict[tuple[str, int, int], int] = {}
         found = []
-        for key in zip(self.connection.tolist(), self.source_port.tolist(), self.target_port.tolist(), strict=True):
+        for key in zip(axes, self.source_port.tolist(), self.target_port.tolist(), strict=True):
             seen[key] = seen.get(key, -1) + 1
             found.append((*key, seen[key]))
         return found

@@ -24,15 +24,24 @@ class Replanned:
 
 
 def replan(
-    before: Paths, connections: Connections, wiring: Wiring, *, parts: int = 1, others: Loads | None = None
+    before: Paths,
+    connections: Connections,
+    wiring: Wiring,
+    *,
+    parts: int = 1,
+    others: Loads | None = None,
+    was: Connections | None = None,
 ) -> Replanned:
-    """Give the streams of broken paths new ones; arguments as for ``assign``, ``before`` are the paths until now.
+    """Give the streams of broken paths new ones; arguments as for ``assign``.
+
+    ``before`` are the paths until now, ``was`` their connections where these were others: ranks whose card has no cable
+    any more talk through another.
 
     Raises:
         TrafficImpossible: broken links leave two cards without a path.
     """
     paths = split(connections, wiring, parts)
-    kept = _kept(before, paths, wiring)
+    kept = _kept(before, was or connections, paths, connections, wiring)
     found = choose_spines(paths, wiring, others, kept)
     moved = (kept >= 0) & (found.paths.spine != kept)
     return Replanned(found, cut=int(_is_cut(before, wiring).sum()), moved=int(moved.sum()))
@@ -41,16 +50,16 @@ def replan(
 def rehashed(before: Paths, connections: Connections, wiring: Wiring, seed: int, *, parts: int = 1) -> Paths:
     """What switches do by themselves: streams of broken paths take those that a hash gives them, all others stay."""
     paths = split(connections, wiring, parts)
-    kept = _kept(before, paths, wiring)
+    kept = _kept(before, connections, paths, connections, wiring)
     lost = np.flatnonzero(kept == _UNSET)
     kept[lost] = drawn_spines(paths, lost, wiring, np.random.default_rng(seed))
     return paths.on(kept)
 
 
-def _kept(before: Paths, paths: Paths, wiring: Wiring) -> Ints:
+def _kept(before: Paths, was: Connections, paths: Paths, connections: Connections, wiring: Wiring) -> Ints:
     """The spine of every stream that still has its path; -2 for the others."""
-    old = dict(zip(before.stream_keys(), before.spine.tolist(), strict=True))
-    found = np.array([old.get(key, _UNSET) for key in paths.stream_keys()], np.int64)
+    old = dict(zip(before.stream_keys(was), before.spine.tolist(), strict=True))
+    found = np.array([old.get(key, _UNSET) for key in paths.stream_keys(connections)], np.int64)
     found[_is_cut(paths.on(found), wiring)] = _UNSET
     found[paths.spine == DIRECT] = DIRECT
     return found

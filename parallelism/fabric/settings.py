@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from evermesh.parallelism.fabric.wiring import Card, Wiring
+from evermesh.parallelism.fabric.wiring import Wiring
 
 How = Literal["enforced", "advisory", "needs a NCCL net plugin"]
 _RDMA = ("infiniband", "roce")
@@ -30,8 +30,8 @@ def environments(wiring: Wiring, *, parts: int = 1, pxn: bool = True) -> dict[st
 
 
 def _environment(wiring: Wiring, place: int, *, parts: int, pxn: bool) -> dict[str, str]:
-    node, own = wiring.nodes[place], [wiring.cards[card] for card in wiring.own[place]]
-    usable = [card.nic.name for card in own if _is_alive(card, wiring)]
+    node = wiring.nodes[place]
+    usable = [wiring.cards[card].nic.name for card in wiring.own[place] if wiring.is_alive(card)]
     sockets = [nic.name for nic in node.nics if nic.nic_class == "ethernet"]
     found: dict[str, str] = {}
     if wiring.nic_class in _RDMA:
@@ -49,10 +49,6 @@ def _environment(wiring: Wiring, place: int, *, parts: int, pxn: bool) -> dict[s
     if _rails_match(wiring):
         found["NCCL_CROSS_NIC"] = "0"
     return found | ({"NCCL_P2P_PXN_LEVEL": "2"} if pxn else {"NCCL_PXN_DISABLE": "1"})
-
-
-def _is_alive(card: Card, wiring: Wiring) -> bool:
-    return bool(wiring.port_bytes_per_s[list(card.ports)].any())
 
 
 def _rails_match(wiring: Wiring) -> bool:

@@ -93,10 +93,26 @@ class Wiring:
         return self.devices * len(self.nodes)
 
     def card_of(self, rank: int) -> int:
-        """The card through which a rank talks: devices share those of their node in order, rank i of n has card i of n."""
+        """The card through which a rank talks: devices share those of their node in order, rank i of n has card i of n.
+
+        Where no port of that card has a cable, it is the next one of the node.
+
+        Raises:
+            TrafficImpossible: no card of the node has a cable.
+        """
         place, device = divmod(rank, self.devices)
         own = self.own[place]
-        return own[device * len(own) // self.devices]
+        first = device * len(own) // self.devices
+        for card in (*own[first:], *own[:first]):
+            if self.is_alive(card):
+                return card
+        raise TrafficImpossible(
+            f"no card of node {self.nodes[place].name} has a cable that is not broken. Repair one, or leave the node out."
+        )
+
+    def is_alive(self, card: int) -> bool:
+        """Whether some port of a card has a cable."""
+        return bool(self.port_bytes_per_s[list(self.cards[card].ports)].any())
 
     def port_names(self) -> list[str]:
         """By port, ``NODE/CARD/PORT``."""

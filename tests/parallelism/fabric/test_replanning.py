@@ -6,7 +6,10 @@ import pytest
 from evermesh.parallelism.errors import TrafficImpossible
 from evermesh.parallelism.fabric.assigning import assign
 from evermesh.parallelism.fabric.building import leaf_spine
-from evermesh.parallelism.fabric.paths import DIRECT, Loads
+from evermesh.parallelism.fabric.exchanges import Collective
+from evermesh.parallelism.fabric.flows import flows_of
+from evermesh.parallelism.fabric.paths import DIRECT, Connections, Loads
+from evermesh.parallelism.fabric.rails import rail_report
 from evermesh.parallelism.fabric.replanning import rehashed, replan
 from evermesh.parallelism.fabric.wiring import Wiring
 from tests.parallelism.fabric.networks import connections, ring
@@ -69,6 +72,27 @@ def test_the_other_port_of_a_card_takes_over_from_one_that_is_cut() -> None:
     assert sent[port + 1] == sent.max() == 2 * sent[0]
     touched = np.isin(before.source_port, port) | np.isin(before.target_port, port)
     assert found.cut == (touched & (before.spine != DIRECT)).sum() + (touched & (before.spine == DIRECT)).sum()
+
+
+def test_ranks_of_a_card_without_cables_talk_through_the_next_one() -> None:
+    """Of 8 rings of one card a node, that of the lost card goes over the next rail there; the others keep their paths."""
+    whole = Wiring.of(leaf_spine(8, cards=8, nodes_per_block=4, spines=4))
+    rings = [
+        Collective("gradients", "hdp", "all_reduce", tuple(range(card, 64, 8)), ((8e6, 1.0),)) for card in range(8)
+    ]
+    left = whole.without(["node3/mlx5_7/0", "node3/mlx5_7/1"])
+    assert [left.card_of(rank) for rank in range(24, 32)] == [24, 25, 26, 27, 28, 29, 30, 24]
+    was, now = (Connections.of(flows_of(rings, wiring)) for wiring in (whole, left))
+    before = assign(was, whole).paths
+    found = replan(before, now, left, was=was)
+    assert found.cut == 4  # in and out, on both ports
+    assert found.moved == 0
+    rows = rail_report(flows_of(rings, left), left)
+    assert rows[0].rail_bytes == pytest.approx(2 / 64 * rows[0].node_bytes)
+    loads = found.assignment.loads
+    assert loads.send[left.port_names().index("node3/mlx5_0/0")] == loads.most == 2 * np.median(loads.send)
+    with pytest.raises(TrafficImpossible, match="no card of node node3 has a cable"):
+        whole.without([f"node3/mlx5_{card}/{side}" for card in range(8) for side in (0, 1)]).card_of(24)
 
 
 def test_a_card_without_ports_and_names_that_do_not_exist_are_refused() -> None:
