@@ -6,6 +6,7 @@
         ├── LengthsInvalid   (ValueError)       a file of sequence lengths cannot be read
         ├── ScenarioInvalid  (ValueError)       what is to be simulated cannot be read, or contradicts itself
         ├── LayoutRequestInvalid (ValueError)   a model, topology or device to find a layout for is wrong or missing
+        ├── TrafficRequestInvalid (ValueError)  a job and a topology whose paths are to be planned do not go together
         ├── CheckpointRequestInvalid (ValueError) what is to be done with a checkpoint contradicts itself
         ├── RunNotFound      (LookupError)      there is no such run, or none at all
         ├── JobAmbiguous     (LookupError)      several jobs could be meant
@@ -72,6 +73,10 @@ class LengthsInvalid(LauncherError, ValueError):
 
 class ScenarioInvalid(LauncherError, ValueError):
     """What is to be simulated cannot be read, or contradicts itself; names the option or the file."""
+
+
+class TrafficRequestInvalid(LauncherError, ValueError):
+    """Paths of a job cannot be planned as asked; says what does not go together."""
 
 
 class LayoutRequestInvalid(LauncherError, ValueError):

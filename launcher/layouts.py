@@ -135,14 +135,15 @@ def read_topology(path: Path) -> Topology:
         LayoutRequestInvalid: it cannot be read, or is none.
     """
     try:
-        text = path.read_text()
-        values = json.loads(text) if path.suffix == ".json" else job_yaml.read(path)[0]
+        values, lines = (json.loads(path.read_text()), {}) if path.suffix == ".json" else job_yaml.read(path)
         return Topology.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the file"
+        key = first["loc"]
+        line = next((lines[key[:end]] for end in range(len(key), 0, -1) if key[:end] in lines), None)
         raise LayoutRequestInvalid(
-            f"{path}: {where}: {first['msg']}. A topology has nodes, each with a name, devices and nics."
+            f"{path}{f':{line}' if line else ''}: {job_yaml.dotted(key) or 'the file'}: {first['msg']}. A topology has "
+            "nodes, each with a name, devices and nics, and for paths leaves, each with a name, spines and bytes_per_s."
         ) from error
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise LayoutRequestInvalid(

@@ -4,6 +4,7 @@
     ├── LayoutDoesNotFit            (ValueError)    degrees, ranks and capacity do not go together
     ├── SequenceTooLong             (ValueError)    no ring can hold a sequence
     ├── PlanInvalid                 (ValueError)    the verifier refused a batch plan
+    ├── TrafficImpossible           (ValueError)    a network cannot carry what a job sends, or is not described
     └── UnsupportedKernel           (NotImplementedError)  no fused attention for this device and dtype
 
 Other rooms derive their trees from ``EvermeshError`` in their own ``errors.py``.
@@ -39,6 +40,10 @@ class SequenceTooLong(EvermeshError, ValueError):
 
 class PlanInvalid(EvermeshError, ValueError):
     """A batch plan breaks a rule; the message names the rule, the rank and the sequence."""
+
+
+class TrafficImpossible(EvermeshError, ValueError):
+    """Ranks that have to talk have no path, or the topology does not say how they are wired."""
 
 
 class UnsupportedKernel(EvermeshError, NotImplementedError):

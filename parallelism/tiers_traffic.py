@@ -35,26 +35,42 @@ class Rounds(NamedTuple):
     publishes: int
 
 
+class Owned(NamedTuple):
+    """A collective of the ranks that own a set of parameters, in every group of a level."""
+
+    level: Level
+    call_site: str
+    operation: Operation
+    payload_bytes: int
+    times: int
+
+
+def owned_collectives(sizes: SetSizes, division: Division, rounds: Rounds, element_bytes: int) -> Iterator[Owned]:
+    """What the owners of one set do in a step; ``element_bytes`` of a parameter."""
+    gradient_bytes = max(4, element_bytes)
+    of_part, of_gradient = sizes.padded // division.parameters, sizes.padded // division.gradients
+    interval = sizes.padded // division.states
+    for found in (
+        Owned("parameters", "sharded parameters", "all_gather", of_part * element_bytes, rounds.gathers),
+        Owned("parameters", "gradients", "reduce_scatter", sizes.padded * gradient_bytes, rounds.reduces),
+        Owned("gradients", "gradients", "reduce_scatter", of_part * gradient_bytes, rounds.reduces),
+        Owned("sums", "gradients", "all_reduce", of_gradient * gradient_bytes, 1),
+        Owned("states", "parameters", "all_gather", interval * element_bytes, rounds.publishes),
+        Owned("gradients", "parameters", "all_gather", of_gradient * element_bytes, rounds.publishes),
+    ):
+        if division.size(found.level) > 1:
+            yield found
+
+
 def owners_traffic(
     sizes: SetSizes, division: Division, rounds: Rounds, axis: str, nodes: Sequence[int], element_bytes: int
 ) -> Iterator[Traffic]:
     """What the owners of one set send in a step; ``nodes`` of all of them, ``element_bytes`` of a parameter."""
-    gradient_bytes = max(4, element_bytes)
-    of_part, of_gradient = sizes.padded // division.parameters, sizes.padded // division.gradients
-    interval = sizes.padded // division.states
-    exchanges: tuple[tuple[Level, str, Operation, int, int], ...] = (
-        ("parameters", "sharded parameters", "all_gather", of_part * element_bytes, rounds.gathers),
-        ("parameters", "gradients", "reduce_scatter", sizes.padded * gradient_bytes, rounds.reduces),
-        ("gradients", "gradients", "reduce_scatter", of_part * gradient_bytes, rounds.reduces),
-        ("sums", "gradients", "all_reduce", of_gradient * gradient_bytes, 1),
-        ("states", "parameters", "all_gather", interval * element_bytes, rounds.publishes),
-        ("gradients", "parameters", "all_gather", of_gradient * element_bytes, rounds.publishes),
-    )
-    for level, call_site, operation, payload_bytes, times in exchanges:
-        for places in division.groups(level) if division.size(level) > 1 else ():
-            for _ in range(times):
+    for found in owned_collectives(sizes, division, rounds, element_bytes):
+        for places in division.groups(found.level):
+            for _ in range(found.times):
                 yield from collective_traffic(
-                    call_site, operation, axis, payload_bytes, [nodes[place] for place in places]
+                    found.call_site, found.operation, axis, found.payload_bytes, [nodes[place] for place in places]
                 )
 
 
@@ -66,4 +82,4 @@ def alike(sizes: SetSizes, division: Division, rank: int) -> int:
     return max(0, min(stop, first + size) - max(start, first))
 
 
-__all__ = ["Rounds", "SetSizes", "alike", "owners_traffic"]
+__all__ = ["Owned", "Rounds", "SetSizes", "alike", "owned_collectives", "owners_traffic"]

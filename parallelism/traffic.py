@@ -104,6 +104,18 @@ class TrainedModel:
         """Of the activations of one token."""
         return self.hidden * self.bytes_per_element
 
+    def attention(self, stage: StageSizes) -> AttentionSizes:
+        """Of one rank of a stage."""
+        return AttentionSizes(
+            layers=stage.layers,
+            repeated=stage.repeated_attention,
+            offloaded=stage.offloaded_attention,
+            query_elements=self.query_elements // self.layout.tp,
+            key_value_elements=self.key_value_elements // self.layout.tp,
+            head_elements=2 * self.head_size,
+            bytes_per_element=self.bytes_per_element,
+        )
+
     def own_tokens(self, num_tokens: int) -> int:
         """Tokens of a micro-batch, with padding, that each of the ranks holds that share a model."""
         return padded_length(num_tokens, self.layout.tp, self.buckets) // self.layout.tp
@@ -184,15 +196,19 @@ def _owners(
             continue
         placement = copied.get(sizes.layer) if sizes.of_experts and sizes.layer is not None else None
         has_copies = placement is not None and bool(placement.copies)
-        gathers = reduces = 1
-        if layout.tiers.in_lock_step:
-            passes = len(plan.ranks[place.hdp])
-            gathers = sizes.gathers * passes + has_copies
-            if not layout.keeps_gradients:
-                reduces = passes + has_copies + (sizes.has_embedding and bool(model.tied_elements))
-        gathers += committed and sizes.has_embedding and bool(model.tied_elements)
-        rounds = Rounds(gathers, reduces, publishes=committed)
+        rounds = owner_rounds(sizes, model, len(plan.ranks[place.hdp]), has_copies=has_copies, committed=committed)
         yield from owners_traffic(sizes, division, rounds, axis, own_nodes, model.bytes_per_element)
+
+
+def owner_rounds(sizes: SetSizes, model: TrainedModel, passes: int, *, has_copies: bool, committed: bool) -> Rounds:
+    """How often the owners of a set exchange it, given the micro-batches of one of them."""
+    layout, gathers, reduces = model.layout, 1, 1
+    if layout.tiers.in_lock_step:
+        gathers = sizes.gathers * passes + has_copies
+        if not layout.keeps_gradients:
+            reduces = passes + has_copies + (sizes.has_embedding and bool(model.tied_elements))
+    gathers += committed and sizes.has_embedding and bool(model.tied_elements)
+    return Rounds(gathers, reduces, publishes=committed)
 
 
 def _norms(model: TrainedModel, nodes: Sequence[int]) -> Iterator[Traffic]:
@@ -227,19 +243,25 @@ def tensor_traffic(
 
     Backward, each gather is a scatter and each scatter a gather.
     """
+    for call_site, operation, payload_bytes in tensor_collectives(num_tokens, model, stage, recomputed=recomputed):
+        yield from collective_traffic(call_site, operation, TENSOR_AXIS, payload_bytes, nodes)
+
+
+def tensor_collectives(
+    num_tokens: int, model: TrainedModel, stage: StageSizes, *, recomputed: bool = False
+) -> Iterator[tuple[str, Operation, int]]:
+    """The collectives of ``tensor_traffic``: call site, operation, payload bytes of every rank."""
     if num_tokens == 0:
         return
     own_tokens = model.own_tokens(num_tokens)
     parts = chunk_lengths(own_tokens, model.layout.tp_chunks)
     for calls, lengths in ((stage.calls, (own_tokens,)), (stage.chunked, parts)):
         for call_site, operation, tokens in _tensor_calls(calls, lengths, recomputed=recomputed):
-            ranks = 1 if operation == "all_gather" else len(nodes)
-            payload_bytes = ranks * tokens * model.token_bytes
-            yield from collective_traffic(call_site, operation, TENSOR_AXIS, payload_bytes, nodes)
+            ranks = 1 if operation == "all_gather" else model.layout.tp
+            yield call_site, operation, ranks * tokens * model.token_bytes
     for values in (1, 2) if stage.has_head else ():
         # the largest logit of a token; the sum of its exponentials and the logit of its target
-        payload_bytes = values * num_tokens * max(4, model.bytes_per_element)
-        yield from collective_traffic("loss", "all_reduce", TENSOR_AXIS, payload_bytes, nodes)
+        yield "loss", "all_reduce", values * num_tokens * max(4, model.bytes_per_element)
 
 
 def _tensor_calls(
@@ -317,16 +339,7 @@ def _shared_sequences(
     plan: BatchPlan, model: TrainedModel, stage: StageSizes, nodes: Sequence[int]
 ) -> Iterator[Traffic]:
     """What the attention of one stage sends, between the HDP ranks with these nodes."""
-    tp = model.layout.tp
-    sizes = AttentionSizes(
-        layers=stage.layers,
-        repeated=stage.repeated_attention,
-        offloaded=stage.offloaded_attention,
-        query_elements=model.query_elements // tp,
-        key_value_elements=model.key_value_elements // tp,
-        head_elements=2 * model.head_size,
-        bytes_per_element=model.bytes_per_element,
-    )
+    sizes = model.attention(stage)
     shared = {
         piece.sequence: (piece, micro_batch.recompute == "block")
         for micro_batches in plan.ranks

@@ -19,6 +19,7 @@ from evermesh.launcher.commands import (
     records,
     simulate,
     snapshot,
+    traffic,
     watching,
 )
 
@@ -48,6 +49,7 @@ app.command("simulate", epilog=simulate.EXAMPLES)(simulate.simulate)
 app.command("layout", epilog=layout.EXAMPLES)(layout.layout)
 app.add_typer(checkpoint.app)
 app.add_typer(snapshot.app)
+app.add_typer(traffic.app)
 app.command("export", epilog=export.EXAMPLES)(export.export)
 app.add_typer(data.app)
 app.command("doctor", epilog=doctor.EXAMPLES)(doctor.doctor)

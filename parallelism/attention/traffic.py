@@ -59,16 +59,13 @@ def sequence_traffic(
         nodes: index of the node of every rank that a ring may name.
         recomputed: whether its micro-batches do with activations as the layers say; otherwise they keep all.
     """
-    if not recomputed:
-        sizes = sizes._replace(repeated=0, offloaded=0)
-    for message in _messages(length, piece, sizes):
+    for message in sequence_messages(length, piece, sizes, recomputed=recomputed):
         num_bytes = message.layers * message.num_bytes
-        if num_bytes:  # empty messages are not sent
-            tier = tiers_from(message.sender, nodes)[message.receiver]
-            yield Traffic(message.call_site, "send", _AXIS, tier, num_bytes, num_bytes, message.layers)
+        tier = tiers_from(message.sender, nodes)[message.receiver]
+        yield Traffic(message.call_site, "send", _AXIS, tier, num_bytes, num_bytes, message.layers)
 
 
-class _Message(NamedTuple):
+class Message(NamedTuple):
     """Between two ranks, once in each of some layers."""
 
     call_site: str
@@ -78,7 +75,16 @@ class _Message(NamedTuple):
     layers: int
 
 
-def _messages(length: int, piece: Piece, sizes: AttentionSizes) -> Iterator[_Message]:
+def sequence_messages(length: int, piece: Piece, sizes: AttentionSizes, *, recomputed: bool) -> Iterator[Message]:
+    """Who sends what to whom; arguments as for ``sequence_traffic``."""
+    if not recomputed:
+        sizes = sizes._replace(repeated=0, offloaded=0)
+    for message in _messages(length, piece, sizes):
+        if message.layers * message.num_bytes:  # empty messages are not sent
+            yield message
+
+
+def _messages(length: int, piece: Piece, sizes: AttentionSizes) -> Iterator[Message]:
     ways, members = piece.heads, len(piece.ring)
     shares = [share_of(length, members, index) for index in range(members)]
     own = sizes
@@ -95,20 +101,20 @@ def _messages(length: int, piece: Piece, sizes: AttentionSizes) -> Iterator[_Mes
         yield from around(piece.ring[place::ways], chunks, own)
 
 
-def _by_heads(tokens: dict[int, int], sizes: AttentionSizes) -> Iterator[_Message]:
+def _by_heads(tokens: dict[int, int], sizes: AttentionSizes) -> Iterator[Message]:
     """Between neighbours; ``tokens`` are those of each rank."""
     queries, key_values = sizes.query_elements, sizes.key_value_elements
     forward, kept = sizes.layers + sizes.repeated, sizes.layers - sizes.offloaded
     for sender, receiver in itertools.permutations(tokens, 2):
         own, theirs = (tokens[rank] * sizes.bytes_per_element for rank in (sender, receiver))
-        yield _Message("heads forward", sender, receiver, own * (queries + key_values), forward)
-        yield _Message("heads forward", sender, receiver, theirs * queries, forward)
-        yield _Message("heads backward", sender, receiver, own * queries, kept)
-        yield _Message("heads backward", sender, receiver, own * (3 * queries + key_values), sizes.offloaded)
-        yield _Message("heads backward", sender, receiver, theirs * (queries + key_values), sizes.layers)
+        yield Message("heads forward", sender, receiver, own * (queries + key_values), forward)
+        yield Message("heads forward", sender, receiver, theirs * queries, forward)
+        yield Message("heads backward", sender, receiver, own * queries, kept)
+        yield Message("heads backward", sender, receiver, own * (3 * queries + key_values), sizes.offloaded)
+        yield Message("heads backward", sender, receiver, theirs * (queries + key_values), sizes.layers)
 
 
-def _passed(ring: Sequence[int], chunks: Sequence[tuple[int, int]], sizes: AttentionSizes) -> Iterator[_Message]:
+def _passed(ring: Sequence[int], chunks: Sequence[tuple[int, int]], sizes: AttentionSizes) -> Iterator[Message]:
     """Around a ring whose members hold ``chunks``: tokens of head and tail."""
     size, forward = len(ring), sizes.layers + sizes.repeated
     for owner, receiver in itertools.product(range(size), repeat=2):
@@ -116,14 +122,14 @@ def _passed(ring: Sequence[int], chunks: Sequence[tuple[int, int]], sizes: Atten
         link = ring[(receiver + 1) % size], ring[receiver]
         if receiver != owner:
             visible = (head + tail if receiver < owner else head) * sizes.key_value_elements * sizes.bytes_per_element
-            yield _Message("ring forward", *link, visible, forward)
-            yield _Message("ring backward", *link, visible, sizes.layers)
+            yield Message("ring forward", *link, visible, forward)
+            yield Message("ring backward", *link, visible, sizes.layers)
         if receiver != (owner - 1) % size:
             carried = (head + tail if owner else head) * sizes.key_value_elements * sizes.gradient_bytes
-            yield _Message("ring gradients", *link, carried, sizes.layers)
+            yield Message("ring gradients", *link, carried, sizes.layers)
 
 
-def _gathered(ring: Sequence[int], chunks: Sequence[tuple[int, int]], sizes: AttentionSizes) -> Iterator[_Message]:
+def _gathered(ring: Sequence[int], chunks: Sequence[tuple[int, int]], sizes: AttentionSizes) -> Iterator[Message]:
     """Straight between members that hold ``chunks``; in the order of the sequence all heads, then all tails backward."""
     size, forward = len(ring), sizes.layers + sizes.repeated
     for owner, receiver in itertools.permutations(range(size), 2):
@@ -133,10 +139,10 @@ def _gathered(ring: Sequence[int], chunks: Sequence[tuple[int, int]], sizes: Att
             if chunk < last:
                 elements = tokens * sizes.key_value_elements
                 num_bytes = elements * sizes.bytes_per_element
-                yield _Message("gather forward", ring[owner], ring[receiver], num_bytes, forward)
-                yield _Message("gather backward", ring[owner], ring[receiver], num_bytes, sizes.layers)
+                yield Message("gather forward", ring[owner], ring[receiver], num_bytes, forward)
+                yield Message("gather backward", ring[owner], ring[receiver], num_bytes, sizes.layers)
                 wide = elements * sizes.gradient_bytes
-                yield _Message("gather gradients", ring[receiver], ring[owner], wide, sizes.layers)
+                yield Message("gather gradients", ring[receiver], ring[owner], wide, sizes.layers)
 
 
-__all__ = ["AttentionSizes", "sequence_traffic"]
+__all__ = ["AttentionSizes", "Message", "sequence_messages", "sequence_traffic"]

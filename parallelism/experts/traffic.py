@@ -56,7 +56,7 @@ def expert_traffic(
     passes = [("expert forward", 1 + recomputed), ("expert backward", 1)][: 1 + backward]
     for _ in range(1 + recomputed):
         yield from _counts(group)
-    rows = _rows(counts, group)
+    rows = rows_sent(counts, group)
     for call_site, times in passes:
         for _ in range(times):
             yield from _over_ep(rows, group, call_site)
@@ -123,8 +123,8 @@ def document_traffic(
                     yield Traffic("documents", "send", HDP_AXIS, tier, num_bytes, num_bytes, 1)
 
 
-def _rows(counts: Sequence[Sequence[int]], group: ExpertGroup) -> list[list[int]]:
-    """By rank of the group, by EP rank: the rows that go there."""
+def rows_sent(counts: Sequence[Sequence[int]], group: ExpertGroup) -> list[list[int]]:
+    """By rank of the group, by EP rank: the rows that go there; ``counts`` as for ``expert_traffic``."""
     ep, rows = group.placement.ranks, []
     for ep_rank, etp_rank in itertools.product(range(ep), range(group.etp)):
         nodes = [group.nodes[group.rank(other, etp_rank)] for other in range(ep)]

@@ -1,7 +1,8 @@
 """Real training runs: what the tap saw against the formula of every step."""
 
 import os
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ import torch
 
 from evermesh.parallelism import BatchPlan, ByteLedger, CollectiveRecord, CostModel, Traffic
 from evermesh.parallelism.experts import Placement
+from evermesh.parallelism.fabric.exchanges import SMALL, Collective, Exchange, plan_exchanges
 from evermesh.parallelism.traffic import Choices, TrainedModel
 from evermesh.runtime import StepReport, TrainConfig
 from evermesh.runtime.memory import step_offloaded_bytes
@@ -105,7 +107,26 @@ def _checked(
         size = getattr(torch, config.dtype).itemsize
         assert report.offloaded_bytes == step_offloaded_bytes(plan, config.layout, config.model, size)
         assert report.traffic == step_traffic(plan, first.model, nodes, committed=report.committed, choices=choices)
+        if report.committed:
+            _check_network(report.traffic, plan_exchanges(plan, first.model, nodes, choices), nodes)
         yield plan, report
+
+
+def _check_network(traffic: Sequence[Traffic], exchanges: Sequence[Exchange], nodes: Sequence[int]) -> None:
+    """What was counted between nodes is what paths are planned for, to the byte."""
+    counted, planned = Counter[tuple[str, str, str]](), Counter[tuple[str, str, str]]()
+    for part in traffic:
+        if part.tier == "network" and part.call_site not in SMALL:
+            counted[part.call_site, part.operation, part.axis] += part.wire_bytes
+    for one in exchanges:
+        key = one.call_site, one.operation, one.axis
+        if isinstance(one, Collective):
+            around = [*one.ranks[1:], one.ranks[0]]
+            hops = enumerate(zip(one.ranks, around, strict=True))
+            planned[key] += round(sum(one.wire_bytes(at) for at, (a, b) in hops if nodes[a] != nodes[b]))
+        else:
+            planned[key] += round(one.num_bytes.sum())
+    assert +planned == +counted
 
 
 @pytest.mark.parametrize(
