@@ -68,6 +68,13 @@ def loss_png(
     reports: Sequence[StepReport], found: Sequence[Mark], path: Path, *, title: str, vocabulary: int | None = None
 ) -> None:
     """Write the loss over the steps as a picture; ``found`` is marked with labels that do not overlap."""
+    loss_figure(reports, found, title=title, vocabulary=vocabulary).savefig(path, format="png")
+
+
+def loss_figure(
+    reports: Sequence[StepReport], found: Sequence[Mark], *, title: str, vocabulary: int | None = None
+) -> Any:
+    """The same as a figure of matplotlib."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -79,7 +86,7 @@ def loss_png(
         _draw_guess(axes, vocabulary)
     rows = _draw_marks(axes, found)
     axes.set_title(title, loc="left", fontsize=12, fontweight="bold", pad=10 + 14 * rows)
-    figure.savefig(path, format="png")
+    return figure
 
 
 def _draw_loss(axes: Any, reports: Sequence[StepReport]) -> None:

@@ -116,6 +116,12 @@ class ModelShape(BaseModel):
         pairs = sum(s * (s + 1) / 2 if convention == "causal" else float(s * s) for s in lengths)
         return 3.0 * self.linear_flops_per_token() * tokens + 3.5 * self.attention_flops_per_pair() * pairs
 
+    def model_flops(self, lengths: tuple[int, ...]) -> float:
+        """FLOPs that a training step has to do, for model FLOP utilisation (PaLM, arXiv 2204.02311): three times those of the
+        forward pass, of attention only the pairs that a causal mask leaves; nothing that is computed twice, no padding."""
+        pairs = sum(s * (s + 1) / 2 for s in lengths)
+        return 3.0 * (self.linear_flops_per_token() * sum(lengths) + self.attention_flops_per_pair() * pairs)
+
 
 class Sharing(NamedTuple):
     """How the members of a ring share the attention of a sequence."""

@@ -166,6 +166,8 @@ class Reporter:
             relayout_s=relayout_s,
             relayout_bytes=relayout_bytes,
             snapshot=trainer.snapshots.told(),
+            ended_s=time.time(),
+            model_flops=trainer.shape.model_flops(batch.plan.lengths),
         )
         if batch.calibrated is not None and batch.calibrated.proposal is not None:
             text, fields = event_of(batch.calibrated.proposal)

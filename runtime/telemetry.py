@@ -125,6 +125,10 @@ class StepReport:
     relayout_bytes: int = 0
     """Bytes of the state that went from one rank to another then."""
     snapshot: SnapshotReport = SnapshotReport()
+    ended_s: float = 0.0
+    """Wall clock at the end of the step, seconds since 1970; 0: not written down."""
+    model_flops: float = 0.0
+    """FLOPs that the step had to do (``ModelShape.model_flops``)."""
 
     @property
     def tokens_per_s(self) -> float:

@@ -157,7 +157,8 @@ class Trainer:
             self.compiled.apply(self.built.model, config.buckets, self.groups.moment)
         self.evaluation = Evaluation(self._held_out.batches, self.built, self.runner, self.groups)
         self.integrity = Integrity(config.guard, self.built, self.groups)
-        self.cost = config.cost or nominal_cost(config, model.shape(vocabulary))
+        self.shape = model.shape(vocabulary)
+        self.cost = config.cost or nominal_cost(config, self.shape)
         """That the batch under way was planned with."""
         pool = pool_of(self.groups.world.nodes, config.layout, self.cost)
         self.planner = self._planner or HybridPlanner(config.layout, self.cost, pool)

@@ -17,6 +17,7 @@ from evermesh.launcher.commands import (
     metrics,
     plan,
     records,
+    report,
     simulate,
     snapshot,
     traffic,
@@ -39,6 +40,7 @@ app.command("status", epilog=watching.STATUS_EXAMPLES)(watching.status)
 app.command("top", epilog=watching.TOP_EXAMPLES)(watching.top)
 app.command("logs", epilog=watching.LOGS_EXAMPLES)(watching.logs)
 app.command("records", epilog=records.EXAMPLES)(records.records)
+app.command("report", epilog=report.EXAMPLES)(report.report)
 app.command("nodes", epilog=watching.NODES_EXAMPLES)(watching.nodes)
 app.command("metrics", epilog=metrics.EXAMPLES)(metrics.metrics)
 app.command("dashboard", epilog=watching.DASHBOARD_EXAMPLES)(watching.dashboard)

@@ -16,6 +16,9 @@ from evermesh.launcher.chaos.report import ChaosReport, FaultReport
 from evermesh.launcher.chaos.running import shape_of
 from evermesh.launcher.controller.work import training_work
 from evermesh.launcher.job_file import load_job
+from evermesh.launcher.report.accounting import COUNTED
+from evermesh.launcher.report.gathering import gather
+from evermesh.launcher.report.page import page
 from evermesh.runtime.telemetry import read_telemetry
 from tests.launcher.conftest import write_job
 from tests.launcher.jobs import launched, with_faults
@@ -119,6 +122,27 @@ def test_f5_an_agent_that_is_killed_is_found_lost_and_f22_a_controller_is_replac
     assert controller.cause is not None
     assert controller.cause.endswith("took over")
     assert controller.detected_after_s is not None
+
+
+def test_the_report_of_the_run_tells_every_restart_and_accounts_for_every_second(survived: ChaosReport) -> None:
+    told, material = gather(Run(Path(survived.run)), price=2.0, peak_flops=1e12)
+    assert (told.state, told.attempts, len(told.incidents)) == ("finished", 5, 4)
+    assert sum(told.parts.values()) == pytest.approx(told.wall_s, rel=1e-6)
+    assert told.parts[COUNTED] == pytest.approx(told.goodput * told.wall_s)
+    assert told.training.trained_again == survived.steps_lost
+    assert [incident.steps_lost for incident in told.incidents] == [fault.steps_lost for fault in _ended(survived)]
+    assert [incident.cause for incident in told.incidents] == [fault.cause for fault in _ended(survived)]
+    assert all(incident.outcome == "trains again" for incident in told.incidents)
+    assert all("injected" in {moment.kind for moment in incident.story} for incident in told.incidents)
+    assert told.training.flops_per_s_and_worker > 0
+    assert told.cost.price == pytest.approx(told.cost.worker_hours * 2)
+    assert page(told, material).count("<svg") == 2
+
+
+def _ended(report: ChaosReport) -> list[FaultReport]:
+    """The faults that ended an attempt, one for each."""
+    found = {fault.cause: fault for fault in report.faults if fault.outcome == "restarted"}
+    return list(found.values())
 
 
 def test_f26_all_workers_killed_at_once_are_one_restart(survived: ChaosReport) -> None:
