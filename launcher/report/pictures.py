@@ -60,7 +60,7 @@ def _draw_throughput(axes: Any, steps: Sequence[Step], began_s: float, unit_s: f
         if chosen:
             times = [(report.ended_s - began_s) / unit_s for report in chosen]
             rates = [report.tokens_per_s for report in chosen]
-            axes.scatter(times, rates, s=5, color=colour, label=label, linewidths=0)
+            axes.scatter(times, rates, s=5 if len(steps) > 200 else 20, color=colour, label=label, linewidths=0)
     axes.set_ylim(bottom=0)
     axes.set_ylabel("tokens/s")
     axes.set_title("throughput", loc="left", fontsize=12, fontweight="bold")
