@@ -1,9 +1,11 @@
-"""Which processes of a test still run."""
+"""Which processes of a test still run, and what processes that it starts find in their environment."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import psutil
+import pytest
 
 
 def still_alive(processes: Sequence[psutil.Process], timeout_s: float) -> list[psutil.Process]:
@@ -22,3 +24,12 @@ def lives(process: psutil.Process) -> bool:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
+
+
+@contextmanager
+def variables(**values: str) -> Iterator[None]:
+    """Environment variables for a while."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in values.items():
+            patch.setenv(name, value)
+        yield

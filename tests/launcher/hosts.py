@@ -6,7 +6,6 @@ Needs root and iproute2. Processes of all hosts see one file system and one /dev
 import json
 import os
 import secrets
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -16,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+
+from tests.processes import variables
 
 _START_WAIT_S = 60.0
 _GCS_PORT = 6390
@@ -104,20 +105,18 @@ def ray_hosts(number: int, cpus: int = 2) -> Iterator[Hosts]:
     with ExitStack() as stack:
         stack.callback(hosts.remove)
         hosts.make()
-        folder = stack.enter_context(_short_folder())
-        environment = {
-            **os.environ,
-            "RAY_AUTH_MODE": "token",
-            "RAY_AUTH_TOKEN": secrets.token_hex(16),
-        }
+        # Ray puts sockets into it, whose paths must be short
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True))
+        authentication = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}
+        environment = {**os.environ, **authentication}
         head, *others = hosts.hosts
-        own = ["--head", "--port", str(_GCS_PORT), "--include-dashboard", "false", "--temp-dir", str(folder)]
+        own = ["--head", "--port", str(_GCS_PORT), "--include-dashboard", "false", "--temp-dir", folder]
         own += ["--system-config", json.dumps(_PATIENT)]
         _wait([_ray(head, cpus, own, environment)])
         join = ["--address", f"{head.address}:{_GCS_PORT}"]
         for host in others:  # one after the other: together they are slower than Ray's patience
             _wait([_ray(host, cpus, join, environment)])
-        with _variables(environment):
+        with variables(**authentication):
             yield hosts
 
 
@@ -143,27 +142,6 @@ def _wait(started: "Sequence[subprocess.Popen[str]]") -> None:
     for process in started:
         output, _ = process.communicate(timeout=_START_WAIT_S)
         assert process.returncode == 0, output
-
-
-@contextmanager
-def _short_folder() -> Iterator[Path]:
-    """Ray puts sockets into it, whose paths must be short."""
-    folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextmanager
-def _variables(values: dict[str, str]) -> Iterator[None]:
-    before = dict(os.environ)
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
 
 
 def _ip(*words: str) -> None:

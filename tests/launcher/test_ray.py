@@ -5,7 +5,6 @@ import signal
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from evermesh.launcher.job_file import load_job
 from evermesh.launcher.run_directory import Run, RunState
 from tests.launcher.jobs import Job, clean_losses, launched
 from tests.launcher.test_cli import evermesh
-from tests.processes import still_alive
+from tests.processes import still_alive, variables
 
 ray = pytest.importorskip("ray")
 from evermesh.launcher.placement.ray_agent import RayAgent, Surroundings  # noqa: E402
@@ -92,15 +91,6 @@ def cluster() -> Iterator[RayCluster]:
             ray.shutdown()
             signal.signal(signal.SIGTERM, before)
             started.shutdown()
-
-
-@contextmanager
-def variables(**values: str) -> Iterator[None]:
-    """Environment variables for a while."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in values.items():
-            patch.setenv(name, value)
-        yield
 
 
 def _raylet(node: Any) -> int:
