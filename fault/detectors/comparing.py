@@ -69,11 +69,11 @@ def compare(joined: Joined, survey: Survey, context: Context, column: int) -> Co
         order = np.argsort(classes.ravel(), kind="stable")
         bounds = np.flatnonzero(np.diff(classes.ravel()[order])) + 1
         for alike in np.split(present[order], bounds):
+            if planned is not None:  # what nobody planned, or without work, tells nothing of who is slow
+                alike = alike[planned[alike, step] > 0]
             if len(alike) < 2:
                 continue
             work = planned[alike, step] if planned is not None else np.ones(len(alike))
-            if not (work > 0).all():
-                work = np.ones(len(alike))
             per_work = times_s[alike, step] / work
             usual = _median_of_others(per_work)
             with np.errstate(divide="ignore", invalid="ignore"):

@@ -1,0 +1,47 @@
+"""Rank 0 tells the controller what the plan of a step expects of every rank, when the step begins.
+
+Only so can whoever watches tell a rank that is slow from one that was given more to do.
+"""
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from evermesh.parallelism.simulator import micro_batch_s
+
+if TYPE_CHECKING:
+    from evermesh.runtime.trainer import Trainer
+
+_EVERY_S = 0.1
+_MOST_STEPS = 64
+
+
+class Expecting:
+    """Of the rank whose ``trainer`` this is; ``send`` takes messages to the agent. Steps that last milliseconds are told of
+    together."""
+
+    def __init__(self, trainer: "Trainer", send: Callable[[dict[str, Any]], None]) -> None:
+        self._trainer, self._send = trainer, send
+        self._sent_s = 0.0
+        self._step = 0
+        self._work_s: dict[int, list[float]] = {}
+        self._makespan_s: dict[int, float] = {}
+
+    def tell(self) -> None:
+        """Training goes on: of a step that begins now its plan is told, or kept for the next one."""
+        step, plan = self._trainer.progress.step, self._trainer.plan
+        if plan is None or step == self._step:
+            return
+        self._step = step
+        cost, lengths = self._trainer.cost, plan.lengths
+        self._work_s[step] = [sum(micro_batch_s(one, lengths, cost) for one in of_rank) for of_rank in plan.ranks]
+        self._makespan_s[step] = plan.certificate.makespan_s
+        if time.monotonic() - self._sent_s >= _EVERY_S or len(self._work_s) >= _MOST_STEPS:
+            self._flush()
+
+    def _flush(self) -> None:
+        self._sent_s = time.monotonic()
+        layout = self._trainer.config.layout
+        values = {"pp": layout.pp, "tp": layout.tp, "work_s": self._work_s, "makespan_s": self._makespan_s}
+        self._send({"kind": "work", "values": values})
+        self._work_s, self._makespan_s = {}, {}

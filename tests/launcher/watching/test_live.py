@@ -1,0 +1,91 @@
+"""Jobs that are watched while they train: who hangs or is slow is named within a second or two, and nobody else."""
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+
+from evermesh.fault.events import Event, Finding, read_events
+from evermesh.launcher.run_directory import Run
+from tests.launcher.jobs import Job, launched
+from tests.launcher.test_cli import evermesh
+
+_ENDLESS = ("train.steps=100000", "train.checkpoint.every=null")
+_ALONE = ("hang=off", "restarts=0")
+
+
+def _events(run: Run, kind: str) -> list[Event]:
+    return [event for event in read_events(run.events) if event.kind == kind] if run.events.is_file() else []
+
+
+def _findings(run: Run) -> list[Finding]:
+    return [Finding.model_validate(event.fields["finding"]) for event in _events(run, "finding")]
+
+
+def _with(job_file: Path, faults: Sequence[dict[str, Any]], *overrides: str) -> Any:
+    path = job_file.with_name("faults.yaml")
+    path.write_text(yaml.safe_dump({"faults": list(faults), "expect_exit": 1}))
+    command = ("chaos", "--json", "--schedule", str(path))
+    return launched(job_file, *_ENDLESS, *overrides, command=command)
+
+
+def test_a_stopped_rank_is_found_and_told_of_once_until_it_goes_on(job_file: Path) -> None:
+    with launched(job_file, *_ENDLESS, *_ALONE, "nodes=2") as job:
+        stopped = psutil.Process(job.wait_training().ranks[1].pid)
+        time.sleep(4.0)  # healthy so far
+        assert _findings(job.run) == []
+        stopped.suspend()
+        stopped_s = time.time()
+        job.wait(lambda: bool(_findings(job.run)))
+        event = _events(job.run, "finding")[0]
+        assert event.time_s - stopped_s < 10, "2 on an idle machine"
+        finding = _findings(job.run)[0]
+        assert (finding.kind, finding.rank, finding.node) == ("hang", 1, "node-1")
+        assert event.text == finding.text
+        assert "its process is stopped; rank 0 waits for it since" in finding.text
+        time.sleep(1.0)
+        (held,) = job.client.status().findings
+        assert (held.kind, held.rank) == ("hang", 1)
+        assert float(str(held.evidence["waited_s"])) > float(str(finding.evidence["waited_s"]))
+        told = evermesh("status", job.run.directory)
+        assert f"hang  {finding.text[:40]}" in told.stdout
+        assert json.loads(evermesh("status", job.run.directory, "--json").stdout)["findings"][0]["rank"] == 1
+        assert "never entered" in evermesh("top", job.run.directory, "--once").stdout
+        stopped.resume()
+        job.wait(lambda: bool(_events(job.run, "finding over")))
+        assert job.client.status().findings == ()
+        assert len(_findings(job.run)) == 1
+
+
+def test_a_rank_that_holds_the_interpreter_is_the_one_that_is_ended_for_it(job_file: Path) -> None:
+    fault = {"kind": "hang", "target": "rank 1", "at": {"step": 400, "phase": "backward"}, "holds_gil": True}
+    with _with(job_file, [fault], "restarts=0", "workers=2") as job:
+        job.wait(lambda: bool(_events(job.run, "failed")))
+        (finding,) = _findings(job.run)
+        assert (finding.kind, finding.rank) == ("hang", 1)
+        failed = _events(job.run, "failed")[0].text
+        assert failed.startswith("worker 1 hangs in step 400: no rank has computed anything for ")
+        assert finding.text.split(";")[0] in failed
+        job.wait(lambda: bool(_events(job.run, "finding over")))
+
+
+def test_a_slow_rank_is_found(job_file: Path) -> None:
+    fault = {"kind": "slow", "target": "rank 2", "at": {"step": 30}, "sleep_s": 0.05, "steps": 100_000}
+    with _with(job_file, [fault], *_ALONE, "workers=4") as job:
+        job.wait(lambda: bool(_findings(job.run)))
+        finding = _findings(job.run)[0]
+        assert (finding.kind, finding.rank) == ("slow rank", 2)
+        assert finding.evidence["cause"] == "computes"
+
+
+def test_without_records_nothing_is_watched_and_a_stopped_rank_is_ended_as_before(job_file: Path) -> None:
+    with launched(job_file, *_ENDLESS, "record=off", "restarts=0") as job:
+        psutil.Process(job.wait_training().ranks[1].pid).suspend()
+        assert job.end()[0] == 1
+        assert "worker 1 has been stopped for 2." in _events(job.run, "failed")[0].text
+        assert _findings(job.run) == []
