@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from evermesh.parallelism.batch_plan import BatchPlan
+from evermesh.parallelism.cost import CostModel
 from evermesh.parallelism.simulator import micro_batch_s
 
 if TYPE_CHECKING:
@@ -24,8 +26,7 @@ class Expecting:
         self._trainer, self._send = trainer, send
         self._sent_s = 0.0
         self._step = 0
-        self._work_s: dict[int, list[float]] = {}
-        self._makespan_s: dict[int, float] = {}
+        self._steps: dict[int, dict[str, Any]] = {}
 
     def tell(self) -> None:
         """Training goes on: of a step that begins now its plan is told, or kept for the next one."""
@@ -33,15 +34,21 @@ class Expecting:
         if plan is None or step == self._step:
             return
         self._step = step
-        cost, lengths = self._trainer.cost, plan.lengths
-        self._work_s[step] = [sum(micro_batch_s(one, lengths, cost) for one in of_rank) for of_rank in plan.ranks]
-        self._makespan_s[step] = plan.certificate.makespan_s
-        if time.monotonic() - self._sent_s >= _EVERY_S or len(self._work_s) >= _MOST_STEPS:
+        self._steps[step] = _planned(plan, self._trainer.cost)
+        if time.monotonic() - self._sent_s >= _EVERY_S or len(self._steps) >= _MOST_STEPS:
             self._flush()
 
     def _flush(self) -> None:
-        self._sent_s = time.monotonic()
         layout = self._trainer.config.layout
-        values = {"pp": layout.pp, "tp": layout.tp, "work_s": self._work_s, "makespan_s": self._makespan_s}
-        self._send({"kind": "work", "values": values})
-        self._work_s, self._makespan_s = {}, {}
+        self._send({"kind": "work", "values": {"pp": layout.pp, "tp": layout.tp, "steps": self._steps}})
+        self._sent_s, self._steps = time.monotonic(), {}
+
+
+def _planned(plan: BatchPlan, cost: CostModel) -> dict[str, Any]:
+    """As ``PlannedStep`` has it."""
+    return {
+        "work_s": [sum(micro_batch_s(one, plan.lengths, cost) for one in of_rank) for of_rank in plan.ranks],
+        "tokens": [sum(one.num_tokens for one in of_rank) for of_rank in plan.ranks],
+        "micro_batches": [len(of_rank) for of_rank in plan.ranks],
+        "makespan_s": plan.certificate.makespan_s,
+    }

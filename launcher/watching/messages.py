@@ -82,6 +82,17 @@ class RingPart(_Message):
     trace: PackedTrace
 
 
+class PlannedStep(_Message):
+    """What the batch plan of a step gives every HDP rank."""
+
+    work_s: Annotated[tuple[float, ...], Field(max_length=MOST_RANKS)]
+    """Seconds that it computes by the cost model, without waiting."""
+    tokens: Annotated[tuple[int, ...], Field(max_length=MOST_RANKS)]
+    micro_batches: Annotated[tuple[int, ...], Field(max_length=MOST_RANKS)]
+    makespan_s: float
+    """Predicted time until the last one has finished."""
+
+
 class PlannedWork(_Message):
     """What the batch plans of some steps expect, said when they begin."""
 
@@ -89,10 +100,7 @@ class PlannedWork(_Message):
     generation: int
     pp: Annotated[int, Field(ge=1, lt=MOST_RANKS)]
     tp: Annotated[int, Field(ge=1, lt=MOST_RANKS)]
-    work_s: Annotated[dict[_COUNT, Annotated[tuple[float, ...], Field(max_length=MOST_RANKS)]], Field(max_length=64)]
-    """By step: seconds that every HDP rank computes, without waiting."""
-    makespan_s: Annotated[dict[_COUNT, float], Field(max_length=64)]
-    """By step: predicted time until the last one has finished."""
+    steps: Annotated[dict[_COUNT, PlannedStep], Field(max_length=64)]
 
 
 class ReadRings(_Message):

@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from evermesh.fault.detectors import Context, diagnose
@@ -10,9 +10,10 @@ from evermesh.fault.detectors.streaming import JobWatch
 from evermesh.fault.events import Finding
 from evermesh.fault.recorder.trace import RankTrace
 from evermesh.launcher.controller.watching.conclusions import SLOWNESS, Change, Conclusions, key_of
-from evermesh.launcher.controller.watching.expected import Expected
+from evermesh.launcher.controller.watching.expected import Expected, Planned
 from evermesh.launcher.controller.watching.rings import RingReading
 from evermesh.launcher.controller.watching.windows import Moment, Windows
+from evermesh.launcher.controller.watching.work import Work
 from evermesh.launcher.watching.messages import ReadRings
 from evermesh.parallelism.planner.compiling import COMPILED, is_cached
 
@@ -33,13 +34,13 @@ class Thinking:
 
     def __init__(self, generation: int, num_ranks: int, num_nodes: int, ask: Callable[[ReadRings], None]) -> None:
         self.generation, self.num_ranks = generation, num_ranks
-        self.windows, self.expected = Windows(num_ranks, num_nodes), Expected()
+        self.windows, self.expected = Windows(num_ranks, num_nodes), Expected(num_ranks)
         self.rings, self.conclusions = RingReading(generation, ask), Conclusions()
         self.begun: deque[Finding] = deque()
         """Findings of which nobody was told that they are concluded."""
         self.over: deque[tuple[Finding, float]] = deque()
         """Likewise that they are over, with seconds since they began."""
-        self._job = JobWatch()
+        self._job, self._work = JobWatch(), Work(num_ranks)
         self._known: frozenset[int] = frozenset()
         self._context = Context()
         self._of_rings: tuple[Finding, ...] = ()
@@ -54,12 +55,9 @@ class Thinking:
             return None  # a debugger may hold a rank as long as it likes
         self._known = frozenset(moment.processes)
         self._context = Context(
-            work_s=self.expected.work_s(),
-            step_s=self.expected.step_s(),
-            processes=moment.processes,
-            skew_s=_SKEW_S + moment.apart_s,
+            step_s=self.expected.step_s(), processes=moment.processes, skew_s=_SKEW_S + moment.apart_s
         )
-        return partial(self._join, moment, self._context)
+        return partial(self._join, moment, self._context, dict(self.expected.plans))
 
     def take(self, said: Said, now_s: float) -> None:
         """Take what has been thought."""
@@ -80,9 +78,12 @@ class Thinking:
         self.begun.extend(change.begun)
         self.over.extend(change.over)
 
-    def _join(self, moment: Moment, context: Context) -> Said:
-        self._job.context = context
-        seen = self._job.join(moment.summaries())
+    def _join(self, moment: Moment, context: Context, plans: dict[int, Planned]) -> Said:
+        """By the other thread, which alone uses what is used here."""
+        summaries = moment.summaries()
+        self._work.note(summaries)
+        self._job.context = replace(context, work_s=self._work.explained_s(plans))
+        seen = self._job.join(summaries)
         return Said(seen.findings, seen.suspicious)
 
 

@@ -63,7 +63,7 @@ class Watch:
                 case RingPart():
                     thinking.rings.take(thinking.windows.trace(node, message))
                 case PlannedWork():
-                    thinking.expected.take(message, thinking.num_ranks)
+                    thinking.expected.take(message)
         except ValueError as error:  # of an agent of another version: nobody is watched through it
             print(f"not understood of {node}: {error}", flush=True)
 

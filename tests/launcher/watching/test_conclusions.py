@@ -1,17 +1,21 @@
 """When something that detectors say is concluded, when it is over, whose rings are read, and what is expected of a step."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 
-from evermesh.fault.detectors import kinds
+from evermesh.fault.detectors import kernels, kinds
+from evermesh.fault.detectors.summaries import RankSummary
 from evermesh.fault.events import Finding
 from evermesh.fault.recorder.record import RECORD
 from evermesh.fault.recorder.trace import RankTrace
 from evermesh.launcher.controller.watching.conclusions import SLOWNESS, Conclusions
 from evermesh.launcher.controller.watching.expected import Expected
 from evermesh.launcher.controller.watching.rings import RingReading
+from evermesh.launcher.controller.watching.work import Work
 from evermesh.launcher.freezes import EXPLAINING
-from evermesh.launcher.watching.messages import PlannedWork, ReadRings
+from evermesh.launcher.watching.messages import PlannedStep, PlannedWork, ReadRings
 
 
 def _hang(rank: int | None = 1, waited_s: float = 1.0) -> Finding:
@@ -101,28 +105,60 @@ def test_of_many_ranks_few_records_are_read_and_those_that_do_not_come_are_not_a
     assert [trace.rank for trace in found] == [3]
 
 
-def _work(step: int, *work_s: float, tp: int = 1, pp: int = 1) -> PlannedWork:
-    return PlannedWork(generation=1, pp=pp, tp=tp, work_s={step: work_s}, makespan_s={step: max(work_s)})
+def _planned(step: int, *work_s: float, tp: int = 1, pp: int = 1) -> PlannedWork:
+    ones = (1,) * len(work_s)
+    of_step = PlannedStep(work_s=work_s, tokens=ones, micro_batches=ones, makespan_s=max(work_s))
+    return PlannedWork(generation=1, pp=pp, tp=tp, steps={step: of_step})
 
 
 def test_all_ranks_that_share_a_sequence_have_its_work() -> None:
-    expected = Expected()
-    expected.take(_work(3, 1.0, 2.0, tp=2, pp=2), 8)
-    expected.take(_work(4, 1.0, 2.0), 8)
-    ranks = {0: 1.0, 1: 1.0, 2: 2.0, 3: 2.0, 4: 1.0, 5: 1.0, 6: 2.0, 7: 2.0}
-    assert expected.work_s() == {(rank, 3): of for rank, of in ranks.items()}
+    expected = Expected(8)
+    expected.take(_planned(3, 1.0, 0.0, tp=2, pp=2))
+    expected.take(_planned(4, 1.0, 2.0))
+    ranks = dict.fromkeys((0, 1, 4, 5), 1.0)
+    assert Work(8).explained_s(expected.plans) == {(rank, 3): of for rank, of in ranks.items()}
 
 
 def test_a_step_may_take_as_long_as_those_before_and_longer_if_it_has_more_to_do() -> None:
-    expected = Expected()
+    expected = Expected(2)
     assert expected.step_s() is None
     for step in range(1, 80):
-        expected.take(_work(step, 1e-3, 2e-3), 2)
+        expected.take(_planned(step, 1e-3, 2e-3))
         expected.note(step, 0.5 + 0.001 * (step % 3))
     assert expected.step_s() == pytest.approx(0.5, abs=0.01)
-    expected.take(_work(80, 1e-2, 2e-2), 2)
+    expected.take(_planned(80, 1e-2, 2e-2))
     assert expected.step_s() == pytest.approx(5.0, abs=0.1)
     expected.note(80, 5.0)
-    expected.take(_work(81, 1e-4, 2e-4), 2)
+    expected.take(_planned(81, 1e-4, 2e-4))
     assert expected.step_s() == pytest.approx(0.5, abs=0.01)
-    assert len({step for _, step in expected.work_s()}) == 64
+    assert len(expected.plans) == 64
+
+
+def _summary(rank: int, seconds: Sequence[float]) -> RankSummary:
+    """A rank that computed so long in steps 1, 2, ..., and is in the next one."""
+    of_step = np.zeros((len(seconds) + 1, kernels.STEP_COLUMNS), np.int64)
+    of_step[:-1, kernels.TRAIN_NS], of_step[:, kernels.COUNT] = np.array(seconds) * 1e9, 5
+    nothing = np.zeros((0, 3), np.int64)
+    return RankSummary(_trace(rank), -1, nothing, 1, of_step, np.zeros(len(of_step), np.uint64), nothing, 5, 0)
+
+
+@pytest.mark.parametrize("coefficients", [(3.0, 0.0, 0.0, 0.0), (0.0, 2e-4, 0.01, 0.02), (0.5, 0.0, 0.0, 0.3)])
+def test_what_plans_explain_is_measured_by_all_ranks_and_who_is_slow_stands_out(coefficients: Sequence[float]) -> None:
+    random, ranks, steps = np.random.default_rng(3), 4, 20
+    given = random.uniform(0.1, 1.0, (steps, ranks, 3)) * (1.0, 1000.0, 8.0)
+    expected = Expected(ranks)
+    for step, (work_s, tokens, micro_batches) in enumerate(given.transpose(0, 2, 1), 1):
+        values = {"work_s": work_s, "tokens": tokens.astype(int), "micro_batches": micro_batches.astype(int)}
+        of_step = PlannedStep.model_validate({name: of.tolist() for name, of in values.items()} | {"makespan_s": 1.0})
+        expected.take(PlannedWork(generation=1, pp=1, tp=1, steps={step: of_step}))
+    true = given.astype(int) * np.array([0, 1, 1]) + given * np.array([1, 0, 0])
+    seconds = true @ np.array(coefficients[:3]) + coefficients[3]
+    measured = seconds * random.normal(1.0, 0.02, seconds.shape)
+    measured[:, 2] *= 1.5
+    work = Work(ranks)
+    work.note([_summary(rank, measured[:, rank].tolist()) for rank in range(ranks)])
+    explained = work.explained_s(expected.plans)
+    ratio = [np.median([measured[step - 1, rank] / explained[rank, step] for step in range(1, steps)]) for rank in range(4)]
+    others = np.median([ratio[rank] for rank in (0, 1, 3)])
+    assert ratio[2] / others == pytest.approx(1.5, rel=0.1)
+    assert np.ptp([ratio[rank] for rank in (0, 1, 3)]) < 0.1 * others
