@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 WINDOW_S = 0.5
 _RANKS_PER_S = 8192
 """That the controller of a large job takes summaries of."""
-_BEGIN_S = 2.0
+_BEGIN_S = 1.0
 """Ranks that start need the processor more than who looks at them."""
 _LOOK_S = 5.0
 _GROUPS_EVERY = 20

@@ -47,13 +47,14 @@ class Watch:
         """An agent tells something of the generation that lives."""
         if not self._is_watched:
             return
-        thinking = self._begun()
-        if thinking is None:
-            self._early.append((node, message))
-            return
-        while self._early:
+        self._early.append((node, message))
+        self._take_all()
+
+    def _take_all(self) -> None:
+        """Take what was told, as soon as the detectors are loaded."""
+        thinking = self._begun() if self._early else None
+        while thinking is not None and self._early:
             self._take(thinking, *self._early.popleft())
-        self._take(thinking, node, message)
 
     def _take(self, thinking: "Thinking", node: str, message: Told) -> None:
         try:
@@ -81,6 +82,7 @@ class Watch:
         if not self._is_watched:
             self._end()
             return
+        self._take_all()
         thinking, under_way = self._thinking, self._under_way
         if thinking is None or (under_way is not None and not under_way.done()):
             return

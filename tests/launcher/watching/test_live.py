@@ -55,7 +55,7 @@ def test_a_stopped_rank_is_found_and_told_of_once_until_it_goes_on(job_file: Pat
         told = evermesh("status", job.run.directory)
         assert f"hang  {finding.text[:40]}" in told.stdout
         assert json.loads(evermesh("status", job.run.directory, "--json").stdout)["findings"][0]["rank"] == 1
-        assert "never entered" in evermesh("top", job.run.directory, "--once").stdout
+        assert "rank 1 (node node-1)" in evermesh("top", job.run.directory, "--once").stdout
         stopped.resume()
         job.wait(lambda: bool(_events(job.run, "finding over")))
         assert job.client.status().findings == ()
@@ -63,13 +63,13 @@ def test_a_stopped_rank_is_found_and_told_of_once_until_it_goes_on(job_file: Pat
 
 
 def test_a_rank_that_holds_the_interpreter_is_the_one_that_is_ended_for_it(job_file: Path) -> None:
-    fault = {"kind": "hang", "target": "rank 1", "at": {"step": 400, "phase": "backward"}, "holds_gil": True}
-    with _with(job_file, [fault], "restarts=0", "workers=2") as job:
+    fault = {"kind": "hang", "target": "rank 1", "at": {"step": 30, "phase": "backward"}, "holds_gil": True}
+    with _with(job_file, [fault], "restarts=0", "hang.idle_s=6") as job:
         job.wait(lambda: bool(_events(job.run, "failed")))
         (finding,) = _findings(job.run)
         assert (finding.kind, finding.rank) == ("hang", 1)
         failed = _events(job.run, "failed")[0].text
-        assert failed.startswith("worker 1 hangs in step 400: no rank has computed anything for ")
+        assert failed.startswith("worker 1 hangs in step 30: no rank has computed anything for ")
         assert finding.text.split(";")[0] in failed
         job.wait(lambda: bool(_events(job.run, "finding over")))
 
