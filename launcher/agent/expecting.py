@@ -31,7 +31,7 @@ class Expecting:
     def tell(self) -> None:
         """Training goes on: of a step that begins now its plan is told, or kept for the next one."""
         step, plan = self._trainer.progress.step, self._trainer.plan
-        if plan is None or step == self._step:
+        if plan is None or step == self._step or self._trainer.config.layout.ep > 1:  # no plan knows how tokens are routed
             return
         self._step = step
         self._steps[step] = _planned(plan, self._trainer.cost)
@@ -46,9 +46,14 @@ class Expecting:
 
 def _planned(plan: BatchPlan, cost: CostModel) -> dict[str, Any]:
     """As ``PlannedStep`` has it."""
+    shared = [[any(len(piece.ring) > 1 for piece in one.pieces) for one in of_rank] for of_rank in plan.ranks]
+    seconds = [[micro_batch_s(one, plan.lengths, cost) for one in of_rank] for of_rank in plan.ranks]
+    pairs = [list(zip(*of_rank, strict=True)) for of_rank in zip(seconds, shared, strict=True)]
     return {
-        "work_s": [sum(micro_batch_s(one, plan.lengths, cost) for one in of_rank) for of_rank in plan.ranks],
+        "alone_s": [sum(of for of, is_shared in of_rank if not is_shared) for of_rank in pairs],
+        "in_rings_s": [sum(of for of, is_shared in of_rank if is_shared) for of_rank in pairs],
         "tokens": [sum(one.num_tokens for one in of_rank) for of_rank in plan.ranks],
         "micro_batches": [len(of_rank) for of_rank in plan.ranks],
+        "rings": [sum(of_rank) for of_rank in shared],
         "makespan_s": plan.certificate.makespan_s,
     }

@@ -85,12 +85,21 @@ class RingPart(_Message):
 class PlannedStep(_Message):
     """What the batch plan of a step gives every HDP rank."""
 
-    work_s: Annotated[tuple[float, ...], Field(max_length=MOST_RANKS)]
-    """Seconds that it computes by the cost model, without waiting."""
+    alone_s: Annotated[tuple[float, ...], Field(max_length=MOST_RANKS)]
+    """Seconds that it computes by the cost model, without waiting, in micro-batches that it shares with nobody."""
+    in_rings_s: Annotated[tuple[float, ...], Field(max_length=MOST_RANKS)]
+    """In the others, where it communicates meanwhile."""
     tokens: Annotated[tuple[int, ...], Field(max_length=MOST_RANKS)]
     micro_batches: Annotated[tuple[int, ...], Field(max_length=MOST_RANKS)]
+    rings: Annotated[tuple[int, ...], Field(max_length=MOST_RANKS)]
+    """Micro-batches that it shares."""
     makespan_s: float
     """Predicted time until the last one has finished."""
+
+    @property
+    def columns(self) -> tuple[tuple[float, ...], ...]:
+        """All that is said of every HDP rank."""
+        return (self.alone_s, self.in_rings_s, self.tokens, self.micro_batches, self.rings)
 
 
 class PlannedWork(_Message):

@@ -31,8 +31,8 @@ class Expected:
     def take(self, told: PlannedWork) -> None:
         """Take the plans of some steps; those of another number of ranks say nothing."""
         for number, step in told.steps.items():
-            mesh = Mesh(hdp=len(step.work_s), tp=told.tp, pp=told.pp)
-            if mesh.size == self._num_ranks and len(step.tokens) == len(step.micro_batches) == mesh.hdp:
+            mesh = Mesh(hdp=len(step.tokens), tp=told.tp, pp=told.pp)
+            if mesh.size == self._num_ranks and all(len(column) == mesh.hdp for column in step.columns):
                 self.plans[number] = Planned(step, mesh)
         _keep_newest(self.plans, _STEPS if self._num_ranks < _MANY else _STEPS_OF_MANY)
 

@@ -1,8 +1,9 @@
 """How long plans let every rank compute, in the measure of this job: what they explain is nobody's fault.
 
 A cost model that was not calibrated may be far off, and rank after rank in the same direction. So the coefficients are taken
-from what all ranks have measured: seconds = a work + b tokens + c micro-batches + d, the same for all ranks of a stage. What
-no such coefficients explain is the rank's own.
+from what all ranks have measured, the same ones for all ranks of a stage: seconds = a work alone + b work in rings (much of
+which hides behind communication) + c tokens + d micro-batches + e rings + f. What no such coefficients explain is the rank's
+own.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,7 @@ from evermesh.fault.detectors import kernels
 from evermesh.fault.detectors.summaries import RankSummary
 from evermesh.launcher.controller.watching.expected import Planned
 
-_FEATURES = 4
+_FEATURES = 6
 _LEAST_STEPS = 6
 
 
@@ -48,25 +49,30 @@ class Work:
         for stage in np.unique(stages).tolist():
             chosen = stages == stage
             expected[:, chosen] = _fitted(features[:, chosen], seconds[:, chosen])
-        has_work = features[:, :, 0] > 0
+        has_work = _work_s(features) > 0
         found = np.argwhere(has_work & (expected > 0)).tolist()
         return {(rank, steps[index]): float(expected[index, rank]) for index, rank in found}
 
 
 def _features(plan: Planned) -> np.ndarray:
     """Array [ranks, features]."""
-    of_hdp = np.array([plan.step.work_s, plan.step.tokens, plan.step.micro_batches, [1] * plan.mesh.hdp], np.float64).T
+    of_hdp = np.array([*plan.step.columns, [1] * plan.mesh.hdp], np.float64).T
     hdp = [plan.mesh.coordinates(rank).hdp for rank in range(plan.mesh.size)]
     return of_hdp[hdp]
+
+
+def _work_s(features: np.ndarray) -> np.ndarray:
+    """Array [..., ranks]: by the plan."""
+    work: np.ndarray = features[..., 0] + features[..., 1]
+    return work
 
 
 def _fitted(features: np.ndarray, seconds: np.ndarray) -> np.ndarray:
     """Array [steps, ranks]: with the coefficients, none below 0, whose relative errors are least; ``features`` [steps, ranks,
     features], ``seconds`` [steps, ranks]. As long as little is known, the work of the plan."""
-    known = (seconds > 0) & (features[:, :, 0] > 0)
+    known = (seconds > 0) & (_work_s(features) > 0)
     if int(known.any(axis=1).sum()) < _LEAST_STEPS:
-        work: np.ndarray = features[:, :, 0]
-        return work
+        return _work_s(features)
     scale = np.maximum(np.abs(features[known]).max(axis=0), 1e-30)
     rows = features[known] / scale / seconds[known][:, None]
     gram, wanted = rows.T @ rows, rows.sum(axis=0)

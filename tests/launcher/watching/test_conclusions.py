@@ -107,7 +107,10 @@ def test_of_many_ranks_few_records_are_read_and_those_that_do_not_come_are_not_a
 
 def _planned(step: int, *work_s: float, tp: int = 1, pp: int = 1) -> PlannedWork:
     ones = (1,) * len(work_s)
-    of_step = PlannedStep(work_s=work_s, tokens=ones, micro_batches=ones, makespan_s=max(work_s))
+    zeros = (0,) * len(work_s)
+    of_step = PlannedStep(
+        alone_s=work_s, in_rings_s=zeros, tokens=ones, micro_batches=ones, rings=zeros, makespan_s=max(work_s)
+    )
     return PlannedWork(generation=1, pp=pp, tp=tp, steps={step: of_step})
 
 
@@ -142,18 +145,19 @@ def _summary(rank: int, seconds: Sequence[float]) -> RankSummary:
     return RankSummary(_trace(rank), -1, nothing, 1, of_step, np.zeros(len(of_step), np.uint64), nothing, 5, 0)
 
 
-@pytest.mark.parametrize("coefficients", [(3.0, 0.0, 0.0, 0.0), (0.0, 2e-4, 0.01, 0.02), (0.5, 0.0, 0.0, 0.3)])
+@pytest.mark.parametrize(
+    "coefficients", [(3.0, 3.0, 0.0, 0.0, 0.0, 0.0), (3.0, 0.1, 0.0, 0.0, 0.0, 0.01), (0.0, 0.0, 2e-4, 0.01, 0.1, 0.02)]
+)
 def test_what_plans_explain_is_measured_by_all_ranks_and_who_is_slow_stands_out(coefficients: Sequence[float]) -> None:
-    random, ranks, steps = np.random.default_rng(3), 4, 20
-    given = random.uniform(0.1, 1.0, (steps, ranks, 3)) * (1.0, 1000.0, 8.0)
+    random, ranks, steps = np.random.default_rng(3), 4, 30
+    names = ("alone_s", "in_rings_s", "tokens", "micro_batches", "rings")
+    given = random.uniform(0.1, 1.0, (steps, ranks, 5)) * (1.0, 1.0, 1000.0, 8.0, 4.0)
+    given[:, :, 2:] = given[:, :, 2:].astype(int)
     expected = Expected(ranks)
-    for step, (work_s, tokens, micro_batches) in enumerate(given.transpose(0, 2, 1), 1):
-        values = {"work_s": work_s, "tokens": tokens.astype(int), "micro_batches": micro_batches.astype(int)}
-        of_step = PlannedStep.model_validate({name: of.tolist() for name, of in values.items()} | {"makespan_s": 1.0})
-        expected.take(PlannedWork(generation=1, pp=1, tp=1, steps={step: of_step}))
-    true = given.astype(int) * np.array([0, 1, 1]) + given * np.array([1, 0, 0])
-    seconds = true @ np.array(coefficients[:3]) + coefficients[3]
-    measured = seconds * random.normal(1.0, 0.02, seconds.shape)
+    for step, of_ranks in enumerate(given.transpose(0, 2, 1).tolist(), 1):
+        values = dict(zip(names, of_ranks, strict=True)) | {"makespan_s": 1.0}
+        expected.take(PlannedWork(generation=1, pp=1, tp=1, steps={step: PlannedStep.model_validate(values)}))
+    measured = (given @ np.array(coefficients[:5]) + coefficients[5]) * random.normal(1.0, 0.02, (steps, ranks))
     measured[:, 2] *= 1.5
     work = Work(ranks)
     work.note([_summary(rank, measured[:, rank].tolist()) for rank in range(ranks)])
