@@ -21,8 +21,10 @@ SLOWNESS = frozenset(
 )
 """Kinds that steps of milliseconds show by chance: they have to last. Whoever hangs has been waited for long enough."""
 _LASTING_S, _LASTING_WINDOWS = 3.0, 4
-_GONE_S, _GONE_SLOW_S = 1.2, 5.0
+_GONE_S = 1.2
 """For how long nobody says it any more: two windows."""
+_PAUSE_S, _GONE_SLOW_S = 2.2, 5.0
+"""The same of slowness, before and after it is concluded: it comes and goes with what else a machine does."""
 
 Key = tuple[str, int | None, str | None, tuple[int, int] | None]
 
@@ -59,8 +61,8 @@ class _Seen:
         return not self.is_concluded and (lasts or not self.is_slow)
 
     def is_gone(self, now_s: float) -> bool:
-        silent_s = now_s - self.last_s
-        return silent_s > (_GONE_SLOW_S if self.is_slow and self.is_concluded else _GONE_S)
+        limit_s = (_GONE_SLOW_S if self.is_concluded else _PAUSE_S) if self.is_slow else _GONE_S
+        return now_s - self.last_s > limit_s
 
 
 class Conclusions:

@@ -55,7 +55,7 @@ def test_slowness_has_to_last_and_a_pause_of_it_is_no_end() -> None:
 
 def test_slowness_that_comes_and_goes_is_not_concluded() -> None:
     known = Conclusions()
-    said = [known.take([_SLOW] if second % 4 < 2 else [], float(second)) for second in range(40)]
+    said = [known.take([_SLOW] if second % 6 < 3 else [], float(second)) for second in range(40)]
     assert set(said) == {((), ())}
 
 
