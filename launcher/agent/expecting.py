@@ -31,7 +31,9 @@ class Expecting:
     def tell(self) -> None:
         """Training goes on: of a step that begins now its plan is told, or kept for the next one."""
         step, plan = self._trainer.progress.step, self._trainer.plan
-        if plan is None or step == self._step or self._trainer.config.layout.ep > 1:  # no plan knows how tokens are routed
+        if (
+            plan is None or step == self._step or self._trainer.config.layout.ep > 1
+        ):  # no plan knows how tokens are routed
             return
         self._step = step
         self._steps[step] = _planned(plan, self._trainer.cost)

@@ -162,7 +162,9 @@ def test_what_plans_explain_is_measured_by_all_ranks_and_who_is_slow_stands_out(
     work = Work(ranks)
     work.note([_summary(rank, measured[:, rank].tolist()) for rank in range(ranks)])
     explained = work.explained_s(expected.plans)
-    ratio = [np.median([measured[step - 1, rank] / explained[rank, step] for step in range(1, steps)]) for rank in range(4)]
+    ratio = [
+        np.median([measured[step - 1, rank] / explained[rank, step] for step in range(1, steps)]) for rank in range(4)
+    ]
     others = np.median([ratio[rank] for rank in (0, 1, 3)])
     assert ratio[2] / others == pytest.approx(1.5, rel=0.1)
     assert np.ptp([ratio[rank] for rank in (0, 1, 3)]) < 0.1 * others

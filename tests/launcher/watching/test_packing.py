@@ -123,10 +123,15 @@ def test_a_ring_that_is_followed_says_what_is_new_and_what_was_lost(folder: Path
         assert follower.newest(2).records["sequence"].tolist() == [39, 40]
         _write(ring, 41, form.NUM_SLOTS + 100)
         np.testing.assert_array_equal(follower.read().records, read_ring(ring.path)[0].records)
-        assert follower.read(form.NUM_SLOTS + 99).records["sequence"].tolist() == [form.NUM_SLOTS + 99, form.NUM_SLOTS + 100]
+        assert follower.read(form.NUM_SLOTS + 99).records["sequence"].tolist() == [
+            form.NUM_SLOTS + 99,
+            form.NUM_SLOTS + 100,
+        ]
 
 
-def test_windows_of_a_ring_count_every_record_once_and_rings_are_sent_as_far_as_they_are_asked_for(folder: Path) -> None:
+def test_windows_of_a_ring_count_every_record_once_and_rings_are_sent_as_far_as_they_are_asked_for(
+    folder: Path,
+) -> None:
     ring = empty_ring(folder)
     ring.append_name(group_line(1, "world", (0, 1), "world"))
     watch = RingWatch(7, {0: ring.path, 1: folder / "0-1.ring"})
