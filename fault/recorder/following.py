@@ -8,12 +8,14 @@ from typing import Self
 
 import numpy as np
 
+from evermesh.fault.process_state import ProcessState
 from evermesh.fault.recorder import ring_format as form
 from evermesh.fault.recorder.errors import RingUnreadable
 from evermesh.fault.recorder.names import Names, parse_names
 from evermesh.fault.recorder.reader import read_records, trace_of
 from evermesh.fault.recorder.record import RECORD
 from evermesh.fault.recorder.trace import RankTrace
+from evermesh.fault.snapshot.keeper.area import started_at
 
 
 class RingFollower:
@@ -50,6 +52,11 @@ class RingFollower:
         """Unmap the file."""
         self._head = self._slots = np.empty(0, np.uint64)
         self._memory.close()
+
+    def process(self) -> ProcessState | None:
+        """What the process that writes it does now; None: it has ended."""
+        pid = int(self._head[form.PID_AT])
+        return ProcessState.of(pid) if started_at(pid) == int(self._head[form.STARTED_AT]) else None
 
     def read(self, since: int = 1) -> RankTrace:
         """What the ring holds now of the records from sequence ``since`` on; the same as ``read_ring`` would, but for older

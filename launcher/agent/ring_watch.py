@@ -5,7 +5,6 @@ from contextlib import suppress
 from pathlib import Path
 
 from evermesh.fault.detectors.summaries import RankWatch
-from evermesh.fault.process_state import ProcessState
 from evermesh.fault.recorder.errors import RingUnreadable
 from evermesh.fault.recorder.following import RingFollower
 from evermesh.fault.recorder.record import Group
@@ -25,13 +24,14 @@ class _Watched:
         self._told: Mapping[int, Group] | None = None
 
     def summarise(self, *, says_groups: bool) -> PackedSummary:
+        process = self.follower.process()  # before its ring: who has ended writes no more
         trace = self.follower.read(max(1, self._next - _TAIL))
         summary = self._watch.summarise(trace)
         if summary.num_records:
             self._next += summary.num_lost + summary.num_records
         with_groups = says_groups or self._told is None or trace.groups is not self._told
         self._told = trace.groups
-        return pack_summary(summary, ProcessState.of(trace.pid), with_groups=with_groups)
+        return pack_summary(summary, process, with_groups=with_groups)
 
 
 class RingWatch:
@@ -66,5 +66,6 @@ class RingWatch:
         for rank in order.ranks:
             one = self._watched.get(rank)
             if one is not None and order.generation == self._generation:
+                process = one.follower.process()
                 trace = one.follower.newest(order.records)
-                yield RingPart(generation=self._generation, trace=pack_trace(trace, ProcessState.of(trace.pid)))
+                yield RingPart(generation=self._generation, trace=pack_trace(trace, process))
