@@ -45,8 +45,9 @@ class Thinking:
         self._context = Context()
         self._of_rings: tuple[Finding, ...] = ()
 
-    def next_work(self, now_s: float) -> Callable[[], Said] | None:
-        """What is to be thought of now, by another thread; None: there is nothing new."""
+    def next_work(self, now_s: float, last_step_s: float) -> Callable[[], Said] | None:
+        """What is to be thought of now, by another thread; None: there is nothing new. ``last_step_s``: what agents see of
+        the last step; 0 before the first one."""
         traces = self.rings.complete(now_s)
         if traces and (not COMPILED or is_cached("kernels")):
             return partial(_read, traces, self._context)
@@ -55,7 +56,9 @@ class Thinking:
             return None  # a debugger may hold a rank as long as it likes
         self._known = frozenset(moment.processes)
         self._context = Context(
-            step_s=self.expected.step_s(), processes=moment.processes, skew_s=_SKEW_S + moment.apart_s
+            step_s=self.expected.step_s() or last_step_s or None,
+            processes=moment.processes,
+            skew_s=_SKEW_S + moment.apart_s,
         )
         return partial(self._join, moment, self._context, dict(self.expected.plans))
 

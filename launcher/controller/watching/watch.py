@@ -90,7 +90,8 @@ class Watch:
             self._under_way = None
             self._conclude(thinking, under_way)
         self._tell(thinking)
-        work = thinking.next_work(time.monotonic())
+        life = self._job.life
+        work = thinking.next_work(time.monotonic(), life.step_s if life is not None else 0.0)
         if work is not None:
             self._under_way = self._executor.submit(work)
 

@@ -48,7 +48,7 @@ def test_a_stopped_rank_is_found_and_told_of_once_by_each_controller_until_it_go
         stopped_s = time.time()
         job.wait(lambda: bool(_findings(job.run)))
         event = _events(job.run, "finding")[0]
-        assert event.time_s - stopped_s < 10, "2 on an idle machine"
+        assert event.time_s - stopped_s < 30, "2 on an idle machine"
         finding = _findings(job.run)[0]
         assert (finding.kind, finding.rank, finding.node) == ("hang", 1, "node-1")
         assert event.text == finding.text
