@@ -35,12 +35,12 @@ def test_a_hang_is_concluded_at_once_and_told_once_with_its_newest_numbers() -> 
     known = Conclusions()
     assert known.take([_hang()], 0.0).begun == (_hang(),)
     assert known.take([_hang(waited_s=1.5)], 0.5) == ((), ())
-    assert known.findings == (_hang(waited_s=1.5),)
+    assert list(known.findings) == [_hang(waited_s=1.5)]
     assert known.take([_hang(), _hang(rank=0)], 1.0).begun == (_hang(rank=0),)
     assert known.take([], 1.5) == ((), ())
     begun, over = known.take([], 2.5)
     assert (begun, {finding.rank for finding, _ in over}) == ((), {0, 1})
-    assert known.findings == ()
+    assert not known.findings
     assert known.take([_hang()], 3.0).begun == (_hang(),), "another one"
 
 
@@ -63,7 +63,7 @@ def test_with_the_end_of_a_generation_its_findings_are_over() -> None:
     known = Conclusions()
     known.take([_hang(), _SLOW], 1.0)
     assert known.end(4.0).over == ((_hang(), 3.0),)
-    assert known.findings == ()
+    assert not known.findings
 
 
 def _trace(rank: int) -> RankTrace:
