@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from evermesh.launcher.agent.ring_watch import RingWatch
 
 WINDOW_S = 0.5
-_RANKS_PER_S = 8192
+_RANKS_PER_S = 4096
 """That the controller of a large job takes summaries of."""
 _BEGIN_S = 1.0
 """Ranks that start need the processor more than who looks at them."""
