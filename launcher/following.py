@@ -49,6 +49,7 @@ _TOLD = (
     "flushed",
     "flush failed",
     "checkpoint failed",
+    "finding",
 )
 """Events that are shown among the steps."""
 _LOG_LINES = 8

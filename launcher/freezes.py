@@ -7,11 +7,17 @@ a step, for far longer than any step took. Whoever waits for data, compiles, eva
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from evermesh.fault.events import Finding
 from evermesh.launcher.config import HangConfig
 from evermesh.launcher.messages import RankBeat
 
 _IN_A_STEP = frozenset(("train", "probe", "sum"))
 """Points whose length the steps before tell."""
+_LIKELY = 0.7
+EXPLAINING = frozenset(
+    ("hang", "deadlock", "mismatch", "size mismatch", "dtype mismatch", "skipped collective", "extra collective")
+)
+"""Kinds of findings that say why nobody goes on."""
 
 
 class Frozen(NamedTuple):
@@ -22,12 +28,20 @@ class Frozen(NamedTuple):
     """In words, on one line."""
 
 
-def frozen(beats: Iterable[RankBeat], world_size: int, config: HangConfig, *, sees_work: bool) -> Frozen | None:
+def frozen(
+    beats: Iterable[RankBeat],
+    world_size: int,
+    config: HangConfig,
+    findings: Sequence[Finding] = (),
+    *,
+    sees_work: bool,
+) -> Frozen | None:
     """The rank that is frozen, if one is.
 
     Args:
         beats: the newest of every rank that runs.
         world_size: ranks of the attempt.
+        findings: what the records of the ranks say, the surest first; none where they are not recorded.
         sees_work: whether a rank that works uses its processor: one that waits for a GPU need not.
     """
     ranks = sorted(beats, key=lambda beat: beat.rank)
@@ -40,17 +54,25 @@ def frozen(beats: Iterable[RankBeat], world_size: int, config: HangConfig, *, se
         return None
     limit_s = max(config.idle_s, config.steps * max(beat.longest_s for beat in ranks))
     idle_s = min(beat.idle_s for beat in ranks)
-    return _hung(ranks, idle_s, limit_s) if idle_s >= limit_s else None
+    return _hung(ranks, idle_s, limit_s, findings) if idle_s >= limit_s else None
 
 
-def _hung(ranks: Sequence[RankBeat], idle_s: float, limit_s: float) -> Frozen:
-    """Of ranks that wait for each other, one that has not come where most wait."""
-    step = min(beat.step for beat in ranks)
-    behind = [beat for beat in ranks if beat.step == step]
+def _hung(ranks: Sequence[RankBeat], idle_s: float, limit_s: float, findings: Sequence[Finding]) -> Frozen:
+    """Of ranks that wait for each other: whom the records name, else one that has not come where most wait."""
+    step = min(beat.step for beat in ranks) + 1
+    silent = f"no rank has computed anything for {idle_s:.1f} s (limit {limit_s:.1f} s)"
+    known = next((finding for finding in findings if finding.rank is not None and _explains(finding)), None)
+    if known is not None and known.rank is not None:
+        return Frozen(known.rank, f"hangs in step {step}: {silent}; {known.text}")
+    behind = [beat for beat in ranks if beat.step + 1 == step]
     missing = [beat for beat in behind if beat.point != "sum"] or behind
     others = f", as may {_named(missing[1:])}" if len(missing) > 1 else ""
-    how = f"hangs in step {step + 1}{others}: no rank has computed anything for {idle_s:.1f} s (limit {limit_s:.1f} s)"
-    return Frozen(missing[0].rank, how)
+    return Frozen(missing[0].rank, f"hangs in step {step}{others}: {silent}")
+
+
+def _explains(finding: Finding) -> bool:
+    """Whether it says why nobody goes on, and surely enough."""
+    return finding.confidence >= _LIKELY and finding.kind in EXPLAINING
 
 
 def _named(ranks: Sequence[RankBeat], most: int = 8) -> str:

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter
 from evermesh.launcher.config import HangConfig
 from evermesh.launcher.policy import Failure
 from evermesh.launcher.succession.protocol import Seat
+from evermesh.launcher.watching.messages import PlannedWork, ReadRings, RingPart, Window
 from evermesh.parallelism.collectives import Point
 
 
@@ -244,7 +245,10 @@ FromAgent = Annotated[
     | Preempted
     | CannotStart
     | Noticed
-    | KeeperTells,
+    | KeeperTells
+    | Window
+    | RingPart
+    | PlannedWork,
     Field(discriminator="kind"),
 ]
 FromAgentAdapter: TypeAdapter[FromAgent] = TypeAdapter(FromAgent)
@@ -421,6 +425,7 @@ ToAgent = Annotated[
     | ChangeLayout
     | End
     | WriteStacks
+    | ReadRings
     | Leave,
     Field(discriminator="kind"),
 ]

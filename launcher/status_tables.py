@@ -123,6 +123,14 @@ def snapshot_line(status: JobStatus) -> Text:
     )
 
 
+def findings_lines(status: JobStatus) -> list[Text]:
+    """What is found now, one line for each."""
+    return [
+        Text.assemble((finding.kind, "bold red"), f"  {finding.text} ({finding.confidence:.0%} sure)")
+        for finding in status.findings
+    ]
+
+
 def _steps(count: int) -> str:
     return f"{count:,} step{'s' * (count != 1)}"
 
@@ -148,6 +156,8 @@ def _show_living(run: Run, as_json: bool) -> None:
     console.print(snapshot_line(status), highlight=False, soft_wrap=True)
     if status.lost_rack is not None:
         console.print(status.lost_rack, style="yellow", markup=False, highlight=False, soft_wrap=True)
+    for line in findings_lines(status):
+        console.print(line, soft_wrap=True)
     print_table(nodes_table(status.nodes))
     print_table(ranks_table(status.ranks))
     console.print(

@@ -12,7 +12,7 @@ from evermesh.fault.events import Event, read_events
 from evermesh.launcher.client import Client
 from evermesh.launcher.errors import ControllerLost
 from evermesh.launcher.run_directory import Run
-from evermesh.launcher.status_tables import coloured, headline, nodes_table, ranks_table, snapshot_line
+from evermesh.launcher.status_tables import coloured, findings_lines, headline, nodes_table, ranks_table, snapshot_line
 from evermesh.runtime.telemetry import StepReport, read_telemetry
 
 _EVERY_S = 1.0
@@ -45,6 +45,7 @@ def screen(run: Run, client: Client) -> RenderableType:
     return Group(
         headline(status),
         snapshot_line(status),
+        *findings_lines(status),
         Text(),
         *_curves(run.telemetry),
         Text(),

@@ -1,8 +1,8 @@
 """How long every rank computes in a step, next to those that do the same: no clocks are compared.
 
 What a rank does while none of its collectives is under way is its own; that it waits inside them for others is not.
-Ranks are compared where their pipeline stage and all that they did in the step, sizes included, are the same, and,
-where a plan says how much work each had, by the ratio of the two.
+Ranks are compared where their pipeline stage and all that they did in the step, sizes included, are the same. Where a
+plan says how much work each had, all ranks of a stage are compared, by the ratio of the two.
 """
 
 from dataclasses import dataclass
@@ -64,16 +64,18 @@ def compare(joined: Joined, survey: Survey, context: Context, column: int) -> Co
     peers = np.zeros(times_s.shape, np.int64)
     for step in range(survey.num_steps):
         present = np.flatnonzero(known[:, step])
-        keys = survey.signatures[present, step] + stages[present].astype(np.uint64) * _MIXER
+        keys = stages[present].astype(np.uint64) * _MIXER
+        if planned is None:
+            keys += survey.signatures[present, step]
         _, classes = np.unique(keys, return_inverse=True)
         order = np.argsort(classes.ravel(), kind="stable")
         bounds = np.flatnonzero(np.diff(classes.ravel()[order])) + 1
         for alike in np.split(present[order], bounds):
+            if planned is not None:  # what nobody planned, or without work, tells nothing of who is slow
+                alike = alike[planned[alike, step] > 0]
             if len(alike) < 2:
                 continue
             work = planned[alike, step] if planned is not None else np.ones(len(alike))
-            if not (work > 0).all():
-                work = np.ones(len(alike))
             per_work = times_s[alike, step] / work
             usual = _median_of_others(per_work)
             with np.errstate(divide="ignore", invalid="ignore"):

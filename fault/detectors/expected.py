@@ -12,7 +12,7 @@ def planned_work(
     """For ``Context.work_s``: seconds that every rank computes in ``step``, at speed 1 and without waiting, by rank and step.
 
     ``ranks_of``: global ranks of every HDP rank, such as its tensor-parallel group in every stage. Ranks without work are
-    left out, and are compared as if nothing were planned.
+    left out: they are compared with nobody in that step.
     """
     from evermesh.parallelism.simulator import micro_batch_s
 

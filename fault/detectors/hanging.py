@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Set
 from evermesh.fault.detectors import kinds
 from evermesh.fault.detectors.context import Context
 from evermesh.fault.detectors.deadlocks import of_cycle
+from evermesh.fault.detectors.gone import of_gone_partners
 from evermesh.fault.detectors.joining import Joined, in_step
 from evermesh.fault.detectors.sentences import is_gone, operation_of, ranks_that, state_of
 from evermesh.fault.detectors.standing import Key, Standing, Waiting
@@ -33,8 +34,10 @@ def find_hangs(joined: Joined, standing: Standing, context: Context, spoiled: se
             waited_for[trace].append(key)
     explained = {key: waiters[key] for key in waiters if key not in crowded}
     suspects = list(_of_suspects(joined, standing, context, waited_for, explained))
+    partners = of_gone_partners(joined, context, long.values())
     found = [
         *suspects,
+        *(one for one in partners if one.rank not in {other.rank for other in suspects}),
         *_of_crowds(joined, standing, waited_for, waiters, crowded),
         *(one for one in _of_gone(joined, context, waiters) if one.rank not in {other.rank for other in suspects}),
         *_of_unknown(joined, standing, long.values()),

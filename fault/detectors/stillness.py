@@ -6,6 +6,7 @@ from pydantic import JsonValue
 
 from evermesh.fault.detectors import kinds
 from evermesh.fault.detectors.context import Context
+from evermesh.fault.detectors.gone import gone_partner
 from evermesh.fault.detectors.joining import Joined, in_step
 from evermesh.fault.detectors.sentences import MOST_NAMED, is_gone, operation_of, ranks_that
 from evermesh.fault.detectors.standing import UNDECIDED, Key, Standing, Waiting
@@ -27,6 +28,7 @@ def of_communication(
         group, number, place = key
         is_explained = standing.missing[key] or standing.unknown[key] or (place is None and (group, number) in spoiled)
         is_explained = is_explained or any(is_gone(context, joined.traces[one.trace].rank) for one in waiting)
+        is_explained = is_explained or gone_partner(joined, context, waiting[0]) is not None
         if is_explained or waiting[0].operation == UNDECIDED:
             continue
         shortest = min(waiting, key=lambda one: one.waited_s)

@@ -30,7 +30,7 @@ def ring_line(node: str, owner: str) -> bytes:
 
 def group_line(index: int, name: str, ranks: Sequence[int], axis: str) -> bytes:
     """Names a group; its ranks as ranges, so that a world of thousands takes a few bytes."""
-    return _line({"group": index, "name": name, "ranks": list(_ranges(ranks)), "axis": axis})
+    return _line({"group": index, "name": name, "ranks": list(ranges_of(ranks)), "axis": axis})
 
 
 def site_line(index: int, text: str) -> bytes:
@@ -64,7 +64,7 @@ def _line(values: dict[str, Any]) -> bytes:
     return json.dumps(values, separators=(",", ":")).encode() + b"\n"
 
 
-def _ranges(ranks: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+def ranges_of(ranks: Sequence[int]) -> Iterator[tuple[int, int, int]]:
     """``ranks`` as (start, stop, step) of ascending ranges, in their order."""
     begin = 0
     while begin < len(ranks):

@@ -71,7 +71,7 @@ def read_ring(path: Path) -> tuple[RankTrace, RingState]:
     records = read_records(np.frombuffer(memory, RECORD, offset=form.RECORDS_AT), int(words[form.SLOTS_AT]))
     head = words.copy()
     names = _names(memory, int(words[form.NAMES_USED_AT]))
-    return _trace(head, records, names, read_ns), _state(head, names)
+    return trace_of(head, records, names, read_ns), _state(head, names)
 
 
 def read_records(slots: np.ndarray, num_slots: int) -> np.ndarray:
@@ -107,7 +107,8 @@ def _names(memory: mmap.mmap, used: int) -> Names:
     return parse_names(memory[form.HEADER_BYTES : form.HEADER_BYTES + min(used, form.NAMES_BYTES)])
 
 
-def _trace(head: np.ndarray, records: np.ndarray, names: Names, read_ns: int) -> RankTrace:
+def trace_of(head: np.ndarray, records: np.ndarray, names: Names, read_ns: int) -> RankTrace:
+    """These records and names with what the words of a header say, read at ``read_ns``."""
     step, phase = unpack_moment(int(head[form.MOMENT_AT]))
     offset = int(head[form.WALL_OFFSET_AT])
     return RankTrace(

@@ -32,6 +32,7 @@ from evermesh.launcher.agent.spec import AgentSpec
 from evermesh.launcher.agent.standby import Standbys
 from evermesh.launcher.agent.store import StoreProcess
 from evermesh.launcher.agent.striping import NodeStripe
+from evermesh.launcher.agent.watching import Watching
 from evermesh.launcher.agent.worker_group import Hooks, WorkerGroup
 from evermesh.launcher.config import HangConfig
 from evermesh.launcher.contact import read_contact
@@ -68,6 +69,7 @@ from evermesh.launcher.messages import (
     WriteStacks,
 )
 from evermesh.launcher.succession.office import START_S
+from evermesh.launcher.watching.messages import PlannedWork, ReadRings
 
 _BEAT_S = 0.25
 _LEAVE_WAIT_S = 5.0
@@ -101,6 +103,7 @@ class Agent:
         self._numbers = NodeNumbers(spec, token, self._missing_s)
         self._stripe = NodeStripe(self._loop, self._keeper, spec.address, token, self._link.send)
         self._guests = Guests(self._loop, self._keeper, spec.address, token, self._link.send)
+        self._watching = Watching(lambda message: self._loop.post(lambda: self._link.send(message)))
 
     def run(self) -> None:
         """Serve until told to leave. No process of it is left."""
@@ -144,6 +147,7 @@ class Agent:
         )
         if self._group and not self._group.outcome.is_over:
             self._tell_started(self._group)
+            self._watching.greet()
         if self._preempted is not None:
             self._link.send(Preempted(signal=self._preempted))
 
@@ -183,6 +187,8 @@ class Agent:
             case WriteStacks() if self._group:
                 self._group.write_stacks(message.because)
                 self._recording.keep()
+            case ReadRings():
+                self._watching.read(message)
             case Leave():
                 self._has_left = True
 
@@ -225,7 +231,7 @@ class Agent:
             self._area.make()
             self._board.close()
             self._board = Board(self._area.board)
-        hooks = Hooks(self._tell_progress, self._pass_report, self._pass_plan)
+        hooks = Hooks(self._tell_progress, self._pass_report, self._pass_plan, self._pass_work)
         logs = Path(message.work.logs)
         group = WorkerGroup(self._loop, message.generation, message.place, logs, hooks, self._standbys)
         self._group = group
@@ -235,6 +241,7 @@ class Agent:
         keepers = self._keeper.others(message.work.launch, message.work.keepers)
         rings = self._recording.begin(wanted=message.work.records)
         group.start(message.store, message.work, self._area.board, self._interface, keeper, keepers, rings)
+        self._watching.begin(message.generation, group.rings, message.place.world_size)
         self._tell_started(group)
 
     def _fill_standbys(self, beats: Sequence[RankBeat]) -> None:
@@ -262,6 +269,7 @@ class Agent:
             in_memory = self._keeper.in_memory() if outcome.is_over else None
             self._link.send(Progress(outcome=outcome, in_memory=in_memory))
             if outcome.is_over:
+                self._watching.end()
                 self._recording.keep()  # while the controller thinks; the next start finds it done
 
     def _pass_report(self, values: dict[str, Any]) -> None:
@@ -271,6 +279,10 @@ class Agent:
     def _pass_plan(self, values: dict[str, Any]) -> None:
         if self._group:
             self._link.send(PlanReport(generation=self._group.generation, values=values))
+
+    def _pass_work(self, values: dict[str, Any]) -> None:
+        if self._group:
+            self._link.send(PlannedWork(generation=self._group.generation, **values))
 
     def _beat(self) -> None:
         generation, beats = self._group.generation if self._group else 0, tuple(self._rank_beats())
@@ -375,6 +387,7 @@ class Agent:
         self._guests.leave(job_is_over=self._has_left)
         if self._store:
             self._store.close()
+        self._watching.close()
         self._recording.close()
         self._numbers.close()
         self._board.close()

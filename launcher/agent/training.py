@@ -11,8 +11,10 @@ import torch
 from evermesh.fault.recorder.native import building, tap  # noqa: F401  loaded before any worker is forked
 from evermesh.fault.recorder.recorder import Recorder
 from evermesh.fault.snapshot.snapshots import Keeping
+from evermesh.launcher.agent.expecting import Expecting
 from evermesh.launcher.agent.worker import Worker
 from evermesh.parallelism.batch_plan import BatchPlan
+from evermesh.parallelism.collectives import Point
 from evermesh.parallelism.cost import CostModel
 from evermesh.parallelism.layout import Layout
 from evermesh.parallelism.planner.loading import load_compiled
@@ -65,7 +67,8 @@ def train(
         faults=_injector(worker, Path(directory), faults) if faults else None,
         keeping=_keeping(worker, newest, failures, running_s),
     )
-    trainer.groups.moment.watch = worker.reach
+    expecting = Expecting(trainer, worker.send) if worker.rank == 0 and worker.ring is not None else None
+    trainer.groups.moment.watch = worker.reach if expecting is None else lambda point: _reach(worker, expecting, point)
     if recorder is not None:
         recorder.follow(trainer.groups.moment)
     result = trainer.fit()
@@ -73,6 +76,12 @@ def train(
     process_group.stop()
     checkpoint = str(result.checkpoint) if result.checkpoint else None
     return {"step": result.step, "reason": result.reason, "checkpoint": checkpoint}
+
+
+def _reach(worker: Worker, expecting: Expecting, point: Point) -> None:
+    worker.reach(point)
+    if point == "train":
+        expecting.tell()
 
 
 def _recorder(worker: Worker) -> Recorder | None:

@@ -38,6 +38,8 @@ class Hooks:
     """A rank is done, failed or gone."""
     reported: Callable[[dict[str, Any]], None]
     planned: Callable[[dict[str, Any]], None]
+    expected: Callable[[dict[str, Any]], None]
+    """What plans expect of ranks."""
 
 
 @dataclass(slots=True, eq=False)
@@ -60,6 +62,8 @@ class WorkerGroup:
         self._done: dict[int, dict[str, Any]] = {}
         self._failures: list[Failure] = []
         self._is_ending = False
+        self.rings: dict[int, Path] = {}
+        """By rank that records."""
         self.fresh_because: str | None = None
         """Why the workers are fresh interpreters; None: they are forks of the warm process."""
 
@@ -108,6 +112,8 @@ class WorkerGroup:
                 keepers=keepers,
                 ring=rings.spec(self.generation, rank, self.place.world_size) if rings else None,
             )
+            if spec.ring is not None:
+                self.rings[rank] = spec.ring.path
             self._members.append(self._start_one(spec))
 
     def ask(self, what: str) -> None:
@@ -207,6 +213,8 @@ class WorkerGroup:
             self._hooks.reported(message["values"])
         elif kind == "plan":
             self._hooks.planned(message["values"])
+        elif kind == "work":
+            self._hooks.expected(message["values"])
         elif kind == "done":
             self._done[member.rank] = message["result"] or {}
             self._hooks.changed()

@@ -26,6 +26,7 @@ from evermesh.launcher.controller.rescue import Rescue
 from evermesh.launcher.controller.scribe import Kept
 from evermesh.launcher.controller.status import ENDED, JobState, Standing
 from evermesh.launcher.controller.telling import explain, last_words, told_stop
+from evermesh.launcher.controller.watching import Watch
 from evermesh.launcher.controller.work import drop_unfinished_line, newest_step, report_of, training_work
 from evermesh.launcher.errors import NotReplicated
 from evermesh.launcher.freezes import frozen
@@ -56,6 +57,7 @@ from evermesh.launcher.placement import Placement
 from evermesh.launcher.policy import REQUEUE, Failure
 from evermesh.launcher.run_directory import Run
 from evermesh.launcher.succession.office import Office
+from evermesh.launcher.watching.messages import PlannedWork, RingPart, Window
 
 _TICK_S = 0.1
 _WRITE_AGAIN_S = 0.5
@@ -74,6 +76,7 @@ class Controller:
         self.nodes, self.record, self._scribe = self.job.nodes, self.job.record, self.job.scribe
         self._roster, self._memory = self.job.roster, AttemptMemory(self.job)
         self._rescue, self._layouts = Rescue(self.job), LayoutChoice(self.job)
+        self.watch = Watch(self.job)
         self._changed = asyncio.Event()
 
     # what happens
@@ -114,6 +117,10 @@ class Controller:
             case Beat():
                 self._take_beat(node, message)
                 return
+            case Window() | RingPart() | PlannedWork():
+                if message.generation == self.generation:
+                    self.watch.take(node.name, message)
+                return
             case StoreOpened() if message.generation == self.generation:
                 self.job.store = message.store
                 self._start_ranks()
@@ -128,6 +135,7 @@ class Controller:
                 if self.life:  # it may fail before the next beat tells of the step
                     self.life.has_reported = True
                 self._memory.end_guests(self.job.last_report)
+                self.watch.note_step(self.job.last_report)
             case PlanReport() if message.generation == self.generation:
                 self.job.plan = message.values
             case Progress():
@@ -242,6 +250,7 @@ class Controller:
         if self._office is not None and not self._office.attend(list(self.nodes)):
             return
         self._roster.judge(self.life, self.state)
+        self.watch.look()
         self._look_for_frozen()
         if self._roster.is_finding_out():
             return
@@ -360,7 +369,7 @@ class Controller:
         if life.done or life.failures or life.is_ending:
             return
         sees_work = self.config.train.device.kind == "cpu"
-        found = frozen(life.beats.values(), life.world_size, config, sees_work=sees_work)
+        found = frozen(life.beats.values(), life.world_size, config, self.watch.findings, sees_work=sees_work)
         if found is not None:
             life.fail(Failure(rank=found.rank, time_s=time.monotonic(), how=found.how, cause="froze"))
 

@@ -42,6 +42,7 @@ def job_status(controller: "Controller") -> JobStatus:
         time_left_s=report.time_left_s if report else None,
         lost_rack=controller.job.lost_rack,
         snapshot=_snapshot_status(controller),
+        findings=controller.watch.findings,
         started_s=record.started_s,
         pid=os.getpid(),
     )

@@ -4,6 +4,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from evermesh.fault.events import Finding
+
 JobState = Literal[
     "placing",
     "starting",
@@ -120,6 +122,8 @@ class JobStatus(_Frozen):
     """What the loss of one rack would cost; None: its nodes can be made again, or nothing is known of racks."""
     snapshot: SnapshotStatus | None = None
     """None before the first step of this controller."""
+    findings: tuple[Finding, ...] = ()
+    """What the records of the ranks say now, the surest first."""
     started_s: float
     """Wall clock, seconds since 1970."""
     pid: int

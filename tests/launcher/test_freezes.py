@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from evermesh.fault.events import Finding
 from evermesh.launcher.config import HangConfig
 from evermesh.launcher.freezes import frozen
 from evermesh.launcher.messages import RankBeat
@@ -43,6 +44,23 @@ def test_it_is_no_freeze_that(situation: str, beats: tuple[RankBeat, ...]) -> No
 def test_a_rank_that_hangs_is_the_one_that_the_others_wait_for() -> None:
     found = frozen(HANGS, 2, DEFAULT, sees_work=True)
     assert found == (1, "hangs in step 8: no rank has computed anything for 3.1 s (limit 3.0 s)")
+
+
+SAYS = Finding(kind="hang", rank=0, text="rank 0 never entered it", confidence=0.98)
+
+
+def test_whom_the_records_name_is_named_though_others_have_not_come_either() -> None:
+    found = frozen(HANGS, 2, DEFAULT, [SAYS], sees_work=True)
+    told = "hangs in step 8: no rank has computed anything for 3.1 s (limit 3.0 s); rank 0 never entered it"
+    assert found == (0, told)
+
+
+@pytest.mark.parametrize("changes", [{"kind": "slow rank"}, {"confidence": 0.5}, {"rank": None}])
+def test_records_that_do_not_say_who_hangs_change_nothing(changes: dict[str, Any]) -> None:
+    findings = [SAYS.model_copy(update=changes)]
+    assert frozen(HANGS, 2, DEFAULT, findings, sees_work=True) == frozen(HANGS, 2, DEFAULT, sees_work=True)
+    fine = [beat(0), beat(1)]
+    assert frozen(fine, 2, DEFAULT, [SAYS], sees_work=True) is None
 
 
 def test_where_nobody_has_come_to_the_sum_or_all_have_every_rank_is_named() -> None:

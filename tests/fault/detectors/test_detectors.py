@@ -235,3 +235,22 @@ def test_clocks_that_differ_change_nothing() -> None:
         here = diagnose(generate(shape, [fault], 3).traces).findings
         apart = diagnose(generate(replace(shape, clocks=clocks), [fault], 3).traces).findings
         assert [(one.kind, one.rank) for one in here] == [(one.kind, one.rank) for one in apart]
+
+
+def test_a_process_that_was_stopped_behind_the_begin_of_a_message_is_the_one_that_is_waited_for() -> None:
+    """Both have entered what the other side waits for, as in a ring whose messages move while the ranks compute."""
+    group = Group("ring", (0, 1))
+    traces = []
+    for rank in range(2):
+        records = np.zeros(2, RECORD)
+        records["sequence"], records["entered_ns"] = (1, 2), 10**9
+        records["operation"] = OPERATIONS.index("receive"), OPERATIONS.index("send")
+        records["phase"], records["step"], records["peer"] = PHASES.index("train"), 7, 1 - rank
+        records["flags"] = Flags.END_SEEN, 0
+        traces.append(RankTrace(rank, "a", 7, records, {0: group}, {}, 7, "train", 90 * 10**9, 0))
+    states = {0: ProcessState("S", 7, False), 1: ProcessState("T", 7, False)}
+    finding = _only(diagnose(traces, Context(processes=states)).findings)
+    assert (finding.kind, finding.rank) == (kinds.HANG, 1)
+    assert "its process is stopped; rank 0 waits for it since 89.0 s" in finding.text
+    alive = {rank: ProcessState("S", 7, False) for rank in range(2)}
+    assert all(one.rank is None for one in diagnose(traces, Context(processes=alive)).findings)

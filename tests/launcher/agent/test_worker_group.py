@@ -46,7 +46,7 @@ class Running:
         self.loop, self.reports = Loop(), list[dict[str, Any]]()
         warm.warm_up(FUNCTIONS, threads=1)
         place = Place(first_rank=0, ranks=size, world_size=size, node_rank=0, nodes=1)
-        hooks = Hooks(lambda: None, self._report, lambda plan: None)
+        hooks = Hooks(lambda: None, self._report, lambda plan: None, lambda work: None)
         self.on_report: Callable[[], None] = lambda: None
         self.standbys = standbys or Standbys()
         self.standbys.fill(waiting)
