@@ -2,10 +2,11 @@
 
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
+    BeforeValidator,
     BaseModel,
     ConfigDict,
     NonNegativeInt,
@@ -29,6 +30,11 @@ def _checked_name(name: str) -> str:
             "with a letter or a digit first"
         )
     return name
+
+
+def _from_switch(value: Any) -> Any:
+    """YAML reads ``off`` as false."""
+    return {True: "quick", False: "off"}[value] if isinstance(value, bool) else value
 
 
 class HangConfig(BaseModel):
@@ -81,6 +87,12 @@ class JobConfig(BaseModel):
     record: bool = True
     """Every collective and message of every rank leaves a record in shared memory, 1.3 MiB per rank, which others can read
     whatever the rank is doing: `evermesh records`."""
+    preflight: Annotated[Literal["quick", "full", "off"], BeforeValidator(_from_switch)] = "quick"
+    """What every node is asked before it is used, while it starts: ``quick`` (memory, disks, network, GPUs; milliseconds),
+    ``full`` (also arithmetic, copies, disk and collectives, ten seconds and more), or ``off``. A node that is not fit is
+    refused, and a spare takes its place: `evermesh doctor` tells what it would find."""
+    health_every_s: PositiveFloat | None = 30.0
+    """How often a node is looked at while the job runs, seconds; what has changed becomes an event; null: never."""
     join_timeout_s: PositiveFloat = 60.0
     """How long to wait for enough nodes, seconds; then the job ends with 75 (requeue)."""
     grace_s: PositiveFloat = 25.0

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter
 
+from evermesh.fault.health.verdicts import Verdict
 from evermesh.launcher.config import HangConfig
 from evermesh.launcher.policy import Failure
 from evermesh.launcher.succession.protocol import Seat
@@ -120,6 +121,8 @@ class Hello(_Message):
     """Where it is asked about the journal; None: it has no part in that."""
     is_head: bool = False
     """It shares a machine with the first controller of the job."""
+    verdicts: tuple[Verdict, ...] = ()
+    """What was found out about the health of the node, all of it."""
 
 
 class Beat(_Message):
@@ -203,6 +206,14 @@ class Noticed(_Message):
     text: str
 
 
+class HealthTold(_Message):
+    """The health of this node is another than before."""
+
+    kind: Literal["health"] = "health"
+    verdicts: tuple[Verdict, ...]
+    """All of them."""
+
+
 class KeeperTells(_Message):
     """The keeper of the node has done what it was told, or cannot; or something about its stripe has changed."""
 
@@ -242,6 +253,7 @@ FromAgent = Annotated[
     | Preempted
     | CannotStart
     | Noticed
+    | HealthTold
     | KeeperTells,
     Field(discriminator="kind"),
 ]

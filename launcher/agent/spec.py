@@ -1,6 +1,7 @@
 """What an agent is told when it starts."""
 
 from pathlib import Path
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt
 
@@ -26,5 +27,9 @@ class AgentSpec(BaseModel):
     """It is the node that the first controller of the job counts to."""
     journal_folder: Path | None = None
     """Where it keeps its copy of the journal and what it has promised; None: it takes no part in elections."""
+    preflight: Literal["quick", "full", "off"] = "off"
+    """What is looked at before the node is offered."""
+    health_every_s: PositiveFloat | None = None
+    """How often it is looked at later, seconds; None: never."""
     orphan_limit_s: PositiveFloat = 600.0
     """Without a controller and without ranks to run it leaves after this time, seconds."""

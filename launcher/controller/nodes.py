@@ -8,6 +8,7 @@ from typing import NamedTuple, Protocol
 
 from pydantic import BaseModel
 
+from evermesh.fault.health.verdicts import Verdict
 from evermesh.launcher.controller.leases import LEASE_S, NodeSigns, node_state
 from evermesh.launcher.controller.machine import NodeState
 from evermesh.launcher.controller.status import NodeStatus
@@ -61,6 +62,13 @@ class Node:
     seat: Seat | None = None
     """Where its agent is asked about the journal."""
     is_head: bool = False
+    verdicts: tuple[Verdict, ...] = ()
+    """What was last told of its health."""
+
+    @property
+    def unfit_because(self) -> str:
+        """What speaks against using it, in sentences; empty if nothing does."""
+        return " ".join(verdict.told for verdict in self.verdicts if verdict.state == "bad")
 
     @property
     def room_bytes(self) -> int:
@@ -138,6 +146,12 @@ class Nodes:
         own = [node.keeper for node in self]
         return tuple(filter(None, (*own, *(found.keeper for found in self.guests.values()))))
 
+    @property
+    def refused(self) -> str:
+        """Which nodes are refused, and why, in sentences; empty if none is."""
+        found = [node for node in self if node.state == "refused"]
+        return " ".join(f"{node.name} ({node.host}) was refused: {node.unfit_because}" for node in found)
+
     def memories(self, launch: str) -> dict[KeeperName, InMemory]:
         """What the keepers hold of a launch whose nodes are there, with their guests."""
         told = {KeeperName(node.name): node.in_memory for node in self} | self.guests
@@ -170,7 +184,9 @@ class Nodes:
             return node.state
         now_s = time.monotonic()
         found = node_state(NodeSigns(now_s - node.heard_s, now_s - node.proof_s, process_lives, step_s))
-        return "cut off" if found == "ready" and node.state == "cut off" else found
+        keeps = ("refused",) if found != "lost" else ()
+        keeps += ("cut off",) if found == "ready" else ()
+        return node.state if node.state in keeps else found
 
 
 def node_status(node: Node, ranks: tuple[int, ...], is_spare: bool) -> NodeStatus:

@@ -107,6 +107,8 @@ class LocalPlacement:
             revives=True,
             is_head=node == _HEAD,
             journal_folder=journal_folder(self._run, self._config, node),
+            preflight=self._config.preflight,
+            health_every_s=self._config.health_every_s,
         )
 
 

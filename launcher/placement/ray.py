@@ -226,6 +226,8 @@ class RayPlacement:
             warm_module=WARM_MODULE,
             threads=device.threads if isinstance(device, CpuDevice) else 1,
             journal_folder=journal_folder(self._run, self._config, node),
+            preflight=self._config.preflight,
+            health_every_s=self._config.health_every_s,
         )
 
 
