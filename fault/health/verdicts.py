@@ -43,8 +43,14 @@ def exit_code(verdicts: Iterable[Verdict]) -> int:
 
 
 def changed(before: Mapping[str, Verdict], now: Sequence[Verdict]) -> list[Verdict]:
-    """Those whose state is another than before; of what was not looked at before, those that are not ok."""
-    return [found for found in now if found.state != (before[found.check].state if found.check in before else "ok")]
+    """Those whose state is another than before; of what was not looked at before, those that are not ok.
+
+    What was not ok before and is not looked at any more counts as ok.
+    """
+    left = {verdict.check for verdict in now}
+    new = [found for found in now if found.state != (before[found.check].state if found.check in before else "ok")]
+    gone = [check for check, verdict in before.items() if verdict.state != "ok" and check not in left]
+    return [*new, *(Verdict(check, "ok", "is not seen any more") for check in gone)]
 
 
 def unreadable(check: str, why: str) -> Verdict:

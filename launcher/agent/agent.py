@@ -91,7 +91,9 @@ class Agent:
         self._keeper = NodeKeeper(spec.run, spec.node, spec.address, token)
         self._interface = interface_of(spec.address)
         self._recording = Recording(spec.run, spec.node)
-        self._health = NodeHealth(self._loop, spec, lambda verdicts: self._link.send(HealthTold(verdicts=tuple(verdicts))))
+        self._health = NodeHealth(
+            self._loop, spec, lambda verdicts: self._link.send(HealthTold(verdicts=tuple(verdicts)))
+        )
         self._has_left = False
         self._preempted: int | None = None
         self._candidate = self._make_candidate(token)

@@ -133,7 +133,6 @@ class NodeHealth:
         self.verdicts = (*known, Verdict(_CHECK, state, reason, {}, way_out))
 
 
-
 def _places(spec: AgentSpec) -> dict[str, str]:
     """Folders that a job writes to from this node."""
     own = {"the journal": str(spec.journal_folder)} if spec.journal_folder is not None else {}

@@ -48,7 +48,9 @@ class Health:
             job.scribe.tell("node back", f"{node.name} is fit again", node=node.name)
         elif node.state == "ready" and not is_fit and not takes_part and job.config.preflight != "off":
             node.state = "refused"
-            job.scribe.tell("node refused", f"{node.name} ({node.host}) is not used. {node.unfit_because}", node=node.name)
+            job.scribe.tell(
+                "node refused", f"{node.name} ({node.host}) is not used. {node.unfit_because}", node=node.name
+            )
             self._end_if_hopeless()
 
     def _end_if_hopeless(self) -> None:
@@ -61,4 +63,3 @@ class Health:
                 f"{len(possible)} nodes are left, but the job needs {needed}. {job.nodes.refused} Mend that, give "
                 "the job spares, or set preflight to off if you know better (--set preflight=off)."
             )
-

@@ -62,7 +62,9 @@ def _memory(gpu: Gpu) -> Verdict:
         return Verdict(check, "bad", "a bad row could not be replaced", numbers, "have the GPU changed")
     if gpu.uncorrected:
         reason = f"{gpu.uncorrected} errors could not be corrected: what was computed there may be wrong"
-        return Verdict(check, "bad", reason, numbers, "reset the GPU (nvidia-smi -r); if they come back, have it changed")
+        return Verdict(
+            check, "bad", reason, numbers, "reset the GPU (nvidia-smi -r); if they come back, have it changed"
+        )
     if (gpu.pages_retired or 0) > _MOST_PAGES:
         reason = f"{gpu.pages_retired} pages are retired, more than {_MOST_PAGES}"
         return Verdict(check, "bad", reason, numbers, "have the GPU changed")
@@ -79,13 +81,17 @@ def _speed(gpu: Gpu) -> Verdict:
     numbers |= _numbers(most_clock_mhz=gpu.most_clock_mhz, power_limit_w=gpu.power_limit_w)
     at = f"{_or_unknown(gpu.clock_mhz)} MHz, {_or_unknown(gpu.temperature_c)} °C, {_or_unknown(gpu.power_w)} W"
     if gpu.throttles:
-        return Verdict(check, "warn", f"slowed down: {', '.join(gpu.throttles)}; {at}", numbers, "look at cooling and power")
+        return Verdict(
+            check, "warn", f"slowed down: {', '.join(gpu.throttles)}; {at}", numbers, "look at cooling and power"
+        )
     if gpu.slowdown_c and (gpu.temperature_c or 0) >= gpu.slowdown_c - _NEAR_LIMIT_C:
         reason = f"{gpu.temperature_c} °C, and slows down at {gpu.slowdown_c} °C"
         return Verdict(check, "warn", reason, numbers, "look at the cooling")
     if gpu.power_limit_w and gpu.default_power_limit_w and gpu.power_limit_w < gpu.default_power_limit_w - 1:
         reason = f"may use {gpu.power_limit_w:.0f} of {gpu.default_power_limit_w:.0f} W; {at}"
-        return Verdict(check, "warn", reason, numbers, f"nvidia-smi -pl {gpu.default_power_limit_w:.0f}, if it is not meant")
+        return Verdict(
+            check, "warn", reason, numbers, f"nvidia-smi -pl {gpu.default_power_limit_w:.0f}, if it is not meant"
+        )
     return Verdict(check, "ok", at, numbers)
 
 
@@ -116,7 +122,9 @@ def _links(gpu: Gpu, first: Gpu | None, usual: float) -> Verdict:
         return Verdict(check, "warn", reason, numbers, "nvidia-smi nvlink -s; look at bridges and switches")
     if first is not None and any(new[kind] >= limit for kind, limit in _LINK_LIMITS.items()):
         told = ", ".join(f"{count:,} {kind}" for kind, count in new.items() if count >= _LINK_LIMITS[kind])
-        return Verdict(check, "warn", f"errors since the first look: {told}", numbers, "nvidia-smi nvlink -e; look at it")
+        return Verdict(
+            check, "warn", f"errors since the first look: {told}", numbers, "nvidia-smi nvlink -e; look at it"
+        )
     return Verdict(check, "ok", f"{up} of {len(gpu.links)} connections are up", numbers)
 
 
@@ -130,4 +138,3 @@ def _numbers(**told: float | None) -> dict[str, float]:
 
 def _or_unknown(value: float | None) -> str:
     return "unknown" if value is None else f"{value:.0f}"
-

@@ -56,11 +56,15 @@ def judge_disk(what: str, folder: Path, found: DiskReading) -> Verdict:
     numbers |= {} if found.write_s is None else {"write_s": found.write_s}
     room = f"{found.free_bytes / _GIB:.1f} of {found.total_bytes / _GIB:.1f} GiB are free in {folder}"
     if found.is_read_only:
-        return Verdict(check, "bad", f"{folder} is mounted read-only", numbers, "dmesg tells why; check the disk, remount it")
+        return Verdict(
+            check, "bad", f"{folder} is mounted read-only", numbers, "dmesg tells why; check the disk, remount it"
+        )
     if found.error is not None:
         state: State = "bad" if found.error.errno in _BROKEN else "warn"
         reason = f"writing to {folder} failed: {found.error.strerror or found.error}"
-        way_out = "make room" if found.error.errno in (errno.ENOSPC, errno.EDQUOT) else "look at the mount and its rights"
+        way_out = (
+            "make room" if found.error.errno in (errno.ENOSPC, errno.EDQUOT) else "look at the mount and its rights"
+        )
         return Verdict(check, state, reason, numbers, way_out)
     if found.free_bytes < min(_LITTLE_BYTES, _LITTLE_SHARE * found.total_bytes):
         return Verdict(check, "warn", room, numbers, "make room, or choose another place")
@@ -74,7 +78,9 @@ def judge_shared_memory(found: DiskReading, folder: Path = Path("/dev/shm")) -> 
     """Where rings and snapshots are kept: a container often has only 64 MiB of it."""
     numbers = {"free_bytes": float(found.free_bytes), "total_bytes": float(found.total_bytes)}
     if found.error is not None:
-        return Verdict("shared memory", "warn", f"{folder}: {found.error.strerror}", numbers, f"mount a tmpfs at {folder}")
+        return Verdict(
+            "shared memory", "warn", f"{folder}: {found.error.strerror}", numbers, f"mount a tmpfs at {folder}"
+        )
     reason = f"{found.free_bytes / _GIB:.2f} of {found.total_bytes / _GIB:.2f} GiB are free in {folder}"
     if found.free_bytes < 256 << 20:
         way_out = "docker run --shm-size, or in Kubernetes a volume of medium Memory on /dev/shm"

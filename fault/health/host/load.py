@@ -58,11 +58,15 @@ def judge_processes(look: Look) -> list[Verdict]:
     zombies = sum(letter == "Z" for letter, _ in now.values())
     numbers = {"processes": float(len(now)), "stuck": float(len(stuck)), "zombies": float(zombies)}
     if stuck:
-        reason = f"{len(stuck)} processes wait for a device or a file system that does not answer: {', '.join(stuck[:5])}"
+        reason = (
+            f"{len(stuck)} processes wait for a device or a file system that does not answer: {', '.join(stuck[:5])}"
+        )
         return [Verdict("processes", "warn", reason, numbers, "dmesg tells which; a mount that is away, or a GPU")]
     if zombies > _MANY_ZOMBIES:
         reason = f"{zombies} processes have ended and nobody asks for them"
-        return [Verdict("processes", "warn", reason, numbers, "their parents have a bug, or the container no init (--init)")]
+        return [
+            Verdict("processes", "warn", reason, numbers, "their parents have a bug, or the container no init (--init)")
+        ]
     return [Verdict("processes", "ok", f"{len(now)}, none stuck, {zombies} zombies", numbers)]
 
 

@@ -90,7 +90,9 @@ def _port(look: Look, adapter: str, port: str) -> Verdict:
         return Verdict(check, "warn", f"runs at {rate}, and ran at {was_rate} before", numbers, "look at the cable")
     many = [f"{key} {numbers[key]:,.0f}" for key, limit in _IB_COUNTERS.items() if numbers.get(key, 0.0) >= limit]
     if many:
-        return Verdict(check, "warn", f"since the first look: {', '.join(many)}", numbers, "look at the cable; perfquery")
+        return Verdict(
+            check, "warn", f"since the first look: {', '.join(many)}", numbers, "look at the cable; perfquery"
+        )
     return Verdict(check, "ok", f"ACTIVE at {rate or 'an unknown rate'}", numbers)
 
 

@@ -15,18 +15,19 @@ def main() -> None:
 
 
 def _verdicts(folder: Path) -> Iterator[Verdict]:
+    import torch  # noqa: F401  before the ranks are forked, which are to have it
+
     from evermesh.fault.health.probes.collective import probe_collectives
     from evermesh.fault.health.probes.disk import probe_disk
     from evermesh.fault.health.probes.link import probe_loopback
+    from evermesh.fault.health.probes.matrix import probe_matrices
     from evermesh.fault.health.probes.memory import probe_memory
 
+    yield probe_collectives()  # first: no other thread is there yet
     yield probe_memory()
     yield probe_disk(folder)
     yield probe_loopback()
-    from evermesh.fault.health.probes.matrix import probe_matrices
-
     yield from probe_matrices()
-    yield probe_collectives()
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
-"""Collectives among processes of this node, with sums that are known: ``python -m ... RANK WORLD FILE`` is one of them."""
+"""Collectives among processes of this node, with sums that are known."""
 
 import json
-import subprocess
-import sys
+import os
 import tempfile
 import time
-from contextlib import suppress
+from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing import get_context
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
@@ -14,28 +15,34 @@ from evermesh.fault.health.verdicts import Verdict
 
 _ELEMENTS = 1 << 18
 _CHECK = "collectives"
+Rank = Callable[[int, int, str, float], dict[str, Any]]
+"""(rank, ranks, file to meet in, seconds) -> its answer."""
 
 
-def probe_collectives(ranks: int = 2, budget_s: float = 20.0, module: str = __name__) -> Verdict:
-    """Sum and gather between ``ranks`` fresh processes, over gloo and the loopback; all are gone when this returns."""
-    began_s = time.monotonic()
+def probe_collectives(ranks: int = 2, budget_s: float = 20.0, rank_main: Rank | None = None) -> Verdict:
+    """Sum and gather between ``ranks`` processes, over gloo and the loopback; all are gone when this returns.
+
+    Call it in a process that has torch loaded and has used it for nothing: they are forked from it. From one that has
+    threads they cannot be, and are fresh interpreters, which load torch for seconds.
+    """
+    context: Any = get_context("fork" if len(os.listdir("/proc/self/task")) == 1 else "spawn")
     with tempfile.TemporaryDirectory() as folder:
-        meeting = str(Path(folder) / "meeting")
+        arguments = (ranks, str(Path(folder) / "meeting"), budget_s)
+        pipes = [context.Pipe(duplex=False) for _ in range(ranks)]
         started = [
-            subprocess.Popen(
-                [sys.executable, "-m", module, str(rank), str(ranks), meeting, str(budget_s)],
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for rank in range(ranks)
+            context.Process(target=_answer, args=(rank_main or _sum_and_gather, rank, *arguments, sender), daemon=True)
+            for rank, (_, sender) in enumerate(pipes)
         ]
         try:
-            answers = [_answer(process, began_s + budget_s) for process in started]
+            for process, (_, sender) in zip(started, pipes, strict=True):
+                process.start()
+                sender.close()
+            answers = _collect([receiver for receiver, _ in pipes], time.monotonic() + budget_s)
         finally:
             for process in started:
-                process.kill()
-                process.wait()
+                if process.pid is not None:
+                    process.kill()
+                    process.join()
     return judge(answers, budget_s)
 
 
@@ -44,7 +51,9 @@ def judge(answers: list[dict[str, Any]], budget_s: float) -> Verdict:
     for rank, answer in enumerate(answers):
         if "failed" in answer:
             reason = f"rank {rank} of {len(answers)}: {answer['failed']}"
-            return Verdict(_CHECK, "bad", reason, {"ranks": float(len(answers))}, "see what else fails here; check torch")
+            return Verdict(
+                _CHECK, "bad", reason, {"ranks": float(len(answers))}, "see what else fails here; check torch"
+            )
     silent = [str(rank) for rank, answer in enumerate(answers) if not answer]
     if silent:
         reason = f"no answer from rank {', '.join(silent)} of {len(answers)} in {budget_s:g} s"
@@ -55,41 +64,49 @@ def judge(answers: list[dict[str, Any]], budget_s: float) -> Verdict:
     return Verdict(_CHECK, "ok", fact, numbers)
 
 
-def _answer(process: "subprocess.Popen[str]", until_s: float) -> dict[str, Any]:
+def _collect(receivers: list[Connection], until_s: float) -> list[dict[str, Any]]:
+    """What every rank says until then; nothing of one that says nothing."""
+    answers: list[dict[str, Any]] = [{} for _ in receivers]
+    waiting: list[Any] = list(receivers)
+    while waiting and (ready := wait(waiting, max(0.0, until_s - time.monotonic()))):
+        for receiver in ready:
+            waiting.remove(receiver)
+            assert isinstance(receiver, Connection)
+            try:
+                answers[receivers.index(receiver)] = json.loads(receiver.recv_bytes())
+            except EOFError:
+                answers[receivers.index(receiver)] = {"failed": "ended without a word"}
+    return answers
+
+
+def _answer(main: Rank, rank: int, ranks: int, meeting: str, budget_s: float, sender: Connection) -> None:
     try:
-        output, error = process.communicate(timeout=max(0.1, until_s - time.monotonic()))
-    except subprocess.TimeoutExpired:
-        return {}
-    with suppress(ValueError, IndexError):
-        found: dict[str, Any] = json.loads(output.splitlines()[-1])
-        return found
-    lines = error.strip().splitlines()
-    return {"failed": f"ended with {process.returncode}: {lines[-1] if lines else 'without a word'}"}
+        answer = main(rank, ranks, meeting, budget_s)
+    except (RuntimeError, OSError, ImportError) as error:  # whatever it is, it is this rank's answer
+        answer = {"failed": f"{type(error).__name__}: {error}"}
+    sender.send_bytes(json.dumps(answer).encode())
 
 
-def main() -> None:
-    """Be one rank: all of them sum, and gather, what tells who sent it; print what came of it."""
-    rank, world_size, meeting, budget_s = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], float(sys.argv[4])
+def _sum_and_gather(rank: int, ranks: int, meeting: str, budget_s: float) -> dict[str, Any]:
+    """Be one rank: all of them sum, and gather, what tells who sent it."""
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
     timeout = timedelta(seconds=budget_s)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{meeting}", rank=rank, world_size=world_size, timeout=timeout
-    )
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=ranks, timeout=timeout)
     own = torch.arange(_ELEMENTS, dtype=torch.float32).remainder(251) + rank  # whole numbers: sums are exact
     dist.barrier()
     began_s = time.perf_counter()
     total = own.clone()
     dist.all_reduce(total)
     sum_s = time.perf_counter() - began_s
-    gathered = [torch.empty_like(own) for _ in range(world_size)]
+    gathered = [torch.empty_like(own) for _ in range(ranks)]
     dist.all_gather(gathered, own)
-    failed = _compare(own - rank, world_size, total, gathered)
+    failed = _compare(own - rank, ranks, total, gathered)
     dist.barrier()
     dist.destroy_process_group()
-    print(json.dumps({"failed": failed} if failed else {"sum_s": sum_s, "bytes": own.nbytes}))
+    return {"failed": failed} if failed else {"sum_s": sum_s, "bytes": own.nbytes}
 
 
 def _compare(base: Any, world_size: int, total: Any, gathered: list[Any]) -> str:
@@ -101,7 +118,3 @@ def _compare(base: Any, world_size: int, total: Any, gathered: list[Any]) -> str
         if not received.equal(base + sender):
             return f"all-gather: what came from rank {sender} is wrong"
     return ""
-
-
-if __name__ == "__main__":
-    main()

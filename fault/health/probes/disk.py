@@ -36,12 +36,16 @@ def probe_disk(folder: Path, num_bytes: int = 64 << 20, budget_s: float = 3.0) -
 
 def judge(check: str, is_same: bool, numbers: dict[str, float]) -> Verdict:
     """Pure."""
-    speeds = f"{numbers['write_bytes_per_s'] / 1e6:,.0f} MB/s written, {numbers['read_bytes_per_s'] / 1e6:,.0f} MB/s read"
+    speeds = (
+        f"{numbers['write_bytes_per_s'] / 1e6:,.0f} MB/s written, {numbers['read_bytes_per_s'] / 1e6:,.0f} MB/s read"
+    )
     if not is_same:
         reason = f"of {numbers['bytes']:,.0f} bytes that were written some were read back wrong"
         return Verdict(check, "bad", reason, numbers, "take the node out and check disk and controller (smartctl -a)")
     if numbers["write_bytes_per_s"] < _SLOW_BYTES_PER_S:
-        return Verdict(check, "warn", f"slow: {speeds}", numbers, "see what else writes there (iotop), or choose another")
+        return Verdict(
+            check, "warn", f"slow: {speeds}", numbers, "see what else writes there (iotop), or choose another"
+        )
     return Verdict(check, "ok", f"{numbers['bytes'] / 1e6:,.0f} MB were read back as written; {speeds}", numbers)
 
 

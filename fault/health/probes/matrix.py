@@ -103,7 +103,10 @@ def judge(timings: Sequence[Timing]) -> Iterator[Verdict]:
     """Pure. GPUs are compared with each other; a processor has no sibling."""
     usual = median([t.flops_per_s for t in timings if t.device != "cpu"] or [0.0])
     for timing in timings:
-        check, numbers = f"arithmetic on {timing.device}", {"flops_per_s": timing.flops_per_s, "wrong": float(timing.wrong)}
+        check, numbers = (
+            f"arithmetic on {timing.device}",
+            {"flops_per_s": timing.flops_per_s, "wrong": float(timing.wrong)},
+        )
         speed = f"{timing.flops_per_s / 1e9:,.0f} GFLOP/s"
         if timing.wrong:
             reason = f"{timing.wrong} entries of products are wrong: {timing.where}"

@@ -30,7 +30,9 @@ def probe_memory(num_bytes: int = 64 << 20, budget_s: float = 1.0) -> Verdict:
         best_s = min(best_s, time.perf_counter() - began_s)
     speed = 2 * num_bytes / best_s  # read and written
     numbers = {"tested_bytes": float(num_bytes), "bytes_per_s": speed}
-    return Verdict("memory test", "ok", f"{num_bytes >> 20} MiB hold what is written; {speed / _GIB:.1f} GiB/s", numbers)
+    return Verdict(
+        "memory test", "ok", f"{num_bytes >> 20} MiB hold what is written; {speed / _GIB:.1f} GiB/s", numbers
+    )
 
 
 def first_wrong(words: np.ndarray, expected: np.ndarray) -> Verdict | None:

@@ -130,4 +130,6 @@ def _node(names: Sequence[str], node: int, results: Mapping[Pair, LinkResult]) -
 def _link(names: Sequence[str], pair: Pair, result: LinkResult, doubt: str) -> Verdict:
     check = f"network between {names[pair[0]]} and {names[pair[1]]}"
     how = result.failed or f"{result.bytes_per_s / 1e9:.2f} GB/s, less than half of what others reach"
-    return Verdict(check, "bad", f"{doubt}{how}", {"bytes_per_s": result.bytes_per_s}, "look at the switches between them")
+    return Verdict(
+        check, "bad", f"{doubt}{how}", {"bytes_per_s": result.bytes_per_s}, "look at the switches between them"
+    )

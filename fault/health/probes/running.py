@@ -1,6 +1,7 @@
 """All short tests of one node, in a process of their own: it loads torch, and opens GPUs."""
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -15,9 +16,16 @@ _BUDGET_S = 90.0
 def run_tests(folder: Path | None = None, timeout_s: float = _BUDGET_S) -> list[Verdict]:
     """Run them, with ``folder`` as the disk that is tested; takes some ten seconds. Loads no torch here."""
     command = [sys.executable, "-m", _MODULE, str(folder or tempfile.gettempdir())]
+    one_thread = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}  # of NumPy: ranks are forked from that process
     try:
         done = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout_s, check=False
+            command,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+            check=False,
+            env=one_thread,
         )
     except subprocess.TimeoutExpired:
         reason = f"did not come to an end in {timeout_s:.0f} s"

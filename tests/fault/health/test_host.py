@@ -15,7 +15,9 @@ from evermesh.fault.health.host.kernel_log import KernelLog, judge_log, parse
 from evermesh.fault.health.looking import Watch, clock
 from evermesh.fault.health.verdicts import Verdict, changed, exit_code, worst
 
-MEMINFO = "MemTotal:       24684084 kB\nMemFree:         240724 kB\nMemAvailable:   {} kB\nSwapTotal: 0 kB\nSwapFree: 0 kB\n"
+MEMINFO = (
+    "MemTotal:       24684084 kB\nMemFree:         240724 kB\nMemAvailable:   {} kB\nSwapTotal: 0 kB\nSwapFree: 0 kB\n"
+)
 
 
 @pytest.mark.parametrize(("available_kb", "state"), [(22457648, "ok"), (1000000, "warn"), (200000, "bad")])
@@ -124,7 +126,9 @@ def test_pressure_load_and_limits_are_read_as_the_kernel_writes_them() -> None:
     assert load.judge_pressure(Look({"proc/pressure/memory": pressure.format("0.50")}))[0].state == "ok"
     assert load.judge_pressure(Look({"proc/pressure/memory": pressure.format("22.75")}))[0].state == "warn"
     assert "not readable" in load.judge_pressure(Look({}))[0].reason
-    [found] = load.judge_load(Look({"proc/loadavg": "3.71 2.46 2.01 8/101 9587\n", "sys/devices/system/cpu/online": "0-3,8\n"}))
+    [found] = load.judge_load(
+        Look({"proc/loadavg": "3.71 2.46 2.01 8/101 9587\n", "sys/devices/system/cpu/online": "0-3,8\n"})
+    )
     assert found.numbers == {"load_1min": 3.71, "load_5min": 2.46, "processors": 5}
     limits = "Limit  Soft  Hard  Units\nMax open files            {}                 20000                files\n"
     assert load.judge_file_limit(Look({"proc/self/limits": limits.format(1024)}))[0].state == "warn"
@@ -157,7 +161,7 @@ def test_a_mount_that_is_read_only_is_found(tmp_path: Path) -> None:
         "from pathlib import Path; from evermesh.fault.health.host.disks import *; "
         "folder = Path(sys.argv[1]); print(judge_disk('it', folder, read_disk(folder)).state)"
     )
-    mount = f"mount -t tmpfs -o ro none {tmp_path} && exec {sys.executable} -c \"import sys; {program}\" {tmp_path}"
+    mount = f'mount -t tmpfs -o ro none {tmp_path} && exec {sys.executable} -c "import sys; {program}" {tmp_path}'
     done = subprocess.run(["unshare", "-Urm", "sh", "-c", mount], capture_output=True, text=True, check=False)
     if done.returncode and "Operation not permitted" in done.stderr:
         pytest.skip("mounting is not permitted here (unshare -Urm)")
@@ -222,4 +226,6 @@ def test_only_states_that_changed_are_told() -> None:
     assert changed({"a": bad}, [bad]) == []
     assert changed({"a": bad}, [ok]) == [ok]
     assert changed({"a": warn}, [bad]) == [bad]
+    assert changed({"a": ok}, []) == []
+    assert [(found.check, found.state) for found in changed({"a": bad}, [])] == [("a", "ok")]
     assert [exit_code(found) for found in ([], [ok], [ok, warn], [warn, bad])] == [0, 0, 1, 2]
