@@ -1,7 +1,7 @@
 """``python -m evermesh.fault.health SPEC``: a process that looks at its node until its input is closed.
 
-It is a process of its own because what it asks may never answer: a driver, or a disk. SPEC is JSON: ``places`` (folder by what
-it is for), ``every_s`` (null: only once), ``is_full`` (the short tests first). Each line of output is JSON:
+It is a process of its own because what it asks may never answer: a driver, or a disk. SPEC is JSON: ``places`` (folder by
+what it is for), ``every_s`` (null: only once), ``is_full`` (the short tests first). Each line of output is JSON:
 ``{"at": what is looked at next}`` or ``{"verdicts": [...]}``, the latter at first and whenever a state has changed.
 """
 

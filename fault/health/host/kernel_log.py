@@ -1,4 +1,4 @@
-"""The kernel log: what drivers said about GPUs, memory and disks. Needs a readable /dev/kmsg (dmesg_restrict off, or root)."""
+"""The kernel log: what drivers said about GPUs, memory and disks. Needs a readable /dev/kmsg (root, often)."""
 
 import os
 import re

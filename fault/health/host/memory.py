@@ -1,4 +1,4 @@
-"""Memory: what is available, errors that the memory controller counts, swap, and processes that were killed for want of it."""
+"""Memory: what is available, errors that its controller counts, swap, and processes that were killed for want of it."""
 
 from collections.abc import Iterator
 

@@ -1,4 +1,4 @@
-"""Stands for the library of NVIDIA's driver where there is no GPU: the functions that are used, with values as tests set them.
+"""Stands for the library of NVIDIA's driver where there is no GPU: the functions in use, with values as tests set them.
 
 It is a substitute for hardware, not for the library: that it is absent here is tested with the real one.
 """
