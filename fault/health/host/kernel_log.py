@@ -88,7 +88,7 @@ def judge_log(lines: Sequence[LogLine], why_not: str = "") -> list[Verdict]:
     found = [verdict for kind, pattern in _FAULTS.items() if (verdict := _fault(kind, pattern, lines))]
     killed = [match for line in lines if (match := _KILLED.search(line.text))]
     told = f"; {len(killed)} processes were killed for want of memory, the last {killed[-1][2]}" if killed else ""
-    told = f"{sum(len(verdict.numbers) for verdict in found) or 'no'} kinds of faults since boot{told}"
+    told = f"{len(found)} kinds of faults since boot{told}" if found else f"no faults since boot{told}"
     return [*found, Verdict("kernel log", "ok", told, {"killed": float(len(killed))})]
 
 

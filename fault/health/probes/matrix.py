@@ -72,7 +72,8 @@ def measure(device: torch.device, a: np.ndarray, b: np.ndarray, known: torch.Ten
     expected = (known * tiles).to(device, torch.float32).repeat(tiles, tiles).to(dtype)
     before = torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False  # partial sums are to be exact
-    durations, wrong, where = [], 0, ""
+    durations: list[float] = []
+    wrong, where = 0, ""
     until = time.monotonic() + budget_s
     try:
         while not durations or time.monotonic() < until:
