@@ -158,7 +158,7 @@ class Nodes:
         return {
             name: found
             for name, found in told.items()
-            if found is not None and found.launch == launch and self[name.node].state == "ready"
+            if found is not None and found.launch == launch and self[name.node].state in ("ready", "refused")
         }
 
     def end_guests(self, names: Collection[KeeperName]) -> None:

@@ -59,6 +59,7 @@ def test_without_enough_other_nodes_the_job_is_refused_at_once_with_the_way_out(
         assert not any(entry.kind == "attempt" for entry in job.journal)
 
 
+@pytest.mark.parity
 def test_with_preflight_off_the_same_nodes_are_used(job_file: Path) -> None:
     run = job_file.parent / "runs" / "small"
     own = [folder_of(run, f"node-{number}", job_file.parent / "own-disks") for number in (1, 2)]
