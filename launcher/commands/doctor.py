@@ -34,7 +34,9 @@ def doctor(
     from evermesh.fault.health.verdicts import exit_code
     from evermesh.launcher.doctor.sections import check_machine
 
-    found = {_HERE: list(check_machine(quick=quick, rebuild=rebuild))} if cluster is None else _of_cluster(cluster, quick)
+    found = (
+        {_HERE: list(check_machine(quick=quick, rebuild=rebuild))} if cluster is None else _of_cluster(cluster, quick)
+    )
     if as_json:
         _print_json(found)
     else:

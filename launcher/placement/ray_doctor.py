@@ -57,7 +57,9 @@ class ClusterDoctor:
         self.names: list[str] = []
         """Of the nodes: host name and address."""
         self._doctors: list[Any] = []
-        for node in sorted((node for node in ray.nodes() if node["Alive"]), key=lambda node: node["NodeManagerAddress"]):
+        for node in sorted(
+            (node for node in ray.nodes() if node["Alive"]), key=lambda node: node["NodeManagerAddress"]
+        ):
             where = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
             self.names.append(_name(node, self.names))
             self._doctors.append(ray.remote(NodeDoctor).options(num_cpus=0, scheduling_strategy=where).remote())

@@ -92,19 +92,21 @@ def _sum_and_gather(rank: int, ranks: int, meeting: str, budget_s: float) -> dic
     import torch
     import torch.distributed as dist
 
+    from evermesh.parallelism.collectives import Communicator
+
     torch.set_num_threads(1)
     timeout = timedelta(seconds=budget_s)
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=ranks, timeout=timeout)
+    world = Communicator(dist.group.WORLD)
     own = torch.arange(_ELEMENTS, dtype=torch.float32).remainder(251) + rank  # whole numbers: sums are exact
-    dist.barrier()
+    total, gathered = own.clone(), torch.empty(ranks, _ELEMENTS)
+    world.barrier("health")
     began_s = time.perf_counter()
-    total = own.clone()
-    dist.all_reduce(total)
+    world.all_reduce(total, "health")
     sum_s = time.perf_counter() - began_s
-    gathered = [torch.empty_like(own) for _ in range(ranks)]
-    dist.all_gather(gathered, own)
-    failed = _compare(own - rank, ranks, total, gathered)
-    dist.barrier()
+    world.all_gather(gathered.view(-1), own, "health")
+    failed = _compare(own - rank, ranks, total, list(gathered))
+    world.barrier("health")
     dist.destroy_process_group()
     return {"failed": failed} if failed else {"sum_s": sum_s, "bytes": own.nbytes}
 

@@ -110,17 +110,10 @@ def _one_is_silent(rank: int, ranks: int, meeting: str, budget_s: float) -> dict
 
 def test_real_ranks_that_die_raise_or_hang_are_told_and_gone() -> None:
     assert collective.probe_collectives(2, 60.0, _one_dies).reason == "rank 1 of 2: ended without a word"
-    told = collective.probe_collectives(2, 5.0, _one_is_silent)
+    told = collective.probe_collectives(2, 3.0, _one_is_silent)
     assert told.state == "bad"
     assert told.reason.startswith(("rank 0 of 2: OSError: no route to host", "no answer from rank"))
     assert multiprocessing.active_children() == []
-
-
-def test_the_tests_of_a_node_run_in_a_process_of_their_own_and_pass_here(tmp_path: Path) -> None:
-    found = {verdict.check: verdict for verdict in run_tests(tmp_path)}
-    assert {"collectives", "memory test", f"disk test of {tmp_path}", "loopback", "arithmetic on cpu"} == set(found)
-    assert all(verdict.state == "ok" for check, verdict in found.items() if "disk" not in check), found
-    assert found["collectives"].numbers["ranks"] == 2
 
 
 def test_tests_that_take_too_long_are_ended_and_that_is_bad(tmp_path: Path) -> None:

@@ -81,6 +81,16 @@ def test_without_later_looks_the_process_ends_and_that_is_no_event(tmp_path: Pat
         assert looked.told == []
 
 
+def test_a_full_look_runs_the_short_tests_first(tmp_path: Path) -> None:
+    with looked_at(tmp_path, preflight="full", every_s=None) as looked:
+        looked.health.begin()
+        looked.health.finish_first()
+        tests = ("collectives", "memory test", "loopback", "arithmetic on cpu")
+        assert [verdict.state for check in tests for verdict in looked.of(check)] == ["ok"] * len(tests)
+        assert looked.of("collectives")[0].numbers["ranks"] == 2
+        assert looked.of("memory")
+
+
 def test_a_first_look_that_hangs_makes_the_node_unfit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(health, "_FIRST_WAIT_S", 0.2)
     with looked_at(tmp_path) as looked:

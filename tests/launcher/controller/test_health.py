@@ -44,7 +44,9 @@ def test_a_job_without_enough_fit_nodes_fails_at_once_unless_preflight_is_off() 
         job.settle(1)
         assert job.controller.state == "failed"
         assert job.controller.record.exit_code == 1
-        assert job.controller.record.reason.startswith("1 nodes are left, but the job needs 2. node-0 (here) was refused: ")
+        assert job.controller.record.reason.startswith(
+            "1 nodes are left, but the job needs 2. node-0 (here) was refused: "
+        )
     with world(preflight="off") as job:
         for agent in job.agents.values():
             agent.verdicts = (BROKEN,)
