@@ -51,7 +51,7 @@ class Watch:
         self._log = KernelLog()
         self._lines: list[LogLine] = []
         self._began_s: float | None = None
-        """Seconds after boot of the first look."""
+        """Of the first look, by the clock of the kernel log: seconds after boot, without time asleep."""
 
     def look(self) -> list[Verdict]:
         """All verdicts, now."""
@@ -79,7 +79,7 @@ class Watch:
         reading = read_gpus()
         found = judge_gpus(reading, self._first_gpus) + judge_xids(self._lines, self._began_s)
         self._first_gpus = self._first_gpus or reading
-        self._began_s = self._began_s or time.clock_gettime(time.CLOCK_BOOTTIME)
+        self._began_s = self._began_s or time.monotonic()
         return found
 
 

@@ -184,9 +184,8 @@ class Nodes:
             return node.state
         now_s = time.monotonic()
         found = node_state(NodeSigns(now_s - node.heard_s, now_s - node.proof_s, process_lives, step_s))
-        keeps = ("refused",) if found != "lost" else ()
-        keeps += ("cut off",) if found == "ready" else ()
-        return node.state if node.state in keeps else found
+        stays = {"refused": found != "lost", "cut off": found == "ready"}
+        return node.state if stays.get(node.state, False) else found
 
 
 def node_status(node: Node, ranks: tuple[int, ...], is_spare: bool) -> NodeStatus:

@@ -31,6 +31,10 @@ def told(job: Job, kind: str) -> list[dict[str, Any]]:
     return [{**event.fields, "text": event.text} for event in read_events(job.run.events) if event.kind == kind]
 
 
+def _wait_told(job: Job, check: str, state: str) -> None:
+    job.wait(lambda: (check, state) in [(found["check"], found["state"]) for found in told(job, "health")])
+
+
 def test_a_node_with_a_broken_disk_is_refused_before_ranks_start_and_a_spare_takes_its_place(job_file: Path) -> None:
     own = folder_of(job_file.parent / "runs" / "small", "node-1", job_file.parent / "own-disks")
     overrides = ("nodes=2", "spares=1", f"journal_folder={own.parent}")
@@ -85,7 +89,6 @@ def test_a_disk_that_turns_read_only_while_the_job_runs_is_an_event_and_so_is_it
         for option, state in (("ro", "bad"), ("rw", "ok")):
             inside = ["nsenter", "-t", str(agent), "-U", "-m", "--preserve-credentials"]
             subprocess.run([*inside, "mount", "-o", f"remount,{option}", str(own)], check=True)
-            found = f"disk of temporary files {state}"
-            job.wait(lambda found=found: found in [f"{e['check']} {e['state']}" for e in told(job, "health")])
+            _wait_told(job, "disk of temporary files", state)
         assert told(job, "node refused") == [], "who decides about nodes that train is told, and nothing else is done"
         assert len([entry for entry in job.journal if entry.kind == "attempt"]) == 1

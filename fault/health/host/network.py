@@ -50,8 +50,8 @@ def _interface(look: Look, name: str) -> Verdict:
         reason = f"the link runs at {speed:,} Mbit/s, and ran at {speed_before:,} before"
         return Verdict(check, "warn", reason, numbers, "look at cable, module and switch port")
     if any(new[kind] >= _LEAST and new[kind] > share * new["packets"] for kind, share in _SHARES.items()):
-        told = f"{new['errors']:,} were wrong, {new['dropped']:,} dropped"
-        reason = f"of {new['packets']:,} packets since the first look {told}"
+        how = f"{new['errors']:,} were wrong, {new['dropped']:,} dropped"
+        reason = f"of {new['packets']:,} packets since the first look {how}"
         return Verdict(check, "warn", reason, numbers, f"ethtool -S {name} tells which; look at cable and ring buffers")
     at = f" at {speed:,} Mbit/s" if speed > 0 else ""
     return Verdict(check, "ok", f"up{at}, {new['errors']:,} wrong packets since the first look", numbers)

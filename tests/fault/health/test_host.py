@@ -89,7 +89,7 @@ def test_a_link_that_was_never_up_is_no_reason_to_refuse_a_node() -> None:
     assert "no interface" in network.judge_interfaces(Look(interface(flags="0x1002")))[0].reason  # switched off
 
 
-def port(state: str = "4: ACTIVE", rate: str = "400 Gb/sec (4X NDR)", downed: int = 0) -> Files:
+def port(state: str = "4: ACTIVE", rate: str = "400 Gb/sec (4X NDR)", downed: int = 0) -> dict[str, str]:
     folder = "sys/class/infiniband/mlx5_0/ports/1"
     told = {"state": state, "phys_state": "5: LinkUp", "rate": rate, "counters/link_downed": downed}
     return {f"{folder}/{name}": f"{value}\n" for name, value in told.items()}
