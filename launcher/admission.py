@@ -41,8 +41,14 @@ def check_devices(config: JobConfig) -> None:
 
 def check_place(config: JobConfig) -> None:
     """Raise ``ClusterMissing`` if the job is to run on Ray, which is not installed."""
-    if config.on != "local" and find_spec("ray") is None:
-        raise ClusterMissing(f"--on {config.on} needs Ray, which is not installed here: pip install 'evermesh[ray]'.")
+    if config.on != "local":
+        check_ray(f"--on {config.on}")
+
+
+def check_ray(asked: str) -> None:
+    """Raise ``ClusterMissing`` if Ray is not installed, which is ``asked`` for."""
+    if find_spec("ray") is None:
+        raise ClusterMissing(f"{asked} needs Ray, which is not installed here: pip install 'evermesh[ray]'.")
 
 
 def check_longest(config: JobConfig, corpora: Sequence[Corpus]) -> None:

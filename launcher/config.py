@@ -2,11 +2,12 @@
 
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     NonNegativeInt,
     PositiveFloat,
@@ -29,6 +30,11 @@ def _checked_name(name: str) -> str:
             "with a letter or a digit first"
         )
     return name
+
+
+def _from_switch(value: Any) -> Any:
+    """YAML reads ``off`` as false."""
+    return {True: "quick", False: "off"}[value] if isinstance(value, bool) else value
 
 
 class HangConfig(BaseModel):
@@ -84,6 +90,12 @@ class JobConfig(BaseModel):
     metrics: bool = True
     """Every agent serves numbers of its node to Prometheus, on a free port of the node's address, to who shows the token of
     the run. The controller tells of the job as a whole, and where they are, under ``/api/metrics`` either way."""
+    preflight: Annotated[Literal["quick", "full", "off"], BeforeValidator(_from_switch)] = "quick"
+    """What every node is asked before it is used, while it starts: ``quick`` (memory, disks, network, GPUs; milliseconds),
+    ``full`` (also arithmetic, copies, disk and collectives, ten seconds and more), or ``off``. A node that is not fit is
+    refused, and a spare takes its place: `evermesh doctor` tells what it would find."""
+    health_every_s: PositiveFloat | None = 30.0
+    """How often a node is looked at while the job runs, seconds; what has changed becomes an event; null: never."""
     join_timeout_s: PositiveFloat = 60.0
     """How long to wait for enough nodes, seconds; then the job ends with 75 (requeue)."""
     grace_s: PositiveFloat = 25.0

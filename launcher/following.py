@@ -39,6 +39,8 @@ _TOLD = (
     "node cut off",
     "node back",
     "node lost",
+    "node refused",
+    "health",
     "keeper lost",
     "fresh interpreters",
     "snapshots degraded",

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter
 
+from evermesh.fault.health.verdicts import Verdict
 from evermesh.launcher.config import HangConfig
 from evermesh.launcher.policy import Failure
 from evermesh.launcher.succession.protocol import Seat
@@ -123,6 +124,8 @@ class Hello(_Message):
     """It shares a machine with the first controller of the job."""
     metrics: str | None = None
     """Host and port where it serves numbers of its node; None: it does not."""
+    verdicts: tuple[Verdict, ...] = ()
+    """What was found out about the health of the node, all of it."""
 
 
 class Beat(_Message):
@@ -206,6 +209,14 @@ class Noticed(_Message):
     text: str
 
 
+class HealthTold(_Message):
+    """The health of this node is another than before."""
+
+    kind: Literal["health"] = "health"
+    verdicts: tuple[Verdict, ...]
+    """All of them."""
+
+
 class KeeperTells(_Message):
     """The keeper of the node has done what it was told, or cannot; or something about its stripe has changed."""
 
@@ -248,7 +259,8 @@ FromAgent = Annotated[
     | KeeperTells
     | Window
     | RingPart
-    | PlannedWork,
+    | PlannedWork
+    | HealthTold,
     Field(discriminator="kind"),
 ]
 FromAgentAdapter: TypeAdapter[FromAgent] = TypeAdapter(FromAgent)

@@ -30,6 +30,7 @@ COLOURS = {
     "waiting": "red",
     "failed": "red",
     "lost": "red",
+    "refused": "red",
 }
 _MOST_RANKS = 64
 

@@ -20,6 +20,7 @@ from pydantic import ValidationError
 from evermesh.launcher.agent import warm
 from evermesh.launcher.agent.candidate import Candidate
 from evermesh.launcher.agent.guests import Guests
+from evermesh.launcher.agent.health import NodeHealth
 from evermesh.launcher.agent.keeping import KEEPER_LOST, NodeKeeper
 from evermesh.launcher.agent.link import Link, LinkHooks
 from evermesh.launcher.agent.loop import Loop
@@ -45,6 +46,7 @@ from evermesh.launcher.messages import (
     ChangeLayout,
     End,
     EndGuest,
+    HealthTold,
     Hello,
     HostGuest,
     JoinStripe,
@@ -92,6 +94,9 @@ class Agent:
         self._keeper = NodeKeeper(spec.run, spec.node, spec.address, token)
         self._interface = interface_of(spec.address)
         self._recording = Recording(spec.run, spec.node)
+        self._health = NodeHealth(
+            self._loop, spec, lambda verdicts: self._link.send(HealthTold(verdicts=tuple(verdicts)))
+        )
         self._has_left = False
         self._preempted: int | None = None
         self._candidate = self._make_candidate(token)
@@ -111,7 +116,9 @@ class Agent:
             try:
                 if self._candidate:
                     self._candidate.begin()
+                self._health.begin()  # beside the warm process
                 warm.warm_up(self.spec.warm_module, self.spec.threads)
+                self._health.finish_first()
                 self._beat()
                 self._loop.run_until(lambda: self._has_left)
             finally:
@@ -143,6 +150,7 @@ class Agent:
                 seat=self._candidate.seat if self._candidate else None,
                 is_head=self.spec.is_head,
                 metrics=self._numbers.at,
+                verdicts=self._health.verdicts,
             )
         )
         if self._group and not self._group.outcome.is_over:
@@ -304,6 +312,7 @@ class Agent:
             print(f"{kind}: {text}", flush=True)
             self._link.send(Noticed(event=kind, text=text))
         self._stripe.look(had_died=any(kind == KEEPER_LOST for kind, _ in noticed))
+        self._health.look()
         self._look_after_controller()
         self._fence(beats)
         self._fill_standbys(beats)
@@ -383,6 +392,7 @@ class Agent:
             self._group.kill()
             self._group.wait_gone()
         self._standbys.close()
+        self._health.close()
         self._keeper.leave(job_is_over=self._has_left)
         self._guests.leave(job_is_over=self._has_left)
         if self._store:

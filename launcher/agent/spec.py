@@ -1,6 +1,7 @@
 """What an agent is told when it starts."""
 
 from pathlib import Path
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt
 
@@ -28,5 +29,9 @@ class AgentSpec(BaseModel):
     """Where it keeps its copy of the journal and what it has promised; None: it takes no part in elections."""
     metrics: bool = True
     """Whether it serves numbers of its node."""
+    preflight: Literal["quick", "full", "off"] = "off"
+    """What is looked at before the node is offered."""
+    health_every_s: PositiveFloat | None = None
+    """How often it is looked at later, seconds; None: never."""
     orphan_limit_s: PositiveFloat = 600.0
     """Without a controller and without ranks to run it leaves after this time, seconds."""

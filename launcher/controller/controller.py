@@ -14,6 +14,7 @@ from pydantic import JsonValue
 from evermesh.launcher.config import HangConfig, JobConfig
 from evermesh.launcher.controller.aftermath import count_failed
 from evermesh.launcher.controller.attempt_memory import AttemptMemory
+from evermesh.launcher.controller.health import Health
 from evermesh.launcher.controller.in_memory import newest_of
 from evermesh.launcher.controller.job import Job
 from evermesh.launcher.controller.journal import Journal
@@ -37,6 +38,7 @@ from evermesh.launcher.messages import (
     ChangeLayout,
     End,
     FromAgent,
+    HealthTold,
     Hello,
     KeeperTells,
     Leave,
@@ -77,6 +79,7 @@ class Controller:
         self._roster, self._memory = self.job.roster, AttemptMemory(self.job)
         self._rescue, self._layouts = Rescue(self.job), LayoutChoice(self.job)
         self.watch = Watch(self.job)
+        self.health = Health(self.job)
         self._changed = asyncio.Event()
 
     # what happens
@@ -104,6 +107,7 @@ class Controller:
             self._scribe.tell("node back", f"{node_name} is heard again", node=node_name)
         if hello.outcome is not None:
             self._take_outcome(node, hello.outcome)
+        self.health.take(node, hello.verdicts)
         for name, order in repeated_orders(self.state, self.generation, self.life, hello):
             self.nodes[name].send(order)
         (self._rescue if self._rescue.is_rebuilding else self._memory).greet(node)
@@ -145,6 +149,8 @@ class Controller:
                 self.stop(message.signal, at_once=False, grace_s=self.config.grace_s)
             case Noticed():
                 self._scribe.tell(message.event, f"{node.name}: {message.text}", node=node.name)
+            case HealthTold():
+                self.health.take(node, message.verdicts)
             case KeeperTells() if message.generation == self.generation:
                 (self._rescue if self._rescue.is_rebuilding else self._memory).hear(node, message)
             case CannotStart() if message.generation == self.generation:

@@ -145,7 +145,7 @@ class Job:
             stop=self.record.stop,
             requeue_on_term=self.config.requeue_on_term,
             refusal=self.roster.refusal,
-            shortage=self.roster.shortage(),
+            shortage=" ".join(filter(None, (self.roster.shortage(), self.nodes.refused))),
             fewer_nodes=self.fewer_nodes,
             shrink_after_s=self.config.shrink_after_s,
             grow_after_s=self.config.grow_after_s,

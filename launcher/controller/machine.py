@@ -18,7 +18,8 @@ SETTLE_S = 0.05
 ROOT_CAUSE_WAIT_S = 2.5
 """After a rank lost its peer: how long the peer has to say, or show, why; longer than a lease, so that a lost node is
 named."""
-NodeState = Literal["joining", "ready", "cut off", "lost"]
+NodeState = Literal["joining", "ready", "refused", "cut off", "lost"]
+"""``refused``: it is there, and not fit for a job."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from typing import NamedTuple, Protocol
 
 from pydantic import BaseModel
 
+from evermesh.fault.health.verdicts import Verdict
 from evermesh.launcher.controller.leases import LEASE_S, NodeSigns, node_state
 from evermesh.launcher.controller.machine import NodeState
 from evermesh.launcher.controller.status import NodeStatus
@@ -63,6 +64,13 @@ class Node:
     is_head: bool = False
     metrics: str | None = None
     """Host and port where its agent serves numbers of it."""
+    verdicts: tuple[Verdict, ...] = ()
+    """What was last told of its health."""
+
+    @property
+    def unfit_because(self) -> str:
+        """What speaks against using it, in sentences; empty if nothing does."""
+        return " ".join(verdict.told for verdict in self.verdicts if verdict.state == "bad")
 
     @property
     def room_bytes(self) -> int:
@@ -140,13 +148,19 @@ class Nodes:
         own = [node.keeper for node in self]
         return tuple(filter(None, (*own, *(found.keeper for found in self.guests.values()))))
 
+    @property
+    def refused(self) -> str:
+        """Which nodes are refused, and why, in sentences; empty if none is."""
+        found = [node for node in self if node.state == "refused"]
+        return " ".join(f"{node.name} ({node.host}) was refused: {node.unfit_because}" for node in found)
+
     def memories(self, launch: str) -> dict[KeeperName, InMemory]:
         """What the keepers hold of a launch whose nodes are there, with their guests."""
         told = {KeeperName(node.name): node.in_memory for node in self} | self.guests
         return {
             name: found
             for name, found in told.items()
-            if found is not None and found.launch == launch and self[name.node].state == "ready"
+            if found is not None and found.launch == launch and self[name.node].state in ("ready", "refused")
         }
 
     def end_guests(self, names: Collection[KeeperName]) -> None:
@@ -172,7 +186,8 @@ class Nodes:
             return node.state
         now_s = time.monotonic()
         found = node_state(NodeSigns(now_s - node.heard_s, now_s - node.proof_s, process_lives, step_s))
-        return "cut off" if found == "ready" and node.state == "cut off" else found
+        stays = {"refused": found != "lost", "cut off": found == "ready"}
+        return node.state if stays.get(node.state, False) else found
 
 
 def node_status(node: Node, ranks: tuple[int, ...], is_spare: bool) -> NodeStatus:

@@ -97,7 +97,7 @@ class Rescue:
     def _begin(self) -> bool:
         job = self._job
         keepers = tuple((keeper.host, keeper.port) for keeper in job.nodes.keepers)
-        is_silent = any(node.state != "ready" and node.keeper is not None for node in job.nodes)
+        is_silent = any(node.state not in ("ready", "refused") and node.keeper is not None for node in job.nodes)
         if not keepers or (self._newer_step() is None and not is_silent):
             return False
         order = Order(keepers=keepers, launch=job.launch, secret=job.keeper_secret.hex(), newer_than=self._saved)

@@ -50,8 +50,8 @@ class NodeStatus(_Frozen):
     """Where its ranks are reached."""
     pid: int | None = None
     """Process of the agent."""
-    state: Literal["joining", "ready", "cut off", "lost"]
-    """``cut off``: its agent is not heard, but training goes on."""
+    state: Literal["joining", "ready", "refused", "cut off", "lost"]
+    """``refused``: it is not fit for a job; ``cut off``: its agent is not heard, but training goes on."""
     is_spare: bool = False
     lease_left_s: float | None = None
     """Seconds until it counts as lost, unless its agent is heard; None before it joined."""

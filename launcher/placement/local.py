@@ -108,6 +108,8 @@ class LocalPlacement:
             is_head=node == _HEAD,
             journal_folder=journal_folder(self._run, self._config, node),
             metrics=self._config.metrics,
+            preflight=self._config.preflight,
+            health_every_s=self._config.health_every_s,
         )
 
 

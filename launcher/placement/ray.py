@@ -227,6 +227,8 @@ class RayPlacement:
             threads=device.threads if isinstance(device, CpuDevice) else 1,
             journal_folder=journal_folder(self._run, self._config, node),
             metrics=self._config.metrics,
+            preflight=self._config.preflight,
+            health_every_s=self._config.health_every_s,
         )
 
 

@@ -83,6 +83,16 @@ class Hosts:
         """Nothing passes any more between ``host`` and the others; nobody is told."""
         _ip("-n", self._bridge, "link", "set", host.port, "nomaster")
 
+    @contextmanager
+    def apart(self, one: Host, other: Host) -> Iterator[None]:
+        """Nothing passes between these two for a while, though both reach everybody else; ``one`` is told at once."""
+        route = ("unreachable", f"{other.address}/32")
+        _ip("-n", one.name, "route", "add", *route)
+        try:
+            yield
+        finally:
+            _ip("-n", one.name, "route", "delete", *route)
+
     def mend(self, host: Host) -> None:
         """Everything passes again."""
         _ip("-n", self._bridge, "link", "set", host.port, "master", "br0")

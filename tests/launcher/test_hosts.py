@@ -1,6 +1,8 @@
 """Jobs on three hosts with addresses of their own, which are the nodes of a real Ray cluster: what a cut cable does."""
 
+import json
 import signal
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +13,7 @@ import pytest
 from evermesh.fault.events import read_events
 from evermesh.fault.snapshot.keeper.area import area_of, identity_in
 from tests.launcher.jobs import Job, clean_losses, launched
+from tests.launcher.test_cli import EVERMESH
 from tests.processes import still_alive
 
 pytest.importorskip("ray")
@@ -42,6 +45,23 @@ def _members(job: Job) -> list[str]:
     nodes = [entry.fields["nodes"] for entry in job.journal if entry.kind == "attempt"][-1]
     assert isinstance(nodes, list)
     return list(map(str, nodes))
+
+
+def test_the_doctor_looks_at_every_host_and_names_the_link_that_nothing_passes(hosts: Hosts) -> None:
+    head, one, other = hosts.hosts
+    asked = [*EVERMESH, "doctor", "--cluster", on(hosts).removeprefix("on="), "--quick", "--json"]
+    with hosts.apart(one, other):
+        done = subprocess.run(head.command(*asked), capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 2, done.stderr
+    found = json.loads(done.stdout)
+    looked_at = {row["node"] for row in found if row["check"] == "memory"}
+    assert len(looked_at) == 3
+    assert all(any(host.address in node for node in looked_at) for host in hosts.hosts)
+    [bad] = [row for row in found if row["state"] == "bad"]
+    assert bad["node"] == "the cluster"
+    assert one.address in bad["check"]
+    assert other.address in bad["check"]
+    assert "No route to host" in bad["reason"]
 
 
 def test_f15_a_node_whose_cable_is_cut_ends_its_ranks_and_is_a_spare_when_it_is_back(

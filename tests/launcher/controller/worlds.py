@@ -18,6 +18,7 @@ from unittest import mock
 
 from pydantic import BaseModel
 
+from evermesh.fault.health.verdicts import Verdict
 from evermesh.launcher import Run
 from evermesh.launcher.config import JobConfig
 from evermesh.launcher.controller.controller import Controller
@@ -30,6 +31,7 @@ from evermesh.launcher.messages import (
     End,
     EndGuest,
     FromAgent,
+    HealthTold,
     Hello,
     HostGuest,
     InMemory,
@@ -90,6 +92,8 @@ class Agent:
         self.cannot_rebuild: set[int] = set()
         """Steps."""
         self.shared_memory_free_bytes: int | None = None
+        self.verdicts: tuple[Verdict, ...] = ()
+        """What it finds out about its node."""
         self.ignores: tuple[type[BaseModel], ...] = ()
         """What it does not answer."""
         self.node: Node | None = None
@@ -113,6 +117,7 @@ class Agent:
             outcome=self.ranks and self.ranks.outcome,
             in_memory=self.memory,
             guests=self.guests,
+            verdicts=self.verdicts,
         )
         with suppress(OSError):  # the connection ends, and the agent tries again
             self.node = self.world.controller.greet(self.name, hello, self.inbox)
@@ -129,6 +134,11 @@ class Agent:
                 self.world.controller.receive(self.node, message)
             except OSError:
                 self.cut()
+
+    def find_out(self, *verdicts: Verdict) -> None:
+        """Tell what is known of the node by now."""
+        self.verdicts = verdicts
+        self.say(HealthTold(verdicts=verdicts))
 
     def beat(self) -> None:
         """Tell how far the ranks are."""

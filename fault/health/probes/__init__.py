@@ -1,0 +1,1 @@
+"""Short tests that use what a job will use: arithmetic, memory, disk, sockets, collectives. Each has a budget of seconds."""
