@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter
 
+from evermesh.fault.cluster.identity import NodeIdentity
 from evermesh.launcher.config import HangConfig
 from evermesh.launcher.policy import Failure
 from evermesh.launcher.succession.protocol import Seat
@@ -120,6 +121,8 @@ class Hello(_Message):
     """Where it is asked about the journal; None: it has no part in that."""
     is_head: bool = False
     """It shares a machine with the first controller of the job."""
+    identity: NodeIdentity | None = None
+    """As the cluster store knows it."""
 
 
 class Beat(_Message):
@@ -384,6 +387,15 @@ class ChangeLayout(_Message):
     changes: dict[str, JsonValue]
 
 
+class Speeds(_Message):
+    """From the next batch that is planned, count with these speeds."""
+
+    kind: Literal["speeds"] = "speeds"
+    generation: int
+    speeds: dict[int, float]
+    """By rank, 1 being nominal; all others are nominal."""
+
+
 class End(_Message):
     """End all ranks at once; before that, with ``stacks_because``, write down what they are doing."""
 
@@ -417,6 +429,7 @@ ToAgent = Annotated[
     | Start
     | Ask
     | ChangeLayout
+    | Speeds
     | End
     | WriteStacks
     | Leave,

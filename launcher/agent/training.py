@@ -65,7 +65,7 @@ def train(
         faults=_injector(worker, Path(directory), faults) if faults else None,
         keeping=_keeping(worker, newest, failures, running_s),
     )
-    trainer.groups.moment.watch = worker.reach
+    trainer.groups.moment.watch, trainer.speeds.told = worker.reach, worker.speeds
     if recorder is not None:
         recorder.follow(trainer.groups.moment)
     result = trainer.fit()

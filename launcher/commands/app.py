@@ -14,6 +14,7 @@ from evermesh.launcher.commands import (
     export,
     jobs,
     layout,
+    nodes,
     plan,
     records,
     simulate,
@@ -37,7 +38,10 @@ app.command("status", epilog=watching.STATUS_EXAMPLES)(watching.status)
 app.command("top", epilog=watching.TOP_EXAMPLES)(watching.top)
 app.command("logs", epilog=watching.LOGS_EXAMPLES)(watching.logs)
 app.command("records", epilog=records.EXAMPLES)(records.records)
-app.command("nodes", epilog=watching.NODES_EXAMPLES)(watching.nodes)
+app.command("nodes", epilog=nodes.NODES_EXAMPLES)(nodes.nodes)
+app.command("cordon", epilog=nodes.CORDON_EXAMPLES)(nodes.cordon)
+app.command("uncordon", epilog=nodes.UNCORDON_EXAMPLES)(nodes.uncordon)
+app.command("drain", epilog=nodes.DRAIN_EXAMPLES)(nodes.drain)
 app.command("dashboard", epilog=watching.DASHBOARD_EXAMPLES)(watching.dashboard)
 app.command("relayout", epilog=watching.RELAYOUT_EXAMPLES)(watching.relayout)
 app.command("stop", epilog=watching.STOP_EXAMPLES)(watching.stop)

@@ -8,6 +8,7 @@ from typing import NamedTuple, Protocol
 
 from pydantic import BaseModel
 
+from evermesh.fault.cluster.identity import NodeIdentity
 from evermesh.launcher.controller.leases import LEASE_S, NodeSigns, node_state
 from evermesh.launcher.controller.machine import NodeState
 from evermesh.launcher.controller.status import NodeStatus
@@ -61,6 +62,8 @@ class Node:
     seat: Seat | None = None
     """Where its agent is asked about the journal."""
     is_head: bool = False
+    identity: NodeIdentity | None = None
+    """As the cluster store knows it."""
 
     @property
     def room_bytes(self) -> int:
@@ -126,6 +129,7 @@ class Nodes:
         node.host, node.address, node.pid = hello.host, hello.address, hello.pid
         node.shared_memory_bytes = hello.shared_memory_bytes
         node.seat, node.is_head = hello.seat, hello.is_head
+        node.identity = hello.identity or NodeIdentity(name=f"{hello.host}/{hello.node}")
         node.state = "ready"
         node.hear()
         self.guests = {name: found for name, found in self.guests.items() if name.node != hello.node}
@@ -173,7 +177,7 @@ class Nodes:
         return "cut off" if found == "ready" and node.state == "cut off" else found
 
 
-def node_status(node: Node, ranks: tuple[int, ...], is_spare: bool) -> NodeStatus:
+def node_status(node: Node, ranks: tuple[int, ...], is_spare: bool, aside: str | None = None) -> NodeStatus:
     """What is told about ``node``."""
     left_s = None if node.state == "joining" else max(0.0, node.heard_s + LEASE_S - time.monotonic())
     return NodeStatus(
@@ -182,7 +186,8 @@ def node_status(node: Node, ranks: tuple[int, ...], is_spare: bool) -> NodeStatu
         address=node.address,
         pid=node.pid,
         state=node.state,
-        is_spare=is_spare,
+        is_spare=is_spare and aside is None,
+        aside=aside,
         lease_left_s=left_s,
         ranks=ranks,
         memory_free_bytes=node.memory_free_bytes,
