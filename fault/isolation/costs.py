@@ -4,12 +4,13 @@ Only what differs between actions is added up. With p that the node is at fault,
 h the horizon, and n nodes:
 
     wait     p (s - 1) h  +  p f h (restart + lost work)  +  p' h
-    degrade  p (d - 1) h  +  (1 - p)(d - 1) 2 half-lives  +  the failures and p' h as above,  d = n / (n - 1 + 1/s)
+    degrade  p (d - 1) h  +  (1 - p)(e - 1) 2 hours  +  the failures and p' h as above,  e = n / (n - 1 + 1/s)
     drain    regroup + missing + (1 - p) false alarm + p' spoiled state
     replace  restart + lost work + missing + (1 - p) false alarm
 
-with f failures per hour, p' that what it computes cannot be trusted, and missing = min(h, replacement) / (n - 1) where no
-spare takes its place. A job that stands still because of the node loses p h while it waits, however fast others are.
+with d = e until its share is degraded, and then what is measured; f failures per hour, p' that what it computes cannot be
+trusted, and missing = min(h, replacement) / (n - 1) where no spare takes its place. A job that stands still because of the
+node loses p h while it waits, however fast others are.
 """
 
 from collections.abc import Mapping
@@ -63,7 +64,7 @@ class Performance:
     residual: float = 1.0
     """With its share degraded: how many times as long a step of the job takes as it would without the node being slow."""
     degraded_s: float | None = None
-    """For how long its share has been degraded; None: it is not."""
+    """For how long its share has been degraded; None: it is not. To watch it then is to give it its whole share again."""
     is_used: bool = True
     """Ranks are there."""
     stands_still: bool = False
@@ -80,13 +81,13 @@ def costs_of(
     staying_s = p * failures * (job.restart_s + job.lost_work_s) + suspicion.spoiled * horizon_s
     if performance.stands_still:
         staying_s += p * horizon_s
-    slow = max(performance.slowdown, performance.residual) if performance.degraded_s is None else performance.residual
     share = job.nodes / (job.nodes - 1 + 1 / max(1.0, performance.slowdown)) - 1.0
+    still = share if performance.degraded_s is None else performance.residual - 1.0
     missing_s = 0.0 if job.spares else _missing_s(job, horizon_s, config)
     leaving_s = missing_s + innocent * config.false_alarm_s
     return {
-        "watch": p * (slow - 1.0) * horizon_s + staying_s,
-        "degrade": p * share * horizon_s + innocent * share * min(_DEGRADED_S, horizon_s) + staying_s,
+        "watch": p * (performance.slowdown - 1.0) * horizon_s + staying_s,
+        "degrade": p * still * horizon_s + innocent * share * min(_DEGRADED_S, horizon_s) + staying_s,
         "drain": leaving_s + (job.regroup_s + suspicion.spoiled * _SPOILED_STATE_S) * performance.is_used,
         "replace": leaving_s + (job.restart_s + job.lost_work_s) * performance.is_used,
     }

@@ -147,7 +147,7 @@ def _may_leave(
     if is_persistent and suspicion.has_other_source:
         return True
     has_been_degraded = performance.degraded_s is not None and performance.degraded_s >= config.persist_s
-    return is_persistent and has_been_degraded and costs["watch"] > _GAIN * costs["drain"]
+    return is_persistent and has_been_degraded and costs["degrade"] > _GAIN * costs["drain"]
 
 
 _DOES: dict[Action, str] = {

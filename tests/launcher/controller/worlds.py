@@ -300,7 +300,7 @@ def world(**changes: Any) -> Iterator[World]:
     shared = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=shared if shared.is_dir() else None) as folder:
         values = {
-            "runs": folder, "workers": 2, "nodes": 2, "spares": 1, "restarts": 50,
+            "runs": folder, "cluster": f"{folder}/cluster", "workers": 2, "nodes": 2, "spares": 1, "restarts": 50,
             "train": {
                 "model": {"hidden": 16, "layers": 1, "heads": 2, "kv_heads": 1, "ffn": 32},
                 "data": {"sources": [{"kind": "corpus", "path": "nowhere"}], "context": 256, "batch_tokens": 1024},
