@@ -58,6 +58,8 @@ class Isolation:
         self._decided_s = self._looked_s = float("-inf")
         self._told: dict[str, tuple[Action, str]] = {}
         self._told_aside: set[str] = set()
+        self._there: set[tuple[str, int | None]] = set()
+        """Nodes that are ready, and their agents."""
 
     @property
     def is_looking(self) -> bool:
@@ -115,6 +117,9 @@ class Isolation:
         self._desk.look()
         self._costs.look()
         self._note_failure()
+        there = {(node.name, node.pid) for node in self._job.nodes if node.state == "ready"}
+        if there != self._there:  # nobody is placed on a node before it is known who it is
+            self._there, self._looked_s, self._decided_s = there, float("-inf"), float("-inf")
         now_s = time.monotonic()
         if now_s - self._looked_s > _SET_ASIDE_S:
             self._looked_s = now_s

@@ -111,7 +111,7 @@ class Nodes:
 
     def expect(self, name: str) -> None:
         """Count ``name`` as joining: an agent was started for it. A keeper may have outlived the one before."""
-        self._nodes[name] = Node(name, keeper=self[name].keeper)
+        self._nodes[name] = Node(name, keeper=self[name].keeper, identity=self[name].identity)
 
     def states(self) -> dict[str, NodeState]:
         """State of every node, in the order in which they were named."""
