@@ -76,7 +76,9 @@ class ClusterDesk:
             if self._thread is not None:
                 self._thread.join(max(0.0, until - time.monotonic()))
             if self._problem:
-                return
+                break
+        if self._thread is not None:
+            self._thread.join(max(0.0, until - time.monotonic()))
 
     def _begin(self) -> None:
         self._asked_s = time.monotonic()

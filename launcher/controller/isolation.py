@@ -234,10 +234,12 @@ class Isolation:
             self._costs.forget_computing()
         if choice.action in ("nothing", "watch") and not choice.held_back and before[0] != "degrade":
             return
-        why_not = "" if is_degraded or choice.action in ("nothing", "watch") else self._why_not(choice)
+        is_over = choice.action in ("nothing", "watch")
+        why_not = "" if is_degraded or is_over else self._why_not(choice)
+        again = "; its ranks get their whole share again" if before[0] == "degrade" and is_over else ""
         self._job.scribe.tell(
             "isolation",
-            f"{choice.reason}{why_not}",
+            f"{choice.reason}{why_not}{again}",
             node=choice.node,
             action=choice.action,
             by=None,

@@ -233,6 +233,7 @@ class World:
         """Nodes whose agents do not come."""
         self.address = "127.0.0.1"
         self.journal = Journal(run.journal)
+        self.controllers: list[Controller] = []
         self.controller = self._control()
 
     def revive(self) -> None:
@@ -290,6 +291,7 @@ class World:
 
     def _control(self) -> Controller:
         controller = Controller(self.run, self.config, self.journal, self)
+        self.controllers.append(controller)
         controller._take_over()
         return controller
 
@@ -319,3 +321,5 @@ def world(**changes: Any) -> Iterator[World]:
                 yield made[0]
             finally:
                 made[0].journal.__exit__()
+                for controller in made[0].controllers:
+                    controller.isolation.close()  # nobody writes into a folder that is gone
