@@ -5,14 +5,17 @@ import signal
 from pathlib import Path
 
 import psutil
+import pytest
 
 from evermesh.fault.cluster.identity import full_name
 from evermesh.fault.events import Event, read_events
 from tests.launcher.jobs import Job, clean_losses, launched
 from tests.launcher.test_cli import evermesh
 
+pytestmark = pytest.mark.timeout(900)
 COMPARED = 12
-NODES = ("train.steps=100000", "nodes=2", "train.checkpoint.every=null", "train.snapshot.every=1", "join_timeout_s=120")
+PATIENT_S = 300.0
+NODES = ("train.steps=100000", "nodes=2", "train.checkpoint.every=null", "train.snapshot.every=1", "join_timeout_s=600")
 
 
 def told(job: Job, kind: str) -> list[Event]:
@@ -26,7 +29,7 @@ def members(job: Job) -> list[list[str]]:
 
 def stop(job: Job) -> None:
     job.client.stop(signal.SIGTERM)
-    code, _, stderr = job.end()
+    code, _, stderr = job.end(PATIENT_S)
     assert code == 143, stderr
 
 
@@ -78,12 +81,12 @@ def test_a_cordoned_node_gets_no_rank_and_too_few_are_refused_with_the_numbers(j
         (full_name("node-1"), "cordoned", "disk")
     ]
     with launched(job_file, "nodes=2", "train.steps=2", name="refused") as job:
-        code, _, stderr = job.end()
+        code, _, stderr = job.end(PATIENT_S)
     assert code == 75
     assert "1 of 2 nodes may be used, but the job needs 2: node-1" in stderr
     assert "disk" in stderr
     with launched(job_file, "nodes=2", "spares=1", "train.steps=2", name="avoids") as job:
-        code, _, stderr = job.end()
+        code, _, stderr = job.end(PATIENT_S)
         assert code == 0, stderr
         assert set(members(job)[0]) == {"node-0", "node-2"}
         assert [event.fields["action"] for event in told(job, "isolation")] == ["cordon"]
@@ -123,7 +126,7 @@ def test_a_node_that_is_lost_in_two_jobs_is_not_used_by_the_third(job_file: Path
         assert f"going on without {node}: 0.64 (crash 0.64) that it is at fault" in event.text
         stop(job)
     with launched(job_file, *given[1:], "train.steps=2", name="third") as job:
-        code, _, stderr = job.end()
+        code, _, stderr = job.end(PATIENT_S)
         assert code == 0, stderr
         assert node not in members(job)[0]
         assert f"{node} ({full_name(node)}) is cordoned by the policy of second" in told(job, "isolation")[0].text
