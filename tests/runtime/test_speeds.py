@@ -44,7 +44,8 @@ def _run(corpus: Path, directory: Path, told: bool, **changes: Any) -> list[tupl
     values = small_config(corpus, layout={"capacity": 800}, checkpoint={"every": None}, **changes)
     found = run_ranks(2, _train, values, directory, told)
     assert found[0] == found[1]
-    return found[0]  # type: ignore[no-any-return]
+    first: list[tuple[int, list[int]]] = found[0]
+    return first
 
 
 def test_a_slow_rank_gets_less_to_do_and_losses_stay_what_they_are(corpus: Path, tmp_path: Path) -> None:

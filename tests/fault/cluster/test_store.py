@@ -99,7 +99,11 @@ def _write(folder: Path, age_days: float, *records: Record, writer: str = "w") -
 
 
 def test_days_that_are_over_become_one_file_without_what_is_too_old(tmp_path: Path) -> None:
-    old = [evidence(time_s=NOW_S - 40 * DAY_S), cordon("a", NOW_S - 40 * DAY_S), cordon("b", NOW_S - 40 * DAY_S)]
+    old: list[Record] = [
+        evidence(time_s=NOW_S - 40 * DAY_S),
+        cordon("a", NOW_S - 40 * DAY_S),
+        cordon("b", NOW_S - 40 * DAY_S),
+    ]
     recent = [evidence(time_s=NOW_S - 5 * DAY_S, name=f"a/node-{number}") for number in range(4)]
     _write(tmp_path, 40, *old)
     _write(tmp_path, 33, uncordon("b", NOW_S - 33 * DAY_S))
@@ -148,7 +152,7 @@ def test_a_file_that_is_merged_while_it_is_read_is_looked_for_again(tmp_path: Pa
     for number in range(3):
         _write(tmp_path, 4, evidence(time_s=NOW_S - 4 * DAY_S + number), writer=f"w{number}")
     reader = ClusterStore(tmp_path)
-    sizes, merged = reader._shelf.sizes, []
+    sizes, merged = reader._shelf.sizes, list[bool]()
 
     def sizes_before_the_merge() -> dict[str, int]:
         found = sizes()
@@ -212,7 +216,12 @@ def test_cordons_are_of_a_node_a_host_or_an_address_and_the_last_word_counts() -
         assert (cordon_of(node, [cordon(pattern, 1.0)]) is not None) is counts
     assert not covers("node-1", "gpu1/node-1"), "every host has one"
     assert cordon_of(node, [cordon("gpu1", 1.0, machine="other")]) is None
-    said = [cordon("gpu1", 1.0), uncordon("gpu1", 2.0), cordon("gpu1", 3.0, until_s=10.0), cordon("gpu1/node-2", 4.0)]
+    said: list[Record] = [
+        cordon("gpu1", 1.0),
+        uncordon("gpu1", 2.0),
+        cordon("gpu1", 3.0, until_s=10.0),
+        cordon("gpu1/node-2", 4.0),
+    ]
     assert [standing_cordons(said[:end], 5.0) for end in (1, 2)] == [[said[0]], []]
     assert standing_cordons(said, 5.0) == [said[2], said[3]]
     assert standing_cordons(said, 10.0) == [said[3]], "its time is over"

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -210,7 +211,7 @@ SLOW = [seen(kinds.SLOW_RANK, ago_s) for ago_s in (0, 300, 700)]
         ((seen(meanings.NODE_LOST, 60), seen(meanings.NODE_LOST, 60 * 86400)), {}, "watch"),
     ],
 )
-def test_cases(evidence: tuple[Evidence, ...], performance: dict[str, object], action: str) -> None:
+def test_cases(evidence: tuple[Evidence, ...], performance: dict[str, Any], action: str) -> None:
     choice = choose(*evidence, **performance)
     assert choice.action == action, choice.reason
     assert "node-7" in choice.reason

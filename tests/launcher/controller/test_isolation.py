@@ -220,7 +220,7 @@ def life_of(*failures: Failure, lost: tuple[str, ...] = ()) -> Life:
 
 
 def failure(rank: int, cause: str = "died", **changes: Any) -> Failure:
-    return Failure(rank=rank, time_s=float(rank), how="was killed", cause=cause, code=-9, **changes)  # type: ignore[arg-type]
+    return Failure(rank=rank, time_s=float(rank), how="was killed", cause=cause, code=-9, **changes)
 
 
 def test_who_is_blamed_for_a_failed_attempt() -> None:
