@@ -51,6 +51,20 @@ def evidence_against(node: NodeIdentity, records: Iterable[Record]) -> tuple[Evi
     return tuple(found)
 
 
+def records_by_node(records: Iterable[Record], names: Iterable[str]) -> dict[str, list[Record]]:
+    """For each of these nodes the evidence about its name, and what was lifted of it, oldest first: one pass over all."""
+    found: dict[str, list[Record]] = {name: [] for name in names}
+    for record in records:
+        if isinstance(record, Evidence):
+            if record.node.name in found:
+                found[record.node.name].append(record)
+        elif isinstance(record, Uncordon):
+            for name in found:
+                if covers(record.node, name):
+                    found[name].append(record)
+    return found
+
+
 def known_nodes(records: Sequence[Record], now_s: float) -> list[NodeHistory]:
     """All nodes of which something is known, by name; a cordoned host of which nothing else is known stands by itself."""
     cordons = standing_cordons(records, now_s)
@@ -61,7 +75,8 @@ def known_nodes(records: Sequence[Record], now_s: float) -> list[NodeHistory]:
     for cordon in cordons:
         if not any(covers(cordon.node, name) for name in newest):
             nodes[cordon.node] = NodeIdentity(name=cordon.node, machine=cordon.machine)
+    own = records_by_node(records, nodes)
     return [
-        NodeHistory(node, evidence_against(node, records), cordon_of(node, cordons))
-        for _, node in sorted(nodes.items())
+        NodeHistory(node, evidence_against(node, own[name]), cordon_of(node, cordons))
+        for name, node in sorted(nodes.items())
     ]

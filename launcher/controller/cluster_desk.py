@@ -20,17 +20,21 @@ _MOST_WAITING = 10_000
 class ClusterDesk:
     """Reads and writes the store at ``place`` beside the job; ``say`` is told, once each time, that it cannot.
 
-    A folder is read when this is made, as the directory of the run is; an object store in a thread.
+    A folder is read when this is made, as the directory of the run is; an object store in a thread. Without ``keeps`` nothing
+    is written: what is added counts for this job only.
     """
 
-    def __init__(self, place: str, say: Callable[[str], None]) -> None:
-        self._place, self._say = place_of(place), say
+    def __init__(self, place: str, say: Callable[[str], None], *, keeps: bool = True) -> None:
+        self._place, self._say, self._keeps = place_of(place), say, keeps
         self._lock = threading.Lock()
         self._began_s = self._asked_s = time.monotonic()
         self._store: ClusterStore | None = None
         self._read: tuple[Record, ...] = ()
         self._waiting: list[Record] = []
         """Not written yet."""
+        self._records: tuple[Record, ...] | None = ()
+        """All of it, oldest first; None: that has changed."""
+        self._words: tuple[Record, ...] = ()
         self._problem, self._told = "", ""
         self._thread: threading.Thread | None = None
         self._is_known = self._is_tidy = False
@@ -48,13 +52,21 @@ class ClusterDesk:
     def records(self) -> Sequence[Record]:
         """All that was read, and what is about to be written, oldest first."""
         with self._lock:
-            found = {record.id: record for record in (*self._read, *self._waiting)}
-        return sorted(found.values(), key=lambda record: (record.time_s, record.id))
+            if self._records is None:
+                found = {record.id: record for record in (*self._read, *self._waiting)}
+                self._records = tuple(sorted(found.values(), key=lambda record: (record.time_s, record.id)))
+                self._words = tuple(record for record in self._records if record.record != "evidence")
+            return self._records
+
+    @property
+    def words(self) -> Sequence[Record]:
+        """Cordons and their ends among these."""
+        return self._words if self.records else ()
 
     def add(self, *records: Record) -> None:
         """Have these written soon."""
         with self._lock:
-            self._waiting = (self._waiting + list(records))[-_MOST_WAITING:]
+            self._waiting, self._records = (self._waiting + list(records))[-_MOST_WAITING:], None
 
     def look(self) -> None:
         """Called now and then: read and write what is due; say what went wrong."""
@@ -63,14 +75,14 @@ class ClusterDesk:
             if self._problem:
                 self._say(self._problem)
         every_s = _AGAIN_S if isinstance(self._place, Path) else _AGAIN_OBJECTS_S
-        is_due = time.monotonic() - self._asked_s > every_s or (self._waiting and not self._problem)
+        is_due = time.monotonic() - self._asked_s > every_s or (self._waiting and self._keeps and not self._problem)
         if is_due and (self._thread is None or not self._thread.is_alive()):
             self._begin()
 
     def close(self) -> None:
         """Write what waits, for some seconds at most."""
         until = time.monotonic() + _CLOSE_WAIT_S
-        while self._waiting and time.monotonic() < until:
+        while self._waiting and self._keeps and time.monotonic() < until:
             if self._thread is None or not self._thread.is_alive():
                 self._begin()
             if self._thread is not None:
@@ -91,13 +103,14 @@ class ClusterDesk:
         try:
             if self._store is None:
                 self._store = ClusterStore(self._place)
-            if batch and writes:
+            if batch and writes and self._keeps:
                 self._store.add(batch)
             found = self._store.read()
             with self._lock:
-                self._read, written = found.records, {record.id for record in batch}
-                self._waiting = [record for record in self._waiting if not writes or record.id not in written]
-            if writes and not self._is_tidy:
+                self._read, self._records = found.records, None
+                written = {record.id for record in batch} if writes and self._keeps else set()
+                self._waiting = [record for record in self._waiting if record.id not in written]
+            if writes and self._keeps and not self._is_tidy:
                 self._is_tidy = True
                 self._store.tidy(time.time())
             self._problem = "; ".join(found.problems[:3])

@@ -10,14 +10,14 @@ cordons of the store, drains that were asked for ──► ``Job.aside``: no oth
 import time
 from collections.abc import Sequence
 
-from evermesh.fault.cluster.identity import covers
-from evermesh.fault.cluster.records import Cordon, Evidence, Record, Uncordon, shortened
-from evermesh.fault.cluster.standing import cordon_of, evidence_against, standing_cordons
+from evermesh.fault.cluster.records import Evidence, shortened
+from evermesh.fault.cluster.standing import evidence_against, records_by_node
 from evermesh.fault.cluster.store import cluster_place
 from evermesh.fault.events import Finding
 from evermesh.fault.isolation.costs import Action, Performance
 from evermesh.fault.isolation.deciding import Choice, Observed, Spent, decide
 from evermesh.fault.isolation.meanings import KEEPER_LOST, meaning_of
+from evermesh.launcher.chaos.record import read_injection
 from evermesh.launcher.controller.cluster_desk import ClusterDesk
 from evermesh.launcher.controller.degraded import Degraded
 from evermesh.launcher.controller.job import Job
@@ -30,11 +30,8 @@ from evermesh.launcher.controller.node_evidence import (
     of_verdicts,
     slowdown_of,
 )
-from evermesh.launcher.controller.nodes import Node
-from evermesh.launcher.controller.record import Drained
+from evermesh.launcher.controller.setting_aside import SettingAside, Wish, names_of
 from evermesh.launcher.controller.status import ENDED
-from evermesh.launcher.controller.telling import told_cordon
-from evermesh.launcher.errors import DrainRefused
 
 _DECIDE_S = 10.0
 _SET_ASIDE_S = 1.0
@@ -48,8 +45,10 @@ class Isolation:
 
     def __init__(self, job: Job) -> None:
         self._job, self._config = job, job.config.isolation
-        self._desk = ClusterDesk(job.config.cluster or str(cluster_place()), self._say)
-        self._costs, self._degraded = MeasuredCosts(job), Degraded(job)
+        place = job.config.cluster or str(cluster_place())
+        blames = read_injection(job.run) is None  # no machine is at fault where faults are made on purpose
+        self._desk = ClusterDesk(place, self._say, keeps=blames)
+        self._aside, self._costs, self._degraded = SettingAside(job, self._desk), MeasuredCosts(job), Degraded(job)
         self._seen_s: dict[tuple[str, str], float] = {}
         self._hung_s: dict[str, float] = {}
         """When a node was last found to be what a job waits for."""
@@ -57,7 +56,6 @@ class Isolation:
         """The last attempt whose failure is evidence."""
         self._decided_s = self._looked_s = float("-inf")
         self._told: dict[str, tuple[Action, str]] = {}
-        self._told_aside: set[str] = set()
         self._there: set[tuple[str, int | None]] = set()
         """Nodes that are ready, and their agents."""
 
@@ -68,7 +66,7 @@ class Isolation:
 
     def on_findings(self, findings: Sequence[Finding]) -> None:
         """Detectors have found these by now; what they found before may be among them again."""
-        names = {known: node.name for node in self._job.nodes for known in _names(node)}
+        names = {known: node.name for node in self._job.nodes for known in names_of(node)}
         for finding in findings:
             for against in of_findings([finding], self._job.life, names):
                 self._note(against)
@@ -88,28 +86,8 @@ class Isolation:
             self._note(Against(node, KEEPER_LOST, 1.0, 1.0, text))
 
     def drain(self, name: str, by: str, because: str) -> str:
-        """Go on without a node, from memory, behind the step under way; nobody uses it again until it is uncordoned. Returns
-        what the job calls it.
-
-        Raises:
-            DrainRefused: there is no such node, or the job cannot go on without it. Nothing has changed.
-        """
-        job, view = self._job, self._job.view()
-        node = next((node for node in job.nodes if name in _names(node)), None)
-        if node is None or job.state in ENDED:
-            known = ", ".join(node.name for node in job.nodes)
-            raise DrainRefused(f"{job.run.name} has no node {name}; it has {known}. It is {job.state}.")
-        ready = [other for other, state in view.usable.items() if state == "ready" and other != node.name]
-        least = min((view.nodes_needed, *view.fewer_nodes))
-        if len(ready) < least:
-            shrinks = "" if view.fewer_nodes else ", and min_nodes is not set"
-            raise DrainRefused(
-                f"without {node.name} {len(ready)} of {len(view.nodes)} nodes could be used, but {job.run.name} needs "
-                f"{least}{shrinks}. Resume the run with spares, or with min_nodes, or stop it."
-            )
-        if node.name not in job.record.drained:
-            self._leave(node, "drain", by, f"{node.name} is drained by {by}: {because}", because)
-        return node.name
+        """Go on without a node, see ``SettingAside.drain``. Raises ``DrainRefused``."""
+        return self._aside.drain(name, by, because)
 
     def look(self) -> None:
         """Called now and then, behind the history of failures and before anything is decided: note what failed, see what is
@@ -123,7 +101,8 @@ class Isolation:
         now_s = time.monotonic()
         if now_s - self._looked_s > _SET_ASIDE_S:
             self._looked_s = now_s
-            self._set_aside()
+            for name in self._aside.look():
+                self._told.pop(name, None)  # what is decided from now on is new
             self._costs.note_computing()
         if self._config is not None and now_s - self._decided_s > _DECIDE_S and self._job.state not in ENDED:
             self._decided_s = now_s
@@ -172,34 +151,18 @@ class Isolation:
         )
         self._desk.add(record if number is None else record.model_copy(update={"id": number}))
 
-    def _set_aside(self) -> None:
-        job, records, aside = self._job, self._desk.records, dict[str, str]()
-        cordons = standing_cordons(records, time.time())
-        for node in job.nodes:
-            cordon = cordon_of(node.identity, cordons) if node.identity is not None else None
-            if cordon is not None:
-                aside[node.name] = told_cordon(node.name, cordon)
-        for name, drained in list(job.record.drained.items()):
-            if _is_lifted(job.nodes[name], drained, records):
-                text = f"{name} may be used again: it was uncordoned"
-                job.scribe.tell("isolation", text, node=name, action="return", by=None, carried_out=True, because="")
-                del job.record.drained[name]
-            else:
-                aside[name] = drained.because
-        job.aside = aside
-        for name in aside.keys() - self._told_aside - job.record.drained.keys():
-            where = "; ranks that are there stay until the next attempt" if job.life and name in job.life.nodes else ""
-            text = f"{aside[name]}: no rank is placed there{where}"
-            job.scribe.tell("isolation", text, node=name, action="cordon", by=None, carried_out=True, because="")
-        self._told_aside = set(aside)
-
     def _decide(self) -> None:
         assert self._config is not None
-        job, records, now_s = self._job, self._desk.records, time.time()
-        observed = [
-            Observed(node.name, evidence_against(node.identity, records), self._performance(node.name))
+        job, now_s = self._job, time.time()
+        nodes = {
+            node.identity.name: (node.name, node.identity)
             for node in job.nodes
             if node.identity is not None and node.name not in job.aside and node.state == "ready"
+        }
+        records = records_by_node(self._desk.records, nodes)
+        observed = [
+            Observed(name, evidence_against(identity, records[identity.name]), self._performance(name))
+            for name, identity in nodes.values()
         ]
         alone = sum(drained.by is None for drained in job.record.drained.values())
         spent = Spent(tuple(job.record.isolated_s), alone, len(job.nodes.states()))
@@ -222,21 +185,26 @@ class Isolation:
         before, now = self._told.get(choice.node, ("nothing", "")), (choice.action, choice.held_back.partition(":")[0])
         if before == now:
             return
+        self._carry_out(choice, was_degraded=before[0] == "degrade")
         self._told[choice.node] = now
+
+    def _carry_out(self, choice: Choice, *, was_degraded: bool) -> None:
         assert self._config is not None
         acts = self._config.mode == "act"
         if choice.is_eviction and acts:
-            self._leave(self._job.nodes[choice.node], choice.action, None, choice.reason, choice.suspicion.told())
+            why, cordon_for_s = choice.suspicion.told(), self._config.cordon_for_s
+            wish = Wish(choice.action, choice.reason, why, cordon_for_s=cordon_for_s)
+            self._aside.leave(self._job.nodes[choice.node], wish)
             return
         is_degraded = choice.action == "degrade" and acts and not self._job.config.train.deterministic
-        if is_degraded or before[0] == "degrade":
+        if is_degraded or was_degraded:
             self._degraded.set(choice.node, is_slow=is_degraded)
             self._costs.forget_computing()
-        if choice.action in ("nothing", "watch") and not choice.held_back and before[0] != "degrade":
+        if choice.action in ("nothing", "watch") and not choice.held_back and not was_degraded:
             return
         is_over = choice.action in ("nothing", "watch")
         why_not = "" if is_degraded or is_over else self._why_not(choice)
-        again = "; its ranks get their whole share again" if before[0] == "degrade" and is_over else ""
+        again = "; its ranks get their whole share again" if was_degraded and is_over else ""
         self._job.scribe.tell(
             "isolation",
             f"{choice.reason}{why_not}{again}",
@@ -251,35 +219,3 @@ class Isolation:
         if choice.action == "degrade" and self._job.config.train.deterministic:
             return "; not done, for plans do not depend on what is measured (train.deterministic)"
         return f"; not done (isolation: advise). `evermesh drain {choice.node}` does it"
-
-    def _leave(self, node: Node, action: Action, by: str | None, text: str, because: str) -> None:
-        """Set a node aside, in this job and for others, and have an attempt that uses it go on without it."""
-        job, now_s = self._job, time.time()
-        job.scribe.tell("isolation", text, node=node.name, action=action, by=by, carried_out=True, because=because)
-        job.record.drained[node.name] = Drained(text, now_s, by)
-        job.aside = {**job.aside, node.name: text}
-        until_s = None
-        if by is None:
-            job.record.isolated_s.append(now_s)
-            until_s = now_s + self._config.cordon_for_s if self._config is not None else None
-        if node.identity is not None:
-            name, machine = node.identity.name, node.identity.machine
-            cordoned = {"by": by or f"the policy of {job.run.name}", "because": shortened(because), "until_s": until_s}
-            self._desk.add(Cordon(time_s=now_s, node=name, machine=machine, **cordoned))
-        if action == "replace" and job.life is not None and node.name in job.life.nodes:
-            job.life.lost.add(node.name)
-
-
-def _names(node: Node) -> set[str]:
-    """All that people and detectors may call it."""
-    identity = node.identity.name if node.identity is not None else ""
-    return {node.name, identity, node.address} - {"", "127.0.0.1"}
-
-
-def _is_lifted(node: Node, drained: Drained, records: Sequence[Record]) -> bool:
-    """Whether somebody has uncordoned it since it was drained."""
-    name = node.identity.name if node.identity is not None else node.name
-    return any(
-        isinstance(record, Uncordon) and record.time_s > drained.since_s and covers(record.node, name)
-        for record in records
-    )

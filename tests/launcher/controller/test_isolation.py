@@ -193,6 +193,16 @@ def test_a_cluster_store_that_is_away_is_told_once_and_holds_nobody_up(tmp_path:
         assert "EVERMESH_CLUSTER" in event.text
 
 
+def test_faults_that_are_made_on_purpose_blame_no_machine_beyond_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("evermesh.launcher.controller.isolation.read_injection", lambda run: object())
+    with world(**ACT) as job:
+        training(job)
+        job.controller.isolation.on_verdicts("node-1", BAD)
+        job.settle(1.0)
+        assert [event.fields["action"] for event in events(job)] == ["drain"]
+        assert records(job) == []
+
+
 def test_a_cordon_of_another_machine_of_that_name_does_not_count() -> None:
     said: list[tuple[Callable[[], Cordon], bool]] = [
         (lambda: Cordon(time_s=1.0, node="here/node-1", by="me", because="b"), True),
