@@ -33,6 +33,7 @@ def drain_node(run: Run, node: str, because: str, *, wait: bool) -> str:
             raise DrainRefused(f"{node} may be used again: somebody has uncordoned it meanwhile.")
         if status.state == "training" and not mine.ranks:
             used = ", ".join(found.node for found in status.nodes if found.ranks)
-            return f"{run.name} goes on without {name}, from step {status.step or 0} on {used}"
+            goes_on = f"{run.name} goes on without {name}, from step {status.step or 0} on {used}"
+            return f"{goes_on}; no job uses it until: evermesh uncordon {mine.known_as or name}"
         time.sleep(_LOOK_S)
     raise RunNotFound(f"run {run.name} ended before it could go on without {node}: it is {run.status()}.")

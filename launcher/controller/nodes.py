@@ -187,6 +187,7 @@ def node_status(node: Node, ranks: tuple[int, ...], is_spare: bool, aside: str |
         pid=node.pid,
         state=node.state,
         is_spare=is_spare and aside is None,
+        known_as=node.identity.name if node.identity is not None else None,
         aside=aside,
         lease_left_s=left_s,
         ranks=ranks,

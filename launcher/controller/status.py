@@ -51,6 +51,8 @@ class NodeStatus(_Frozen):
     state: Literal["joining", "ready", "cut off", "lost"]
     """``cut off``: its agent is not heard, but training goes on."""
     is_spare: bool = False
+    known_as: str | None = None
+    """In the cluster store: HOST/PLACE."""
     aside: str | None = None
     """Why the job uses it no more, or not again; None: it may."""
     lease_left_s: float | None = None

@@ -38,6 +38,8 @@ def all_ready(job: Job, number: int) -> bool:
 
 
 def test_a_drained_node_is_left_behind_a_step_and_not_used_again(job_file: Path) -> None:
+    settings = ("nodes=2", "train.snapshot=off", "train.checkpoint.every=null")
+    expected = clean_losses(job_file, 100000, f"train.stop_at={COMPARED}", *settings)
     with launched(job_file, *NODES, "spares=1") as job:
         job.wait_training()
         job.wait(lambda: all_ready(job, 3))
@@ -47,6 +49,7 @@ def test_a_drained_node_is_left_behind_a_step_and_not_used_again(job_file: Path)
         done = evermesh("drain", leaving, "--run", job.run.directory, "--because", "fan 3")
         assert done.returncode == 0, done.stderr
         assert f"small goes on without {leaving}" in done.stdout
+        assert f"no job uses it until: evermesh uncordon {full_name(leaving)}" in done.stdout
         assert members(job) == [first, [staying, spare]]
         status = job.client.status()
         assert status.restarts == 0
@@ -69,8 +72,7 @@ def test_a_drained_node_is_left_behind_a_step_and_not_used_again(job_file: Path)
         assert told(job, "resumed")[0].step == left.step, "and no step was trained again"
         stop(job)
         losses = job.losses
-    settings = ("nodes=2", "train.snapshot=off", "train.checkpoint.every=null")
-    assert losses[:COMPARED] == clean_losses(job_file, 100000, f"train.stop_at={COMPARED}", *settings)[:COMPARED]
+    assert losses[:COMPARED] == expected[:COMPARED]
 
 
 def test_a_cordoned_node_gets_no_rank_and_too_few_are_refused_with_the_numbers(job_file: Path) -> None:
