@@ -99,6 +99,7 @@ def lose(job: Job, node: str) -> None:
     job.wait(lambda: all_ready(job, 3))
 
 
+@pytest.mark.parity
 def test_a_node_that_is_lost_in_two_jobs_is_not_used_by_the_third(job_file: Path) -> None:
     given = (*NODES, "spares=1", "isolation={mode: act, false_alarm_s: 0}")
     store = ("--store", str(job_file.with_name("cluster")))

@@ -193,6 +193,27 @@ def test_a_cluster_store_that_is_away_is_told_once_and_holds_nobody_up(tmp_path:
         assert "EVERMESH_CLUSTER" in event.text
 
 
+@pytest.mark.parametrize("mode", ["act", "advise"])
+def test_a_node_that_is_lost_in_two_jobs_is_not_used_by_the_third(mode: str, tmp_path: Path) -> None:
+    given: dict[str, Any] = {"isolation": {"mode": mode, "false_alarm_s": 0}, "cluster": str(tmp_path / "cluster")}
+    told = []
+    for _ in range(2):
+        with world(**given) as job:
+            training(job)
+            job.agents["node-1"].die()
+            job.settle(2.0)
+            step(job)
+            assert job.controller.state == "training"
+            told.append([(event.fields["action"], event.fields["carried_out"]) for event in events(job)])
+    assert told == [[], [("drain", mode == "act")]], "once is never"
+    with world(**given) as job:
+        training(job)
+        life = job.controller.life
+        assert life is not None
+        assert life.nodes == (("node-0", "node-2") if mode == "act" else ("node-0", "node-1"))
+        assert events(job)[0].fields["action"] == ("cordon" if mode == "act" else "drain")
+
+
 def test_faults_that_are_made_on_purpose_blame_no_machine_beyond_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("evermesh.launcher.controller.isolation.read_injection", lambda run: object())
     with world(**ACT) as job:
