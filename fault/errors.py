@@ -1,6 +1,7 @@
 """The errors of this room.
 
 EvermeshError
+├── ClusterUnusable     (OSError)       the cluster store cannot be read or written
 ├── EventLogUnusable    (OSError)       the event log cannot be opened or written
 ├── KeeperRefused       (OSError)       a keeper cannot be reached, or has no memory for snapshots
 ├── RecordsUnreadable   (ValueError)    a file of records of collectives is damaged, or of no known form
@@ -13,7 +14,19 @@ RuntimeError
 from collections.abc import Sequence
 from pathlib import Path
 
+from evermesh.checkpoint.stores.places import Place
 from evermesh.parallelism.errors import EvermeshError
+
+
+class ClusterUnusable(EvermeshError, OSError):
+    """The cluster store cannot be used. A job goes on without it, and tries again."""
+
+    def __init__(self, place: Place, what: str, error: OSError) -> None:
+        super().__init__(
+            f"the cluster store {place} cannot be {what}: {error}. Make it reachable from here, or name another one with "
+            "EVERMESH_CLUSTER, or cluster in the job file."
+        )
+        self.place, self.errno = place, error.errno
 
 
 class EventLogUnusable(EvermeshError, OSError):

@@ -11,11 +11,12 @@ from pydantic import JsonValue
 
 from evermesh.launcher.contact import read_contact, read_token
 from evermesh.launcher.controller.status import JobStatus
-from evermesh.launcher.errors import ControllerLost
+from evermesh.launcher.errors import ControllerLost, DrainRefused
 from evermesh.launcher.run_directory import Run
 
 _TIMEOUT_S = 5.0
 _RETRY_S = 0.1
+_CONFLICT = 409
 
 
 class Client:
@@ -49,6 +50,14 @@ class Client:
     def change_layout(self, changes: Mapping[str, JsonValue]) -> None:
         """Ask the ranks to go on with these changes to their layout; the event log tells what became of it."""
         self._ask("POST", "relayout", {"changes": dict(changes)})
+
+    def drain(self, node: str, by: str, because: str) -> str:
+        """Have the job go on without a node, from memory; returns, when the controller knows, what the job calls it.
+
+        Raises:
+            DrainRefused: it cannot.
+        """
+        return str(self._ask("POST", "drain", {"node": node, "by": by, "because": because}).json()["node"])
 
     def write_stacks(self) -> None:
         """Have every rank write down what it is doing, in ``logs/rank-N.stacks``."""
@@ -90,5 +99,7 @@ class Client:
             raise FileNotFoundError(f"{self._run.directory} does not say where it is")
         headers = {"Authorization": f"Bearer {read_token(self._run.directory)}"}
         response = self._http.request(method, f"{url}/api/{path}", json=body, headers=headers)
+        if response.status_code == _CONFLICT:
+            raise DrainRefused(response.json()["detail"])
         response.raise_for_status()
         return response

@@ -16,6 +16,7 @@ from pydantic import (
     field_validator,
 )
 
+from evermesh.fault.isolation.config import Isolation, IsolationConfig
 from evermesh.runtime.config import TrainConfig
 from evermesh.runtime.layout import check_layout
 from evermesh.runtime.on_or_off import or_default
@@ -107,6 +108,12 @@ class JobConfig(BaseModel):
     """Folder for these copies, on a disk that every node has of its own; by default below ``/var/tmp``."""
     requeue_on_term: bool = False
     """End with 75 (requeue) instead of 143 after SIGTERM."""
+    isolation: Isolation = IsolationConfig()
+    """What is done about nodes that evidence speaks against: off, advise (decisions are told), act (they are carried out),
+    or numbers of one's own."""
+    cluster: str | None = None
+    """Folder or URL of the cluster store, which keeps evidence about nodes and cordons beyond jobs; None: what
+    EVERMESH_CLUSTER says when the job is launched, else a folder of this user."""
     train: TrainConfig
     """What the workers compute."""
 

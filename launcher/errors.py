@@ -14,6 +14,8 @@
         ├── ResumeRefused    (ValueError)       a run cannot go on the way it was asked to
         ├── RelayoutRefused  (ValueError)       a running job cannot go on with another layout
         ├── ListenInvalid    (ValueError)       nothing can be served at an address
+        ├── ClusterRequestInvalid (ValueError)  what is asked of the cluster store is wrong, or not known there
+        ├── DrainRefused     (ValueError)       a job cannot go on without a node
         ├── RunUnusable      (OSError)          the directory of a run cannot be made
         ├── DevicesMissing   (RuntimeError)     the machine has fewer devices than the job has workers
         ├── StoppedAtOnce    (RuntimeError)     a second signal came before the first was answered
@@ -117,6 +119,14 @@ class RelayoutRefused(LauncherError, ValueError):
 
 class ListenInvalid(LauncherError, ValueError):
     """Nothing can be served at an address."""
+
+
+class ClusterRequestInvalid(LauncherError, ValueError):
+    """What is asked of the cluster store is wrong, or nothing is known there of what it is about."""
+
+
+class DrainRefused(LauncherError, ValueError):
+    """A running job cannot go on without the node that it is to leave; it goes on as it is."""
 
 
 class RunUnusable(LauncherError, OSError):

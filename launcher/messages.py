@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter
 
+from evermesh.fault.cluster.identity import NodeIdentity
 from evermesh.fault.health.verdicts import Verdict
 from evermesh.launcher.config import HangConfig
 from evermesh.launcher.policy import Failure
@@ -126,6 +127,8 @@ class Hello(_Message):
     """Host and port where it serves numbers of its node; None: it does not."""
     verdicts: tuple[Verdict, ...] = ()
     """What was found out about the health of the node, all of it."""
+    identity: NodeIdentity | None = None
+    """As the cluster store knows it."""
 
 
 class Beat(_Message):
@@ -402,6 +405,15 @@ class ChangeLayout(_Message):
     changes: dict[str, JsonValue]
 
 
+class Speeds(_Message):
+    """From the next batch that is planned, count with these speeds."""
+
+    kind: Literal["speeds"] = "speeds"
+    generation: int
+    speeds: dict[int, float]
+    """By rank, 1 being nominal; all others are nominal."""
+
+
 class End(_Message):
     """End all ranks at once; before that, with ``stacks_because``, write down what they are doing."""
 
@@ -435,6 +447,7 @@ ToAgent = Annotated[
     | Start
     | Ask
     | ChangeLayout
+    | Speeds
     | End
     | WriteStacks
     | ReadRings

@@ -26,6 +26,7 @@ from typing import Literal, Self
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError
 
 from evermesh.checkpoint.stores.places import Place
+from evermesh.fault.cluster.store import cluster_place
 from evermesh.launcher.config import JobConfig
 from evermesh.launcher.errors import JobFileInvalid, RunAlive, RunNotFound, RunUnusable
 from evermesh.launcher.job_file import load_job, write_job
@@ -78,7 +79,8 @@ class Run:
             raise _unusable(config.runs, error) from error
         try:
             run.logs.mkdir()
-            run.write_config(config.model_copy(update={"name": run.name}))
+            settled = {"name": run.name, "cluster": str(cluster_place(config.cluster))}
+            run.write_config(config.model_copy(update=settled))
             run.write_state(RunState(state="created", workers=config.workers))
         except OSError as error:
             shutil.rmtree(run.directory, ignore_errors=True)

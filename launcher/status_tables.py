@@ -61,8 +61,9 @@ def nodes_table(nodes: Sequence[NodeStatus]) -> Table:
         lease = "" if node.lease_left_s is None else f"{node.lease_left_s:.1f} s"
         memory = "" if node.memory_free_bytes is None else f"{node.memory_free_bytes / 2**30:.1f} GiB"
         ranks = "spare" if node.is_spare else _ranges(node.ranks)
+        aside = " [yellow]aside[/]" if node.aside is not None else ""
         table.add_row(
-            node.node, coloured(node.state), node.host, node.address, str(node.pid or ""), lease, ranks, memory
+            node.node, coloured(node.state) + aside, node.host, node.address, str(node.pid or ""), lease, ranks, memory
         )
     return table
 
@@ -159,6 +160,9 @@ def _show_living(run: Run, as_json: bool) -> None:
         console.print(status.lost_rack, style="yellow", markup=False, highlight=False, soft_wrap=True)
     for line in findings_lines(status):
         console.print(line, soft_wrap=True)
+    for node in status.nodes:
+        if node.aside is not None:
+            console.print(f"aside: {node.aside}", style="yellow", markup=False, highlight=False, soft_wrap=True)
     print_table(nodes_table(status.nodes))
     print_table(ranks_table(status.ranks))
     console.print(

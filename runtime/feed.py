@@ -50,7 +50,8 @@ class BatchFeed:
     one thread, one batch ahead; leaving the ``with`` block ends it. The thread also lets ``calibration`` exchange what it
     has measured, behind the plan of a batch; its planner is then the one here. ``steps`` are those of the whole run,
     whose last batch holds all that waits; None: the run has no end. ``again`` says what the batch of a step begins with,
-    because it is tried again; it is asked when that batch is begun, so at the start of the step before.
+    because it is tried again; it is asked when that batch is begun, so at the start of the step before. ``before_plan`` is
+    called before each batch is begun, while none is being planned.
     """
 
     def __init__(
@@ -64,10 +65,11 @@ class BatchFeed:
         calibration: OnlineCalibration | None = None,
         steps: int | None = None,
         again: Callable[[int], Sequence[SequenceRef]] = lambda _: (),
+        before_plan: Callable[[], None] = lambda: None,
     ) -> None:
         self.sampler, self.corpora, self.planner, self.layout, self.control = sampler, corpora, planner, layout, control
         self.readers = readers or Communicator()
-        self.calibration, self.steps, self._again = calibration, steps, again
+        self.calibration, self.steps, self._again, self._before_plan = calibration, steps, again, before_plan
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="batch-feed")
         self._next = self._begin(())
 
@@ -114,6 +116,7 @@ class BatchFeed:
 
     def _begin(self, measured: Sequence[Measured]) -> Future[PlannedBatch]:
         """Start the next batch; the one before it is done."""
+        self._before_plan()
         return self._thread.submit(self._prepare, measured, self._again(self.control.moment.step + 1))
 
     def _prepare(self, measured: Sequence[Measured], again: Sequence[SequenceRef]) -> PlannedBatch:

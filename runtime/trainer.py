@@ -40,6 +40,7 @@ from evermesh.runtime.reporting import Agreed, Asked, Reporter, StepOutcome
 from evermesh.runtime.saves import Saves
 from evermesh.runtime.schedule import learning_rate
 from evermesh.runtime.snapshots import RunSnapshots
+from evermesh.runtime.speeds import RankSpeeds
 from evermesh.runtime.starting import begin
 from evermesh.runtime.state import Progress, TrainingState
 from evermesh.runtime.stopwatch import Stopwatch
@@ -122,6 +123,7 @@ class Trainer:
         self.guard = StepGuard(config.guard, config.max_skipped_steps, self.progress, config.seed, config.steps)
         self.compiled = Compiled()
         self._planner = planner
+        self.speeds = RankSpeeds(self)
         is_restored = resume or (keeping is not None and keeping.generation > 1)  # most likely
         self.build(config, initialize=not is_restored)
         self.rank, self.workers = self.groups.world.rank, self.groups.world.size
@@ -240,6 +242,7 @@ class Trainer:
             self.calibration,
             self.config.steps,
             self.guard.retries.due,
+            self.speeds.apply,
         )
 
     def _calibration(self) -> OnlineCalibration | None:

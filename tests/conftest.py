@@ -1,11 +1,27 @@
 """What holds for all tests: in continuous integration an unexpected skip is a failure."""
 
 import os
+import shutil
+import tempfile
 
 import pytest
 
 _EXPECTED_SKIPS = ("not permitted here (unshare",)
 """Parts of reasons with which a test may be skipped in continuous integration: what the kernel forbids."""
+
+
+_STORES = pytest.StashKey[str]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Jobs of tests know nothing of nodes of other jobs, and tell nobody of theirs."""
+    config.stash[_STORES] = tempfile.mkdtemp(prefix="evermesh-cluster-")
+    os.environ["EVERMESH_CLUSTER"] = config.stash[_STORES]
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Nothing is left of it."""
+    shutil.rmtree(config.stash[_STORES], ignore_errors=True)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

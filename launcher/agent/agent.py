@@ -17,6 +17,7 @@ from typing import Any
 import psutil
 from pydantic import ValidationError
 
+from evermesh.fault.cluster.identity import identity_of
 from evermesh.launcher.agent import warm
 from evermesh.launcher.agent.candidate import Candidate
 from evermesh.launcher.agent.guests import Guests
@@ -62,6 +63,7 @@ from evermesh.launcher.messages import (
     RankBeat,
     Rebuild,
     Report,
+    Speeds,
     Start,
     Started,
     StoreOpened,
@@ -151,6 +153,7 @@ class Agent:
                 is_head=self.spec.is_head,
                 metrics=self._numbers.at,
                 verdicts=self._health.verdicts,
+                identity=identity_of(self.spec.node, self.spec.address),
             )
         )
         if self._group and not self._group.outcome.is_over:
@@ -190,6 +193,8 @@ class Agent:
                 self._group.ask(message.what)
             case ChangeLayout() if self._group:
                 self._group.change_layout(message.changes)
+            case Speeds() if self._group:
+                self._group.change_speeds(message.speeds)
             case End():
                 self._end(message)
             case WriteStacks() if self._group:

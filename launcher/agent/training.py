@@ -69,6 +69,7 @@ def train(
     )
     expecting = Expecting(trainer, worker.send) if worker.rank == 0 and worker.ring is not None else None
     trainer.groups.moment.watch = worker.reach if expecting is None else lambda point: _reach(worker, expecting, point)
+    trainer.speeds.told = worker.speeds
     if recorder is not None:
         recorder.follow(trainer.groups.moment)
     result = trainer.fit()

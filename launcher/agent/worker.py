@@ -1,8 +1,8 @@
 """One worker process: its pipe to the agent, its watchdog, its log.
 
 Messages are JSON objects with a ``kind``. Worker to agent: ``report``, ``plan``, ``done``, ``failed``. Agent to worker:
-``save``, ``stop``, ``regroup``, ``change layout``. The pipe is also a life line: when it closes the agent is gone, and so is
-the worker. The warm process is another: it ends with the agent, and the kernel kills its children then.
+``save``, ``stop``, ``regroup``, ``change layout``, ``speeds``. The pipe is also a life line: when it closes the agent is
+gone, and so is the worker. The warm process is another: it ends with the agent, and the kernel kills its children then.
 """
 
 import faulthandler
@@ -93,6 +93,7 @@ class Worker:
         self.ring = spec.ring
         self._board = Board(Path(spec.board)) if spec.board else None
         self._asked: deque[Literal["save", "stop", "regroup"] | dict[str, Any]] = deque()
+        self._speeds: dict[int, float] | None = None
         self._last_plan_s = -math.inf
         self._recent_s: deque[float] = deque(maxlen=_RECENT_STEPS)
         self._slot = Slot(spec.generation, os.getpid(), 0, 0.0, 0.0)
@@ -133,6 +134,11 @@ class Worker:
             return "stop"
         return self._asked.popleft() if self._asked else None
 
+    def speeds(self) -> dict[int, float] | None:
+        """How fast ranks are by now, those that are not nominal; None: nothing new was told since the last call."""
+        told, self._speeds = self._speeds, None
+        return told
+
     def send(self, message: dict[str, Any]) -> None:
         """Send one message; the agent being gone is the watchdog's business."""
         self._connection.send_bytes(json.dumps(message).encode())
@@ -152,7 +158,10 @@ class Worker:
             while True:
                 message = json.loads(self._connection.recv_bytes())
                 self.log(f"asked to {message['kind']}")
-                self._asked.append(message.get("changes", message["kind"]))
+                if message["kind"] == "speeds":
+                    self._speeds = {int(rank): speed for rank, speed in message["speeds"].items()}
+                else:
+                    self._asked.append(message.get("changes", message["kind"]))
         except (EOFError, OSError):
             os._exit(EXIT_AGENT_GONE)
 

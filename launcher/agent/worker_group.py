@@ -124,6 +124,10 @@ class WorkerGroup:
         """Ask all workers likewise to go on with these changes to their layout."""
         self._send_all({"kind": "change layout", "changes": changes})
 
+    def change_speeds(self, speeds: dict[int, float]) -> None:
+        """Tell all workers how fast ranks are; the one that plans counts with it."""
+        self._send_all({"kind": "speeds", "speeds": speeds})
+
     def give_up(self, rank: int, how: str) -> None:
         """End every worker, because the attempt cannot go on and nobody else can say so; ``rank`` is not to blame."""
         self._fail(Failure(rank=rank, time_s=time.monotonic(), how=how, cause="froze", peer_lost=True))

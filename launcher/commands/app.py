@@ -15,6 +15,7 @@ from evermesh.launcher.commands import (
     jobs,
     layout,
     metrics,
+    nodes,
     plan,
     records,
     report,
@@ -41,8 +42,11 @@ app.command("top", epilog=watching.TOP_EXAMPLES)(watching.top)
 app.command("logs", epilog=watching.LOGS_EXAMPLES)(watching.logs)
 app.command("records", epilog=records.EXAMPLES)(records.records)
 app.command("report", epilog=report.EXAMPLES)(report.report)
-app.command("nodes", epilog=watching.NODES_EXAMPLES)(watching.nodes)
 app.command("metrics", epilog=metrics.EXAMPLES)(metrics.metrics)
+app.command("nodes", epilog=nodes.NODES_EXAMPLES)(nodes.nodes)
+app.command("cordon", epilog=nodes.CORDON_EXAMPLES)(nodes.cordon)
+app.command("uncordon", epilog=nodes.UNCORDON_EXAMPLES)(nodes.uncordon)
+app.command("drain", epilog=nodes.DRAIN_EXAMPLES)(nodes.drain)
 app.command("dashboard", epilog=watching.DASHBOARD_EXAMPLES)(watching.dashboard)
 app.command("relayout", epilog=watching.RELAYOUT_EXAMPLES)(watching.relayout)
 app.command("stop", epilog=watching.STOP_EXAMPLES)(watching.stop)

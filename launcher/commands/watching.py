@@ -1,4 +1,4 @@
-"""``evermesh status``, ``top``, ``logs``, ``nodes``, ``dashboard``, ``relayout`` and ``stop``: jobs started anywhere."""
+"""``evermesh status``, ``top``, ``logs``, ``dashboard``, ``relayout`` and ``stop``: jobs started anywhere."""
 
 import json
 import signal
@@ -26,10 +26,6 @@ TOP_EXAMPLES = """[bold]Examples[/]
   evermesh top
 
   evermesh top quickstart --once > now.txt"""
-
-NODES_EXAMPLES = """[bold]Examples[/]
-
-  evermesh nodes quickstart --json"""
 
 DASHBOARD_EXAMPLES = """[bold]Examples[/]
 
@@ -111,24 +107,6 @@ def logs(
     if stacks:
         ask_for_stacks(found)
     print_logs(log_files(found, ranks=rank, stacks=stacks, control=control), lines, follow=follow)
-
-
-def nodes(
-    job: Job = None,
-    runs: Runs = Path("runs"),
-    as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a table.")] = False,
-) -> None:
-    """List the nodes of a job: host, state, lease, ranks, free memory."""
-    from evermesh.launcher.client import Client
-    from evermesh.launcher.finding import find_run
-    from evermesh.launcher.status_tables import nodes_table
-    from evermesh.launcher.terminal import print_table
-
-    found = Client(find_run(job, runs), patience_s=1.0).status().nodes
-    if as_json:
-        print(json.dumps([node.model_dump(mode="json") for node in found], indent=1))
-    else:
-        print_table(nodes_table(found))
 
 
 def dashboard(job: Job = None, runs: Runs = Path("runs")) -> None:

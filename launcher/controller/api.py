@@ -21,6 +21,7 @@ from evermesh.launcher.controller.guard import Guard
 from evermesh.launcher.controller.journal import JournalIndex
 from evermesh.launcher.controller.reporting import job_status
 from evermesh.launcher.controller.status import JobStatus
+from evermesh.launcher.errors import DrainRefused
 from evermesh.launcher.messages import FromAgentAdapter, Hello
 from evermesh.parallelism.layout import Layout
 
@@ -56,6 +57,16 @@ class RelayoutRequest(BaseModel):
         if unknown:
             raise ValueError(f"a layout has no {', '.join(unknown)}; it has {', '.join(Layout.model_fields)}")
         return changes
+
+
+class DrainRequest(BaseModel):
+    """The job is to go on without a node."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    node: str = Field(min_length=1)
+    by: str = Field(min_length=1, max_length=_LONGEST_ERROR)
+    because: str = Field(max_length=_LONGEST_ERROR)
 
 
 def make_app(controller: Controller, token: str) -> Guard:
@@ -111,6 +122,13 @@ def _people(controller: Controller) -> APIRouter:
     @router.post("/relayout", status_code=202)
     async def relayout(request: RelayoutRequest) -> None:
         controller.change_layout(request.changes)
+
+    @router.post("/drain")
+    async def drain(request: DrainRequest) -> Response:
+        try:
+            return _json({"node": controller.drain(request.node, request.by, request.because)})
+        except DrainRefused as error:
+            return Response(json.dumps({"detail": str(error)}), 409, media_type="application/json")
 
     @router.post("/stacks", status_code=202)
     async def stacks() -> None:

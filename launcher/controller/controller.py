@@ -16,6 +16,7 @@ from evermesh.launcher.controller.aftermath import count_failed
 from evermesh.launcher.controller.attempt_memory import AttemptMemory
 from evermesh.launcher.controller.health import Health
 from evermesh.launcher.controller.in_memory import newest_of
+from evermesh.launcher.controller.isolation import Isolation
 from evermesh.launcher.controller.job import Job
 from evermesh.launcher.controller.journal import Journal
 from evermesh.launcher.controller.layout_choice import LayoutChoice
@@ -80,6 +81,8 @@ class Controller:
         self._rescue, self._layouts = Rescue(self.job), LayoutChoice(self.job)
         self.watch = Watch(self.job)
         self.health = Health(self.job)
+        self.isolation = Isolation(self.job)
+        self.health.listeners.append(self.isolation.on_verdicts)
         self._changed = asyncio.Event()
 
     # what happens
@@ -149,6 +152,7 @@ class Controller:
                 self.stop(message.signal, at_once=False, grace_s=self.config.grace_s)
             case Noticed():
                 self._scribe.tell(message.event, f"{node.name}: {message.text}", node=node.name)
+                self.isolation.on_noticed(node.name, message.event, message.text)
             case HealthTold():
                 self.health.take(node, message.verdicts)
             case KeeperTells() if message.generation == self.generation:
@@ -184,6 +188,11 @@ class Controller:
         told = ", ".join(f"{name} {value}" for name, value in changes.items())
         self._scribe.note("relayout", f"asked for another layout: {told}", changes=changes)
         self.job.tell(ChangeLayout(generation=self.generation, changes=changes))
+
+    def drain(self, node: str, by: str, because: str) -> str:
+        """Have the job go on without a node; returns what it calls that. Raises ``DrainRefused`` if it cannot."""
+        self._changed.set()
+        return self.isolation.drain(node, by, because)
 
     def write_stacks(self) -> None:
         """Have every rank write down what it is doing."""
@@ -228,6 +237,7 @@ class Controller:
                 await asyncio.sleep(_WRITE_AGAIN_S)
             if self.state not in ENDED:
                 await self._sleep()
+        await asyncio.to_thread(self.isolation.close)
         await self._roster.dismiss()
         return self.record.exit_code or 0
 
@@ -261,6 +271,8 @@ class Controller:
         if self._roster.is_finding_out():
             return
         count_failed(self.job)
+        self.isolation.on_findings(self.watch.findings)  # one that lasts is evidence again
+        self.isolation.look()
         self._memory.look()
         if self.life is not None and not self.life.is_ending and not self.life.is_started:
             self._start_ranks()
@@ -268,7 +280,7 @@ class Controller:
         while (transition := decide(self.job.view())) is not None:
             if self._is_in_memory_alone(transition) and self._is_rescuing():
                 return
-            if transition.to == "starting" and self._memory.is_looking:
+            if transition.to == "starting" and (self._memory.is_looking or self.isolation.is_looking):
                 return
             self._carry_out(transition)
         self._layouts.look()
@@ -316,7 +328,8 @@ class Controller:
 
     def _begin_attempt(self, reason: str) -> None:
         before = self.life.nodes if self.life else ()
-        nodes = choose_nodes(self.nodes.states(), size_of_attempt(self.job.view()) or self.config.nodes, before)
+        view = self.job.view()
+        nodes = choose_nodes(view.usable, size_of_attempt(view) or self.config.nodes, before)
         assert nodes is not None, "the machine starts no attempt without nodes"
         nodes = self.job.in_order(nodes)
         self._scribe.generation = self.generation + 1

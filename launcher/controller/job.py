@@ -59,6 +59,8 @@ class Job:
         self.life = Life.from_record(self.record, config)
         self._since_s = time.monotonic()
         """When it came into its state."""
+        self.aside: dict[str, str] = {}
+        """Nodes that no other attempt is to use, and why."""
         self._size: int | None = None
         """Nodes that an attempt could have now, and since when."""
         self._size_since_s = time.monotonic()
@@ -103,7 +105,7 @@ class Job:
 
     def in_order(self, chosen: tuple[str, ...]) -> tuple[str, ...]:
         """The nodes of the next attempt by place, apart as far as they can be."""
-        ready = [name for name, state in self.nodes.states().items() if state == "ready"]
+        ready = [name for name, state in self.view().usable.items() if state == "ready"]
         racks, groups = self.nodes.racks(self.config.racks), job_groups(self.config, len(chosen))
         return place_nodes(chosen, self.life.nodes if self.life else (), ready, racks, groups)
 
@@ -150,4 +152,6 @@ class Job:
             shrink_after_s=self.config.shrink_after_s,
             grow_after_s=self.config.grow_after_s,
             size_since_s=self._size_since_s,
+            aside=self.aside,
+            leaving=frozenset(self.record.drained),
         )

@@ -7,7 +7,7 @@ None; the controller writes each answer into its journal before it carries it ou
 import math
 import signal
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from evermesh.launcher.controller.status import JobState
@@ -96,6 +96,15 @@ class JobView:
     """How long nodes must have been there until an attempt ends for them; None: it does not."""
     size_since_s: float = 0.0
     """Monotonic clock: since when an attempt could be as large as now."""
+    aside: Mapping[str, str] = field(default_factory=dict)
+    """Nodes that no other attempt is to use, and why."""
+    leaving: frozenset[str] = frozenset()
+    """Of these, those that an attempt which uses them is to leave, behind a step."""
+
+    @property
+    def usable(self) -> dict[str, NodeState]:
+        """State of the nodes that attempts may have."""
+        return {node: state for node, state in self.nodes.items() if node not in self.aside}
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +137,7 @@ def exit_code(view: JobView) -> int:
 
 def size_of_attempt(view: JobView) -> int | None:
     """The number of nodes that the next attempt may have, of those that are ready; None: too few."""
-    ready = sum(state == "ready" for state in view.nodes.values())
+    ready = sum(state == "ready" for state in view.usable.values())
     return next((count for count in (view.nodes_needed, *view.fewer_nodes) if count <= ready), None)
 
 
@@ -153,7 +162,9 @@ def _place(view: JobView) -> Transition | None:
         return Transition("stopped", "stopped before it could start", exit_code(view))
     if view.refusal is not None:
         return Transition("failed", view.refusal, 1)
-    ready = sum(state == "ready" for state in view.nodes.values())
+    if (reason := _too_few(view)) is not None:
+        return Transition("failed", reason, REQUEUE)
+    ready = sum(state == "ready" for state in view.usable.values())
     may_start = view.attempt is None or _is_over(view, view.attempt)
     if ready >= view.nodes_needed and may_start:
         return Transition("starting", f"{ready} of {view.nodes_needed} nodes are ready")
@@ -165,8 +176,8 @@ def _place(view: JobView) -> Transition | None:
     if view.now_s - view.since_s > view.join_timeout_s:
         reason = (
             f"{ready} of {view.nodes_needed} nodes were there after {view.join_timeout_s:g} s (join_timeout_s)."
-            f"{view.shortage and ' '}{view.shortage} Wait for nodes and resume the run, or resume it with fewer --nodes and "
-            "--workers."
+            f"{view.shortage and ' '}{view.shortage}{_told_aside(view)} Wait for nodes and resume the run, or resume it with "
+            "fewer --nodes and --workers."
         )
         return Transition("failed", reason, REQUEUE)
     return None
@@ -183,7 +194,35 @@ def _train(view: JobView) -> Transition | None:
         return Transition("stopping", f"asked to stop by {signal.Signals(view.stop.signal).name}")
     if view.state == "starting" and attempt.has_stepped:
         return Transition("training", "the first step is finished")
-    return _grow(view, attempt) if view.state == "training" else None
+    return (_leave(view, attempt) or _grow(view, attempt)) if view.state == "training" else None
+
+
+def _too_few(view: JobView) -> str | None:
+    """Why a job need not wait for nodes at all: all are there, and too many of them are set aside."""
+    is_waiting = any(state != "ready" for state in view.nodes.values())
+    if not view.aside or view.attempt is not None or is_waiting or size_of_attempt(view) is not None:
+        return None
+    least = min((view.nodes_needed, *view.fewer_nodes))
+    why = "; ".join(view.aside.values())
+    return (
+        f"{len(view.usable)} of {len(view.nodes)} nodes may be used, but the job needs {least}: {why}. Use other nodes or "
+        "fewer of them, or allow these again with `evermesh uncordon NODE`."
+    )
+
+
+def _told_aside(view: JobView) -> str:
+    return f" {'; '.join(view.aside.values())}." if view.aside else ""
+
+
+def _leave(view: JobView, attempt: Attempt) -> Transition | None:
+    """End an attempt behind a step, to go on without nodes that it is to leave, once others are there."""
+    leaving = [node for node in attempt.nodes if node in view.leaving]
+    size = size_of_attempt(view)
+    if not leaving or size is None:
+        return None
+    told = "; ".join(view.aside[node] for node in leaving)
+    others = f"going on with {size} of {view.nodes_needed} nodes, without {', '.join(leaving)}"
+    return Transition("regrouping", f"{told}: {others}")
 
 
 def _grow(view: JobView, attempt: Attempt) -> Transition | None:
@@ -263,7 +302,7 @@ def _recover(view: JobView) -> Transition | None:
     if view.stop is not None:
         reason = "stopped at once, for it failed; steps after the last checkpoint are lost"
         return Transition("stopped", reason, exit_code(view))
-    if choose_nodes(view.nodes, view.nodes_needed, attempt.nodes) is None:
+    if choose_nodes(view.usable, view.nodes_needed, attempt.nodes) is None:
         return Transition("waiting", f"{answer.reason}; too few nodes")
     return Transition("starting", answer.reason)
 

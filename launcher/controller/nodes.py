@@ -8,6 +8,7 @@ from typing import NamedTuple, Protocol
 
 from pydantic import BaseModel
 
+from evermesh.fault.cluster.identity import NodeIdentity
 from evermesh.fault.health.verdicts import Verdict
 from evermesh.launcher.controller.leases import LEASE_S, NodeSigns, node_state
 from evermesh.launcher.controller.machine import NodeState
@@ -72,6 +73,9 @@ class Node:
         """What speaks against using it, in sentences; empty if nothing does."""
         return " ".join(verdict.told for verdict in self.verdicts if verdict.state == "bad")
 
+    identity: NodeIdentity | None = None
+    """As the cluster store knows it."""
+
     @property
     def room_bytes(self) -> int:
         """For more snapshots: what is left of shared memory, which may be promised more than there is memory."""
@@ -118,7 +122,7 @@ class Nodes:
 
     def expect(self, name: str) -> None:
         """Count ``name`` as joining: an agent was started for it. A keeper may have outlived the one before."""
-        self._nodes[name] = Node(name, keeper=self[name].keeper)
+        self._nodes[name] = Node(name, keeper=self[name].keeper, identity=self[name].identity)
 
     def states(self) -> dict[str, NodeState]:
         """State of every node, in the order in which they were named."""
@@ -136,6 +140,7 @@ class Nodes:
         node.host, node.address, node.pid = hello.host, hello.address, hello.pid
         node.shared_memory_bytes = hello.shared_memory_bytes
         node.seat, node.is_head, node.metrics = hello.seat, hello.is_head, hello.metrics
+        node.identity = hello.identity or NodeIdentity(name=f"{hello.host}/{hello.node}")
         node.state = "ready"
         node.hear()
         self.guests = {name: found for name, found in self.guests.items() if name.node != hello.node}
@@ -190,7 +195,7 @@ class Nodes:
         return node.state if stays.get(node.state, False) else found
 
 
-def node_status(node: Node, ranks: tuple[int, ...], is_spare: bool) -> NodeStatus:
+def node_status(node: Node, ranks: tuple[int, ...], is_spare: bool, aside: str | None = None) -> NodeStatus:
     """What is told about ``node``."""
     left_s = None if node.state == "joining" else max(0.0, node.heard_s + LEASE_S - time.monotonic())
     return NodeStatus(
@@ -199,7 +204,9 @@ def node_status(node: Node, ranks: tuple[int, ...], is_spare: bool) -> NodeStatu
         address=node.address,
         pid=node.pid,
         state=node.state,
-        is_spare=is_spare,
+        is_spare=is_spare and aside is None,
+        known_as=node.identity.name if node.identity is not None else None,
+        aside=aside,
         lease_left_s=left_s,
         ranks=ranks,
         memory_free_bytes=node.memory_free_bytes,

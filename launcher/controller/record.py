@@ -12,6 +12,17 @@ from evermesh.launcher.controller.status import JobState
 from evermesh.launcher.policy import FailedAttempt
 
 
+@dataclass(frozen=True, slots=True)
+class Drained:
+    """A node that the job is to leave, or has left."""
+
+    because: str
+    since_s: float
+    """Wall clock, seconds since 1970."""
+    by: str | None = None
+    """Who wanted that; None: the policy."""
+
+
 @dataclass(slots=True)
 class Record:
     """The job as the journal tells it, since the last launch."""
@@ -37,6 +48,10 @@ class Record:
     """Of the controller; 0 where nobody could take over."""
     pids: dict[str, int] = field(default_factory=dict)
     """Agents by node."""
+    drained: dict[str, Drained] = field(default_factory=dict)
+    """Nodes that the job is to leave."""
+    isolated_s: list[float] = field(default_factory=list)
+    """When the job has set nodes aside by itself, seconds since 1970."""
     started_s: float = field(default_factory=time.time)
 
 
@@ -67,12 +82,26 @@ def _apply(record: Record, entry: Entry) -> None:
         case "attempt failed":
             record.history.append(FailedAttempt.model_validate(fields))
             record.is_counted = True
+        case "isolation":
+            _take_isolation(record, entry)
         case "stop":
             record.stop = _read_stop(fields)
         case "term":
             record.term = fields["term"]
         case "node":
             record.pids[fields["node"]] = fields["pid"]
+
+
+def _take_isolation(record: Record, entry: Entry) -> None:
+    """A node is set aside, or may be used again."""
+    node, action = str(entry.fields["node"]), entry.fields["action"]
+    if action == "return":
+        record.drained.pop(node, None)
+    elif action in ("drain", "replace") and entry.fields["carried_out"]:
+        by = entry.fields["by"]
+        record.drained[node] = Drained(entry.reason, entry.time_s, None if by is None else str(by))
+        if by is None:
+            record.isolated_s.append(entry.time_s)
 
 
 def _read_stop(fields: Mapping[str, Any]) -> Stop:

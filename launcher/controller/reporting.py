@@ -31,7 +31,12 @@ def job_status(controller: "Controller") -> JobStatus:
         max_restarts=config.restarts,
         workers=life.world_size if life else config.workers,
         nodes=tuple(
-            node_status(node, life.ranks_of(node.name) if life else (), bool(members) and node.name not in members)
+            node_status(
+                node,
+                life.ranks_of(node.name) if life else (),
+                bool(members) and node.name not in members,
+                controller.job.aside.get(node.name),
+            )
             for node in controller.nodes
         ),
         ranks=tuple(_rank_status(life, rank, node) for node in members for rank in life.ranks_of(node)) if life else (),

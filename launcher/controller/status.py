@@ -53,6 +53,10 @@ class NodeStatus(_Frozen):
     state: Literal["joining", "ready", "refused", "cut off", "lost"]
     """``refused``: it is not fit for a job; ``cut off``: its agent is not heard, but training goes on."""
     is_spare: bool = False
+    known_as: str | None = None
+    """In the cluster store: HOST/PLACE."""
+    aside: str | None = None
+    """Why the job uses it no more, or not again; None: it may."""
     lease_left_s: float | None = None
     """Seconds until it counts as lost, unless its agent is heard; None before it joined."""
     ranks: tuple[int, ...] = ()

@@ -1,12 +1,14 @@
 """What the controller tells people about failures and what follows from them."""
 
 import signal
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from evermesh.launcher.policy import root_cause
 from evermesh.launcher.run_directory import Run
 
 if TYPE_CHECKING:
+    from evermesh.fault.cluster.records import Cordon
     from evermesh.launcher.config import JobConfig
     from evermesh.launcher.controller.life import Life
     from evermesh.launcher.controller.record import Record
@@ -36,6 +38,16 @@ def going_on(text: str, step: int | None, reason: str, *, is_in_memory: bool = F
     place = f"step {step}" if step is not None else "the beginning, there is no checkpoint yet"
     place += ", which is in memory," if is_in_memory else ""
     return f"{text.splitlines()[0]} Going on from {place} ({reason})."
+
+
+def told_cordon(name: str, cordon: "Cordon") -> str:
+    """Which node is cordoned, by whom, why, and until when."""
+    until = (
+        f", until {datetime.fromtimestamp(cordon.until_s, UTC):%Y-%m-%d %H:%M} UTC"
+        if cordon.until_s is not None
+        else ""
+    )
+    return f"{name} ({cordon.node}) is cordoned by {cordon.by}: {cordon.because}{until}"
 
 
 def last_words(

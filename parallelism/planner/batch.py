@@ -105,7 +105,9 @@ class HybridPlanner:
 
     def __init__(self, layout: Layout, cost_model: CostModel, pool: Pool | None = None) -> None:
         self.layout, self.cost_model, self.pool = layout, cost_model, pool
+        self.speeds_version = 0
+        """Raised by whoever changes the speeds of the pool."""
 
     def plan(self, lengths: Sequence[int]) -> BatchPlan:
         """The plan of a batch; see ``plan_batch``."""
-        return plan_batch(lengths, self.layout, self.cost_model, pool=self.pool)
+        return plan_batch(lengths, self.layout, self.cost_model, pool=self.pool, speeds_version=self.speeds_version)

@@ -125,7 +125,7 @@ def launched(
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        env={**os.environ, **variables},
+        env={**os.environ, "EVERMESH_CLUSTER": str(job_file.with_name("cluster")), **variables},
     ) as process:
         job = Job(process, Run(job_file.parent / "runs" / name))
         try:

@@ -336,10 +336,20 @@ def test_two_living_jobs_are_listed_and_a_name_is_asked_for(job: Job, job_file: 
 def test_jobs_that_are_not_there_are_told_with_the_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    for command in (["stop"], ["status"], ["top"], ["nodes"], ["dashboard"], ["logs"]):
+    monkeypatch.setenv("EVERMESH_CLUSTER", str(tmp_path / "cluster"))
+    nodes = evermesh("nodes")
+    assert nodes.stdout.strip() == f"nothing is known of any node in {tmp_path / 'cluster'}", (
+        "no job is needed for that"
+    )
+    for command in (["stop"], ["status"], ["top"], ["nodes", "nonsense"], ["dashboard"], ["logs"]):
         done = evermesh(*command)
         assert done.returncode == 2, done
-        assert "there is no run in the folder runs" in done.stderr
+        expected = (
+            "there is no run nonsense in the folder runs"
+            if "nonsense" in command
+            else "there is no run in the folder runs"
+        )
+        assert expected in done.stderr
         assert "Traceback" not in done.stderr
     done = evermesh("logs", "nonsense")
     assert done.returncode == 2

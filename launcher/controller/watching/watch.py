@@ -6,7 +6,6 @@ Everything but the thinking happens in the loop of the controller; that happens 
 import importlib
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -19,7 +18,6 @@ if TYPE_CHECKING:
     from evermesh.launcher.controller.job import Job
     from evermesh.launcher.controller.watching.thinking import Said, Thinking
 
-Listener = Callable[[Sequence[Finding]], None]
 Told = Window | RingPart | PlannedWork
 _THINKING = "evermesh.launcher.controller.watching.thinking"
 _MOST_EARLY = 4096
@@ -27,12 +25,10 @@ _WATCHED = frozenset(("starting", "training", "regrouping", "stopping"))
 
 
 class Watch:
-    """Of one job. Whoever acts on findings appends a listener, which is called with those that are newly concluded, from the
-    loop of the controller."""
+    """Of one job. Whoever acts on findings looks at ``findings`` again and again."""
 
     def __init__(self, job: "Job") -> None:
         self._job = job
-        self.listeners: list[Listener] = []
         self.findings: tuple[Finding, ...] = ()
         """Those that hold now, the surest first."""
         self._thinking: Thinking | None = None
@@ -119,13 +115,13 @@ class Watch:
             print(f"nothing is concluded of this window: {type(error).__name__}: {error}", flush=True)
 
     def _tell(self, thinking: "Thinking") -> None:
-        """Write down what has begun and what is over, then tell who listens."""
-        scribe, told = self._job.scribe, list[Finding]()
+        """Write down what has begun and what is over."""
+        scribe = self._job.scribe
         try:
             while thinking.begun:
                 finding = thinking.begun[0]
                 scribe.tell("finding", finding.text, step=finding.step, finding=finding.model_dump(mode="json"))
-                told.append(thinking.begun.popleft())
+                thinking.begun.popleft()
             while thinking.over:
                 finding, lasted_s = thinking.over[0]
                 text = f"no longer, after {lasted_s:.1f} s: {finding.text}"
@@ -133,8 +129,6 @@ class Watch:
                 thinking.over.popleft()
         finally:
             self.findings = thinking.conclusions.findings
-            for listener in self.listeners if told else ():
-                listener(told)
 
     def _end(self) -> None:
         """The generation is over, or about to be."""

@@ -81,6 +81,7 @@ ALL = [
     ("POST", "/api/stop"),
     ("POST", "/api/save"),
     ("POST", "/api/relayout"),
+    ("POST", "/api/drain"),
     ("POST", "/api/stacks"),
 ]
 
@@ -110,6 +111,15 @@ def test_an_agent_without_the_token_is_refused(served: Served, token: str) -> No
     with pytest.raises(WebSocketException):
         served.agent(token)
     assert served.job.controller.nodes["node-0"].state == "joining"
+
+
+def test_a_drain_that_cannot_be_is_refused_with_the_reason_and_nonsense_with_the_place(served: Served) -> None:
+    wish = {"node": "node-7", "by": "me", "because": "fan"}
+    refused = served.ask("POST", "/api/drain", json=wish)
+    assert (refused.status_code, "has no node node-7; it has" in refused.json()["detail"]) == (409, True)
+    for wrong in ({}, wish | {"node": ""}, wish | {"because": "x" * 1000}, wish | {"at": "once"}):
+        assert served.ask("POST", "/api/drain", json=wrong).status_code == 422
+    assert not served.job.controller.job.record.drained
 
 
 def test_two_headers_of_which_one_is_right_are_refused(served: Served) -> None:

@@ -2,6 +2,7 @@
 
 import signal
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -10,11 +11,12 @@ from hypothesis import strategies as st
 
 from evermesh.launcher.controller.journal import Entry, read_journal
 from evermesh.launcher.controller.status import ENDED
+from evermesh.launcher.errors import DrainRefused
 from tests.launcher.controller.worlds import World, world
 
 EVENTS = (
     "connect", "cut", "take", "take", "take", "beat", "step", "fail", "lose peer", "finish", "finish asked", "die",
-    "wait", "wait long", "stop", "stop at once", "save", "revive",
+    "wait", "wait long", "stop", "stop at once", "save", "revive", "drain",
 )  # fmt: skip
 NODES = ("node-0", "node-1", "node-2")
 STARTS = ("at once", "quietly", "regrouping")
@@ -49,6 +51,9 @@ def happen(job: World, event: str, node: str) -> None:
             controller.stop(signal.SIGTERM, at_once=event == "stop at once", grace_s=None)
         case "save":
             controller.save()
+        case "drain":
+            with suppress(DrainRefused):
+                controller.drain(node, "somebody", "it may be anything")
         case "revive":
             job.revive()
     job.advance({"wait": 0.3, "wait long": 3.0}.get(event, 0.0))

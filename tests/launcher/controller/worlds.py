@@ -243,6 +243,7 @@ class World:
         """Nodes whose agents do not come."""
         self.address = "127.0.0.1"
         self.journal = Journal(run.journal)
+        self.controllers: list[Controller] = []
         self.controller = self._control()
 
     def revive(self) -> None:
@@ -300,6 +301,7 @@ class World:
 
     def _control(self) -> Controller:
         controller = Controller(self.run, self.config, self.journal, self)
+        self.controllers.append(controller)
         controller._take_over()
         return controller
 
@@ -310,7 +312,7 @@ def world(**changes: Any) -> Iterator[World]:
     shared = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=shared if shared.is_dir() else None) as folder:
         values = {
-            "runs": folder, "workers": 2, "nodes": 2, "spares": 1, "restarts": 50,
+            "runs": folder, "cluster": f"{folder}/cluster", "workers": 2, "nodes": 2, "spares": 1, "restarts": 50,
             "train": {
                 "model": {"hidden": 16, "layers": 1, "heads": 2, "kv_heads": 1, "ffn": 32},
                 "data": {"sources": [{"kind": "corpus", "path": "nowhere"}], "context": 256, "batch_tokens": 1024},
@@ -329,3 +331,5 @@ def world(**changes: Any) -> Iterator[World]:
                 yield made[0]
             finally:
                 made[0].journal.__exit__()
+                for controller in made[0].controllers:
+                    controller.isolation.close()  # nobody writes into a folder that is gone

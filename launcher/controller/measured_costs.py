@@ -1,0 +1,87 @@
+"""What a restart and a regrouping take in this job, and what else a decision about a node depends on."""
+
+import statistics
+import time
+from collections import deque
+
+from evermesh.fault.isolation.costs import JobCosts
+from evermesh.launcher.controller.job import Job
+from evermesh.launcher.controller.status import JobState
+
+_ASSUMED_S = 30.0
+"""Until it was measured."""
+_LOOKS = 32
+
+
+class MeasuredCosts:
+    """Measures while ``job`` runs; ``look`` is called as often as anything can have changed."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._before: JobState = job.state
+        self._since_s: float | None = None
+        self._is_planned = False
+        self._restart_s: float | None = None
+        self._regroup_s: float | None = None
+        self._ratios: dict[str, deque[float]] = {}
+
+    def look(self) -> None:
+        """Note when training ends and begins again, and how long ranks compute."""
+        state = self._job.state
+        if state != self._before and self._before == "training":
+            self._since_s, self._is_planned = time.monotonic(), state == "regrouping"
+        elif state != self._before and state == "training" and self._since_s is not None:
+            took_s, self._since_s = time.monotonic() - self._since_s, None
+            if self._is_planned:
+                self._regroup_s = took_s
+            else:
+                self._restart_s = took_s
+        elif state == "recovering":
+            self._is_planned = False
+        self._before = state
+
+    def note_computing(self) -> None:
+        """Compare the last step of the ranks of each node with those of the others."""
+        life = self._job.life
+        if life is None or self._job.state != "training" or len(life.beats) < life.world_size:
+            return
+        usual_s = statistics.median(beat.compute_s for beat in life.beats.values())
+        for node in life.nodes:
+            own_s = max(life.beats[rank].compute_s for rank in life.ranks_of(node))
+            if usual_s > 0:
+                self._ratios.setdefault(node, deque(maxlen=_LOOKS)).append(own_s / usual_s)
+
+    def forget_computing(self) -> None:
+        """What ranks do has changed: another attempt, or other speeds."""
+        self._ratios.clear()
+
+    def residual_of(self, node: str) -> float:
+        """How many times as long as others the ranks of a node computed lately; 1 where too little was seen."""
+        ratios = self._ratios.get(node, ())
+        return max(1.0, statistics.median(ratios)) if len(ratios) >= _LOOKS // 2 else 1.0
+
+    def now(self) -> JobCosts:
+        """The costs as far as they are known."""
+        job, report = self._job, self._job.last_report
+        view, life = job.view(), job.life
+        members = life.nodes if life is not None else ()
+        usable = [node for node, state in view.usable.items() if state == "ready"]
+        training = len([node for node in members if node in usable]) or min(len(usable), job.config.nodes)
+        least = min((job.config.nodes, *job.fewer_nodes))
+        return JobCosts(
+            regroup_s=self._regroup_s or self._restart_s or _ASSUMED_S,
+            restart_s=self._restart_s or self._regroup_s or _ASSUMED_S,
+            lost_work_s=self._lost_work_s(),
+            nodes=max(1, training),
+            spares=max(0, len(usable) - job.config.nodes),
+            can_shrink_by=max(0, min(training, job.config.nodes) - least),
+            horizon_s=report.time_left_s if report is not None else None,
+        )
+
+    def _lost_work_s(self) -> float:
+        """Half of what lies between two snapshots, or checkpoints where there are none."""
+        report, every = self._job.last_report, self._job.config.train.checkpoint.every
+        if report is None:
+            return 0.0
+        steps = report.snapshot.every or every or report.step
+        return steps / 2 * report.step_s
