@@ -33,10 +33,11 @@ def find_hangs(joined: Joined, standing: Standing, context: Context, spoiled: se
             waited_for[trace].append(key)
     explained = {key: waiters[key] for key in waiters if key not in crowded}
     suspects = list(_of_suspects(joined, standing, context, waited_for, explained))
+    named = {one.rank for one in suspects}
     found = [
         *suspects,
         *_of_crowds(joined, standing, waited_for, waiters, crowded),
-        *(one for one in _of_gone(joined, context, waiters) if one.rank not in {other.rank for other in suspects}),
+        *(one for one in _of_gone(joined, context, waiters) if one.rank not in named),
         *_of_unknown(joined, standing, long.values()),
         *merged(list(of_communication(joined, standing, context, waiters, spoiled))),
     ]

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from evermesh.fault.mixing import MIXER
 from evermesh.parallelism.planner.compiling import compiled
 
 FIRST, LAST, LAST_ENTERED_NS, LONGEST_NS = 0, 1, 2, 3
@@ -29,7 +30,6 @@ _SEND = 10
 _DATA, _TRAIN = 1, 3  # phases
 _LOW = np.uint64(0xFFFFFFFF)
 _BYTE = np.uint64(0xFF)
-_MIXER = np.uint64(0x9E3779B97F4A7C15)
 
 
 @compiled
@@ -80,9 +80,9 @@ def survey_rank(
             # what may differ although the work is the same: other phases
             if phase == _TRAIN:
                 what = codes[group] if group < len(codes) else np.uint64(0)
-                what ^= words[index, 4] * _MIXER
+                what ^= words[index, 4] * MIXER
                 what ^= (kinds & np.uint64(0xFFFF)) << np.uint64(7)
-                signatures[step] = (signatures[step] ^ what) * _MIXER + np.uint64(1)
+                signatures[step] = (signatures[step] ^ what) * MIXER + np.uint64(1)
         frontier = max(frontier, entered, ended)
     carried[0] = frontier
     return opened
@@ -111,10 +111,10 @@ def digest_rank(words: Any, local_groups: Any, uneven: Any, state: Any, found: A
                 count += 1
             state[group, 0], state[group, 1] = block, 0
             state[group, 2] = 1 if np.int64(number) % BLOCK == 0 else 0
-        value = number ^ kinds * _MIXER ^ (words[index, 6] & _LOW) << np.uint64(20)
+        value = number ^ kinds * MIXER ^ (words[index, 6] & _LOW) << np.uint64(20)
         if not uneven[operation]:
             value ^= words[index, 4] * np.uint64(0xC2B2AE3D27D4EB4F)
-        state[group, 1] = np.int64(np.uint64(state[group, 1]) + (value ^ value >> np.uint64(29)) * _MIXER)
+        state[group, 1] = np.int64(np.uint64(state[group, 1]) + (value ^ value >> np.uint64(29)) * MIXER)
     return count
 
 

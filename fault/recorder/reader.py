@@ -8,11 +8,13 @@ from pathlib import Path
 
 import numpy as np
 
+from evermesh.fault.process_state import ProcessState
 from evermesh.fault.recorder import ring_format as form
 from evermesh.fault.recorder.errors import RingUnreadable
 from evermesh.fault.recorder.names import Names, parse_names
 from evermesh.fault.recorder.record import NO_PEER, PHASES, RECORD
 from evermesh.fault.recorder.trace import RankTrace
+from evermesh.fault.snapshot.keeper.area import started_at
 from evermesh.parallelism.collectives import Phase
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -72,6 +74,12 @@ def read_ring(path: Path) -> tuple[RankTrace, RingState]:
     head = words.copy()
     names = _names(memory, int(words[form.NAMES_USED_AT]))
     return _trace(head, records, names, read_ns), _state(head, names)
+
+
+def process_of(trace: RankTrace, state: RingState) -> ProcessState | None:
+    """What the process that wrote a ring of this machine does now; None: it has ended."""
+    is_same = state.is_of_this_boot and started_at(trace.pid) == state.started
+    return ProcessState.of(trace.pid) if is_same else None
 
 
 def read_records(slots: np.ndarray, num_slots: int) -> np.ndarray:
