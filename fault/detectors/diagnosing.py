@@ -8,7 +8,7 @@ from evermesh.fault.detectors.clocks import estimate_offsets
 from evermesh.fault.detectors.communicating import find_slow_groups, find_slow_messages
 from evermesh.fault.detectors.context import Context
 from evermesh.fault.detectors.disagreeing import find_disagreements, spoiled_by
-from evermesh.fault.detectors.hanging import find_hangs
+from evermesh.fault.detectors.hanging import find_hangs, patient
 from evermesh.fault.detectors.joining import Joined, Survey, join, survey
 from evermesh.fault.detectors.lateness import find_late
 from evermesh.fault.detectors.matching import Matched, match
@@ -38,7 +38,8 @@ def diagnose(traces: Sequence[RankTrace], context: Context | None = None) -> Dia
     surveyed = survey(joined)
     context, matched = _aligned(joined, surveyed, context)
     wrong = find_disagreements(joined, surveyed, matched)
-    hanging = find_hangs(joined, standing_of(joined, surveyed, context), context, spoiled_by(matched))
+    standing = standing_of(joined, surveyed, context)
+    hanging = find_hangs(joined, standing, context, spoiled_by(matched))
     found = [*wrong, *(one for one in hanging if not _is_said(one, wrong))]
     slow = find_slow(joined, surveyed, context)
     slow += find_late(joined, surveyed, matched, context, {one.rank for one in slow})
@@ -48,7 +49,7 @@ def diagnose(traces: Sequence[RankTrace], context: Context | None = None) -> Dia
         found += find_slow_job(surveyed, matched)
     return Diagnosis(
         tuple(sorted(found, key=lambda one: -one.confidence)),
-        tuple(exonerated(joined, surveyed, context)),
+        (*exonerated(joined, surveyed, context), *patient(joined, standing, context)),
         len(joined.traces),
         sum(len(trace.records) for trace in joined.traces),
     )

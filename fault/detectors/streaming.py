@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from evermesh.fault.detectors import kernels
+from evermesh.fault.detectors.clock_jumps import ClockWatch
 from evermesh.fault.detectors.context import Context
 from evermesh.fault.detectors.hanging import find_hangs
 from evermesh.fault.detectors.joining import MOST_STEPS, Joined, Survey, join
@@ -35,6 +36,7 @@ class JobWatch:
     def __init__(self, context: Context | None = None) -> None:
         self.context = context or Context()
         self._joined: Joined | None = None
+        self._clocks = ClockWatch()
         self._of_slot = np.zeros((0, kernels.SLOT_COLUMNS), np.int64)
         self._of_step = np.zeros((0, MOST_STEPS, kernels.STEP_COLUMNS), np.int64)
         self._signatures = np.zeros((0, MOST_STEPS), np.uint64)
@@ -58,6 +60,7 @@ class JobWatch:
         groups = {*disagreeing.tolist(), *(group for group, _ in spoiled)}
         is_unclear = any(one.operation == UNDECIDED and standing.is_long(one) for one in standing.waiting.values())
         is_unclear |= any(one.rank is None and one.node is None for one in found)
+        found += self._clocks.look(joined.traces)
         return Seen(tuple(found), _suspicious(joined, groups, is_unclear))
 
     def _joined_of(self, ordered: Sequence[RankSummary]) -> Joined:

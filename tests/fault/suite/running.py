@@ -1,0 +1,193 @@
+"""Runs one case: starts its ranks, watches them from outside, and ends them."""
+
+import json
+import multiprocessing
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from evermesh.fault.events import Finding
+from evermesh.fault.recorder.trace import RankTrace
+from tests.fault.recorder.recording import rings
+from tests.fault.suite.cases import Case
+from tests.fault.suite.ranks import RankSpec, burn, run_rank
+from tests.fault.suite.watching import PERIOD_S, Seen, Watcher
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["torch", "torch.distributed", "tests.fault.suite.ranks"])
+_START_S = 90.0
+_LEAST_STEPS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What was said of a case."""
+
+    case: Case
+    seen: tuple[Finding, ...]
+    """By the watcher, in the first look that found something."""
+    by: str
+    after: tuple[Finding, ...]
+    """By ``diagnose`` on the rings right behind that."""
+    waited_s: float | None
+    """From the moment at which others begin to wait, or at which it happens, to the finding."""
+    is_early: bool
+    """It was said before anything had happened."""
+    is_noted: bool
+    """What had to be noted was, or nothing had to be."""
+    logs: str = ""
+
+    @property
+    def right(self) -> tuple[Finding, ...]:
+        if self.is_early:
+            return ()
+        return tuple(one for one in self.seen if self.case.expected.is_right(one, self.case.job))
+
+    @property
+    def wrong(self) -> tuple[Finding, ...]:
+        return tuple(one for one in self.seen if one not in self.right)
+
+    @property
+    def is_found(self) -> bool:
+        return bool(self.right) if self.case.expected.kinds else self.is_noted
+
+    @property
+    def is_found_after(self) -> bool:
+        if not self.case.expected.kinds:
+            return not self.after and self.is_noted
+        return any(self.case.expected.is_right(one, self.case.job) for one in self.after)
+
+
+def run(case: Case) -> Outcome:
+    """Run a case in real processes; nothing of it is left."""
+    with rings() as folder, ExitStack() as stack:
+        processes = stack.enter_context(_started(case, folder))
+        stack.enter_context(_noise(case.burners))
+        specs = [RankSpec(case.job, rank, folder) for rank in range(case.job.world_size)]
+        paths = [spec.ring.path for spec in specs]
+        _await_ready(folder, case, processes)
+        return _watch(case, folder, Watcher(paths, case.context, _bend(case, folder)))
+
+
+def _watch(case: Case, folder: Path, watcher: Watcher) -> Outcome:
+    until, begun = time.monotonic() + _START_S, False
+    if case.fault is None or case.kind in ("long sequence", "unbalanced stage", "evaluation"):
+        until, begun = time.monotonic() + case.watched_s, True
+    seen = Seen((), "")
+    while time.monotonic() < until:
+        started = time.monotonic()
+        seen = watcher.look()
+        if seen.findings:
+            break
+        if not begun and _injected_ns(folder) is not None:
+            until, begun = time.monotonic() + case.watched_s, True
+        time.sleep(max(0.01, PERIOD_S - (time.monotonic() - started)))
+    found_ns = time.monotonic_ns()
+    diagnosis = watcher.diagnose()
+    injected_ns = _injected_ns(folder)
+    traces, _ = watcher.read()
+    began_ns = _begin_of_waits(traces, injected_ns) if injected_ns is not None else None
+    is_early = bool(seen.findings) and (injected_ns is None or injected_ns > found_ns)
+    note, rank = case.expected.note, case.expected.rank
+    is_noted = not note or any(note in one and f"rank {rank}" in one for one in diagnosis.exonerated)
+    return Outcome(
+        case,
+        seen.findings,
+        seen.by,
+        diagnosis.findings,
+        (found_ns - began_ns) / 1e9 if seen.findings and began_ns is not None and not is_early else None,
+        is_early,
+        is_noted,
+        _logs(folder),
+    )
+
+
+def _injected_ns(folder: Path) -> int | None:
+    with suppress(OSError):
+        return int(json.loads((folder / "injected.json").read_text())["at_ns"])
+    return None
+
+
+def _begin_of_waits(traces: Sequence[RankTrace], injected_ns: int) -> int:
+    """When the first rank entered, after it happened, what it has not left; else when it happened."""
+    begins = [
+        int(record["entered_ns"])
+        for trace in traces
+        for record in trace.records[-64:]
+        if record["ended_ns"] == 0 and record["entered_ns"] > injected_ns
+    ]
+    return min(begins, default=injected_ns)
+
+
+def _bend(case: Case, folder: Path) -> Any:
+    """For a clock that jumps: the stamps of a node as its own clock would have made them. All ranks share one clock here."""
+    fault = case.fault
+    if fault is None or case.kind != "clock jump":
+        return None
+
+    def bend(trace: RankTrace) -> RankTrace:
+        injected_ns = _injected_ns(folder)
+        if trace.node != case.job.node(fault.rank) or injected_ns is None:
+            return trace
+        return replace(trace, wall_offset_ns=trace.wall_offset_ns + round(fault.amount * 1e9))
+
+    return bend
+
+
+@contextmanager
+def _started(case: Case, folder: Path) -> Iterator[list[Any]]:
+    with ExitStack() as stack:
+        namespaces = stack.enter_context(_network(case))
+        specs = [
+            RankSpec(case.job, rank, folder, case.fault, namespace=namespaces[rank])
+            for rank in range(case.job.world_size)
+        ]
+        processes = [_CONTEXT.Process(target=run_rank, args=(spec,), daemon=True) for spec in specs]
+        try:
+            for process in processes:
+                process.start()
+            yield processes
+        finally:
+            for process in processes:
+                if process.pid is not None:
+                    process.kill()
+                    process.join()
+
+
+@contextmanager
+def _network(case: Case) -> Iterator[Sequence[str]]:
+    yield [""] * case.job.world_size
+
+
+@contextmanager
+def _noise(number: int) -> Iterator[None]:
+    burners = [_CONTEXT.Process(target=burn, args=(120.0,), daemon=True) for _ in range(number)]
+    try:
+        for process in burners:
+            process.start()
+        yield
+    finally:
+        for process in burners:
+            process.kill()
+            process.join()
+
+
+def _await_ready(folder: Path, case: Case, processes: Sequence[Any]) -> None:
+    until = time.monotonic() + _START_S
+    while not all((folder / f"{rank}.ready").exists() for rank in range(case.job.world_size)):
+        assert time.monotonic() < until, f"{case.name} did not start: {_logs(folder)}"
+        assert all(process.exitcode is None for process in processes), f"{case.name} did not start: {_logs(folder)}"
+        time.sleep(0.02)
+
+
+def _logs(folder: Path) -> str:
+    """The last line of every rank."""
+    found = []
+    for path in sorted(folder.glob("*.log")):
+        lines = path.read_text(errors="replace").strip().splitlines()
+        if lines:
+            found.append(f"{path.stem}: {lines[-1][:200]}")
+    return "; ".join(found)
