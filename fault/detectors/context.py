@@ -1,6 +1,6 @@
 """What detectors are told besides records, all of it optional: what was planned, what the processes do, how clocks differ."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 
 from evermesh.fault.process_state import ProcessState
@@ -37,6 +37,8 @@ class Context:
     """By rank; None: it does not run. A rank that is missing is one of which nobody knows."""
     offsets: Mapping[str, Offset] = field(default_factory=dict)
     """By node; else they are taken from the records."""
+    cut_links: Set[tuple[int, int]] = frozenset()
+    """From and to: ranks between which nothing passes, as their connections say; see ``links``."""
     floor_s: float = 0.5
     """No shorter wait is a hang."""
     first_step_s: float = 60.0

@@ -1,6 +1,6 @@
 """Collectives and messages that all have entered and that do not end."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from pydantic import JsonValue
 
@@ -37,6 +37,15 @@ def of_communication(
             ranks = joined.groups[group].ranks
             link = (min(inside[0], ranks[place]), max(inside[0], ranks[place]))
             nodes |= {trace.node for trace in joined.traces if trace.rank == ranks[place]}
+        cut = _cut(context, joined.groups[group].ranks)
+        if cut is not None:
+            link = (min(cut), max(cut))
+            nodes = {trace.node for trace in joined.traces if trace.rank in link}
+        way = (
+            f": what rank {cut[0]} sends does not arrive at rank {cut[1]}"
+            if cut
+            else ": the communication stands still"
+        )
         nodes.discard(UNKNOWN_NODE)
         yield Finding(
             kind=kinds.COMMUNICATION_HANG,
@@ -46,7 +55,7 @@ def of_communication(
             node=nodes.pop() if len(nodes) == 1 else None,
             text=f"all of which there are records entered {operation_of(joined, shortest)}{in_step(shortest.step)}, and "
             f"{ranks_that(joined, (one.trace for one in waiting), 'is', 'are')} still inside after "
-            f"{shortest.waited_s:.1f} s: the communication stands still",
+            f"{shortest.waited_s:.1f} s{way}",
             evidence={
                 "operation": shortest.operation,
                 "number": number,
@@ -55,6 +64,12 @@ def of_communication(
             },
             confidence=_LIKELY if joined.traces[shortest.trace].node != UNKNOWN_NODE else _PERHAPS,
         )
+
+
+def _cut(context: Context, ranks: Sequence[int]) -> tuple[int, int] | None:
+    """From and to, where one way between members is known to let nothing pass; the other direction of it may not either."""
+    inside = sorted(link for link in context.cut_links if set(link) <= set(ranks))
+    return inside[0] if len({frozenset(link) for link in inside}) == 1 else None
 
 
 def merged(found: list[Finding]) -> list[Finding]:

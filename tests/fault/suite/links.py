@@ -24,7 +24,7 @@ def lay_cable(one: Host, other: Host) -> None:
     """What ``one`` and ``other`` send each other takes a cable of their own from now on."""
     cable = ("type", "veth", "peer", "name", "own", "netns", other.name)
     _run("ip", "-n", one.name, "link", "add", "own", *cable)
-    for here, there in ((one, other), (other, one)):
+    for here in (one, other):
         _run("ip", "-n", here.name, "link", "set", "own", "up")
     for here, there in ((one, other), (other, one)):
         _run("ip", "-n", here.name, "route", "add", f"{there.address}/32", "dev", "own", "src", here.address)
@@ -39,7 +39,20 @@ def slow_down(one: Host, other: Host, bits_per_s: int) -> None:
 
 def lose(one: Host, other: Host) -> None:
     """Nothing that ``one`` sends arrives at ``other`` any more; what comes the other way does. Nobody is told."""
-    _run("ip", "-n", one.name, "neighbour", "replace", other.address, "lladdr", _NOBODY, "dev", "eth0", "nud", "permanent")
+    _run(
+        "ip",
+        "-n",
+        one.name,
+        "neighbour",
+        "replace",
+        other.address,
+        "lladdr",
+        _NOBODY,
+        "dev",
+        "eth0",
+        "nud",
+        "permanent",
+    )
 
 
 def _run(*words: str) -> None:
