@@ -46,12 +46,16 @@ def patient(joined: Joined, standing: Standing, context: Context) -> Iterator[st
     """Sentences about ranks for which others wait, and rightly: they said that they are in a phase that takes long."""
     for trace, longest, waiting in stuck_alone(joined, standing, context, waits_of(joined, standing)):
         state = joined.traces[trace]
-        if is_patient(joined, context, trace, longest):
+        if is_patient(joined, standing, context, trace, longest):
             waiters = ranks_that(joined, (one.trace for one in waiting))
-            yield (
-                f"{joined.where(trace)} is in phase {state.phase}; {waiters} since {longest.waited_s:.1f} s, and it may take "
-                f"{context.patience_s[state.phase]:.0f} s"
+            starved = context.starved.get(state.rank, 0.0)
+            most_s = context.patience_s.get(state.phase)
+            why = (
+                f", which may take {most_s:.0f} s"
+                if most_s
+                else f" and waits for a processor {starved:.0%} of the time"
             )
+            yield f"{joined.where(trace)} is in phase {state.phase}{why}; {waiters} since {longest.waited_s:.1f} s: no hang"
 
 
 def _of_crowds(
@@ -80,7 +84,7 @@ def _of_crowds(
 def _of_suspects(joined: Joined, standing: Standing, context: Context, waits: Waits) -> Iterator[Finding]:
     """Those that are waited for and wait for nobody."""
     for trace, longest, waiting in stuck_alone(joined, standing, context, waits):
-        if is_patient(joined, context, trace, longest):
+        if is_patient(joined, standing, context, trace, longest):
             continue
         state = joined.traces[trace]
         rank_state, confidence = state_of(context, state.rank, state.phase)

@@ -11,9 +11,10 @@ import numpy as np
 from evermesh.fault.mixing import MIXER
 from evermesh.parallelism.planner.compiling import compiled
 
-FIRST, LAST, LAST_ENTERED_NS, LONGEST_NS = 0, 1, 2, 3
-SLOT_COLUMNS = 4
-"""Of a rank in a group: first and last number that it entered, when it entered that, longest time between two in training."""
+FIRST, LAST, LAST_ENTERED_NS, LONGEST_NS, LAST_STEP = 0, 1, 2, 3, 4
+SLOT_COLUMNS = 5
+"""Of a rank in a group: first and last number that it entered, when it entered that and in which step, longest time between
+two in training; that of the first steps is forgotten."""
 
 TRAIN_NS, INPUT_NS, OTHER_NS, INSIDE_NS, COUNT, UNSEEN, BEGIN_NS, END_NS = 0, 1, 2, 3, 4, 5, 6, 7
 STEP_COLUMNS = 8
@@ -27,6 +28,7 @@ BLOCK = 32
 """Collectives of a group that are compared at once where only digests are exchanged."""
 
 _SEND = 10
+_WARM_STEPS = 2
 _DATA, _TRAIN = 1, 3  # phases
 _LOW = np.uint64(0xFFFFFFFF)
 _BYTE = np.uint64(0xFF)
@@ -58,6 +60,9 @@ def survey_rank(
             opened = index
         slot = slots[group] if group < len(slots) else -1
         if slot >= 0 and operation < _SEND:
+            if of_slot[slot, LAST_STEP] <= _WARM_STEPS < step + first_step:
+                of_slot[slot, LONGEST_NS] = 0
+            of_slot[slot, LAST_STEP] = step + first_step
             if of_slot[slot, FIRST] < 0:
                 of_slot[slot, FIRST] = number
             elif phase == _TRAIN:

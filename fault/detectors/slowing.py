@@ -5,6 +5,7 @@ steps, by far more than its peers differ among each other. What all ranks of a s
 step to step, and what the plan explains blames nobody.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import numpy as np
 
 from evermesh.fault.detectors import kernels, kinds
 from evermesh.fault.detectors.comparing import Compared, compare, stages_of
-from evermesh.fault.detectors.context import Context
+from evermesh.fault.detectors.context import Context, is_noisy
 from evermesh.fault.detectors.growing import gradual, growing
 from evermesh.fault.detectors.joining import Joined, Survey
 from evermesh.fault.detectors.spreads import COMMON, FEW, LEAST_RATIO, LEAST_SCORE, SPREAD_FLOOR, noise, spread
@@ -28,6 +29,7 @@ _LEAST_SHARE = 0.05
 _LEAST_SCORE_OF_FEW = 8.0
 _LASTING = 0.75
 _PAUSE = 1.5
+_LEAST_CHANCE = 1e-4
 _SAMPLED = 64
 """Ranks that show how much steps differ by chance."""
 
@@ -43,6 +45,8 @@ class Slow:
     excess_s: float
     share: float
     """Of the step."""
+    mean_share: float
+    """Of all steps; less, if it is slow in some of them."""
     score: float
     """How many spreads of its peers it is away from them."""
     since: int
@@ -58,7 +62,8 @@ def find_slow(joined: Joined, survey: Survey, context: Context) -> list[Finding]
     of_input = compare(joined, survey, context, kernels.INPUT_NS)
     slow += [one for one in _lasting(survey, of_input, "input") if one.share >= 2 * _LEAST_SHARE]
     told = {one.trace for one in slow} | set(slower)
-    slow += [one for one in _pausing(survey, train) if one.trace not in told]
+    slow += [one for one in _pausing(survey, train, is_noisy=is_noisy(context)) if one.trace not in told]
+    slow = [one for one in slow if not _is_starved(joined, context, one)]
     return [
         *(gradual(joined, survey, trace, train, growth) for trace, growth in slower.items()),
         *_by_node(joined, slow),
@@ -99,12 +104,20 @@ def _lasting(survey: Survey, compared: Compared, cause: str) -> list[Slow]:
                 float(np.exp(logs[trace])),
                 float(excess[trace]),
                 share,
+                share,
                 score,
                 _since(survey, compared.ratio[trace], float(logs[trace])),
                 int(compared.peers[trace]),
             )
         )
     return found if len(found) <= max(1, COMMON * usable.sum()) else []
+
+
+def _is_starved(joined: Joined, context: Context, one: Slow) -> bool:
+    """Whether other processes explain it: the rank waits for a processor, longer than others do."""
+    shares = [context.starved.get(trace.rank, 0.0) for trace in joined.traces]
+    others = float(np.median([share for trace, share in enumerate(shares) if trace != one.trace] or [0.0]))
+    return shares[one.trace] - others > one.mean_share / 2
 
 
 def _logs(ratios: np.ndarray) -> np.ndarray:
@@ -135,18 +148,21 @@ def _since(survey: Survey, ratios: np.ndarray, level: float) -> int:
     return survey.first_step + int(behind[0])
 
 
-def _pausing(survey: Survey, compared: Compared) -> Iterator[Slow]:
-    """Ranks that take far longer in some steps, again and again, while their peers never do."""
+def _pausing(survey: Survey, compared: Compared, *, is_noisy: bool) -> Iterator[Slow]:
+    """Ranks that take far longer in some steps, again and again, while their peers never do, or, where processors are not
+    enough for all (``is_noisy``) or there are few peers, so rarely that chance does not explain who is hit."""
     step_s = median_step_s(survey)
     with np.errstate(invalid="ignore"):
         paused = (compared.ratio > _PAUSE) & (compared.excess_s > 2 * _LEAST_SHARE * step_s)
     counts = paused.sum(axis=1)
-    if len(counts) <= FEW or step_s <= 0:
+    if step_s <= 0 or not counts.any():
         return
     trace = int(np.argmax(counts))
     known = int((~np.isnan(compared.ratio[trace])).sum())
-    others = int(np.partition(counts, -2)[-2])
-    if counts[trace] < 3 or others > 0 or counts[trace] * 2 > known or compared.peers[trace] < FEW:
+    alike = int((compared.peers > 0).sum())
+    is_alone = counts[trace] >= 3 and counts.sum() == counts[trace] and compared.peers[trace] >= FEW and not is_noisy
+    is_chance = _chance(int(counts[trace]), int(counts.sum()), alike) > _LEAST_CHANCE
+    if counts[trace] * 2 > known or (is_chance and not is_alone):
         return
     steps = np.flatnonzero(paused[trace])
     excess_s = float(np.median(compared.excess_s[trace][steps]))
@@ -157,10 +173,19 @@ def _pausing(survey: Survey, compared: Compared) -> Iterator[Slow]:
         ratio,
         excess_s,
         excess_s / step_s,
+        excess_s / step_s * len(steps) / known,
         float(counts[trace]),
         survey.first_step + int(steps[0]),
         int(compared.peers[trace]),
     )
+
+
+def _chance(hits: int, total: int, ranks: int) -> float:
+    """That of ``total`` pauses, each of any of ``ranks``, one rank has so many."""
+    if ranks < 2:
+        return 1.0
+    tail = sum(math.comb(total, k) * (ranks - 1) ** (total - k) for k in range(hits, total + 1))
+    return min(1.0, ranks * tail / ranks**total)
 
 
 def _by_node(joined: Joined, slow: Sequence[Slow]) -> Iterator[Finding]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 from pydantic import JsonValue
 
 from evermesh.fault.detectors import kinds
@@ -10,6 +11,7 @@ from evermesh.fault.detectors.joining import Joined, in_step
 from evermesh.fault.detectors.sentences import MOST_NAMED, is_gone, operation_of, ranks_that
 from evermesh.fault.detectors.standing import UNDECIDED, Key, Standing, Waiting
 from evermesh.fault.events import Finding
+from evermesh.fault.recorder.record import OPERATIONS
 from evermesh.fault.recorder.trace import UNKNOWN_NODE
 
 _LIKELY, _PERHAPS = 0.9, 0.5
@@ -30,6 +32,8 @@ def of_communication(
         if is_explained or waiting[0].operation == UNDECIDED:
             continue
         shortest = min(waiting, key=lambda one: one.waited_s)
+        if not _has_been_still(joined, standing, shortest):
+            continue
         inside = sorted(joined.traces[one.trace].rank for one in waiting)
         nodes = {joined.traces[one.trace].node for one in waiting}
         link = None
@@ -64,6 +68,31 @@ def of_communication(
             },
             confidence=_LIKELY if joined.traces[shortest.trace].node != UNKNOWN_NODE else _PERHAPS,
         )
+
+
+def _has_been_still(joined: Joined, standing: Standing, one: Waiting) -> bool:
+    """Whether the last of all that take part entered long ago, too."""
+    places = range(len(joined.groups[one.group].ranks)) if one.place is None else (one.place,)
+    for trace in (int(joined.members[one.group][place]) for place in places):
+        entered_ns = _entered_ns(joined, one, trace) if trace >= 0 else None
+        if entered_ns is not None and joined.traces[trace].read_ns - entered_ns < standing.patience_s[one.group] * 1e9:
+            return False
+    return True
+
+
+def _entered_ns(joined: Joined, one: Waiting, trace: int) -> int | None:
+    """When another member entered what a rank is in; None: that was long ago."""
+    records = joined.traces[trace].records
+    local = np.flatnonzero(joined.local_groups[trace] == one.group)
+    chosen = np.isin(records["group"], local) & (records["number"] == one.number)
+    if one.place is None:
+        chosen &= records["operation"] < OPERATIONS.index("send")
+    else:
+        wanted = "send" if one.operation == "receive" else "receive"
+        place = int(joined.places[one.trace][joined.local_groups[one.trace] == one.group][0])
+        chosen &= (records["operation"] == OPERATIONS.index(wanted)) & (records["peer"] == place)
+    found = np.flatnonzero(chosen)
+    return int(records["entered_ns"][found[-1]]) if len(found) else None
 
 
 def _cut(context: Context, ranks: Sequence[int]) -> tuple[int, int] | None:

@@ -9,6 +9,9 @@ from evermesh.fault.detectors.joining import Joined
 from evermesh.fault.detectors.sentences import is_gone
 from evermesh.fault.detectors.standing import Key, Standing, Waiting
 
+_STARVED, _PATIENCE_OF_STARVED = 0.3, 4.0
+"""Share of the time in which a process waits for a processor, from which on others wait so many times as long for it."""
+
 
 @dataclass(frozen=True, slots=True)
 class Waits:
@@ -54,10 +57,15 @@ def stuck_alone(
                 yield trace, max(waiting, key=lambda one: (one.waited_s, -one.group)), waiting
 
 
-def is_patient(joined: Joined, context: Context, trace: int, longest: Waiting) -> bool:
-    """Whether a rank said that it is in a phase that may take that long; one whose process has ended is in none."""
+def is_patient(joined: Joined, standing: Standing, context: Context, trace: int, longest: Waiting) -> bool:
+    """Whether a rank runs and said that it is in a phase that may take that long, or has no processor."""
+    patience_s = standing.patience_s[longest.group]
     state = joined.traces[trace]
-    return longest.waited_s < context.patience_s.get(state.phase, 0.0) and bool(context.processes.get(state.rank, True))
+    if not context.processes.get(state.rank, True):
+        return False
+    if context.starved.get(state.rank, 0.0) > _STARVED and longest.waited_s < _PATIENCE_OF_STARVED * patience_s:
+        return True
+    return longest.waited_s < context.patience_s.get(state.phase, 0.0)
 
 
 def is_stuck_alone(joined: Joined, standing: Standing, context: Context, trace: int) -> bool:

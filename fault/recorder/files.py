@@ -53,7 +53,11 @@ def read_job(directory: Path) -> tuple[list[RankTrace], Mapping[int, ProcessStat
     if not read:
         raise RecordsUnreadable(str(directory), "there are no records of ranks in it")
     states = {trace.rank: process_of(trace, state) for trace, state in read}
-    return [trace for trace, _ in read], states if any(states.values()) else {}
+    if not any(states.values()):
+        return [trace for trace, _ in read], {}
+    return [
+        _read_ring(ring.path)[0] for ring in rings_of(directory)
+    ], states  # read again: what has ended writes no more
 
 
 def _read_ring(path: Path) -> tuple[RankTrace, RingState]:

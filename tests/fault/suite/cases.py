@@ -122,7 +122,14 @@ def _slow(kind: str, least: float, most: float) -> Draw:
         fault = _fault(kind, random, job, float(random.uniform(least, most)))
         if random.random() < 0.5:
             fault = replace(fault, step=1)
-        return Case(kind, 0, job, Expected(frozenset({kinds.SLOW_RANK}), fault.rank), fault, watched_s=15.0)
+        return Case(
+            kind,
+            0,
+            job,
+            Expected(frozenset({kinds.SLOW_RANK}), fault.rank),
+            fault,
+            watched_s=20.0 if kind == "slow rank" else 30.0,
+        )
 
     return make
 

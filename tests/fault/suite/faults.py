@@ -35,7 +35,7 @@ class Fault:
         change = _CHANGES.get(self.kind)
         if change is not None and step >= self.step:
             return change(self, job, list(actions), step)
-        if self.kind in HANGS and step == self.step:
+        if self.kind in HANGS and self.kind != "checkpoint" and step == self.step:
             at = _place(self, [index for index, one in enumerate(actions) if self._may_be_at(one)])
             return [*actions[:at], Action("fault"), *actions[at:]]
         return actions

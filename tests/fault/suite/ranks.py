@@ -112,8 +112,9 @@ class _Rank:
         fault = self.spec.fault
         if fault is None:
             return
-        if fault.kind == "checkpoint" and step == fault.step and fault.rank == self.spec.rank:
-            self.moment.phase = "checkpoint"
+        if fault.kind in ("checkpoint", "clock jump") and step == fault.step and fault.rank == self.spec.rank:
+            if fault.kind == "checkpoint":
+                self.moment.phase = "checkpoint"
             self._fault()
         if fault.kind == "evaluation" and step % 5 == 0:
             self.moment.phase = "evaluate"

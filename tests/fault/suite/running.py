@@ -98,7 +98,7 @@ def _watch(case: Case, folder: Path, watcher: Watcher) -> Outcome:
         seen.findings,
         seen.by,
         diagnosis.findings,
-        (found_ns - began_ns) / 1e9 if seen.findings and began_ns is not None and not is_early else None,
+        max(found_ns - began_ns, 0) / 1e9 if seen.findings and began_ns is not None and not is_early else None,
         is_early,
         is_noted,
         _logs(folder),

@@ -1,7 +1,7 @@
 """A watcher outside of the ranks: it reads their rings as agents do, and joins what it read as a controller does."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from evermesh.fault.detectors.streaming import JobWatch
 from evermesh.fault.detectors.summaries import RankWatch
 from evermesh.fault.events import Finding
 from evermesh.fault.process_state import ProcessState
+from evermesh.fault.processors import QueueWatch
 from evermesh.fault.recorder.reader import process_of, read_ring
 from evermesh.fault.recorder.trace import RankTrace
 
@@ -44,20 +45,22 @@ class Watcher:
         self._watches = [RankWatch() for _ in rings]
         self._job = JobWatch(context)
         self._asked = 0
-        self._links = LinkWatch()
+        self._starved: dict[int, float] = {}
+        self._links, self._queues = LinkWatch(), QueueWatch()
+        self._heads = [read_ring(path) for path in rings]
         self._whole_at_s = time.monotonic() + WHOLE_EVERY_S
 
     def read(self) -> tuple[list[RankTrace], dict[int, ProcessState | None]]:
         """All rings, and what the processes do that write them."""
-        read = [read_ring(path) for path in self._rings]
-        states = {trace.rank: process_of(trace, state) for trace, state in read}
-        return [self._bend(trace) if self._bend else trace for trace, _ in read], states
+        states = {trace.rank: process_of(trace, state) for trace, state in self._heads}
+        read = [read_ring(path)[0] for path in self._rings]  # behind that: what has ended writes no more
+        return [self._bend(trace) if self._bend else trace for trace in read], states
 
     def look(self) -> Seen:
         """What is to be seen now."""
         traces, states = self.read()
-        context = replace(self._context, processes=states, cut_links=self._links.cut)
-        self._job.context = context
+        self._starved = {trace.rank: self._queues.look(trace.pid) for trace in traces}
+        context = self._job.context = self._known(states)
         seen = self._job.join([watch.summarise(trace) for watch, trace in zip(self._watches, traces, strict=True)])
         found = Seen(seen.findings, "windows")
         if seen.suspicious:
@@ -80,4 +83,7 @@ class Watcher:
     def diagnose(self) -> Diagnosis:
         """What the rings say as they are now."""
         traces, states = self.read()
-        return diagnose(traces, replace(self._context, processes=states, cut_links=self._links.cut))
+        return diagnose(traces, self._known(states))
+
+    def _known(self, states: Mapping[int, ProcessState | None]) -> Context:
+        return replace(self._context, processes=states, starved=self._starved, cut_links=self._links.cut)
