@@ -128,7 +128,7 @@ def _slow(kind: str, least: float, most: float) -> Draw:
             job,
             Expected(frozenset({kinds.SLOW_RANK}), fault.rank),
             fault,
-            watched_s=20.0 if kind == "slow rank" else 30.0,
+            watched_s=30.0,
         )
 
     return make
