@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 _WORDS = ("ss", "--tcp", "--info", "--extended", "--numeric", "--oneline", "--no-header", "state", "established")
 _PATIENCE_S = 5.0
-_NUMBER = re.compile(r"(ino|bytes_acked|busy|rwnd_limited):(\d+)")
+_NUMBER = re.compile(r"\b(ino|mss):(\d+)")
 _TIMER = re.compile(r"timer:\(on,[^,]*,(\d+)\)")
 
 
@@ -23,10 +23,8 @@ class Connection(NamedTuple):
     """Sent, or to be sent, and not acknowledged. The kernel of the receiver acknowledges, whatever its process does."""
     resent: int
     """How often the oldest of them was sent again, without an answer."""
-    acked_bytes: int
-    """Since it was opened."""
-    busy_ms: int
-    """How long something was to be sent or acknowledged, without the time in which the receiver had no room."""
+    segment_bytes: int
+    """That are sent at once."""
 
 
 def connections_of(pids: Sequence[int]) -> dict[int, list[Connection]]:
@@ -66,8 +64,7 @@ def _read(namespace: int, pid: int) -> Iterator[tuple[int, Connection]]:
                 remote=fields[3],
                 waiting_bytes=int(fields[1]),
                 resent=int(resent[1]) if resent else 0,
-                acked_bytes=numbers.get("bytes_acked", 0),
-                busy_ms=numbers.get("busy", 0) - numbers.get("rwnd_limited", 0),
+                segment_bytes=numbers.get("mss", 0),
             ),
         )
 

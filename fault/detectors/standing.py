@@ -13,9 +13,9 @@ Key = tuple[int, int, int | None]
 """Group, number, and place of the other side of a message; the same for all that are in one collective."""
 UNDECIDED = "receive_any"
 """Operation of which nobody knows for whom it waits."""
-_MANY, _SETTLED = 64, 10.0
-"""Collectives of a group in its first step from which on it is not the first of anything, and times the floor that may then
-be waited."""
+_MANY, _SETTLED = 100, 10.0
+"""Operations of a rank in its first step from which on nothing is the first of its kind, and times the floor that may then be
+waited."""
 _SEND, _RECEIVE = OPERATIONS.index("send"), OPERATIONS.index("receive")
 
 
@@ -130,9 +130,9 @@ def _patience_s(joined: Joined, survey: Survey, context: Context, group: int) ->
     counts_steps = survey.first_step + survey.num_steps > 1
     floor_s = context.floor_s
     if counts_steps and step_s == 0:
-        numbers = survey.of_slot[slots, kernels.LAST] - survey.of_slot[slots, kernels.FIRST]
+        most = max((int(trace.records["sequence"][-1]) for trace in joined.traces if len(trace.records)), default=0)
         # nobody may ever count the steps of a script
-        floor_s = _SETTLED * context.floor_s if numbers.max() >= _MANY else context.first_step_s
+        floor_s = _SETTLED * context.floor_s if most >= _MANY else context.first_step_s
     return max(floor_s, 2 * longest_s, 3 * step_s) + context.skew_s
 
 

@@ -10,8 +10,8 @@ import time
 from pathlib import Path
 
 from evermesh.fault.recorder.native.building import build_tap
-from tests.fault.suite.cases import FAULTS, INNOCENTS, SIZES, draw
-from tests.fault.suite.running import Outcome, run
+from tests.fault.suite.cases import FAULTS, INNOCENTS, SIZES, TOO_FEW, draw
+from tests.fault.suite.running import Outcome, run, warm_up
 from tests.fault.suite.scoring import as_dict, score, table
 
 _HEALTHY_TIMES = 3
@@ -24,10 +24,11 @@ def main() -> None:
     kinds = arguments.kinds.split(",") if arguments.kinds else [*FAULTS, *INNOCENTS]
     tap = build_tap()
     print(f"tap: {tap.refused or 'native'}", flush=True)
+    warm_up()
     started, outcomes = time.monotonic(), list[Outcome]()
     for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds):
         for size in map(int, arguments.sizes.split(",")):
-            for kind in kinds:
+            for kind in (kind for kind in kinds if TOO_FEW.get(kind, 0) < size):
                 times = _HEALTHY_TIMES if kind == "healthy" else 1
                 for again in range(times):
                     _add(outcomes, kind, size, seed * times + again)

@@ -85,9 +85,9 @@ def _job(random: np.random.Generator, size: int, *, alike: bool = False, flavour
 
 
 def _fault(kind: str, random: np.random.Generator, job: Job, amount: float = 1.0) -> Fault:
-    return Fault(
-        kind, int(random.integers(job.world_size)), int(random.integers(6, 12)), float(random.random()), amount
-    )
+    first = 30 if job.flavour == "bare" else 6  # nobody can tell a first step from others where no step is told
+    step = int(random.integers(first, 2 * first))
+    return Fault(kind, int(random.integers(job.world_size)), step, float(random.random()), amount)
 
 
 def _stuck(kind: str, says: str = "", flavours: str = "runtime script bare") -> Draw:
@@ -142,6 +142,22 @@ def _clock(random: np.random.Generator, size: int) -> Case:
     return Case("clock jump", 0, job, expected, fault)
 
 
+def _way(kind: str, *found: str) -> Draw:
+    """A fault of the way between two ranks that are in a group with each other."""
+
+    def make(random: np.random.Generator, size: int) -> Case:
+        job = replace(_job(random, size, flavours="runtime script"), ranks_per_node=1)
+        fault = _fault(kind, random, job, float(random.uniform(2e6, 6e6)))
+        axis = str(random.choice([axis for axis, ranks in job.groups() if fault.rank in ranks]))
+        ring = job.group_of(fault.rank, axis)
+        peer = ring[(ring.index(fault.rank) + 1) % len(ring)]
+        link = (min(fault.rank, peer), max(fault.rank, peer))
+        fault = replace(fault, peer=peer)
+        return Case(kind, 0, job, Expected(frozenset(found), link=link), fault, watched_s=20.0, is_on_hosts=True)
+
+    return make
+
+
 def _healthy(random: np.random.Generator, size: int) -> Case:
     return Case("healthy", 0, _job(random, size, flavours="runtime script bare"), Expected(frozenset()), watched_s=8.0)
 
@@ -192,8 +208,12 @@ FAULTS: Mapping[str, Draw] = {
     "other order": _wrong("other order", kinds.DEADLOCK),
     "slow rank": _slow("slow rank", 1.5, 2.5),
     "pauses": _slow("pauses", 0.15, 0.35),
+    "slow link": _way("slow link", kinds.SLOW_LINK),
+    "one-way loss": _way("one-way loss", kinds.COMMUNICATION_HANG),
     "clock jump": _clock,
 }
+TOO_FEW: Mapping[str, int] = {"slow link": 2}
+"""Kinds that need more ranks: two have one way, and nothing to compare it with."""
 INNOCENTS: Mapping[str, Draw] = {
     "healthy": _healthy,
     "long sequence": _long_sequence,

@@ -9,17 +9,24 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from evermesh.fault.detectors import diagnose
+from evermesh.fault.detectors.streaming import JobWatch
+from evermesh.fault.detectors.summaries import RankWatch
 from evermesh.fault.events import Finding
 from evermesh.fault.recorder.trace import RankTrace
+from evermesh.fault.synthetic import JobShape, generate
 from tests.fault.recorder.recording import rings
+from tests.fault.suite import links
 from tests.fault.suite.cases import Case
+from tests.fault.suite.faults import Fault, note
 from tests.fault.suite.ranks import RankSpec, burn, run_rank
 from tests.fault.suite.watching import PERIOD_S, Seen, Watcher
+from tests.launcher.hosts import Host
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["torch", "torch.distributed", "tests.fault.suite.ranks"])
 _START_S = 90.0
-_HURTS_ALONE = ("slow rank", "pauses", "clock jump")
+_HURTS_ALONE = ("slow rank", "pauses", "slow link", "clock jump")
 """Kinds that make nobody wait for good: seconds count from the moment at which it happens."""
 
 
@@ -62,18 +69,28 @@ class Outcome:
         return any(self.case.expected.is_right(one, self.case.job) for one in self.after)
 
 
+def warm_up() -> None:
+    """Load what watches, as it is in an agent and a controller that run for long."""
+    traces = generate(JobShape(dp=2, tp=2, pp=2, ranks_per_node=2)).traces
+    diagnose(traces)
+    JobWatch().join([RankWatch().summarise(trace) for trace in traces])
+
+
 def run(case: Case) -> Outcome:
     """Run a case in real processes; nothing of it is left."""
     with rings() as folder, ExitStack() as stack:
-        processes = stack.enter_context(_started(case, folder))
+        hosts = stack.enter_context(links.hosts_of(case.job.world_size)) if case.is_on_hosts else ()
+        if case.kind == "slow link" and case.fault is not None:
+            links.lay_cable(hosts[case.fault.rank], hosts[case.fault.peer])
+        processes = stack.enter_context(_started(case, folder, hosts))
         stack.enter_context(_noise(case.burners))
         specs = [RankSpec(case.job, rank, folder) for rank in range(case.job.world_size)]
         paths = [spec.ring.path for spec in specs]
         _await_ready(folder, case, processes)
-        return _watch(case, folder, Watcher(paths, case.context, _bend(case, folder)))
+        return _watch(case, folder, Watcher(paths, case.context, _bend(case, folder)), hosts)
 
 
-def _watch(case: Case, folder: Path, watcher: Watcher) -> Outcome:
+def _watch(case: Case, folder: Path, watcher: Watcher, hosts: Sequence[Host]) -> Outcome:
     until, begun = time.monotonic() + _START_S, False
     if case.fault is None or case.kind in ("long sequence", "unbalanced stage", "evaluation"):
         until, begun = time.monotonic() + case.watched_s, True
@@ -83,6 +100,8 @@ def _watch(case: Case, folder: Path, watcher: Watcher) -> Outcome:
         seen = watcher.look()
         if seen.findings:
             break
+        if hosts and not begun and case.fault is not None and watcher.step >= case.fault.step:
+            _strike(case.fault, folder, hosts)
         if not begun and _injected_ns(folder) is not None:
             until, begun = time.monotonic() + case.watched_s, True
         time.sleep(max(0.01, PERIOD_S - (time.monotonic() - started)))
@@ -106,6 +125,15 @@ def _watch(case: Case, folder: Path, watcher: Watcher) -> Outcome:
         is_noted,
         _logs(folder),
     )
+
+
+def _strike(fault: Fault, folder: Path, hosts: Sequence[Host]) -> None:
+    """What happens to the network."""
+    note(folder, fault)
+    if fault.kind == "slow link":
+        links.slow_down(hosts[fault.rank], hosts[fault.peer], round(fault.amount))
+    else:
+        links.lose(hosts[fault.rank], hosts[fault.peer])
 
 
 def _injected_ns(folder: Path) -> int | None:
@@ -141,28 +169,21 @@ def _bend(case: Case, folder: Path) -> Any:
 
 
 @contextmanager
-def _started(case: Case, folder: Path) -> Iterator[list[Any]]:
-    with ExitStack() as stack:
-        namespaces = stack.enter_context(_network(case))
-        specs = [
-            RankSpec(case.job, rank, folder, case.fault, namespace=namespaces[rank])
-            for rank in range(case.job.world_size)
-        ]
-        processes = [_CONTEXT.Process(target=run_rank, args=(spec,), daemon=True) for spec in specs]
-        try:
-            for process in processes:
-                process.start()
-            yield processes
-        finally:
-            for process in processes:
-                if process.pid is not None:
-                    process.kill()
-                    process.join()
-
-
-@contextmanager
-def _network(case: Case) -> Iterator[Sequence[str]]:
-    yield [""] * case.job.world_size
+def _started(case: Case, folder: Path, hosts: Sequence[Host]) -> Iterator[list[Any]]:
+    specs = [
+        RankSpec(case.job, rank, folder, case.fault, namespace=hosts[rank].name if hosts else "")
+        for rank in range(case.job.world_size)
+    ]
+    processes = [_CONTEXT.Process(target=run_rank, args=(spec,), daemon=True) for spec in specs]
+    try:
+        for process in processes:
+            process.start()
+        yield processes
+    finally:
+        for process in processes:
+            if process.pid is not None:
+                process.kill()
+                process.join()
 
 
 @contextmanager

@@ -16,9 +16,9 @@ from evermesh.fault.processors import QueueWatch
 from evermesh.fault.recorder.reader import process_of, read_ring
 from evermesh.fault.recorder.trace import RankTrace
 
-PERIOD_S, WHOLE_EVERY_S = 0.1, 2.0
-_LOOKS_AT_LINKS = 8
-"""Before a hang is told that names no way: what is lost is sent again after 0.2, 0.6 and 1.4 s."""
+PERIOD_S, LINKS_EVERY_S, WHOLE_EVERY_S = 0.1, 0.4, 2.0
+_LEAST_PATIENCE_S, _PATIENCE_S = 1.5, {kinds.SLOW_JOB: 8.0}
+"""How long what names nobody has to last; what is lost on a way is sent again after 0.2, 0.6 and 1.4 s."""
 Bend = Callable[[RankTrace], RankTrace]
 
 
@@ -44,8 +44,10 @@ class Watcher:
         self._rings, self._context, self._bend = rings, context, bend
         self._watches = [RankWatch() for _ in rings]
         self._job = JobWatch(context)
-        self._asked = 0
+        self._links_at_s = self._vague_since_s = self._vague_at_s = 0.0
         self._starved: dict[int, float] = {}
+        self.step = 0
+        """The newest that a rank was in at the last look."""
         self._links, self._queues = LinkWatch(), QueueWatch()
         self._heads = [read_ring(path) for path in rings]
         self._whole_at_s = time.monotonic() + WHOLE_EVERY_S
@@ -59,26 +61,41 @@ class Watcher:
     def look(self) -> Seen:
         """What is to be seen now."""
         traces, states = self.read()
+        self.step = max(trace.step for trace in traces)
         self._starved = {trace.rank: self._queues.look(trace.pid) for trace in traces}
         context = self._job.context = self._known(states)
         seen = self._job.join([watch.summarise(trace) for watch, trace in zip(self._watches, traces, strict=True)])
         found = Seen(seen.findings, "windows")
         if seen.suspicious:
             found = Seen(diagnose(traces, context).findings, "suspicion")
-        if any(one.kind == kinds.COMMUNICATION_HANG and one.link is None for one in found.findings):
-            self._asked += 1
+        if time.monotonic() >= self._links_at_s:
             self._look_at_links(traces)
-            return found if self._asked > _LOOKS_AT_LINKS else Seen((), "")
-        if found.findings or time.monotonic() < self._whole_at_s:
+        if not found.findings and time.monotonic() >= self._whole_at_s:
+            self._whole_at_s = time.monotonic() + WHOLE_EVERY_S
+            found = Seen((*diagnose(traces, context).findings, *self._links.find_slow(traces)), "rings")
+        return self._named(found, traces)
+
+    def _named(self, found: Seen, traces: Sequence[RankTrace]) -> Seen:
+        """What names somebody; what names nobody only if it lasts: nobody can act on it, and more may be known soon."""
+        vague = [one for one in found.findings if one.rank is None and one.link is None and one.node is None]
+        if not vague:
             return found
-        self._whole_at_s = time.monotonic() + WHOLE_EVERY_S
-        self._look_at_links(traces)
-        return Seen((*diagnose(traces, context).findings, *self._links.find_slow(traces)), "rings")
+        if len(vague) < len(found.findings):
+            return replace(found, findings=tuple(one for one in found.findings if one not in vague))
+        now_s = time.monotonic()
+        if now_s - self._vague_at_s > 2 * WHOLE_EVERY_S:
+            self._vague_since_s = now_s
+        self._vague_at_s = now_s
+        if any(one.kind == kinds.COMMUNICATION_HANG for one in vague):
+            self._look_at_links(traces)
+        patience_s = max(_PATIENCE_S.get(one.kind, _LEAST_PATIENCE_S) for one in vague)
+        return found if now_s - self._vague_since_s >= patience_s else Seen((), "")
 
     def _look_at_links(self, traces: Sequence[RankTrace]) -> None:
         rank_of = {trace.pid: trace.rank for trace in traces}
         found = connections_of(list(rank_of))
-        self._links.look({rank_of[pid]: of for pid, of in found.items()}, time.monotonic())
+        self._links.look({rank_of[pid]: of for pid, of in found.items()})
+        self._links_at_s = time.monotonic() + LINKS_EVERY_S
 
     def diagnose(self) -> Diagnosis:
         """What the rings say as they are now."""
