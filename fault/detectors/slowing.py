@@ -114,10 +114,10 @@ def _lasting(survey: Survey, compared: Compared, cause: str) -> list[Slow]:
 
 
 def _is_starved(joined: Joined, context: Context, one: Slow) -> bool:
-    """Whether other processes explain it: the rank waits for a processor, longer than others do."""
+    """Whether other processes explain it: the rank waits for a processor, and longer than others if there are enough."""
     shares = [context.starved.get(trace.rank, 0.0) for trace in joined.traces]
     others = float(np.median([share for trace, share in enumerate(shares) if trace != one.trace] or [0.0]))
-    return shares[one.trace] - others > one.mean_share / 2
+    return shares[one.trace] - (others if one.peers >= FEW else 0.0) > one.mean_share / 2
 
 
 def _logs(ratios: np.ndarray) -> np.ndarray:
@@ -154,10 +154,12 @@ def _pausing(survey: Survey, compared: Compared, *, is_noisy: bool) -> Iterator[
     step_s = median_step_s(survey)
     with np.errstate(invalid="ignore"):
         paused = (compared.ratio > _PAUSE) & (compared.excess_s > 2 * _LEAST_SHARE * step_s)
-    counts = paused.sum(axis=1)
-    if step_s <= 0 or not counts.any():
+    if step_s <= 0 or not paused.any():
         return
-    trace = int(np.argmax(counts))
+    trace = int(np.argmax(np.where(paused, compared.excess_s, 0).sum(axis=1)))
+    with np.errstate(invalid="ignore"):  # what hits others may be of another kind, and shorter
+        paused &= compared.excess_s > np.median(compared.excess_s[trace][paused[trace]]) / 2
+    counts = paused.sum(axis=1)
     known = int((~np.isnan(compared.ratio[trace])).sum())
     alike = int((compared.peers > 0).sum())
     is_alone = counts[trace] >= 3 and counts.sum() == counts[trace] and compared.peers[trace] >= FEW and not is_noisy

@@ -137,7 +137,8 @@ def _patience_s(joined: Joined, survey: Survey, context: Context, group: int) ->
 
 
 def median_step_s(survey: Survey) -> float:
-    """Median time of the steps that were seen whole; 0 if none was."""
-    whole = survey.is_whole()
-    spans = survey.of_step[:, :, kernels.END_NS] - survey.of_step[:, :, kernels.BEGIN_NS]
+    """Median time from step to step, of those that were seen whole; 0 if none was."""
+    begins = survey.of_step[:, :, kernels.BEGIN_NS]
+    whole = survey.is_whole()[:, :-1] & (survey.of_step[:, 1:, kernels.COUNT] > 0)
+    spans = np.diff(begins, axis=1)
     return float(np.median(spans[whole])) / 1e9 if whole.any() else 0.0

@@ -9,8 +9,8 @@ from evermesh.fault.detectors.joining import Joined
 from evermesh.fault.detectors.sentences import is_gone
 from evermesh.fault.detectors.standing import Key, Standing, Waiting
 
-_STARVED, _PATIENCE_OF_STARVED = 0.3, 4.0
-"""Share of the time in which a process waits for a processor, from which on others wait so many times as long for it."""
+_STARVED, _GRACE_S = 0.3, 2.5
+"""Share of the time in which a process waits for a processor, from which on others wait so much longer for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +63,7 @@ def is_patient(joined: Joined, standing: Standing, context: Context, trace: int,
     state = joined.traces[trace]
     if not context.processes.get(state.rank, True):
         return False
-    if context.starved.get(state.rank, 0.0) > _STARVED and longest.waited_s < _PATIENCE_OF_STARVED * patience_s:
+    if context.starved.get(state.rank, 0.0) > _STARVED and longest.waited_s < patience_s + _GRACE_S:
         return True
     return longest.waited_s < context.patience_s.get(state.phase, 0.0)
 

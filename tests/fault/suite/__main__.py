@@ -7,11 +7,13 @@
 import argparse
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from evermesh.fault.recorder.native.building import build_tap
 from tests.fault.suite.cases import FAULTS, INNOCENTS, SIZES, TOO_FEW, draw
-from tests.fault.suite.running import Outcome, run, warm_up
+from tests.fault.suite.running import NotStarted, Outcome, run, warm_up
 from tests.fault.suite.scoring import as_dict, score, table
 
 _HEALTHY_TIMES = 3
@@ -32,15 +34,27 @@ def main() -> None:
                 times = _HEALTHY_TIMES if kind == "healthy" else 1
                 for again in range(times):
                     _add(outcomes, kind, size, seed * times + again)
-    results = {**score(outcomes), "minutes": (time.monotonic() - started) / 60}
-    print(f"\n{table(outcomes)}\n\n{json.dumps(results, indent=1)}")
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps({**results, "cases": [as_dict(one) for one in outcomes]}, indent=1))
+                    _write(arguments.out, outcomes, started)
+    print(f"\n{table(outcomes)}\n\n{json.dumps(_results(outcomes, started), indent=1)}")
+
+
+def _results(outcomes: Sequence[Outcome], started: float) -> dict[str, Any]:
+    return {**score(outcomes), "minutes": round((time.monotonic() - started) / 60, 1)}
+
+
+def _write(path: Path, outcomes: Sequence[Outcome], started: float) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    cases = [as_dict(one) for one in outcomes]
+    path.write_text(json.dumps({**_results(outcomes, started), "cases": cases}, indent=1))
 
 
 def _add(outcomes: list[Outcome], kind: str, size: int, seed: int) -> None:
     case = draw(kind, size, seed)
-    outcome = run(case)
+    try:
+        outcome = run(case)
+    except NotStarted as error:
+        print(f"?? {case.name}: {error}", flush=True)
+        return
     outcomes.append(outcome)
     mark = "ok" if outcome.is_found and not outcome.wrong else "--"
     job, fault = case.job, case.fault

@@ -35,6 +35,8 @@ class RankSpec:
     timeout_s: float = 600.0
     """Of torch."""
     is_recorded: bool = True
+    is_detail: bool = False
+    """With torch's own checks of every collective."""
     namespace: str = ""
     """Of the network, by name; its ``eth0`` is used."""
 
@@ -67,6 +69,8 @@ class _Rank:
             _enter(spec.namespace)
         if spec.is_recorded:
             self._record()
+        if spec.is_detail:
+            dist.set_debug_level(dist.DebugLevel.DETAIL)
         store = dist.FileStore(str(spec.folder / "rendezvous"), spec.job.world_size)
         dist.init_process_group(
             "gloo",
@@ -77,7 +81,8 @@ class _Rank:
         )
         self.groups: dict[str, Any] = {"world": dist.group.WORLD}
         for axis, ranks in spec.job.groups():
-            group = dist.new_group(list(ranks), group_desc=axis if self.is_told else None)
+            timeout = timedelta(seconds=spec.timeout_s)
+            group = dist.new_group(list(ranks), timeout, group_desc=axis if self.is_told else None)
             if spec.rank in ranks:
                 self.groups[axis] = group
         self.model = torch.nn.Linear(_MODEL, _MODEL)

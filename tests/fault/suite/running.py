@@ -23,11 +23,15 @@ from tests.fault.suite.ranks import RankSpec, burn, run_rank
 from tests.fault.suite.watching import PERIOD_S, Seen, Watcher
 from tests.launcher.hosts import Host
 
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "torch.distributed", "tests.fault.suite.ranks"])
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["torch", "torch.distributed", "tests.fault.suite.ranks"])
 _START_S = 90.0
 _HURTS_ALONE = ("slow rank", "pauses", "slow link", "clock jump")
 """Kinds that make nobody wait for good: seconds count from the moment at which it happens."""
+
+
+class NotStarted(Exception):
+    """The machine was too busy to start a job; nothing is known of the case."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,17 +106,17 @@ def _watch(case: Case, folder: Path, watcher: Watcher, hosts: Sequence[Host]) ->
             break
         if hosts and not begun and case.fault is not None and watcher.step >= case.fault.step:
             _strike(case.fault, folder, hosts)
-        if not begun and _injected_ns(folder) is not None:
+        if not begun and injected_ns(folder) is not None:
             until, begun = time.monotonic() + case.watched_s, True
         time.sleep(max(0.01, PERIOD_S - (time.monotonic() - started)))
     found_ns = time.monotonic_ns()
     diagnosis = watcher.diagnose()
-    injected_ns = _injected_ns(folder)
+    at_ns = injected_ns(folder)
     traces, _ = watcher.read()
-    began_ns = injected_ns
-    if injected_ns is not None and case.kind not in _HURTS_ALONE:
-        began_ns = _begin_of_waits(traces, injected_ns)
-    is_early = bool(seen.findings) and (injected_ns is None or injected_ns > found_ns)
+    began_ns = at_ns
+    if at_ns is not None and case.kind not in _HURTS_ALONE:
+        began_ns = _begin_of_waits(traces, at_ns)
+    is_early = bool(seen.findings) and (at_ns is None or at_ns > found_ns)
     note, rank = case.expected.note, case.expected.rank
     is_noted = not note or any(note in one and f"rank {rank}" in one for one in diagnosis.exonerated)
     return Outcome(
@@ -136,7 +140,8 @@ def _strike(fault: Fault, folder: Path, hosts: Sequence[Host]) -> None:
         links.lose(hosts[fault.rank], hosts[fault.peer])
 
 
-def _injected_ns(folder: Path) -> int | None:
+def injected_ns(folder: Path) -> int | None:
+    """When it happened, monotonic clock; None: it has not."""
     with suppress(OSError):
         return int(json.loads((folder / "injected.json").read_text())["at_ns"])
     return None
@@ -160,8 +165,7 @@ def _bend(case: Case, folder: Path) -> Any:
         return None
 
     def bend(trace: RankTrace) -> RankTrace:
-        injected_ns = _injected_ns(folder)
-        if trace.node != case.job.node(fault.rank) or injected_ns is None:
+        if trace.node != case.job.node(fault.rank) or injected_ns(folder) is None:
             return trace
         return replace(trace, wall_offset_ns=trace.wall_offset_ns + round(fault.amount * 1e9))
 
@@ -174,7 +178,7 @@ def _started(case: Case, folder: Path, hosts: Sequence[Host]) -> Iterator[list[A
         RankSpec(case.job, rank, folder, case.fault, namespace=hosts[rank].name if hosts else "")
         for rank in range(case.job.world_size)
     ]
-    processes = [_CONTEXT.Process(target=run_rank, args=(spec,), daemon=True) for spec in specs]
+    processes = [CONTEXT.Process(target=run_rank, args=(spec,), daemon=True) for spec in specs]
     try:
         for process in processes:
             process.start()
@@ -188,7 +192,7 @@ def _started(case: Case, folder: Path, hosts: Sequence[Host]) -> Iterator[list[A
 
 @contextmanager
 def _noise(number: int) -> Iterator[None]:
-    burners = [_CONTEXT.Process(target=burn, args=(120.0,), daemon=True) for _ in range(number)]
+    burners = [CONTEXT.Process(target=burn, args=(120.0,), daemon=True) for _ in range(number)]
     try:
         for process in burners:
             process.start()
@@ -202,8 +206,8 @@ def _noise(number: int) -> Iterator[None]:
 def _await_ready(folder: Path, case: Case, processes: Sequence[Any]) -> None:
     until = time.monotonic() + _START_S
     while not all((folder / f"{rank}.ready").exists() for rank in range(case.job.world_size)):
-        assert time.monotonic() < until, f"{case.name} did not start: {_logs(folder)}"
-        assert all(process.exitcode is None for process in processes), f"{case.name} did not start: {_logs(folder)}"
+        if time.monotonic() > until or any(process.exitcode is not None for process in processes):
+            raise NotStarted(f"its ranks did not start: {_logs(folder) or f'not within {_START_S:.0f} s'}")
         time.sleep(0.02)
 
 
