@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from evermesh.fault.detectors import kinds
 from evermesh.fault.detectors.clocks import estimate_offsets
 from evermesh.fault.detectors.communicating import find_slow_groups, find_slow_messages
-from evermesh.fault.detectors.context import Context
+from evermesh.fault.detectors.context import Context, is_noisy
 from evermesh.fault.detectors.deaths import find_deaths
 from evermesh.fault.detectors.disagreeing import find_disagreements, spoiled_by
 from evermesh.fault.detectors.hanging import find_hangs, patient
@@ -45,7 +45,8 @@ def diagnose(traces: Sequence[RankTrace], context: Context | None = None) -> Dia
     found = [*wrong, *(one for one in hanging if not _is_said(one, wrong, context))]
     slow = find_slow(joined, surveyed, context)
     slow += find_late(joined, surveyed, matched, context, {one.rank for one in slow})
-    slow += find_slow_groups(joined, matched) + find_slow_messages(joined, context.offsets)
+    if not is_noisy(context):  # else what takes long in a transfer may be a process that waits for a processor
+        slow += find_slow_groups(joined, matched) + find_slow_messages(joined, context.offsets)
     found += slow
     if not slow:
         found += find_slow_job(surveyed, matched, context)
