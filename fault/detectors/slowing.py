@@ -23,7 +23,8 @@ from evermesh.fault.events import Finding
 from evermesh.fault.recorder.trace import UNKNOWN_NODE
 
 LEAST_STEPS = 6
-_RECENT = 8
+_RECENT, _MANY = 8, 32
+"""Steps in which a rank has to be slow: few show it soon, many where times vary."""
 _LEAST_SHARE = 0.05
 """Of the step: what costs less is no finding."""
 _LEAST_SCORE_OF_FEW = 8.0
@@ -71,10 +72,15 @@ def find_slow(joined: Joined, survey: Survey, context: Context) -> list[Finding]
 
 
 def _lasting(survey: Survey, compared: Compared, cause: str) -> list[Slow]:
-    """Ranks that are slower in most of the recent steps."""
-    recent = _recent(compared.ratio)
+    """Ranks that are slower in most of the recent steps, of few or of many."""
+    return _slower(survey, compared, cause, _RECENT) or _slower(survey, compared, cause, _MANY)
+
+
+def _slower(survey: Survey, compared: Compared, cause: str, steps: int) -> list[Slow]:
+    """Ranks that are slower in most of the last ``steps``."""
+    recent = _recent(compared.ratio, steps)
     count = (~np.isnan(recent)).sum(axis=1)
-    usable = count >= LEAST_STEPS
+    usable = count >= max(LEAST_STEPS, steps * _LASTING)
     step_s = median_step_s(survey)
     if not usable.any() or step_s <= 0:
         return []
@@ -82,7 +88,7 @@ def _lasting(survey: Survey, compared: Compared, cause: str) -> list[Slow]:
     with np.errstate(divide="ignore", invalid="ignore"):
         logs[usable] = np.nanmedian(np.log(np.maximum(recent[usable], 1e-6)), axis=1)
     excess = np.full(len(recent), np.nan)
-    excess[usable] = np.nanmedian(_recent(compared.excess_s)[usable], axis=1)
+    excess[usable] = np.nanmedian(_recent(compared.excess_s, steps)[usable], axis=1)
     of_peers = spread(logs[usable])
     sample = recent[usable][:: max(1, int(usable.sum()) // _SAMPLED)]
     usual_noise = float(np.median([noise(_logs(row)) for row in sample]))
@@ -126,13 +132,13 @@ def _logs(ratios: np.ndarray) -> np.ndarray:
     return found
 
 
-def _recent(table: np.ndarray) -> np.ndarray:
-    """The newest known values of every row, in order, not a number where there are fewer."""
+def _recent(table: np.ndarray, steps: int) -> np.ndarray:
+    """The newest ``steps`` known values of every row, in order, not a number where there are fewer."""
     known = ~np.isnan(table)
     behind = np.cumsum(known[:, ::-1], axis=1)[:, ::-1]  # known values from here on
-    found = np.full((len(table), _RECENT), np.nan)
-    rows, columns = np.nonzero(known & (behind <= _RECENT))
-    places = np.minimum(known.sum(axis=1), _RECENT)[rows] - behind[rows, columns]
+    found = np.full((len(table), steps), np.nan)
+    rows, columns = np.nonzero(known & (behind <= steps))
+    places = np.minimum(known.sum(axis=1), steps)[rows] - behind[rows, columns]
     found[rows, places] = table[rows, columns]
     return found
 
