@@ -5,10 +5,8 @@ steps, by far more than its peers differ among each other. What all ranks of a s
 step to step, and what the plan explains blames nobody.
 """
 
-import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -17,6 +15,7 @@ from evermesh.fault.detectors.comparing import Compared, compare, stages_of
 from evermesh.fault.detectors.context import Context, is_noisy
 from evermesh.fault.detectors.growing import gradual, growing
 from evermesh.fault.detectors.joining import Joined, Survey
+from evermesh.fault.detectors.pausing import LEAST_SHARE, Slow, pausing
 from evermesh.fault.detectors.spreads import COMMON, FEW, LEAST_RATIO, LEAST_SCORE, SPREAD_FLOOR, noise, spread
 from evermesh.fault.detectors.standing import median_step_s
 from evermesh.fault.events import Finding
@@ -25,34 +24,10 @@ from evermesh.fault.recorder.trace import UNKNOWN_NODE
 LEAST_STEPS = 6
 _RECENT, _MANY = 8, 32
 """Steps in which a rank has to be slow: few show it soon, many where times vary."""
-_LEAST_SHARE = 0.05
-"""Of the step: what costs less is no finding."""
 _LEAST_SCORE_OF_FEW = 8.0
 _LASTING = 0.75
-_PAUSE = 1.5
-_LEAST_CHANCE = 1e-4
 _SAMPLED = 64
 """Ranks that show how much steps differ by chance."""
-
-
-@dataclass(frozen=True, slots=True)
-class Slow:
-    """A rank that is slower than its peers."""
-
-    trace: int
-    cause: str
-    """``computes``, ``input`` or ``pauses``."""
-    ratio: float
-    excess_s: float
-    share: float
-    """Of the step."""
-    mean_share: float
-    """Of all steps; less, if it is slow in some of them."""
-    score: float
-    """How many spreads of its peers it is away from them."""
-    since: int
-    """Step."""
-    peers: int
 
 
 def find_slow(joined: Joined, survey: Survey, context: Context) -> list[Finding]:
@@ -61,9 +36,9 @@ def find_slow(joined: Joined, survey: Survey, context: Context) -> list[Finding]
     slower = growing(train)
     slow = [one for one in _lasting(survey, train, "computes") if one.trace not in slower]
     of_input = compare(joined, survey, context, kernels.INPUT_NS)
-    slow += [one for one in _lasting(survey, of_input, "input") if one.share >= 2 * _LEAST_SHARE]
+    slow += [one for one in _lasting(survey, of_input, "input") if one.share >= 2 * LEAST_SHARE]
     told = {one.trace for one in slow} | set(slower)
-    slow += [one for one in _pausing(survey, train, is_noisy=is_noisy(context)) if one.trace not in told]
+    slow += [one for one in pausing(survey, train, is_noisy=is_noisy(context)) if one.trace not in told]
     slow = [one for one in slow if not _is_starved(joined, context, one)]
     return [
         *(gradual(joined, survey, trace, train, growth) for trace, growth in slower.items()),
@@ -93,7 +68,7 @@ def _slower(survey: Survey, compared: Compared, cause: str, steps: int) -> list[
     sample = recent[usable][:: max(1, int(usable.sum()) // _SAMPLED)]
     usual_noise = float(np.median([noise(_logs(row)) for row in sample]))
     found = []
-    for trace in np.flatnonzero(usable & (logs > np.log(LEAST_RATIO)) & (excess > _LEAST_SHARE * step_s)).tolist():
+    for trace in np.flatnonzero(usable & (logs > np.log(LEAST_RATIO)) & (excess > LEAST_SHARE * step_s)).tolist():
         own = _logs(recent[trace])
         is_few = compared.peers[trace] < FEW
         own_noise = max(noise(own), usual_noise, float(np.diff(own).std()) / np.sqrt(2) if is_few else 0.0)
@@ -152,48 +127,6 @@ def _since(survey: Survey, ratios: np.ndarray, level: float) -> int:
     if len(behind) < LEAST_STEPS // 2:  # one quick step in between is no recovery
         behind = known
     return survey.first_step + int(behind[0])
-
-
-def _pausing(survey: Survey, compared: Compared, *, is_noisy: bool) -> Iterator[Slow]:
-    """Ranks that take far longer in some steps, again and again, while their peers never do, or, where processors are not
-    enough for all (``is_noisy``) or there are few peers, so rarely that chance does not explain who is hit."""
-    step_s = median_step_s(survey)
-    with np.errstate(invalid="ignore"):
-        paused = (compared.ratio > _PAUSE) & (compared.excess_s > 2 * _LEAST_SHARE * step_s)
-    if step_s <= 0 or not paused.any():
-        return
-    trace = int(np.argmax(np.where(paused, compared.excess_s, 0).sum(axis=1)))
-    with np.errstate(invalid="ignore"):  # what hits others may be of another kind, and shorter
-        paused &= compared.excess_s > np.median(compared.excess_s[trace][paused[trace]]) / 2
-    counts = paused.sum(axis=1)
-    known = int((~np.isnan(compared.ratio[trace])).sum())
-    alike = int((compared.peers > 0).sum())
-    is_alone = counts[trace] >= 3 and counts.sum() == counts[trace] and compared.peers[trace] >= FEW and not is_noisy
-    is_chance = _chance(int(counts[trace]), int(counts.sum()), alike) > _LEAST_CHANCE
-    if counts[trace] * 2 > known or (is_chance and not is_alone):
-        return
-    steps = np.flatnonzero(paused[trace])
-    excess_s = float(np.median(compared.excess_s[trace][steps]))
-    ratio = float(np.median(compared.ratio[trace][steps]))
-    yield Slow(
-        trace,
-        "pauses",
-        ratio,
-        excess_s,
-        excess_s / step_s,
-        excess_s / step_s * len(steps) / known,
-        float(counts[trace]),
-        survey.first_step + int(steps[0]),
-        int(compared.peers[trace]),
-    )
-
-
-def _chance(hits: int, total: int, ranks: int) -> float:
-    """That of ``total`` pauses, each of any of ``ranks``, one rank has so many."""
-    if ranks < 2:
-        return 1.0
-    tail = sum(math.comb(total, k) * (ranks - 1) ** (total - k) for k in range(hits, total + 1))
-    return min(1.0, ranks * tail / ranks**total)
 
 
 def _by_node(joined: Joined, slow: Sequence[Slow]) -> Iterator[Finding]:
