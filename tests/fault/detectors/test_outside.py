@@ -29,8 +29,8 @@ def _failed(trace: RankTrace) -> RankTrace:
 
 
 def test_of_ranks_that_end_together_the_one_is_named_to_which_nothing_had_happened() -> None:
-    traces = generate(_SHAPE, [Hang(2, 6)]).traces
-    traces = [trace if trace.rank == 2 else _failed(trace) for trace in traces]
+    waiting = generate(_SHAPE, [Hang(2, 6)]).traces
+    traces = [trace if trace.rank == 2 else _failed(trace) for trace in waiting]
     findings = diagnose(traces, Context(processes=dict.fromkeys(range(4)))).findings
     assert [(one.kind, one.rank) for one in findings] == [(kinds.HANG, 2)]
     assert "does not run" in findings[0].text

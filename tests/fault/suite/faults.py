@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tests.fault.suite.programs import Action, Job
 
@@ -99,7 +100,7 @@ def _extra(fault: Fault, job: Job, actions: list[Action], step: int) -> list[Act
     return actions
 
 
-def _other(**changes: object) -> Callable[[Fault, Job, list[Action], int], list[Action]]:
+def _other(**changes: Any) -> Callable[[Fault, Job, list[Action], int], list[Action]]:
     def change(fault: Fault, job: Job, actions: list[Action], step: int) -> list[Action]:
         if step == fault.step:
             of_sums = [index for index in _collectives(actions) if actions[index].operation == "all_reduce"]

@@ -159,7 +159,8 @@ class _Rank:
         if self.spec.job.flavour == "bare":
             with torch.no_grad():
                 for parameter in self.model.parameters():
-                    parameter -= 1e-3 * parameter.grad
+                    if parameter.grad is not None:
+                        parameter.sub_(1e-3 * parameter.grad)
         else:
             self.optimizer.step()
         self.optimizer.zero_grad()

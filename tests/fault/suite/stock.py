@@ -61,7 +61,7 @@ def _measure(kind: str, *, is_detail: bool) -> dict[str, object]:
                 process.join()
         said = {rank: (folder / f"{rank}.log").read_text(errors="replace") for rank in range(_JOB.world_size)}
     named = _named(said)
-    row = {
+    row: dict[str, object] = {
         "kind": kind,
         "mode": "DETAIL" if is_detail else "stock",
         "ended_s": round(seconds, 2) if has_ended else None,
