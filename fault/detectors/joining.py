@@ -151,7 +151,7 @@ class Survey:
         count = self.of_step[:, :, kernels.COUNT] > 0
         before = np.cumsum(count, axis=1) - count > 0
         behind = np.cumsum(count[:, ::-1], axis=1)[:, ::-1] - count > 0
-        over: np.ndarray = before & behind
+        over: np.ndarray = np.logical_and(before, behind)
         return over
 
 
