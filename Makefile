@@ -54,7 +54,7 @@ gpu: $(INSTALLED)  ## the checks that only a GPU can make; skips aloud without o
 parity: $(INSTALLED)  ## gradients on every layout against one process; takes minutes
 	$(BIN)/python -m pytest tests/runtime tests/parallelism tests/checkpoint tests/fault tests/launcher -m parity
 
-faults: $(INSTALLED)  ## every kind of fault in real jobs of 2, 4 and 8 processes, and what torch says; FAULT_SEEDS=n of each, some 12 minutes a seed, more on a busy machine; root, for networks
+faults: $(INSTALLED)  ## every kind of fault in real jobs of 2, 4 and 8 processes, and what torch says; FAULT_SEEDS=n of each, a quarter of an hour a seed, more on a busy machine; root, for networks
 	$(BIN)/python -m tests.fault.suite --seeds $(or $(FAULT_SEEDS),1)
 	$(BIN)/python -m tests.fault.suite.stock
 
