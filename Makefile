@@ -12,7 +12,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # every test and job starts processes: with modules that are compiled already
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help install demo test check format gpu parity soak soak-planner soak-saving bench $(addprefix bench-,$(ROOMS)) $(addprefix test-,$(ROOMS)) clean
+.PHONY: help install demo test check format gpu parity faults soak soak-planner soak-saving bench $(addprefix bench-,$(ROOMS)) $(addprefix test-,$(ROOMS)) clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z%-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 24
@@ -55,6 +55,10 @@ gpu: $(INSTALLED)  ## the checks that only a GPU can make; skips aloud without o
 
 parity: $(INSTALLED)  ## gradients on every layout against one process; takes minutes
 	$(BIN)/python -m pytest tests/runtime tests/parallelism tests/checkpoint tests/fault tests/launcher -m parity
+
+faults: $(INSTALLED)  ## every kind of fault in real jobs of 2, 4 and 8 processes, and what torch says; FAULT_SEEDS=n of each, a quarter of an hour a seed, more on a busy machine; root, for networks
+	$(BIN)/python -m tests.fault.suite --seeds $(or $(FAULT_SEEDS),1)
+	$(BIN)/python -m tests.fault.suite.stock
 
 soak: $(INSTALLED)  ## long runs: 200 restarts in a row, a clock that jumps, killed copies (KILLS=1000), flipped bits (FLIPS), 30 random faults (FAULTS=300 SEED=1)
 	$(BIN)/python -m pytest tests/launcher tests/fault -m soak -s

@@ -9,13 +9,11 @@ from typing import Any
 
 from rich.table import Table
 
-from evermesh.fault.process_state import ProcessState
 from evermesh.fault.recorder.area import KEPT, RingFile, rings_of
 from evermesh.fault.recorder.errors import RingUnreadable
-from evermesh.fault.recorder.reader import RingState, read_ring
+from evermesh.fault.recorder.reader import RingState, process_of, read_ring
 from evermesh.fault.recorder.record import DTYPES, NO_PEER, OPERATIONS, PHASES, Flags
 from evermesh.fault.recorder.trace import RankTrace
-from evermesh.fault.snapshot.keeper.area import started_at
 from evermesh.launcher.errors import RunNotFound
 from evermesh.launcher.finding import FoundJob, find_job
 from evermesh.launcher.terminal import print_table
@@ -74,9 +72,7 @@ def _read(rings: Sequence[RingFile]) -> Iterator[RankRecords]:
 
 
 def _process(trace: RankTrace, state: RingState) -> str:
-    if not state.is_of_this_boot or started_at(trace.pid) != state.started:
-        return "is gone"
-    found = ProcessState.of(trace.pid)
+    found = process_of(trace, state)
     if found is None:
         return "is gone"
     return "is stopped" if found.is_stopped else "is held" if found.is_held else "runs"

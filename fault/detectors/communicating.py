@@ -16,11 +16,12 @@ from evermesh.fault.detectors.delays import Blamed, Delays, blame
 from evermesh.fault.detectors.joining import Joined
 from evermesh.fault.detectors.matching import Matched
 from evermesh.fault.detectors.message_kernels import newest_messages, pair_messages
+from evermesh.fault.detectors.spreads import deviation
 from evermesh.fault.events import Finding
+from evermesh.fault.mixing import MIXER
 from evermesh.fault.recorder.trace import UNKNOWN_NODE
 
 _LEAST_ROWS, _MOST_ROWS = 6, 64
-_MIXER = np.uint64(0x9E3779B97F4A7C15)
 _LEAST_GROUPS = 4
 _LEAST_RATIO = 1.4
 _LEAST_SCORE = 6.0
@@ -58,7 +59,7 @@ def find_slow_groups(joined: Joined, matched: Matched) -> list[Finding]:
         if known.sum() < _LEAST_GROUPS:
             continue
         middle = float(np.median(levels[known]))
-        spread = max(1.4826 * float(np.median(np.abs(levels[known] - middle))), _SPREAD_FLOOR)
+        spread = max(deviation(levels[known], middle), _SPREAD_FLOOR)
         slow = [
             _SlowGroup(group, float(np.exp(level - middle)), float((level - middle) / spread), nodes[group])
             for group, level in zip(alike, levels.tolist(), strict=True)
@@ -84,7 +85,7 @@ def _levels(matched: Matched, transfers: np.ndarray, groups: list[int]) -> np.nd
         rows = slice(max(rows.start, rows.stop - _MOST_ROWS), rows.stop)
         count, usable = rows.stop - rows.start, (transfers[rows] > 0) & (matched.flags[rows] == 0)
         reference = matched.reference[rows]
-        keys[index, :count] = np.where(usable, (reference[:, 0] * _MIXER ^ reference[:, 1]) | np.uint64(1), 0)
+        keys[index, :count] = np.where(usable, (reference[:, 0] * MIXER ^ reference[:, 1]) | np.uint64(1), 0)
         logs[index, :count] = np.log(np.maximum(transfers[rows], 1))
     of_kinds = []
     for kind in np.unique(keys[keys > 0]).tolist():

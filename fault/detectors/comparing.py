@@ -12,11 +12,11 @@ import numpy as np
 from evermesh.fault.detectors import kernels
 from evermesh.fault.detectors.context import Context
 from evermesh.fault.detectors.joining import Joined, Survey
+from evermesh.fault.mixing import MIXER
 from evermesh.fault.recorder.record import OPERATIONS
 
 _LOOKED_AT = 256
 """Records of a rank that show whether a group without an axis is a pipeline."""
-_MIXER = np.uint64(0x9E3779B97F4A7C15)
 _EXACT = 16
 """Up to so many peers the median leaves out the rank that is compared."""
 
@@ -64,7 +64,7 @@ def compare(joined: Joined, survey: Survey, context: Context, column: int) -> Co
     peers = np.zeros(times_s.shape, np.int64)
     for step in range(survey.num_steps):
         present = np.flatnonzero(known[:, step])
-        keys = stages[present].astype(np.uint64) * _MIXER
+        keys = stages[present].astype(np.uint64) * MIXER
         if planned is None:
             keys += survey.signatures[present, step]
         _, classes = np.unique(keys, return_inverse=True)

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from evermesh.fault.detectors import kinds
 from evermesh.fault.detectors.joining import Joined, in_step
-from evermesh.fault.detectors.programs import Deviation, deviation_of, majority, name_of
+from evermesh.fault.detectors.programs import Deviation, deviation_of, left_out, majority, name_of
 from evermesh.fault.detectors.sentences import MOST_NAMED, operation_of
 from evermesh.fault.detectors.standing import Standing
 from evermesh.fault.events import Finding
@@ -52,13 +52,18 @@ def of_cycle(joined: Joined, standing: Standing, tangled: set[int]) -> Iterator[
 def _deviating(joined: Joined, standing: Standing, tangled: set[int]) -> list[Deviation]:
     traces = sorted(tangled)
     step = max(standing.waiting[trace].step for trace in traces)
-    own = [one for trace in traces if (one := deviation_of(joined, trace, standing.waiting[trace].step)) is not None]
+    own = [one for trace in traces if (one := _own(joined, trace, standing.waiting[trace].step)) is not None]
     if own:
         return own
     alike = majority(joined, [trace for trace in traces if standing.waiting[trace].step == step], step)
     if alike is None:
         return []
     return [one for trace in traces if (one := deviation_of(joined, trace, step, alike)) is not None]
+
+
+def _own(joined: Joined, trace: int, step: int) -> Deviation | None:
+    """Where a rank leaves what it did before, in the step that it is in, or at the end of the one before."""
+    return deviation_of(joined, trace, step) or left_out(joined, trace, step - 1)
 
 
 def _cycle(standing: Standing, tangled: set[int]) -> list[int]:

@@ -13,6 +13,8 @@ from typing import Literal
 
 import numpy as np
 
+from evermesh.fault.detectors.spreads import deviation
+
 _LEAST_SCORE, _LEAST_SCORE_OF_CELL = 4.6, 4.75
 _LEAST_SCORE_OF_DIFFERENCES = 5.1
 """Next to their history cells differ by what both differ by chance, and what is slow stands out more."""
@@ -113,7 +115,7 @@ def _levels(seconds: np.ndarray) -> np.ndarray:
 
 def _spread(logs: np.ndarray) -> float:
     """Standard deviation of the cells that are not slow."""
-    rough = 1.4826 * float(np.median(np.abs(logs)))
+    rough = deviation(logs, 0.0)
     usual = logs[np.abs(logs) <= _USUAL * rough]
     return max(float(usual.std()) * _OF_USUAL, 0.01)
 

@@ -6,12 +6,14 @@ from dataclasses import dataclass, replace
 from evermesh.fault.detectors import kinds
 from evermesh.fault.detectors.clocks import estimate_offsets
 from evermesh.fault.detectors.communicating import find_slow_groups, find_slow_messages
-from evermesh.fault.detectors.context import Context
+from evermesh.fault.detectors.context import Context, is_noisy
+from evermesh.fault.detectors.deaths import find_deaths
 from evermesh.fault.detectors.disagreeing import find_disagreements, spoiled_by
-from evermesh.fault.detectors.hanging import find_hangs
+from evermesh.fault.detectors.hanging import find_hangs, patient
 from evermesh.fault.detectors.joining import Joined, Survey, join, survey
 from evermesh.fault.detectors.lateness import find_late
 from evermesh.fault.detectors.matching import Matched, match
+from evermesh.fault.detectors.sentences import is_gone
 from evermesh.fault.detectors.slow_jobs import find_slow_job
 from evermesh.fault.detectors.slowing import exonerated, find_slow
 from evermesh.fault.detectors.standing import standing_of
@@ -38,17 +40,19 @@ def diagnose(traces: Sequence[RankTrace], context: Context | None = None) -> Dia
     surveyed = survey(joined)
     context, matched = _aligned(joined, surveyed, context)
     wrong = find_disagreements(joined, surveyed, matched)
-    hanging = find_hangs(joined, standing_of(joined, surveyed, context), context, spoiled_by(matched))
-    found = [*wrong, *(one for one in hanging if not _is_said(one, wrong))]
+    standing = standing_of(joined, surveyed, context)
+    hanging = find_deaths(joined, standing, context) or find_hangs(joined, standing, context, spoiled_by(matched))
+    found = [*wrong, *(one for one in hanging if not _is_said(one, wrong, context))]
     slow = find_slow(joined, surveyed, context)
     slow += find_late(joined, surveyed, matched, context, {one.rank for one in slow})
-    slow += find_slow_groups(joined, matched) + find_slow_messages(joined, context.offsets)
+    if not is_noisy(context):  # else what takes long in a transfer may be a process that waits for a processor
+        slow += find_slow_groups(joined, matched) + find_slow_messages(joined, context.offsets)
     found += slow
     if not slow:
-        found += find_slow_job(surveyed, matched)
+        found += find_slow_job(surveyed, matched, context)
     return Diagnosis(
         tuple(sorted(found, key=lambda one: -one.confidence)),
-        tuple(exonerated(joined, surveyed, context)),
+        (*exonerated(joined, surveyed, context), *patient(joined, standing, context)),
         len(joined.traces),
         sum(len(trace.records) for trace in joined.traces),
     )
@@ -66,8 +70,10 @@ def _aligned(joined: Joined, surveyed: Survey, context: Context) -> tuple[Contex
     return context, matched
 
 
-def _is_said(hang: Finding, wrong: Sequence[Finding]) -> bool:
+def _is_said(hang: Finding, wrong: Sequence[Finding], context: Context) -> bool:
     """Whether a wait is what follows from a disagreement that is a finding already."""
-    if hang.kind in (kinds.DEADLOCK, kinds.SKIPPED, kinds.EXTRA):
+    if hang.kind in (kinds.DEADLOCK, kinds.SKIPPED, kinds.EXTRA) or (
+        hang.rank is not None and is_gone(context, hang.rank)
+    ):
         return any(one.rank is not None for one in wrong)
     return hang.kind == kinds.COMMUNICATION_HANG and any(one.group == hang.group for one in wrong)

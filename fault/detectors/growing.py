@@ -5,7 +5,7 @@ import numpy as np
 from evermesh.fault.detectors import kinds
 from evermesh.fault.detectors.comparing import Compared
 from evermesh.fault.detectors.joining import Joined, Survey
-from evermesh.fault.detectors.spreads import COMMON, FEW, LEAST_RATIO, LEAST_SCORE
+from evermesh.fault.detectors.spreads import COMMON, FEW, LEAST_RATIO, LEAST_SCORE, deviation
 from evermesh.fault.events import Finding
 
 _GROWTH, _LEAST_TREND, _LEAST_STEPS = 1.15, 10.0, 9
@@ -39,7 +39,7 @@ def growing(compared: Compared) -> dict[int, float]:
 
 def _spread_of_slopes(slopes: np.ndarray) -> float:
     """How much the trends of ranks differ; of few ranks nobody knows."""
-    return 1.4826 * float(np.median(np.abs(slopes - np.median(slopes)))) if len(slopes) > FEW else 0.0
+    return deviation(slopes) if len(slopes) > FEW else 0.0
 
 
 def _step_error(logs: np.ndarray) -> float:

@@ -142,12 +142,17 @@ class Survey:
         return int(self.of_step.shape[1])
 
     def is_whole(self) -> np.ndarray:
-        """Array [traces, steps]: the rank has done all of the step, and its ring still holds it."""
+        """Array [traces, steps]: the rank has done all of the step, something at least, and its ring still holds it."""
+        whole: np.ndarray = self.is_over() & (self.of_step[:, :, kernels.COUNT] > 0)
+        return whole
+
+    def is_over(self) -> np.ndarray:
+        """Array [traces, steps]: the rank has done something before the step and behind it; in it perhaps nothing."""
         count = self.of_step[:, :, kernels.COUNT] > 0
         before = np.cumsum(count, axis=1) - count > 0
         behind = np.cumsum(count[:, ::-1], axis=1)[:, ::-1] - count > 0
-        whole: np.ndarray = count & before & behind
-        return whole
+        over: np.ndarray = np.logical_and(before, behind)
+        return over
 
 
 def survey(joined: Joined) -> Survey:

@@ -8,11 +8,13 @@ from typing import Any
 
 import numpy as np
 
+from evermesh.fault.mixing import MIXER
 from evermesh.parallelism.planner.compiling import compiled
 
-FIRST, LAST, LAST_ENTERED_NS, LONGEST_NS = 0, 1, 2, 3
-SLOT_COLUMNS = 4
-"""Of a rank in a group: first and last number that it entered, when it entered that, longest time between two in training."""
+FIRST, LAST, LAST_ENTERED_NS, LONGEST_NS, LAST_STEP = 0, 1, 2, 3, 4
+SLOT_COLUMNS = 5
+"""Of a rank in a group: first and last number that it entered, when it entered that and in which step, longest time between
+two in training; that of the first steps is forgotten."""
 
 TRAIN_NS, INPUT_NS, OTHER_NS, INSIDE_NS, COUNT, UNSEEN, BEGIN_NS, END_NS = 0, 1, 2, 3, 4, 5, 6, 7
 STEP_COLUMNS = 8
@@ -26,10 +28,10 @@ BLOCK = 32
 """Collectives of a group that are compared at once where only digests are exchanged."""
 
 _SEND = 10
+_WARM_STEPS = 2
 _DATA, _TRAIN = 1, 3  # phases
 _LOW = np.uint64(0xFFFFFFFF)
 _BYTE = np.uint64(0xFF)
-_MIXER = np.uint64(0x9E3779B97F4A7C15)
 
 
 @compiled
@@ -58,6 +60,9 @@ def survey_rank(
             opened = index
         slot = slots[group] if group < len(slots) else -1
         if slot >= 0 and operation < _SEND:
+            if of_slot[slot, LAST_STEP] <= _WARM_STEPS < step + first_step:
+                of_slot[slot, LONGEST_NS] = 0
+            of_slot[slot, LAST_STEP] = step + first_step
             if of_slot[slot, FIRST] < 0:
                 of_slot[slot, FIRST] = number
             elif phase == _TRAIN:
@@ -80,9 +85,9 @@ def survey_rank(
             # what may differ although the work is the same: other phases
             if phase == _TRAIN:
                 what = codes[group] if group < len(codes) else np.uint64(0)
-                what ^= words[index, 4] * _MIXER
+                what ^= words[index, 4] * MIXER
                 what ^= (kinds & np.uint64(0xFFFF)) << np.uint64(7)
-                signatures[step] = (signatures[step] ^ what) * _MIXER + np.uint64(1)
+                signatures[step] = (signatures[step] ^ what) * MIXER + np.uint64(1)
         frontier = max(frontier, entered, ended)
     carried[0] = frontier
     return opened
@@ -111,10 +116,10 @@ def digest_rank(words: Any, local_groups: Any, uneven: Any, state: Any, found: A
                 count += 1
             state[group, 0], state[group, 1] = block, 0
             state[group, 2] = 1 if np.int64(number) % BLOCK == 0 else 0
-        value = number ^ kinds * _MIXER ^ (words[index, 6] & _LOW) << np.uint64(20)
+        value = number ^ kinds * MIXER ^ (words[index, 6] & _LOW) << np.uint64(20)
         if not uneven[operation]:
             value ^= words[index, 4] * np.uint64(0xC2B2AE3D27D4EB4F)
-        state[group, 1] = np.int64(np.uint64(state[group, 1]) + (value ^ value >> np.uint64(29)) * _MIXER)
+        state[group, 1] = np.int64(np.uint64(state[group, 1]) + (value ^ value >> np.uint64(29)) * MIXER)
     return count
 
 

@@ -17,6 +17,7 @@ from evermesh.fault.detectors.comparing import stages_of
 from evermesh.fault.detectors.context import Context
 from evermesh.fault.detectors.joining import Joined, Survey
 from evermesh.fault.detectors.matching import Matched
+from evermesh.fault.detectors.spreads import deviation
 from evermesh.fault.events import Finding
 from evermesh.fault.recorder.trace import UNKNOWN_NODE
 
@@ -121,7 +122,7 @@ def _of_kind(entered: np.ndarray, errors_s: np.ndarray) -> _Late:
     usual = np.sort(entered, axis=1)[:, (size - 1) // 2]  # of two the earlier one
     late_s = (entered - usual[:, None]) / 1e9
     typical = np.median(late_s, axis=0)
-    spread = max(1.4826 * float(np.median(np.abs(typical - np.median(typical)))), 1e-6)
+    spread = max(deviation(typical), 1e-6)
     lasting = (late_s > np.maximum(typical / 2, 0)).mean(axis=0) >= _LASTING
     is_late = lasting & (typical > np.maximum(_LEAST_SHARE * period_s, 3 * errors_s))
     if size > 3:

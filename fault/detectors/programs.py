@@ -70,6 +70,19 @@ def deviation_of(joined: Joined, trace: int, step: int, expected: Sequence[Entry
     return None
 
 
+def left_out(joined: Joined, trace: int, step: int) -> Deviation | None:
+    """What a rank that is in a later step left out at the end of ``step``, where it did it before; None: nothing, or nobody
+    knows."""
+    reference = expected_of(joined, trace, step)
+    indices, found = sequence_of(joined, trace, step)
+    if not reference or not found or found != reference[: len(found)] or len(found) == len(reference):
+        return None
+    following = sequence_of(joined, trace, step + 1)[1]
+    if not following:
+        return None
+    return Deviation(trace, int(indices[-1]), reference[len(found)], following[0], "skipped")
+
+
 def majority(joined: Joined, traces: Sequence[int], step: int) -> list[Entry] | None:
     """What more than half of some ranks, at least three of them, did in ``step``, each as far as it came; the longest."""
     if len(traces) < 3 or not all(_holds_whole(joined, trace, step) for trace in traces):

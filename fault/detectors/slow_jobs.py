@@ -3,6 +3,7 @@
 import numpy as np
 
 from evermesh.fault.detectors import kernels, kinds
+from evermesh.fault.detectors.context import Context, is_noisy
 from evermesh.fault.detectors.joining import Survey
 from evermesh.fault.detectors.matching import Matched
 from evermesh.fault.detectors.spreads import LEAST_SCORE, noise
@@ -11,8 +12,11 @@ from evermesh.fault.events import Finding
 _GROWTH, _LEAST_STEPS = 1.25, 9
 
 
-def find_slow_job(survey: Survey, matched: Matched) -> list[Finding]:
-    """All ranks together take longer than before, although they do the same."""
+def find_slow_job(survey: Survey, matched: Matched, context: Context) -> list[Finding]:
+    """All ranks together take longer than before, although they do the same, and other work on their nodes does not explain
+    it."""
+    if is_noisy(context):
+        return []
     whole = survey.is_whole()
     steps = np.flatnonzero(whole.sum(axis=0) * 2 > len(whole))
     if len(steps) < _LEAST_STEPS:

@@ -7,47 +7,27 @@ step to step, and what the plan explains blames nobody.
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
 from evermesh.fault.detectors import kernels, kinds
 from evermesh.fault.detectors.comparing import Compared, compare, stages_of
-from evermesh.fault.detectors.context import Context
+from evermesh.fault.detectors.context import Context, is_noisy
 from evermesh.fault.detectors.growing import gradual, growing
 from evermesh.fault.detectors.joining import Joined, Survey
+from evermesh.fault.detectors.pausing import LEAST_SHARE, Slow, pausing
 from evermesh.fault.detectors.spreads import COMMON, FEW, LEAST_RATIO, LEAST_SCORE, SPREAD_FLOOR, noise, spread
 from evermesh.fault.detectors.standing import median_step_s
 from evermesh.fault.events import Finding
 from evermesh.fault.recorder.trace import UNKNOWN_NODE
 
 LEAST_STEPS = 6
-_RECENT = 8
-_LEAST_SHARE = 0.05
-"""Of the step: what costs less is no finding."""
+_RECENT, _MANY = 8, 32
+"""Steps in which a rank has to be slow: few show it soon, many where times vary."""
 _LEAST_SCORE_OF_FEW = 8.0
 _LASTING = 0.75
-_PAUSE = 1.5
 _SAMPLED = 64
 """Ranks that show how much steps differ by chance."""
-
-
-@dataclass(frozen=True, slots=True)
-class Slow:
-    """A rank that is slower than its peers."""
-
-    trace: int
-    cause: str
-    """``computes``, ``input`` or ``pauses``."""
-    ratio: float
-    excess_s: float
-    share: float
-    """Of the step."""
-    score: float
-    """How many spreads of its peers it is away from them."""
-    since: int
-    """Step."""
-    peers: int
 
 
 def find_slow(joined: Joined, survey: Survey, context: Context) -> list[Finding]:
@@ -56,9 +36,10 @@ def find_slow(joined: Joined, survey: Survey, context: Context) -> list[Finding]
     slower = growing(train)
     slow = [one for one in _lasting(survey, train, "computes") if one.trace not in slower]
     of_input = compare(joined, survey, context, kernels.INPUT_NS)
-    slow += [one for one in _lasting(survey, of_input, "input") if one.share >= 2 * _LEAST_SHARE]
+    slow += [one for one in _lasting(survey, of_input, "input") if one.share >= 2 * LEAST_SHARE]
     told = {one.trace for one in slow} | set(slower)
-    slow += [one for one in _pausing(survey, train) if one.trace not in told]
+    slow += [one for one in pausing(survey, train, is_noisy=is_noisy(context)) if one.trace not in told]
+    slow = [one for one in slow if not _is_starved(joined, context, one)]
     return [
         *(gradual(joined, survey, trace, train, growth) for trace, growth in slower.items()),
         *_by_node(joined, slow),
@@ -66,10 +47,15 @@ def find_slow(joined: Joined, survey: Survey, context: Context) -> list[Finding]
 
 
 def _lasting(survey: Survey, compared: Compared, cause: str) -> list[Slow]:
-    """Ranks that are slower in most of the recent steps."""
-    recent = _recent(compared.ratio)
+    """Ranks that are slower in most of the recent steps, of few or of many."""
+    return _slower(survey, compared, cause, _RECENT) or _slower(survey, compared, cause, _MANY)
+
+
+def _slower(survey: Survey, compared: Compared, cause: str, steps: int) -> list[Slow]:
+    """Ranks that are slower in most of the last ``steps``."""
+    recent = _recent(compared.ratio, steps)
     count = (~np.isnan(recent)).sum(axis=1)
-    usable = count >= LEAST_STEPS
+    usable = count >= max(LEAST_STEPS, steps * _LASTING)
     step_s = median_step_s(survey)
     if not usable.any() or step_s <= 0:
         return []
@@ -77,12 +63,12 @@ def _lasting(survey: Survey, compared: Compared, cause: str) -> list[Slow]:
     with np.errstate(divide="ignore", invalid="ignore"):
         logs[usable] = np.nanmedian(np.log(np.maximum(recent[usable], 1e-6)), axis=1)
     excess = np.full(len(recent), np.nan)
-    excess[usable] = np.nanmedian(_recent(compared.excess_s)[usable], axis=1)
+    excess[usable] = np.nanmedian(_recent(compared.excess_s, steps)[usable], axis=1)
     of_peers = spread(logs[usable])
     sample = recent[usable][:: max(1, int(usable.sum()) // _SAMPLED)]
     usual_noise = float(np.median([noise(_logs(row)) for row in sample]))
     found = []
-    for trace in np.flatnonzero(usable & (logs > np.log(LEAST_RATIO)) & (excess > _LEAST_SHARE * step_s)).tolist():
+    for trace in np.flatnonzero(usable & (logs > np.log(LEAST_RATIO)) & (excess > LEAST_SHARE * step_s)).tolist():
         own = _logs(recent[trace])
         is_few = compared.peers[trace] < FEW
         own_noise = max(noise(own), usual_noise, float(np.diff(own).std()) / np.sqrt(2) if is_few else 0.0)
@@ -99,6 +85,7 @@ def _lasting(survey: Survey, compared: Compared, cause: str) -> list[Slow]:
                 float(np.exp(logs[trace])),
                 float(excess[trace]),
                 share,
+                share,
                 score,
                 _since(survey, compared.ratio[trace], float(logs[trace])),
                 int(compared.peers[trace]),
@@ -107,19 +94,26 @@ def _lasting(survey: Survey, compared: Compared, cause: str) -> list[Slow]:
     return found if len(found) <= max(1, COMMON * usable.sum()) else []
 
 
+def _is_starved(joined: Joined, context: Context, one: Slow) -> bool:
+    """Whether other processes explain it: the rank waits for a processor, and longer than others if there are enough."""
+    shares = [context.starved.get(trace.rank, 0.0) for trace in joined.traces]
+    others = float(np.median([share for trace, share in enumerate(shares) if trace != one.trace] or [0.0]))
+    return shares[one.trace] - (others if one.peers >= FEW else 0.0) > one.mean_share / 2
+
+
 def _logs(ratios: np.ndarray) -> np.ndarray:
     """Logarithms of those that are known."""
     found: np.ndarray = np.log(np.maximum(ratios[~np.isnan(ratios)], 1e-6))
     return found
 
 
-def _recent(table: np.ndarray) -> np.ndarray:
-    """The newest known values of every row, in order, not a number where there are fewer."""
+def _recent(table: np.ndarray, steps: int) -> np.ndarray:
+    """The newest ``steps`` known values of every row, in order, not a number where there are fewer."""
     known = ~np.isnan(table)
     behind = np.cumsum(known[:, ::-1], axis=1)[:, ::-1]  # known values from here on
-    found = np.full((len(table), _RECENT), np.nan)
-    rows, columns = np.nonzero(known & (behind <= _RECENT))
-    places = np.minimum(known.sum(axis=1), _RECENT)[rows] - behind[rows, columns]
+    found = np.full((len(table), steps), np.nan)
+    rows, columns = np.nonzero(known & (behind <= steps))
+    places = np.minimum(known.sum(axis=1), steps)[rows] - behind[rows, columns]
     found[rows, places] = table[rows, columns]
     return found
 
@@ -133,34 +127,6 @@ def _since(survey: Survey, ratios: np.ndarray, level: float) -> int:
     if len(behind) < LEAST_STEPS // 2:  # one quick step in between is no recovery
         behind = known
     return survey.first_step + int(behind[0])
-
-
-def _pausing(survey: Survey, compared: Compared) -> Iterator[Slow]:
-    """Ranks that take far longer in some steps, again and again, while their peers never do."""
-    step_s = median_step_s(survey)
-    with np.errstate(invalid="ignore"):
-        paused = (compared.ratio > _PAUSE) & (compared.excess_s > 2 * _LEAST_SHARE * step_s)
-    counts = paused.sum(axis=1)
-    if len(counts) <= FEW or step_s <= 0:
-        return
-    trace = int(np.argmax(counts))
-    known = int((~np.isnan(compared.ratio[trace])).sum())
-    others = int(np.partition(counts, -2)[-2])
-    if counts[trace] < 3 or others > 0 or counts[trace] * 2 > known or compared.peers[trace] < FEW:
-        return
-    steps = np.flatnonzero(paused[trace])
-    excess_s = float(np.median(compared.excess_s[trace][steps]))
-    ratio = float(np.median(compared.ratio[trace][steps]))
-    yield Slow(
-        trace,
-        "pauses",
-        ratio,
-        excess_s,
-        excess_s / step_s,
-        float(counts[trace]),
-        survey.first_step + int(steps[0]),
-        int(compared.peers[trace]),
-    )
 
 
 def _by_node(joined: Joined, slow: Sequence[Slow]) -> Iterator[Finding]:

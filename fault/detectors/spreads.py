@@ -14,9 +14,16 @@ LEAST_RATIO = 1.15
 """Who is less than that slower than its peers is no finding."""
 
 
+def deviation(values: np.ndarray, middle: float | None = None) -> float:
+    """Standard deviation of most of the values, around ``middle`` or their median: 1.4826 times the median distance from it,
+    which is the same of normal ones."""
+    around = np.median(values) if middle is None else middle
+    return 1.4826 * float(np.median(np.abs(values - around)))
+
+
 def spread(values: np.ndarray) -> float:
     """Robust standard deviation, and no less than what is never exceeded by chance alone."""
-    return max(1.4826 * float(np.median(np.abs(values - np.median(values)))), SPREAD_FLOOR)
+    return max(deviation(values), SPREAD_FLOOR)
 
 
 def noise(values: np.ndarray) -> float:

@@ -13,6 +13,9 @@ Key = tuple[int, int, int | None]
 """Group, number, and place of the other side of a message; the same for all that are in one collective."""
 UNDECIDED = "receive_any"
 """Operation of which nobody knows for whom it waits."""
+_MANY, _SETTLED = 100, 10.0
+"""Operations of a rank in its first step from which on nothing is the first of its kind, and times the floor that may then be
+waited."""
 _SEND, _RECEIVE = OPERATIONS.index("send"), OPERATIONS.index("receive")
 
 
@@ -125,12 +128,17 @@ def _patience_s(joined: Joined, survey: Survey, context: Context, group: int) ->
     longest_s = float(survey.of_slot[slots, kernels.LONGEST_NS].max()) / 1e9
     step_s = context.step_s if context.step_s is not None else median_step_s(survey)
     counts_steps = survey.first_step + survey.num_steps > 1
-    floor_s = context.first_step_s if counts_steps and step_s == 0 else context.floor_s
+    floor_s = context.floor_s
+    if counts_steps and step_s == 0:
+        most = max((int(trace.records["sequence"][-1]) for trace in joined.traces if len(trace.records)), default=0)
+        # nobody may ever count the steps of a script
+        floor_s = _SETTLED * context.floor_s if most >= _MANY else context.first_step_s
     return max(floor_s, 2 * longest_s, 3 * step_s) + context.skew_s
 
 
 def median_step_s(survey: Survey) -> float:
-    """Median time of the steps that were seen whole; 0 if none was."""
-    whole = survey.is_whole()
-    spans = survey.of_step[:, :, kernels.END_NS] - survey.of_step[:, :, kernels.BEGIN_NS]
+    """Median time from step to step, of those that were seen whole; 0 if none was."""
+    begins = survey.of_step[:, :, kernels.BEGIN_NS]
+    whole = survey.is_whole()[:, :-1] & (survey.of_step[:, 1:, kernels.COUNT] > 0)
+    spans = np.diff(begins, axis=1)
     return float(np.median(spans[whole])) / 1e9 if whole.any() else 0.0

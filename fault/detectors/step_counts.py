@@ -48,7 +48,7 @@ def strayed_by_steps(joined: Joined, survey: Survey, group: int) -> Iterator[Fin
 
 def _counts(joined: Joined, survey: Survey, group: int, traces: Sequence[int]) -> tuple[np.ndarray, np.ndarray] | None:
     """Steps that all members have behind them, and array [members, steps]: collectives of each in them."""
-    whole = survey.is_whole()[traces].all(axis=0)
+    whole = survey.is_over()[traces].all(axis=0)
     steps = survey.first_step + np.flatnonzero(whole)
     if len(steps) < 3 or len(traces) < 2:
         return None

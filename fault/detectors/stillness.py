@@ -1,7 +1,8 @@
 """Collectives and messages that all have entered and that do not end."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
+import numpy as np
 from pydantic import JsonValue
 
 from evermesh.fault.detectors import kinds
@@ -11,6 +12,7 @@ from evermesh.fault.detectors.joining import Joined, in_step
 from evermesh.fault.detectors.sentences import MOST_NAMED, is_gone, operation_of, ranks_that
 from evermesh.fault.detectors.standing import UNDECIDED, Key, Standing, Waiting
 from evermesh.fault.events import Finding
+from evermesh.fault.recorder.record import OPERATIONS
 from evermesh.fault.recorder.trace import UNKNOWN_NODE
 
 _LIKELY, _PERHAPS = 0.9, 0.5
@@ -32,6 +34,8 @@ def of_communication(
         if is_explained or waiting[0].operation == UNDECIDED:
             continue
         shortest = min(waiting, key=lambda one: one.waited_s)
+        if not _has_been_still(joined, standing, shortest):
+            continue
         inside = sorted(joined.traces[one.trace].rank for one in waiting)
         nodes = {joined.traces[one.trace].node for one in waiting}
         link = None
@@ -39,6 +43,15 @@ def of_communication(
             ranks = joined.groups[group].ranks
             link = (min(inside[0], ranks[place]), max(inside[0], ranks[place]))
             nodes |= {trace.node for trace in joined.traces if trace.rank == ranks[place]}
+        cut = _cut(context, joined.groups[group].ranks)
+        if cut is not None:
+            link = (min(cut), max(cut))
+            nodes = {trace.node for trace in joined.traces if trace.rank in link}
+        way = (
+            f": what rank {cut[0]} sends does not arrive at rank {cut[1]}"
+            if cut
+            else ": the communication stands still"
+        )
         nodes.discard(UNKNOWN_NODE)
         yield Finding(
             kind=kinds.COMMUNICATION_HANG,
@@ -48,7 +61,7 @@ def of_communication(
             node=nodes.pop() if len(nodes) == 1 else None,
             text=f"all of which there are records entered {operation_of(joined, shortest)}{in_step(shortest.step)}, and "
             f"{ranks_that(joined, (one.trace for one in waiting), 'is', 'are')} still inside after "
-            f"{shortest.waited_s:.1f} s: the communication stands still",
+            f"{shortest.waited_s:.1f} s{way}",
             evidence={
                 "operation": shortest.operation,
                 "number": number,
@@ -57,6 +70,37 @@ def of_communication(
             },
             confidence=_LIKELY if joined.traces[shortest.trace].node != UNKNOWN_NODE else _PERHAPS,
         )
+
+
+def _has_been_still(joined: Joined, standing: Standing, one: Waiting) -> bool:
+    """Whether the last of all that take part entered long ago, too."""
+    places = range(len(joined.groups[one.group].ranks)) if one.place is None else (one.place,)
+    for trace in (int(joined.members[one.group][place]) for place in places):
+        entered_ns = _entered_ns(joined, one, trace) if trace >= 0 else None
+        if entered_ns is not None and joined.traces[trace].read_ns - entered_ns < standing.patience_s[one.group] * 1e9:
+            return False
+    return True
+
+
+def _entered_ns(joined: Joined, one: Waiting, trace: int) -> int | None:
+    """When another member entered what a rank is in; None: that was long ago."""
+    records = joined.traces[trace].records
+    local = np.flatnonzero(joined.local_groups[trace] == one.group)
+    chosen = np.isin(records["group"], local) & (records["number"] == one.number)
+    if one.place is None:
+        chosen &= records["operation"] < OPERATIONS.index("send")
+    else:
+        wanted = "send" if one.operation == "receive" else "receive"
+        place = int(joined.places[one.trace][joined.local_groups[one.trace] == one.group][0])
+        chosen &= (records["operation"] == OPERATIONS.index(wanted)) & (records["peer"] == place)
+    found = np.flatnonzero(chosen)
+    return int(records["entered_ns"][found[-1]]) if len(found) else None
+
+
+def _cut(context: Context, ranks: Sequence[int]) -> tuple[int, int] | None:
+    """From and to, where one way between members is known to let nothing pass; the other direction of it may not either."""
+    inside = sorted(link for link in context.cut_links if set(link) <= set(ranks))
+    return inside[0] if len({frozenset(link) for link in inside}) == 1 else None
 
 
 def merged(found: list[Finding]) -> list[Finding]:

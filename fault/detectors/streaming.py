@@ -6,14 +6,17 @@ from dataclasses import dataclass
 import numpy as np
 
 from evermesh.fault.detectors import kernels
+from evermesh.fault.detectors.clock_jumps import ClockWatch
 from evermesh.fault.detectors.context import Context
+from evermesh.fault.detectors.deaths import find_deaths
 from evermesh.fault.detectors.hanging import find_hangs
 from evermesh.fault.detectors.joining import MOST_STEPS, Joined, Survey, join
 from evermesh.fault.detectors.matching import UNEVEN
 from evermesh.fault.detectors.slowing import find_slow
-from evermesh.fault.detectors.standing import UNDECIDED, Standing, standing_of
+from evermesh.fault.detectors.standing import UNDECIDED, standing_of
 from evermesh.fault.detectors.summaries import RankSummary
 from evermesh.fault.events import Finding
+from evermesh.fault.recorder.record import OPERATIONS
 
 _BLOCKS = 64
 """Blocks of a group whose digests are remembered."""
@@ -35,6 +38,7 @@ class JobWatch:
     def __init__(self, context: Context | None = None) -> None:
         self.context = context or Context()
         self._joined: Joined | None = None
+        self._clocks = ClockWatch()
         self._of_slot = np.zeros((0, kernels.SLOT_COLUMNS), np.int64)
         self._of_step = np.zeros((0, MOST_STEPS, kernels.STEP_COLUMNS), np.int64)
         self._signatures = np.zeros((0, MOST_STEPS), np.uint64)
@@ -53,11 +57,13 @@ class JobWatch:
         survey = self._survey(opened)
         disagreeing = self._compare(joined, ordered)
         standing = standing_of(joined, survey, self.context)
-        spoiled = _spoiled(joined, survey, standing)
-        found = find_hangs(joined, standing, self.context, spoiled) + find_slow(joined, survey, self.context)
+        spoiled = _spoiled(joined)
+        found = find_deaths(joined, standing, self.context) or find_hangs(joined, standing, self.context, spoiled)
+        found += find_slow(joined, survey, self.context)
         groups = {*disagreeing.tolist(), *(group for group, _ in spoiled)}
         is_unclear = any(one.operation == UNDECIDED and standing.is_long(one) for one in standing.waiting.values())
         is_unclear |= any(one.rank is None and one.node is None for one in found)
+        found += self._clocks.look(joined.traces)
         return Seen(tuple(found), _suspicious(joined, groups, is_unclear))
 
     def _joined_of(self, ordered: Sequence[RankSummary]) -> Joined:
@@ -120,19 +126,27 @@ class JobWatch:
         return np.unique(groups[differs])
 
 
-def _spoiled(joined: Joined, survey: Survey, standing: Standing) -> set[tuple[int, int]]:
-    """Collectives, by group and number, in which those that are in them do different things."""
-    known: dict[tuple[int, int], tuple[int, ...]] = {}
-    found = set()
-    for trace, one in standing.waiting.items():
-        if one.place is not None:
-            continue
-        record = joined.traces[trace].records[int(survey.opened[trace])]
-        names = ("operation", "dtype", "peer", "step") + (() if record["operation"] in UNEVEN else ("num_bytes",))
-        does = tuple(int(record[name]) for name in names)
-        if known.setdefault((one.group, one.number), does) != does:
-            found.add((one.group, one.number))
-    return found
+def _spoiled(joined: Joined) -> set[tuple[int, int]]:
+    """Collectives, by group and number, of which the newest records say that ranks do different things in them."""
+    counts = np.array([len(trace.records) for trace in joined.traces])
+    if not counts.sum():
+        return set()
+    records = np.concatenate([trace.records for trace in joined.traces])
+    locals_ = np.concatenate([*joined.local_groups, [-1]])
+    sizes = np.array([len(groups) for groups in joined.local_groups])
+    starts, own = np.repeat(np.cumsum(sizes) - sizes, counts), records["group"].astype(np.int64)
+    groups = locals_[np.where(own < np.repeat(sizes, counts), starts + own, -1)]
+    chosen = (groups >= 0) & (records["operation"] < OPERATIONS.index("send"))
+    records, groups = records[chosen], groups[chosen]
+    order = np.lexsort((records["number"], groups))
+    records, groups = records[order], groups[order]
+    is_same = (groups[1:] == groups[:-1]) & (records["number"][1:] == records["number"][:-1])
+    is_even = ~np.isin(records["operation"], UNEVEN)
+    differs = is_even[1:] & is_even[:-1] & (records["num_bytes"][1:] != records["num_bytes"][:-1])
+    for name in ("operation", "dtype", "peer", "step"):
+        differs |= records[name][1:] != records[name][:-1]
+    found = np.flatnonzero(is_same & differs)
+    return set(zip(groups[found].tolist(), records["number"][found].tolist(), strict=True))
 
 
 def _suspicious(joined: Joined, groups: Iterable[int], is_unclear: bool) -> tuple[int, ...]:

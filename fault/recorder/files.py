@@ -10,9 +10,8 @@ from evermesh.fault.recorder.area import rings_of
 from evermesh.fault.recorder.errors import RingUnreadable
 from evermesh.fault.recorder.flight_dumps import Dump, parse_dump, traces_of
 from evermesh.fault.recorder.json_lines import read_json_lines
-from evermesh.fault.recorder.reader import RingState, read_ring
+from evermesh.fault.recorder.reader import RingState, process_of, read_ring
 from evermesh.fault.recorder.trace import RankTrace
-from evermesh.fault.snapshot.keeper.area import started_at
 
 _RING = ring_format.MAGIC.to_bytes(8, "little")
 _HEAD = 4096
@@ -53,8 +52,12 @@ def read_job(directory: Path) -> tuple[list[RankTrace], Mapping[int, ProcessStat
     read = [_read_ring(ring.path) for ring in rings_of(directory)]
     if not read:
         raise RecordsUnreadable(str(directory), "there are no records of ranks in it")
-    states = {trace.rank: _process(trace, state) for trace, state in read}
-    return [trace for trace, _ in read], states if any(states.values()) else {}
+    states = {trace.rank: process_of(trace, state) for trace, state in read}
+    if not any(states.values()):
+        return [trace for trace, _ in read], {}
+    return [
+        _read_ring(ring.path)[0] for ring in rings_of(directory)
+    ], states  # read again: what has ended writes no more
 
 
 def _read_ring(path: Path) -> tuple[RankTrace, RingState]:
@@ -62,11 +65,6 @@ def _read_ring(path: Path) -> tuple[RankTrace, RingState]:
         return read_ring(path)
     except RingUnreadable as error:
         raise RecordsUnreadable(str(path), str(error)) from error
-
-
-def _process(trace: RankTrace, state: RingState) -> ProcessState | None:
-    is_same = state.is_of_this_boot and started_at(trace.pid) == state.started
-    return ProcessState.of(trace.pid) if is_same else None
 
 
 def _is_document(head: bytes) -> bool:

@@ -1,6 +1,5 @@
 """Hears of every process group at the moment it is made, with its ranks: torch enters it into a dictionary of its own."""
 
-import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -59,8 +58,3 @@ def description_of(group: "ProcessGroup") -> str:
     """What its maker called it; torch's own word for none is left out."""
     text = str(getattr(group, "group_desc", ""))
     return "" if text == "undefined" else text
-
-
-def is_distributed_loaded() -> bool:
-    """Whether this process has loaded what makes groups."""
-    return "torch.distributed.distributed_c10d" in sys.modules

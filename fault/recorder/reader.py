@@ -8,15 +8,18 @@ from pathlib import Path
 
 import numpy as np
 
+from evermesh.fault.process_state import ProcessState
 from evermesh.fault.recorder import ring_format as form
 from evermesh.fault.recorder.errors import RingUnreadable
 from evermesh.fault.recorder.names import Names, parse_names
 from evermesh.fault.recorder.record import NO_PEER, PHASES, RECORD
 from evermesh.fault.recorder.trace import RankTrace
+from evermesh.fault.snapshot.keeper.area import started_at
 from evermesh.parallelism.collectives import Phase
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _SIGN = 1 << 63
+_TRIES = 4
 assert RECORD.itemsize == form.RECORD_BYTES
 
 
@@ -74,15 +77,26 @@ def read_ring(path: Path) -> tuple[RankTrace, RingState]:
     return trace_of(head, records, names, read_ns), _state(head, names)
 
 
+def process_of(trace: RankTrace, state: RingState) -> ProcessState | None:
+    """What the process that wrote a ring of this machine does now; None: it has ended."""
+    is_same = state.is_of_this_boot and started_at(trace.pid) == state.started
+    return ProcessState.of(trace.pid) if is_same else None
+
+
 def read_records(slots: np.ndarray, num_slots: int) -> np.ndarray:
     """The whole records of ``slots``, oldest first and without gaps, while another process may be writing them.
 
     A record counts if its sequence number was the same before and after it was copied: a writer changes the number first
     and last. One that a thread has begun to write, and others after it have finished, is told as ``unknown``.
     """
-    before = slots["sequence"].copy()
-    copied = slots.copy()
-    after = slots["sequence"].copy()
+    for _ in range(_TRIES):
+        before = slots["sequence"].copy()
+        copied = slots.copy()
+        after = slots["sequence"].copy()
+        if (
+            int(after.max(initial=0)) - int(before.max(initial=0)) < num_slots // 2
+        ):  # else this thread had to wait meanwhile
+            break
     places = np.arange(len(slots), dtype=np.uint64)
     whole = (before == after) & (copied["sequence"] == before) & (before != 0)
     whole &= (before - np.uint64(1)) % np.uint64(num_slots) == places

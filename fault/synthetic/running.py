@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from evermesh.fault.mixing import MIXER
 from evermesh.parallelism.planner.compiling import compiled
 
 _NEVER = 1e30
 _FIRST = 10  # send; what follows are receives
-_MIXER = np.uint64(0x9E3779B97F4A7C15)
 
 
 @compiled
@@ -73,7 +73,7 @@ def run_events(
             operation = np.int64((words[row, 7] >> np.uint64(32)) & np.uint64(0xFF))
             group = group_of[rank, np.int64(axis)]
             size = member_starts[group + 1] - member_starts[group]
-            noise = (np.uint64(row) * _MIXER) >> np.uint64(52)
+            noise = (np.uint64(row) * MIXER) >> np.uint64(52)
             transfer = latency_ns + ns_per_byte * np.float64(words[row, 4]) * jitters[np.int64(noise)]
             if operation >= _FIRST:
                 place = place_of[rank, np.int64(axis)]
@@ -137,7 +137,7 @@ def run_events(
                 if other != rank and waits[other] != instance:
                     continue
                 behind = starts[other] + position[other]
-                leaves = end + np.int64((np.uint64(behind) * _MIXER) >> np.uint64(50))
+                leaves = end + np.int64((np.uint64(behind) * MIXER) >> np.uint64(50))
                 words[behind, 3] = leaves
                 now[other] = leaves
                 position[other] += 1
