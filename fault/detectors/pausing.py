@@ -54,9 +54,10 @@ def pausing(survey: Survey, compared: Compared, *, is_noisy: bool) -> Iterator[S
     alike = int((compared.peers > 0).sum())
     is_alone = counts[trace] >= 3 and counts.sum() == counts[trace] and compared.peers[trace] >= FEW and not is_noisy
     is_chance = _chance(int(counts[trace]), int(counts.sum()), alike) > _LEAST_CHANCE
-    if counts[trace] * 2 > known or (is_chance and not is_alone):
-        return
     steps = np.flatnonzero(paused[trace])
+    since = int((~np.isnan(compared.ratio[trace][steps[0] :])).sum())
+    if counts[trace] * 2 > since or (is_chance and not is_alone):  # in most steps from one on: it is slow since then
+        return
     excess_s = float(np.median(compared.excess_s[trace][steps]))
     ratio = float(np.median(compared.ratio[trace][steps]))
     yield Slow(

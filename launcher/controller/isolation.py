@@ -35,7 +35,7 @@ from evermesh.launcher.controller.status import ENDED
 
 _DECIDE_S = 10.0
 _SET_ASIDE_S = 1.0
-_AGAIN_S = 60.0
+_AGAIN_S = 300.0
 """How often the same about the same node is evidence."""
 _STANDS_STILL_S = 30.0
 
