@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
@@ -21,7 +22,16 @@ from evermesh.runtime.config import CpuDevice, CudaDevice
 from evermesh.runtime.parameter_set import Owners
 
 
-def start(device: CpuDevice | CudaDevice, rank: int, world_size: int, store: Store, timeout_s: float) -> None:
+class StartTimes(NamedTuple):
+    """What joining took, seconds."""
+
+    device_s: float
+    """Until the device could be used: on CUDA the context; 0 on CPU."""
+    group_s: float
+    """From then on until all ranks had met; with NCCL also its communicator."""
+
+
+def start(device: CpuDevice | CudaDevice, rank: int, world_size: int, store: Store, timeout_s: float) -> StartTimes:
     """Join the default group as ``rank``. Collective over ``world_size`` processes; returns when all are there.
 
     They meet in ``store``, which no other attempt may have used: keys of dead ranks make gloo hang.
@@ -30,8 +40,11 @@ def start(device: CpuDevice | CudaDevice, rank: int, world_size: int, store: Sto
     communicator for every pair of ranks that exchange messages.
     """
     timeout = timedelta(seconds=timeout_s)
+    began_s = ready_s = time.monotonic()
     if device.kind == "cuda":
         torch.cuda.set_device(local_device(device))
+        torch.cuda.synchronize()  # makes the context
+        ready_s = time.monotonic()
         dist.init_process_group(
             "nccl",
             store=store,
@@ -42,6 +55,7 @@ def start(device: CpuDevice | CudaDevice, rank: int, world_size: int, store: Sto
         )
     else:
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timeout)
+    return StartTimes(ready_s - began_s, time.monotonic() - ready_s)
 
 
 def stop() -> None:

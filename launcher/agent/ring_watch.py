@@ -5,6 +5,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from evermesh.fault.detectors.summaries import RankWatch
+from evermesh.fault.processors import QueueWatch
 from evermesh.fault.recorder.errors import RingUnreadable
 from evermesh.fault.recorder.following import RingFollower
 from evermesh.fault.recorder.record import Group
@@ -23,7 +24,7 @@ class _Watched:
         self._next = 1
         self._told: Mapping[int, Group] | None = None
 
-    def summarise(self, *, says_groups: bool) -> PackedSummary:
+    def summarise(self, queue: QueueWatch, *, says_groups: bool) -> PackedSummary:
         process = self.follower.process()  # before its ring: who has ended writes no more
         trace = self.follower.read(max(1, self._next - _TAIL))
         summary = self._watch.summarise(trace)
@@ -31,7 +32,7 @@ class _Watched:
             self._next += summary.num_lost + summary.num_records
         with_groups = says_groups or self._told is None or trace.groups is not self._told
         self._told = trace.groups
-        return pack_summary(summary, process, with_groups=with_groups)
+        return pack_summary(summary, process, with_groups=with_groups, starved=queue.look(trace.pid))
 
 
 class RingWatch:
@@ -41,6 +42,7 @@ class RingWatch:
         self._generation = generation
         self._missing = dict(rings)
         self._watched: dict[int, _Watched] = {}
+        self._queue = QueueWatch()
 
     def window(self, *, says_groups: bool) -> Window:
         """What all ranks did since the last call. ``says_groups``: whoever hears it knows nothing."""
@@ -48,7 +50,7 @@ class RingWatch:
             with suppress(OSError, RingUnreadable):
                 self._watched[rank] = _Watched(RingFollower(path))
                 del self._missing[rank]
-        found = tuple(one.summarise(says_groups=says_groups) for _, one in sorted(self._watched.items()))
+        found = tuple(one.summarise(self._queue, says_groups=says_groups) for _, one in sorted(self._watched.items()))
         return Window(generation=self._generation, summaries=found)
 
     def answer(self, order: ReadRings, send: Callable[[RingPart], None]) -> None:

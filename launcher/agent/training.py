@@ -1,6 +1,7 @@
 """What a training worker runs. The warm process loads this module, and with it torch and the trainer, before it forks."""
 
 import json
+import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -56,7 +57,8 @@ def train(
         worker.log(f"deterministic, with {' '.join(f'{name}={value}' for name, value in found.items())}")
     recorder = _recorder(worker)
     store = worker.store(train_config.timeout_s)
-    process_group.start(train_config.device, worker.rank, worker.world_size, store, train_config.timeout_s)
+    times = process_group.start(train_config.device, worker.rank, worker.world_size, store, train_config.timeout_s)
+    met_s = time.monotonic()
     trainer = Trainer(
         train_config,
         directory=Path(directory),
@@ -67,6 +69,7 @@ def train(
         faults=_injector(worker, Path(directory), faults) if faults else None,
         keeping=_keeping(worker, newest, failures, running_s),
     )
+    _tell_start(trainer, times, time.monotonic() - met_s)
     expecting = Expecting(trainer, worker.send) if worker.rank == 0 and worker.ring is not None else None
     trainer.groups.moment.watch = worker.reach if expecting is None else lambda point: _reach(worker, expecting, point)
     trainer.speeds.told = worker.speeds
@@ -109,6 +112,14 @@ def _injector(worker: Worker, directory: Path, faults: Sequence[dict[str, Any]])
     from evermesh.fault.injection.hook import Injector
 
     return Injector([Shot.model_validate(shot) for shot in faults], worker.rank, directory / "events.jsonl")
+
+
+def _tell_start(trainer: Trainer, times: process_group.StartTimes, trainer_s: float) -> None:
+    """On rank 0: what was spent before the first step, apart from each other, for only some of it is ours."""
+    text = (
+        f"device {times.device_s:.2f} s, process group {times.group_s:.2f} s, model, groups and state {trainer_s:.2f} s"
+    )
+    trainer.reporter.log("start-up", text, **times._asdict(), trainer_s=trainer_s)
 
 
 def _report(worker: Worker, trainer: Trainer, report: StepReport) -> None:

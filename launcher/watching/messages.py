@@ -14,6 +14,8 @@ from evermesh.parallelism.collectives import Phase
 MOST_GROUPS = 4096
 """Of a rank."""
 MOST_RANKS = 1 << 20
+SLOT_WORDS = 5
+"""That a summary has of each group."""
 _WORD = 8
 _COUNT = Annotated[int, Field(ge=0, lt=1 << 63)]
 _RANK = Annotated[int, Field(ge=0, lt=MOST_RANKS)]
@@ -58,12 +60,14 @@ class PackedSummary(_Message):
     """All groups of the rank; None: those that it said last."""
     opened: Annotated[int, Field(ge=-1)]
     first_step: _COUNT
-    of_slot: Annotated[bytes, Field(max_length=MOST_GROUPS * 4 * _WORD)]
+    of_slot: Annotated[bytes, Field(max_length=MOST_GROUPS * SLOT_WORDS * _WORD)]
     of_step: Annotated[bytes, Field(max_length=1 << 16)]
     signatures: Annotated[bytes, Field(max_length=1 << 12)]
     digests: Annotated[bytes, Field(max_length=1 << 17)]
     num_records: _COUNT
     num_lost: _COUNT
+    starved: Annotated[float, Field(ge=0, le=1)]
+    """Share of the last second in which the process waited for a processor that others had."""
 
 
 class Window(_Message):

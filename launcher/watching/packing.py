@@ -14,9 +14,10 @@ from evermesh.fault.process_state import ProcessState
 from evermesh.fault.recorder.names import ranges_of
 from evermesh.fault.recorder.record import RECORD, Group
 from evermesh.fault.recorder.trace import RankTrace
-from evermesh.launcher.watching.messages import MOST_GROUPS, PackedGroup, PackedSummary, PackedTrace
+from evermesh.launcher.watching.messages import MOST_GROUPS, SLOT_WORDS, PackedGroup, PackedSummary, PackedTrace
 
 _MOST_NAME = 1024
+assert SLOT_WORDS == kernels.SLOT_COLUMNS
 
 
 class SummaryInvalid(ValueError):
@@ -37,7 +38,9 @@ def pack_trace(trace: RankTrace, process: ProcessState | None) -> PackedTrace:
     )
 
 
-def pack_summary(summary: RankSummary, process: ProcessState | None, *, with_groups: bool) -> PackedSummary:
+def pack_summary(
+    summary: RankSummary, process: ProcessState | None, *, with_groups: bool, starved: float = 0.0
+) -> PackedSummary:
     """For the wire."""
     groups = summary.tail.groups
     return PackedSummary(
@@ -51,6 +54,7 @@ def pack_summary(summary: RankSummary, process: ProcessState | None, *, with_gro
         digests=summary.digests.tobytes(),
         num_records=summary.num_records,
         num_lost=summary.num_lost,
+        starved=starved,
     )
 
 

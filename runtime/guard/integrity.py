@@ -59,7 +59,8 @@ class Integrity:
         return found
 
     def suspicion(self, found: Sequence[Finding]) -> str | None:
-        """Why the update of the step with these findings is not to be made; None: it may be.
+        """Why the update of the step with these findings is not to be made; None: it may be. Collective; rank 0 has written down
+        what was found.
 
         Raises:
             CorruptionFound: the configuration says that such a run ends.
@@ -71,6 +72,8 @@ class Integrity:
         }
         stops = [finding for finding in found if policies[finding.kind] == "stop"]
         if stops:
+            # the first to raise ends the others, also rank 0 that writes
+            self._groups.world.all_reduce(torch.zeros(1, device=self._device), "probe")
             raise CorruptionFound(
                 f"{'; '.join(describe(finding) for finding in stops)}. Test the memory and the processors of these ranks, "
                 "and resume without them."

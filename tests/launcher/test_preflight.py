@@ -1,6 +1,7 @@
 """Nodes are looked at before ranks start, and while they run. Disks turn read-only for real, in a mount namespace."""
 
 import subprocess
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -78,17 +79,21 @@ def test_with_preflight_off_the_same_nodes_are_used(job_file: Path) -> None:
 
 
 def test_a_disk_that_turns_read_only_while_the_job_runs_is_an_event_and_so_is_its_recovery(
-    job_file: Path, tmp_path: Path
+    job_file: Path,
 ) -> None:
-    own = tmp_path / "temporary"
-    within = [*APART, f'mkdir -p {own} && mount -t tmpfs none {own} && exec "$@"', "sh"]
+    with tempfile.TemporaryDirectory(dir="/tmp") as own:  # sockets in it must have short names
+        _turns_read_only_and_back(job_file, own)
+
+
+def _turns_read_only_and_back(job_file: Path, own: str) -> None:
+    within = [*APART, f'mount -t tmpfs none {own} && exec "$@"', "sh"]
     overrides = ("train.steps=1000000", "health_every_s=0.2")
-    with launched(job_file, *overrides, within=within, TMPDIR=str(own)) as job:
+    with launched(job_file, *overrides, within=within, TMPDIR=own) as job:
         job.wait_training()
         [agent] = job.agents.values()
         for option, state in (("ro", "bad"), ("rw", "ok")):
             inside = ["nsenter", "-t", str(agent), "-U", "-m", "--preserve-credentials"]
-            subprocess.run([*inside, "mount", "-o", f"remount,{option}", str(own)], check=True)
+            subprocess.run([*inside, "mount", "-o", f"remount,{option}", own], check=True)
             _wait_told(job, "disk of temporary files", state)
         assert told(job, "node refused") == [], "who decides about nodes that train is told, and nothing else is done"
         assert len([entry for entry in job.journal if entry.kind == "attempt"]) == 1

@@ -58,6 +58,7 @@ class Thinking:
         self._context = Context(
             step_s=self.expected.step_s() or last_step_s or None,
             processes=moment.processes,
+            starved=moment.starved,
             skew_s=_SKEW_S + moment.apart_s,
         )
         return partial(self._join, moment, self._context, dict(self.expected.plans))

@@ -37,6 +37,11 @@ class Moment:
         """By rank; None: it does not run."""
         return {one.tail.rank: one.tail.process for _, one, _ in self.told}
 
+    @property
+    def starved(self) -> dict[int, float]:
+        """By rank: how much of the last second it waited for a processor."""
+        return {one.tail.rank: one.starved for _, one, _ in self.told}
+
     def summaries(self) -> list[RankSummary]:
         """Unpacked: of many ranks that takes a while.
 

@@ -57,6 +57,7 @@ def stopped(worker: Worker) -> None:
     """Rank 1 is stopped, rank 0 waits for it in vain."""
     if worker.rank == 1:
         os.kill(os.getpid(), signal.SIGSTOP)
+        time.sleep(60)  # when it is woken to be ended
     raise RuntimeError("[unbound_buffer.cc:78] Timed out waiting 5000ms for recv operation to complete")
 
 

@@ -36,11 +36,12 @@ def folder() -> Iterator[Path]:
 
 def _told(summaries: list[RankSummary]) -> list[RankSummary]:
     """What is understood of them at the other end."""
-    packed = tuple(pack_summary(one, ProcessState("R", 3, False), with_groups=True) for one in summaries)
+    packed = tuple(pack_summary(one, ProcessState("R", 3, False), with_groups=True, starved=0.25) for one in summaries)
     message = FromAgentAdapter.validate_json(Window(generation=1, summaries=packed).model_dump_json())
     assert isinstance(message, Window)
     unpacker = Unpacker(_SHAPE.num_ranks)
     assert all(one.tail.process == ProcessState("R", 3, False) for one in message.summaries)
+    assert all(one.starved == 0.25 for one in message.summaries)
     return [unpacker.summary(one, "node0", unpacker.groups(one.groups or ())) for one in message.summaries]
 
 
