@@ -59,8 +59,8 @@ class Integrity:
         return found
 
     def suspicion(self, found: Sequence[Finding]) -> str | None:
-        """Why the update of the step with these findings is not to be made; None: it may be. Collective; rank 0 has written down
-        what was found.
+        """Why the update of the step with these findings is not to be made; None: it may be. Collective; rank 0 has written
+        down what was found.
 
         Raises:
             CorruptionFound: the configuration says that such a run ends.
