@@ -10,6 +10,7 @@
 One job at a time saves in a directory; ``committing`` tells how.
 """
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import overload
@@ -79,9 +80,15 @@ def latest(directory: Place | str) -> Place | None:
 
 
 def checkpoints(directory: Place | str) -> list[CheckpointInfo]:
-    """The complete checkpoints of a directory, by step. Incomplete ones are left out. Raises as ``latest`` does."""
+    """The complete checkpoints of a directory, by step. Incomplete ones are left out, and those that are removed meanwhile.
+    Raises as ``latest`` does."""
     newest, directory = latest(directory), place_of(directory)
-    return [_info(path, newest) for path in _step_paths(directory) if _is_complete(path)]
+    found = []
+    for path in _step_paths(directory):
+        with suppress(CheckpointNotFound):
+            if _is_complete(path):
+                found.append(_info(path, newest))
+    return found
 
 
 def _named_by_latest(directory: Place) -> Place | None:

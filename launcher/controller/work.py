@@ -4,10 +4,13 @@ import json
 import os
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from evermesh import checkpoint
+from evermesh.checkpoint.directory import read_manifest
+from evermesh.checkpoint.errors import CheckpointNotFound
 from evermesh.fault.events import read_events
 from evermesh.launcher.chaos.record import read_injection
 from evermesh.launcher.config import JobConfig
@@ -63,9 +66,11 @@ def layout_of_newest(run: Run, given: Layout, since_s: float, remembered: int | 
 
 
 def newest_step(run: Run) -> int | None:
-    """Step of the newest complete checkpoint."""
-    newest = checkpoint.latest(run.checkpoints)
-    return next((found.step for found in checkpoint.checkpoints(run.checkpoints) if found.path == newest), None)
+    """Step of the newest complete checkpoint; ranks may save others, and remove this one, meanwhile."""
+    while (newest := checkpoint.latest(run.checkpoints)) is not None:
+        with suppress(CheckpointNotFound):
+            return read_manifest(newest).step
+    return None
 
 
 def last_step(run: Run) -> int:

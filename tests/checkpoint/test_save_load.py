@@ -22,6 +22,7 @@ from evermesh.checkpoint import (
     TensorShards,
     checkpoints,
     describe,
+    directory,
     latest,
     load,
     save,
@@ -294,6 +295,23 @@ def test_latest_of_a_directory_without_checkpoints_is_none(tmp_path: Path) -> No
     assert checkpoints(tmp_path / "nowhere") == []
     with pytest.raises(CheckpointNotFound, match=r"has no manifest\.json"):
         load(tmp_path, {})
+
+
+def test_a_checkpoint_that_is_removed_while_all_are_listed_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in (1, 2):
+        save_step(tmp_path, step)
+    is_complete = directory._is_complete
+
+    def then_removed(path: Path) -> bool:
+        found = is_complete(path)
+        if path.name == "step-00000001":
+            shutil.rmtree(path)
+        return found
+
+    monkeypatch.setattr(directory, "_is_complete", then_removed)
+    assert [found.step for found in checkpoints(tmp_path)] == [2]
 
 
 def test_a_checkpoint_describes_itself_in_json(saved_on_4: Path) -> None:
