@@ -12,10 +12,9 @@ from evermesh.fault.process_state import ProcessState
 from evermesh.fault.recorder import ring_format as form
 from evermesh.fault.recorder.errors import RingUnreadable
 from evermesh.fault.recorder.names import Names, parse_names
-from evermesh.fault.recorder.reader import read_records, trace_of
+from evermesh.fault.recorder.reader import process_at, read_records, trace_of
 from evermesh.fault.recorder.record import RECORD
 from evermesh.fault.recorder.trace import RankTrace
-from evermesh.fault.snapshot.keeper.area import started_at
 
 
 class RingFollower:
@@ -55,8 +54,7 @@ class RingFollower:
 
     def process(self) -> ProcessState | None:
         """What the process that writes it does now; None: it has ended."""
-        pid = int(self._head[form.PID_AT])
-        return ProcessState.of(pid) if started_at(pid) == int(self._head[form.STARTED_AT]) else None
+        return process_at(int(self._head[form.PID_AT]), int(self._head[form.STARTED_AT]))
 
     def read(self, since: int = 1) -> RankTrace:
         """What the ring holds now of the records from sequence ``since`` on; the same as ``read_ring`` would, but for older

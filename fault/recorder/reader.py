@@ -79,8 +79,12 @@ def read_ring(path: Path) -> tuple[RankTrace, RingState]:
 
 def process_of(trace: RankTrace, state: RingState) -> ProcessState | None:
     """What the process that wrote a ring of this machine does now; None: it has ended."""
-    is_same = state.is_of_this_boot and started_at(trace.pid) == state.started
-    return ProcessState.of(trace.pid) if is_same else None
+    return process_at(trace.pid, state.started) if state.is_of_this_boot else None
+
+
+def process_at(pid: int, started: int | None) -> ProcessState | None:
+    """What a process does now, if it is the one that was started then; None: it has ended."""
+    return ProcessState.of(pid) if started_at(pid) == started else None
 
 
 def read_records(slots: np.ndarray, num_slots: int) -> np.ndarray:

@@ -261,8 +261,11 @@ class Agent:
         """Have as many workers in waiting as ranks may have to be started here at once; none are forked while ranks load
         their state."""
         group = self._group
-        is_idle = group is None or group.outcome.is_over
-        if is_idle or (group is not None and len(beats) == group.place.ranks and all(beat.step for beat in beats)):
+        if (
+            group is None
+            or group.outcome.is_over
+            or (len(beats) == group.place.ranks and all(beat.step for beat in beats))
+        ):
             self._standbys.fill(self.spec.slots)
 
     def _end(self, message: End) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import psutil
 from prometheus_client.metrics_core import Metric
 
+from evermesh.fault.health.host.files import table
 from evermesh.launcher.messages import RankBeat
 from evermesh.launcher.metrics.families import counter, counters, gauge, gauges
 
@@ -73,10 +74,9 @@ def _processors() -> Iterator[Metric]:
 def out_of_memory_kills() -> int | None:
     """Since the machine was started; None where the kernel does not tell."""
     try:
-        lines = _VMSTAT.read_text().splitlines()
+        return table(_VMSTAT.read_text()).get("oom_kill")
     except OSError:
         return None
-    return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), None)
 
 
 def rank_families(node: str, beats: Sequence[RankBeat]) -> Iterator[Metric]:
