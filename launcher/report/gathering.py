@@ -110,7 +110,8 @@ NOTABLE = (
     "layout chosen",
     "layout moved",
     "regrouping",
-    "storage full",
+    "checkpoint failed",
+    "node refused",
 )
 _MOST_NOTABLE = 500
 

@@ -13,6 +13,7 @@ _BEFORE = (
     "finding",
     "health",
     "isolation",
+    "node refused",
     "node cut off",
     "node lost",
     "keeper lost",

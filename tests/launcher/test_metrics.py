@@ -20,7 +20,8 @@ from evermesh.launcher.metrics.node import NodeCollector
 from evermesh.launcher.metrics.serving import MetricsServer, rendered
 from evermesh.launcher.metrics.totals import Totals
 from evermesh.parallelism.ledger import Traffic
-from evermesh.runtime.telemetry import PlanSummary, StepReport
+from evermesh.runtime.telemetry import StepReport
+from tests.launcher.reports import step_report
 from tests.launcher.test_cli import EVERMESH, evermesh
 
 Numbers = dict[str, dict[tuple[str, ...], float]]
@@ -36,26 +37,9 @@ def by_name(text: str) -> Numbers:
 
 
 def _report(step: int, *, committed: bool = True) -> StepReport:
-    return StepReport(
-        step=step,
-        steps=100,
-        loss=2.5,
-        grad_norm=0.5,
-        lr=1e-3,
-        committed=committed,
-        num_tokens=1000,
-        num_sequences=4,
-        num_split=0,
-        workers=2,
-        step_s=0.5,
-        time_left_s=50.0,
-        plan=PlanSummary({1: 4}, (2, 2), 0.9, 1.1, 1.0),
-        bytes_by_site={},
-        batch="x",
-        traffic=(Traffic("gradients", "all_reduce", "hdp", "node", 100, 200, 2),),
-        plan_wait_s=0.1,
-        checkpoint_stop_s=0.2,
-    )
+    traffic = (Traffic("gradients", "all_reduce", "hdp", "node", 100, 200, 2),)
+    waits = {"plan_wait_s": 0.1, "checkpoint_stop_s": 0.2}
+    return step_report(step, 0.5, num_tokens=1000, committed=committed, traffic=traffic, **waits)
 
 
 def _status(**changes: object) -> JobStatus:

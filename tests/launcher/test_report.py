@@ -23,7 +23,8 @@ from evermesh.launcher.report.accounting import (
 from evermesh.launcher.report.gathering import Cost, JobReport, Material, Training
 from evermesh.launcher.report.incidents import incidents_of
 from evermesh.launcher.report.page import page
-from evermesh.runtime.telemetry import PlanSummary, StepReport
+from evermesh.runtime.telemetry import StepReport
+from tests.launcher.reports import step_report
 
 SCRIPT = "<script>alert(1)</script>"
 
@@ -37,26 +38,7 @@ def move(time_s: float, origin: str, to: str, generation: int = 1, reason: str =
 
 
 def step(number: int, ended_s: float, step_s: float, *, committed: bool = True, stop_s: float = 0.0) -> StepReport:
-    return StepReport(
-        step=number,
-        steps=100,
-        loss=3.0 - 0.1 * number,
-        grad_norm=0.5,
-        lr=1e-3,
-        committed=committed,
-        num_tokens=100,
-        num_sequences=4,
-        num_split=0,
-        workers=2,
-        step_s=step_s,
-        time_left_s=1.0,
-        plan=PlanSummary({1: 4}, (2, 2), 0.9, 1.1, 1.0),
-        bytes_by_site={},
-        batch="x",
-        checkpoint_stop_s=stop_s,
-        ended_s=ended_s,
-        model_flops=1e9,
-    )
+    return step_report(number, step_s, ended_s=ended_s, committed=committed, checkpoint_stop_s=stop_s, model_flops=1e9)
 
 
 LOST = [
