@@ -14,6 +14,8 @@ from evermesh.launcher.messages import RankBeat
 _IN_A_STEP = frozenset(("train", "probe", "sum"))
 """Points whose length the steps before tell."""
 _LIKELY = 0.7
+_ELSEWHERE = 3.0
+"""So many times the limit for a rank that waits outside a step, on a node that nobody reaches."""
 EXPLAINING = frozenset(
     ("hang", "deadlock", "mismatch", "size mismatch", "dtype mismatch", "skipped collective", "extra collective")
 )
@@ -55,6 +57,28 @@ def frozen(
     limit_s = max(config.idle_s, config.steps * max(beat.longest_s for beat in ranks))
     idle_s = min(beat.idle_s for beat in ranks)
     return _hung(ranks, idle_s, limit_s, findings) if idle_s >= limit_s else None
+
+
+def left_alone(beats: Iterable[RankBeat], config: HangConfig, missing_s: float) -> Frozen | None:
+    """The rank of a node without a controller for ``missing_s`` that waits for others from whom the node is cut off.
+
+    In the middle of a step it is frozen as any other; elsewhere, where a rank may take its time, it is given more: the
+    plan of a batch, a vote on a checkpoint come from others too.
+
+    Args:
+        beats: the newest of every rank of the node.
+    """
+    ranks = sorted(beats, key=lambda beat: beat.rank)
+    if missing_s < config.idle_s or not ranks:
+        return None
+    found = frozen(ranks, len(ranks), config, sees_work=True)
+    if found is not None:
+        return found
+    limit_s = _ELSEWHERE * max(config.idle_s, config.steps * max(beat.longest_s for beat in ranks))
+    idle_s, rank = min(beat.idle_s for beat in ranks), ranks[0]
+    if missing_s < limit_s or idle_s < limit_s or not rank.step:
+        return None
+    return Frozen(rank.rank, f"has waited at {rank.point!r} for {idle_s:.1f} s (limit {limit_s:.1f} s)")
 
 
 def _hung(ranks: Sequence[RankBeat], idle_s: float, limit_s: float, findings: Sequence[Finding]) -> Frozen:

@@ -39,7 +39,7 @@ from evermesh.launcher.agent.worker_group import Hooks, WorkerGroup
 from evermesh.launcher.config import HangConfig
 from evermesh.launcher.contact import read_contact
 from evermesh.launcher.errors import LauncherError
-from evermesh.launcher.freezes import frozen
+from evermesh.launcher.freezes import left_alone
 from evermesh.launcher.messages import (
     Ask,
     Beat,
@@ -326,13 +326,13 @@ class Agent:
         self._fill_standbys(beats)
 
     def _fence(self, beats: Sequence[RankBeat]) -> None:
-        """End ranks that hang while no controller is in reach: they wait for ranks from which this node is cut off, and
-        others may have taken their places. What they have left in memory stays."""
+        """End ranks that wait while no controller is in reach: for ranks from which this node is cut off, and others may
+        have taken their places. What they have left in memory stays."""
         missing_s, group = self._missing_s(), self._group
-        if self._hang is None or group is None or missing_s is None or group.outcome.is_over or not beats:
+        if self._hang is None or group is None or missing_s is None or group.outcome.is_over:
             return
-        found = frozen(beats, group.place.ranks, self._hang, sees_work=True)
-        if found is not None and missing_s >= self._hang.idle_s:
+        found = left_alone(beats, self._hang, missing_s) if len(beats) == group.place.ranks else None
+        if found is not None:
             print(
                 f"ending the ranks: rank {found.rank} {found.how}, and no controller for {missing_s:.1f} s", flush=True
             )

@@ -145,7 +145,7 @@ def test_the_report_of_the_run_tells_every_restart_and_accounts_for_every_second
 
 def _ended(report: ChaosReport) -> list[FaultReport]:
     """The faults that ended an attempt, one for each."""
-    found = {fault.cause: fault for fault in report.faults if fault.outcome == "restarted"}
+    found = {(fault.cause, fault.step): fault for fault in report.faults if fault.outcome == "restarted"}
     return list(found.values())
 
 

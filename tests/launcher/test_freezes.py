@@ -6,7 +6,7 @@ import pytest
 
 from evermesh.fault.events import Finding
 from evermesh.launcher.config import HangConfig
-from evermesh.launcher.freezes import frozen
+from evermesh.launcher.freezes import frozen, left_alone
 from evermesh.launcher.messages import RankBeat
 
 DEFAULT = HangConfig()
@@ -95,3 +95,22 @@ def test_a_stopped_rank_is_found_whatever_it_was_doing(point: str) -> None:
     found = frozen((beat(0, point="data"), beat(1, point=point, step=0, stopped_s=2.5)), 2, DEFAULT, sees_work=True)
     assert found is not None
     assert found.rank == 1
+
+
+@pytest.mark.parametrize("point", ["data", "checkpoint", "evaluate", "sum"])
+def test_on_a_node_that_nobody_reaches_a_rank_that_waits_anywhere_is_ended_later_outside_of_a_step(point: str) -> None:
+    limit_s = 3.0 if point == "sum" else 9.0
+    waits = beat(1, idle_s=limit_s + 0.1, point=point)
+    assert left_alone([waits], DEFAULT, limit_s - 0.1) is None, "a controller may come back"
+    assert left_alone([beat(1, idle_s=limit_s - 0.1, point=point)], DEFAULT, 500.0) is None
+    found = left_alone([waits], DEFAULT, limit_s + 0.1)
+    assert found is not None
+    assert found.rank == 1
+    assert f"for {limit_s + 0.1:.1f} s (limit {limit_s:.1f} s)" in found.how
+
+
+def test_on_a_node_that_nobody_reaches_who_works_or_starts_goes_on() -> None:
+    waits, works = beat(0, idle_s=500.0, point="data"), beat(1, point="data")
+    assert left_alone([waits, works], DEFAULT, 500.0) is None
+    assert left_alone([beat(0, idle_s=500.0, step=0, longest_s=0.0, point="start-up")], DEFAULT, 500.0) is None
+    assert left_alone([], DEFAULT, 500.0) is None
