@@ -13,11 +13,9 @@ import psutil
 import pytest
 
 from evermesh.launcher import admission
-from evermesh.launcher.agent import revival
 from evermesh.launcher.agent.spec import AgentSpec
 from evermesh.launcher.errors import ClusterMissing, RunNotSeen
 from evermesh.launcher.job_file import load_job
-from evermesh.launcher.run_directory import Run, RunState
 from tests.launcher.jobs import Job, clean_losses, launched
 from tests.launcher.test_cli import evermesh
 from tests.processes import still_alive, variables
@@ -187,18 +185,3 @@ def test_a_node_that_sees_another_directory_than_the_controller_says_so(tmp_path
     around = Surroundings(host="elsewhere", folder=tmp_path, variables={})
     with pytest.raises(RunNotSeen, match="Put the runs on storage that every node mounts at the same path"):
         RayAgent().run(spec.model_dump_json(), "token", around.model_dump_json())
-
-
-def test_who_shows_a_job_starts_its_dead_controller_again_after_a_second(
-    job_file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = Run.create(load_job(job_file))
-    run.write_state(RunState(state="running", workers=2))
-    started: list[Run] = []
-    monkeypatch.setattr(revival, "start_controller_apart", started.append)
-    watcher = revival.Revival(run.directory, None)
-    watcher.consider(0.9)
-    assert started == []
-    watcher.consider(1.1)
-    watcher.consider(1.2)  # that one is still starting
-    assert started == [run]
