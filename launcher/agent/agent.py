@@ -77,6 +77,7 @@ from evermesh.launcher.watching.messages import PlannedWork, ReadRings
 
 _BEAT_S = 0.25
 _LEAVE_WAIT_S = 5.0
+_SOON_S = 0.01
 
 
 class Agent:
@@ -384,6 +385,8 @@ class Agent:
         if self._candidate:
             self._candidate.note_heard(None)
         print("the controller is not there any more; the workers go on", flush=True)
+        if self._revival:
+            self._loop.after(self._revival.patience_s + _SOON_S, self._look_after_controller)  # not with the beat after
 
     def _preempt(self, number: int, frame: FrameType | None) -> None:
         """A signal says that this node goes away: let the whole job save and stop; a second one ends this agent."""
