@@ -12,6 +12,7 @@ from typing import Any
 import psutil
 import pytest
 
+from evermesh.fault.snapshot.keeper.area import area_of, identity_in
 from evermesh.launcher import admission
 from evermesh.launcher.agent.spec import AgentSpec
 from evermesh.launcher.errors import ClusterMissing, RunNotSeen
@@ -141,9 +142,12 @@ def test_controller_and_agents_may_die_and_nothing_is_left_after_sigterm(cluster
 
         job.wait_checkpoint()
         agent = psutil.Process(job.agents["node-1"])
-        family = agent.children(recursive=True)
+        keeper = identity_in(area_of(job.run.directory, "node-1"))
+        assert keeper is not None
+        family = [process for process in agent.children(recursive=True) if process.pid != keeper.pid]
         agent.kill()
         assert still_alive(family, 2) == []
+        assert psutil.pid_exists(keeper.pid), "its memory stays"
         job.wait_training(2)
         assert job.agents["node-1"] != agent.pid
 
