@@ -7,9 +7,10 @@ forked copy of a process with threads or an open CUDA device may hang at any lat
 import os
 import re
 import signal
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from multiprocessing import forkserver, get_context, resource_tracker
+from multiprocessing import forkserver, get_context, resource_tracker, util
 from multiprocessing.context import ForkServerContext, SpawnContext
 from pathlib import Path
 
@@ -20,6 +21,9 @@ _FORK = get_context("forkserver")
 _FRESH = get_context("spawn")
 _FIRST = "evermesh.launcher.agent.warm_process"
 _PROBE_WAIT_S = 10.0
+_LONGEST_FOLDER = 107 - len("/pymp-12345678/listener-12345678")
+"""Bytes of the name of a folder for temporary files in which ``multiprocessing`` can make sockets: their names are short."""
+_SHORT_FOLDER = Path("/tmp")
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
@@ -35,6 +39,7 @@ def warm_up(module: str, threads: int) -> None:
     # started on its own first: starting it unblocks SIGINT and SIGTERM, which it ignores itself
     with blocked_signals():
         resource_tracker.ensure_running()
+    _keep_sockets_short()
     with thread_limits(threads), blocked_signals():
         forkserver.ensure_running()
     probe = _FORK.Process(target=_nothing, daemon=True)
@@ -43,6 +48,17 @@ def warm_up(module: str, threads: int) -> None:
     except (EOFError, ConnectionError) as error:
         raise WarmProcessLost(f"the process that forks workers ended while it loaded {module}.") from error
     probe.join(_PROBE_WAIT_S)
+
+
+def _keep_sockets_short() -> None:
+    """Have ``multiprocessing`` make its sockets below /tmp where the folder of ``TMPDIR`` has too long a name for that."""
+    folder = tempfile.gettempdir()
+    if len(os.fsencode(folder)) > _LONGEST_FOLDER and _SHORT_FOLDER.is_dir():
+        tempfile.tempdir = str(_SHORT_FOLDER)
+        try:
+            util.get_temp_dir()  # made once, and kept for this process and those that it starts
+        finally:
+            tempfile.tempdir = folder
 
 
 def context() -> tuple[ForkServerContext | SpawnContext, str | None]:

@@ -1,5 +1,6 @@
 """When the warm process may be forked, and what happens when it may not."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -53,3 +54,27 @@ def test_workers_start_as_fresh_interpreters_and_say_so_where_the_warm_process_i
         outcome = job.until(lambda seen: seen.is_over)
     assert sorted(outcome.done) == [0, 1]
     assert job.group.fresh_because == "the warm process has 3 tasks"
+
+
+def test_a_long_name_of_the_folder_for_temporary_files_is_no_reason_to_fail(tmp_path: Path) -> None:
+    folder = tmp_path / ("long" * 25)
+    folder.mkdir()
+    program = """
+import tempfile
+from multiprocessing import util
+from evermesh.launcher.agent import warm
+
+if __name__ == "__main__":
+    warm.warm_up("evermesh.launcher.agent.warm_process", 1)
+    print(tempfile.gettempdir())
+    print(util.get_temp_dir())
+"""
+    (tmp_path / "program.py").write_text(program)
+    command = [sys.executable, str(tmp_path / "program.py")]
+    variables = os.environ | {"TMPDIR": str(folder)}
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 0, done.stderr
+    temporary, sockets = done.stdout.split()
+    assert temporary == str(folder), "all else stays there"
+    assert sockets.startswith("/tmp/pymp-")
+    assert not Path(sockets).exists(), "nothing is left"
