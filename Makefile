@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 ROOMS := parallelism checkpoint fault runtime launcher
-# test files that run at once: most of their time they wait
+# processes that share the tests: one has those of whole jobs, which mostly wait
 WORKERS ?= 2
 BROWSER := $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)
 export OMP_NUM_THREADS ?= 1

@@ -3,8 +3,10 @@
 import os
 import shutil
 import tempfile
+from typing import Any
 
 import pytest
+from xdist.scheduler import LoadFileScheduling
 
 _EXPECTED_SKIPS = ("not permitted here (unshare",)
 """Parts of reasons with which a test may be skipped in continuous integration: what the kernel forbids."""
@@ -17,6 +19,29 @@ def pytest_configure(config: pytest.Config) -> None:
     """Jobs of tests know nothing of nodes of other jobs, and tell nobody of theirs."""
     config.stash[_STORES] = tempfile.mkdtemp(prefix="evermesh-cluster-")
     os.environ["EVERMESH_CLUSTER"] = config.stash[_STORES]
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> "_Shares":
+    """Where two processes share the tests, this is how."""
+    return _Shares(config, log)
+
+
+class _Shares(LoadFileScheduling):  # type: ignore[misc]
+    """One process has the tests of whole jobs, which mostly wait and look at how soon something is noticed, one after
+    another; they begin first. The other has all else, file by file."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return "jobs" if _is_of_jobs(nodeid) else str(super()._split_scope(nodeid))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Those of whole jobs begin first where two processes share the tests."""
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: not _is_of_jobs(item.nodeid))
+
+
+def _is_of_jobs(nodeid: str) -> bool:
+    return nodeid.startswith("tests/launcher/test_")
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
