@@ -12,6 +12,7 @@ from evermesh.launcher.config import JobConfig
 from evermesh.launcher.errors import ClusterMissing, DevicesMissing, ResumeRefused, RunUnusable
 from evermesh.launcher.job_file import load_job
 from evermesh.launcher.run_directory import Run
+from evermesh.launcher.tracking.config import check_tracker
 from evermesh.parallelism.errors import LayoutDoesNotFit
 from evermesh.runtime.data.corpus import Corpus
 
@@ -43,6 +44,12 @@ def check_place(config: JobConfig) -> None:
     """Raise ``ClusterMissing`` if the job is to run on Ray, which is not installed."""
     if config.on != "local":
         check_ray(f"--on {config.on}")
+
+
+def check_trackers(config: JobConfig) -> None:
+    """Raise ``TrackerMissing`` if the package of an experiment tracker of the job is not installed here."""
+    for tracker in config.trackers:
+        check_tracker(tracker)
 
 
 def check_ray(asked: str) -> None:

@@ -17,6 +17,7 @@ from pydantic import (
 )
 
 from evermesh.fault.isolation.config import Isolation, IsolationConfig
+from evermesh.launcher.tracking.config import TrackerConfig
 from evermesh.runtime.config import TrainConfig
 from evermesh.runtime.layout import check_layout
 from evermesh.runtime.on_or_off import or_default
@@ -91,6 +92,9 @@ class JobConfig(BaseModel):
     metrics: bool = True
     """Every agent serves numbers of its node to Prometheus, on a free port of the node's address, to who shows the token of
     the run. The controller tells of the job as a whole, and where they are, under ``/api/metrics`` either way."""
+    trackers: tuple[TrackerConfig, ...] = ()
+    """Experiment trackers that are told of every step and event: ``tensorboard``, ``wandb``, ``mlflow``, or one of them with
+    settings of its own. A process beside the job does it; a tracker that fails costs no step."""
     preflight: Annotated[Literal["quick", "full", "off"], BeforeValidator(_from_switch)] = "quick"
     """What every node is asked before it is used, while it starts: ``quick`` (memory, disks, network, GPUs; milliseconds),
     ``full`` (also arithmetic, copies, disk and collectives, ten seconds and more), or ``off``. A node that is not fit is
@@ -116,6 +120,14 @@ class JobConfig(BaseModel):
     EVERMESH_CLUSTER says when the job is launched, else a folder of this user."""
     train: TrainConfig
     """What the workers compute."""
+
+    @field_validator("trackers")
+    @classmethod
+    def _trackers_differ(cls, trackers: tuple[TrackerConfig, ...]) -> tuple[TrackerConfig, ...]:
+        kinds = [tracker.kind for tracker in trackers]
+        if len(set(kinds)) < len(kinds):
+            raise ValueError(f"each tracker can be named once: {', '.join(kinds)}")
+        return trackers
 
     @field_validator("nodes")
     @classmethod

@@ -137,6 +137,14 @@ class DevicesMissing(LauncherError, RuntimeError):
     """The machine has fewer devices than the job has workers."""
 
 
+class RunTracked(LauncherError, RuntimeError):
+    """Another process tells a tracker of the run."""
+
+
+class TrackerMissing(LauncherError, ImportError):
+    """The package of an experiment tracker is not installed."""
+
+
 class ClusterMissing(LauncherError, ConnectionError):
     """There is no Ray cluster, or Ray itself is not installed."""
 

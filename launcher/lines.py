@@ -7,9 +7,12 @@ from pathlib import Path
 class Lines:
     """The lines that a growing file gets from now on; unfinished ones wait."""
 
-    def __init__(self, path: Path, *, from_start: bool = False) -> None:
+    def __init__(self, path: Path, *, from_start: bool = False, offset: int | None = None) -> None:
+        """``offset``: bytes at the beginning that are known; by default all that there are, or none ``from_start``."""
         self._path = path
-        self._offset = path.stat().st_size if path.is_file() and not from_start else 0
+        known = path.stat().st_size if path.is_file() and not from_start else 0
+        self.offset = known if offset is None else offset
+        """Bytes of the lines that were given."""
 
     def new(self) -> Iterator[bytes]:
         """The lines since the last call."""
@@ -17,14 +20,14 @@ class Lines:
             size = self._path.stat().st_size
         except FileNotFoundError:
             return
-        if size < self._offset:  # an unfinished line was cut off
-            self._offset = size
-        if size == self._offset:
+        if size < self.offset:  # an unfinished line was cut off
+            self.offset = size
+        if size == self.offset:
             return
         with self._path.open("rb") as file:
-            file.seek(self._offset)
+            file.seek(self.offset)
             for line in file:
                 if not line.endswith(b"\n"):
                     return
-                self._offset += len(line)
+                self.offset += len(line)
                 yield line

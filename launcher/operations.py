@@ -9,7 +9,14 @@ from rich.console import Console
 
 from evermesh import checkpoint
 from evermesh.checkpoint.errors import StoreUnusable
-from evermesh.launcher.admission import check_devices, check_longest, check_place, check_store, resumed_config
+from evermesh.launcher.admission import (
+    check_devices,
+    check_longest,
+    check_place,
+    check_store,
+    check_trackers,
+    resumed_config,
+)
 from evermesh.launcher.chaos.record import forget_injection
 from evermesh.launcher.config import JobConfig
 from evermesh.launcher.corpora import open_corpora
@@ -50,6 +57,7 @@ def launch_job(
         StoppedAtOnce: by a second signal.
     """
     check_place(config)
+    check_trackers(config)
     check_devices(config)
     vocabulary = open_data(config, console)[0].vocabulary
     run = Run.create(config)
@@ -77,6 +85,7 @@ def resume_job(
         raise RunAlive(run.directory, run.state().pid)
     config = resumed_config(run, workers, overrides)
     check_place(config)
+    check_trackers(config)
     check_devices(config)
     vocabulary = open_data(config, console)[0].vocabulary
     forget_injection(run)

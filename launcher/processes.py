@@ -41,6 +41,12 @@ def start_agent(spec: "AgentSpec", token: str) -> subprocess.Popen[bytes]:
     return _start(command, spec.run / "logs" / f"agent-{spec.node}.log", {TOKEN_VARIABLE: token})
 
 
+def start_tracker(run: "Run", number: int) -> None:
+    """Start what tells that tracker of the job, as nobody's child: it may outlive the controller."""
+    command = [sys.executable, "-m", "evermesh.launcher.tracking", str(run.directory.absolute()), str(number)]
+    _start([*_APART, *command], run.logs / "trackers.log").wait()
+
+
 def _controller(run: "Run") -> list[str]:
     return [sys.executable, "-m", "evermesh.launcher.controller", str(run.directory.absolute())]
 

@@ -9,6 +9,7 @@ runs/NAME/  job.yaml         the resolved configuration
             members.json     who takes part in the succession of the controller, with three or more nodes
             logs/            rank-N.log: what worker N printed; rank-N.stacks: what it was doing when that was asked
             telemetry.jsonl, events.jsonl, checkpoints/, loss.png
+            trackers/        how far each experiment tracker is; tensorboard/, wandb/: what they wrote
 """
 
 import errno

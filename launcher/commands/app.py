@@ -21,6 +21,7 @@ from evermesh.launcher.commands import (
     report,
     simulate,
     snapshot,
+    track,
     traffic,
     watching,
 )
@@ -42,6 +43,7 @@ app.command("top", epilog=watching.TOP_EXAMPLES)(watching.top)
 app.command("logs", epilog=watching.LOGS_EXAMPLES)(watching.logs)
 app.command("records", epilog=records.EXAMPLES)(records.records)
 app.command("report", epilog=report.EXAMPLES)(report.report)
+app.command("track", epilog=track.EXAMPLES)(track.track)
 app.command("metrics", epilog=metrics.EXAMPLES)(metrics.metrics)
 app.command("nodes", epilog=nodes.NODES_EXAMPLES)(nodes.nodes)
 app.command("cordon", epilog=nodes.CORDON_EXAMPLES)(nodes.cordon)

@@ -12,6 +12,7 @@ from typing import cast
 from pydantic import JsonValue
 
 from evermesh.launcher.config import HangConfig, JobConfig
+from evermesh.launcher.controller import trackers
 from evermesh.launcher.controller.aftermath import count_failed
 from evermesh.launcher.controller.attempt_memory import AttemptMemory
 from evermesh.launcher.controller.health import Health
@@ -220,6 +221,7 @@ class Controller:
     async def serve(self) -> int:
         """Run the job to its end; returns the exit code. Agents and workers are gone then."""
         self._take_over()
+        trackers.begin(self.run, self.config)
         written_s = time.monotonic()
         while self.state not in ENDED:
             if not (self.run.directory / "state.json").is_file():  # who writes events makes the directory again
@@ -239,6 +241,7 @@ class Controller:
                 await self._sleep()
         await asyncio.to_thread(self.isolation.close)
         await self._roster.dismiss()
+        await trackers.end(self.run, self.config)
         return self.record.exit_code or 0
 
     def _end_unwritten(self, error: OSError) -> None:
