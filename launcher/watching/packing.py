@@ -54,6 +54,7 @@ def pack_summary(
         digests=summary.digests.tobytes(),
         num_records=summary.num_records,
         num_lost=summary.num_lost,
+        samples=summary.samples.tobytes(),
         starved=starved,
     )
 
@@ -127,6 +128,7 @@ class Unpacker:
             digests,
             packed.num_records,
             packed.num_lost,
+            _array(packed.samples, RECORD, 1),
         )
 
     def _group(self, packed: PackedGroup) -> Group:
