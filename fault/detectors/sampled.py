@@ -3,6 +3,7 @@
 Of every rank the newest are kept, of all ranks together a bounded number. See ``sampling`` for which they are.
 """
 
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -18,8 +19,10 @@ from evermesh.fault.detectors.slow_jobs import transfers_of
 from evermesh.fault.events import Finding
 from evermesh.fault.recorder.record import OPERATIONS, RECORD
 
-_MOST, _LEAST, _IN_ALL = 512, 64, 1 << 19
+_MOST, _LEAST, _IN_ALL = 512, 64, 1 << 18
 """Records of a rank, and of all."""
+_BYTES = np.dtype((np.void, RECORD.itemsize))
+"""A record; numpy joins arrays of these faster than of fields."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,20 +54,27 @@ class Samples:
 
     def __init__(self, num_ranks: int) -> None:
         self._most = min(_MOST, max(_LEAST, _IN_ALL // max(num_ranks, 1)))
-        self._of_rank: dict[int, np.ndarray] = {}
+        self._of_rank: dict[int, deque[np.ndarray]] = {}
+        """Parts, oldest first."""
 
     def take(self, rank: int, records: np.ndarray) -> None:
         """Take what is new of a rank; what is not newer than what is known is left out."""
-        known = self._of_rank.get(rank)
-        if known is not None and len(known):
-            records = records[records["sequence"] > known["sequence"][-1]]
-            records = np.concatenate([known[-self._most :], records]) if len(records) else known
-        self._of_rank[rank] = records[-self._most :]
+        parts = self._of_rank.setdefault(rank, deque())
+        if parts and len(records) and records["sequence"][0] <= parts[-1]["sequence"][-1]:
+            records = records[records["sequence"] > parts[-1]["sequence"][-1]]
+        if len(records):
+            parts.append(records)
+        while sum(map(len, parts)) - len(parts[0] if parts else ()) >= self._most:
+            parts.popleft()
+
+    def of(self, rank: int) -> np.ndarray:
+        """What is kept of a rank, oldest first; a copy."""
+        parts = [part.view(_BYTES) for part in self._of_rank.get(rank, ())]
+        return np.concatenate(parts or [np.empty(0, _BYTES)]).view(RECORD)[-self._most :]
 
     def transfers(self, joined: Joined, context: Context) -> Transfers | None:
         """Lay them side by side; ``joined``: the same ranks and their groups. None: there are none yet."""
-        nothing = np.empty(0, RECORD)
-        found = [self._of_rank.get(trace.rank, nothing) for trace in joined.traces]
+        found = [self.of(trace.rank) for trace in joined.traces]
         if not any(map(len, found)):
             return None
         found = _renumbered(joined, found)
@@ -83,7 +93,7 @@ class Samples:
 def _renumbered(joined: Joined, found: Sequence[np.ndarray]) -> list[np.ndarray]:
     """Collectives of every group counted as if those between them had not been; messages keep their numbers."""
     counts = np.array([len(records) for records in found])
-    records = np.concatenate(found)
+    records = np.concatenate([records.view(_BYTES) for records in found]).view(RECORD)
     sizes = np.array([len(groups) for groups in joined.local_groups])
     locals_ = np.concatenate([*joined.local_groups, [-1]])
     starts, own = np.repeat(np.cumsum(sizes) - sizes, counts), records["group"].astype(np.int64)
