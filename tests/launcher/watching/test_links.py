@@ -35,7 +35,14 @@ def _ranks_of(job: Job, host: Host) -> set[int]:
 
 
 def test_a_way_that_lets_nothing_pass_is_named_while_the_job_hangs(hosts: Hosts, job_file: Path) -> None:
-    settings = ("train.steps=100000", "nodes=3", "train.checkpoint.every=null", "train.snapshot=off", "restarts=0")
+    settings = (
+        "train.steps=100000",
+        "nodes=3",
+        "workers=3",
+        "train.checkpoint.every=null",
+        "train.snapshot=off",
+        "restarts=0",
+    )
     head, one, other = hosts.hosts
     with launched(job_file, *settings, "hang.idle_s=30", on(hosts), within=head.command()) as job:
         job.wait(job.has_trained, 120.0)
