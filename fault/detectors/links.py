@@ -66,6 +66,8 @@ class LinkWatch:
         if len(self._held) < _LEAST_LOOKS or len(self._ways) < 2 or not counts:
             return []
         (link, most), *others = counts.most_common(2)
+        if any(set(cut) == set(link) for cut in self._cut):
+            return []  # it is not slow
         share, second = most / len(self._held), others[0][1] / len(self._held) if others else 0.0
         if share < _LEAST_SHARE or share < _OF_OTHERS * second:
             return []

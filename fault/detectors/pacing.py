@@ -20,6 +20,8 @@ class PaceWatch:
 
     def __init__(self) -> None:
         self._kind = np.empty(0, np.uint64)
+        self._taken = -1
+        """The last step that is not to be taken again."""
         self._begin()
 
     def _begin(self) -> None:
@@ -38,11 +40,16 @@ class PaceWatch:
         found = pace_of(survey, transfers_s)
         found = found.part(slice(0, max(len(found.steps) - 1, 0)))  # summaries of the last may be under way
         found = self._alike(survey, found, planned_s)
-        newest = int(self._newest.steps[-1]) if len(self._newest.steps) else -1
-        self._add(found.part(found.steps > newest))
+        found = found.part(found.steps > self._taken)
+        self._taken = max(self._taken, int(found.steps[-1]) if len(found.steps) else -1)
+        self._add(found)
         series = self._blocks.then(self._newest)
         count = len(series.steps)
         return judge(series, count // 3, min(count // 3, _RECENT)) if count >= LEAST_STEPS else []
+
+    def skip(self, survey: Survey) -> None:
+        """The newest steps say nothing."""
+        self._taken = max(self._taken, survey.first_step + survey.num_steps - 1)
 
     def _alike(self, survey: Survey, found: Pace, planned_s: Mapping[int, float]) -> Pace:
         """Those that can be compared with each other; with those before, too, else these are forgotten."""

@@ -10,7 +10,7 @@ import numpy as np
 
 _OF_A_KIND = 8
 """Records of one step with the same group, operation and other side."""
-_MOST = 64
+MOST = 64
 """Records in one window."""
 _NEWEST = 0.2
 """Weight of the newest window in the number of steps that pass in one."""
@@ -42,7 +42,7 @@ class Sampler:
             before = self._counts
         is_first = self._is_first(records[sampled], steps[sampled], before, newest)
         self._last_step = newest
-        return records[sampled][is_first][:_MOST]
+        return records[sampled][is_first][:MOST]
 
     def _is_first(self, records: np.ndarray, steps: np.ndarray, before: dict[int, int], newest: int) -> np.ndarray:
         """Array [records]: it is one of the first of its kind in its step. ``before``: how many of each kind there were

@@ -79,14 +79,16 @@ class JobWatch:
         self, joined: Joined, survey: Survey, ordered: Sequence[RankSummary], *, is_slow: bool
     ) -> list[Finding]:
         """What samples say of groups, nodes and links, and of the job as a whole; said again until the next look."""
-        is_unsure = is_noisy(self.context)  # what takes long may be a process that waits for a processor
-        for one in ordered if not is_unsure else ():
-            self._samples.take(one.tail.rank, one.samples)
         self._windows += 1
-        if self._windows % _TRANSFERS_EVERY == 0:
+        if is_noisy(self.context):  # what takes long may be a process that waits for a processor
             self._of_transfers, self._of_pace = [], []
+            self._pace.skip(survey)
+            return []
+        for one in ordered:
+            self._samples.take(one.tail.rank, one.samples)
+        if self._windows % _TRANSFERS_EVERY == 0:
             transfers = self._samples.transfers(joined, self.context)
-            if transfers is not None and not is_unsure:
+            if transfers is not None:
                 self._of_transfers = transfers.find_slow()
                 self._of_pace = self._pace.look(survey, transfers.of_steps(survey), self.context.planned_s)
         return self._of_transfers or ([] if is_slow else self._of_pace)
