@@ -7,6 +7,7 @@ a step, for far longer than any step took. Whoever waits for data, compiles, eva
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from evermesh.fault.detectors.kinds import EXPLAINING
 from evermesh.fault.events import Finding
 from evermesh.launcher.config import HangConfig
 from evermesh.launcher.messages import RankBeat
@@ -16,10 +17,6 @@ _IN_A_STEP = frozenset(("train", "probe", "sum"))
 _LIKELY = 0.7
 _ELSEWHERE = 3.0
 """So many times the limit for a rank that waits outside a step, on a node that nobody reaches."""
-EXPLAINING = frozenset(
-    ("hang", "deadlock", "mismatch", "size mismatch", "dtype mismatch", "skipped collective", "extra collective")
-)
-"""Kinds of findings that say why nobody goes on."""
 
 
 class Frozen(NamedTuple):
@@ -28,6 +25,8 @@ class Frozen(NamedTuple):
     rank: int
     how: str
     """In words, on one line."""
+    others: tuple[int, ...] = ()
+    """Ranks of which nobody knows whether it is one of these: at the other end of a link that is cut."""
 
 
 def frozen(
@@ -85,9 +84,14 @@ def _hung(ranks: Sequence[RankBeat], idle_s: float, limit_s: float, findings: Se
     """Of ranks that wait for each other: whom the records name, else one that has not come where most wait."""
     step = min(beat.step for beat in ranks) + 1
     silent = f"no rank has computed anything for {idle_s:.1f} s (limit {limit_s:.1f} s)"
-    known = next((finding for finding in findings if finding.rank is not None and _explains(finding)), None)
-    if known is not None and known.rank is not None:
-        return Frozen(known.rank, f"hangs in step {step}: {silent}; {known.text}")
+    explaining = [finding for finding in findings if _explains(finding)]
+    for known in explaining:
+        if known.rank is not None:
+            return Frozen(known.rank, f"hangs in step {step}: {silent}; {known.text}")
+    for known in explaining:
+        if known.link is not None:
+            one, other = known.link
+            return Frozen(one, f"hangs in step {step}, as does rank {other}: {silent}; {known.text}", (other,))
     behind = [beat for beat in ranks if beat.step + 1 == step]
     missing = [beat for beat in behind if beat.point != "sum"] or behind
     others = f", as may {_named(missing[1:])}" if len(missing) > 1 else ""

@@ -13,7 +13,7 @@ from evermesh.fault.health.verdicts import Verdict
 from evermesh.launcher.config import HangConfig
 from evermesh.launcher.policy import Failure
 from evermesh.launcher.succession.protocol import Seat
-from evermesh.launcher.watching.messages import PlannedWork, ReadRings, RingPart, Window
+from evermesh.launcher.watching.messages import Connections, PlannedWork, ReadRings, RingPart, Window
 from evermesh.parallelism.collectives import Point
 
 
@@ -262,6 +262,7 @@ FromAgent = Annotated[
     | KeeperTells
     | Window
     | RingPart
+    | Connections
     | PlannedWork
     | HealthTold,
     Field(discriminator="kind"),

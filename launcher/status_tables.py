@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from evermesh.fault.events import Finding
 from evermesh.launcher.client import Client
 from evermesh.launcher.contact import read_contact
 from evermesh.launcher.controller.status import JobStatus, NodeStatus, RankStatus
@@ -54,17 +55,17 @@ def jobs_table(jobs: Sequence[FoundJob]) -> Table:
     return table
 
 
-def nodes_table(nodes: Sequence[NodeStatus]) -> Table:
-    """Nodes, one per row."""
+def nodes_table(nodes: Sequence[NodeStatus], findings: Sequence[Finding] = ()) -> Table:
+    """Nodes, one per row, and what is found there now."""
     table = _table("node", "state", "host", "address", "agent", "lease", "ranks", "memory free")
     for node in nodes:
         lease = "" if node.lease_left_s is None else f"{node.lease_left_s:.1f} s"
         memory = "" if node.memory_free_bytes is None else f"{node.memory_free_bytes / 2**30:.1f} GiB"
         ranks = "spare" if node.is_spare else _ranges(node.ranks)
         aside = " [yellow]aside[/]" if node.aside is not None else ""
-        table.add_row(
-            node.node, coloured(node.state) + aside, node.host, node.address, str(node.pid or ""), lease, ranks, memory
-        )
+        found = "".join(f" [red]{kind}[/]" for kind in dict.fromkeys(one.kind for one in findings if _is_at(one, node)))
+        state = coloured(node.state) + aside + found
+        table.add_row(node.node, state, node.host, node.address, str(node.pid or ""), lease, ranks, memory)
     return table
 
 
@@ -133,6 +134,18 @@ def findings_lines(status: JobStatus) -> list[Text]:
     ]
 
 
+def aside_lines(status: JobStatus) -> list[Text]:
+    """What the job does without, and why: nodes that are drained, cordoned or set aside, and a rack that holds too much."""
+    aside = [f"aside: {node.aside}" for node in status.nodes if node.aside is not None]
+    return [Text(line, style="yellow") for line in ([status.lost_rack] if status.lost_rack else []) + aside]
+
+
+def _is_at(finding: Finding, node: NodeStatus) -> bool:
+    """Whether a finding names a node, or ranks on it."""
+    ranks = {finding.rank, *(finding.link or ())} & set(node.ranks)
+    return finding.node in (node.node, node.known_as or node.node) or bool(ranks)
+
+
 def _steps(count: int) -> str:
     return f"{count:,} step{'s' * (count != 1)}"
 
@@ -156,14 +169,9 @@ def _show_living(run: Run, as_json: bool) -> None:
     console = Console()
     console.print(headline(status), highlight=False, soft_wrap=True)
     console.print(snapshot_line(status), highlight=False, soft_wrap=True)
-    if status.lost_rack is not None:
-        console.print(status.lost_rack, style="yellow", markup=False, highlight=False, soft_wrap=True)
-    for line in findings_lines(status):
-        console.print(line, soft_wrap=True)
-    for node in status.nodes:
-        if node.aside is not None:
-            console.print(f"aside: {node.aside}", style="yellow", markup=False, highlight=False, soft_wrap=True)
-    print_table(nodes_table(status.nodes))
+    for line in (*findings_lines(status), *aside_lines(status)):
+        console.print(line, highlight=False, soft_wrap=True)
+    print_table(nodes_table(status.nodes, status.findings))
     print_table(ranks_table(status.ranks))
     console.print(
         f"directory {run.directory}\ndashboard {read_contact(run.directory)}  (evermesh dashboard {run.directory} opens it)",

@@ -12,7 +12,15 @@ from evermesh.fault.events import Event, read_events
 from evermesh.launcher.client import Client
 from evermesh.launcher.errors import ControllerLost
 from evermesh.launcher.run_directory import Run
-from evermesh.launcher.status_tables import coloured, findings_lines, headline, nodes_table, ranks_table, snapshot_line
+from evermesh.launcher.status_tables import (
+    aside_lines,
+    coloured,
+    findings_lines,
+    headline,
+    nodes_table,
+    ranks_table,
+    snapshot_line,
+)
 from evermesh.runtime.telemetry import StepReport, read_telemetry
 
 _EVERY_S = 1.0
@@ -46,10 +54,11 @@ def screen(run: Run, client: Client) -> RenderableType:
         headline(status),
         snapshot_line(status),
         *findings_lines(status),
+        *aside_lines(status),
         Text(),
         *_curves(run.telemetry),
         Text(),
-        nodes_table(status.nodes),
+        nodes_table(status.nodes, status.findings),
         Text(),
         ranks_table(status.ranks),
         Text(),

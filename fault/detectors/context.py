@@ -34,6 +34,8 @@ class Context:
     work_s: Mapping[tuple[int, int], float] = field(default_factory=dict)
     """By rank and step: planned computation, in any unit; what it explains is nobody's fault. Where it is given at all, ranks
     are compared only in steps in which it says what they had to do."""
+    planned_s: Mapping[int, float] = field(default_factory=dict)
+    """By step: what was planned for all ranks together, in any unit; steps are compared by it where it is given."""
     step_s: float | None = None
     """Expected time of a step; else it is taken from the records."""
     processes: Mapping[int, ProcessState | None] = field(default_factory=dict)

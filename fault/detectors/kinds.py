@@ -26,3 +26,10 @@ SLOW_GROUP = "slow group"
 """Collectives of a group take longer than those of its like, and no node explains it."""
 CLOCK_JUMP = "clock jump"
 """The wall clock of a node was set. It hurts nothing that is measured; times in logs do not agree from there on."""
+
+SLOWNESS = frozenset((SLOW_RANK, GRADUAL, SLOW_JOB, SLOW_NODE, SLOW_SOURCE, SLOW_DESTINATION, SLOW_LINK, SLOW_GROUP))
+"""Training goes on, slower than it could."""
+EXPLAINING = frozenset((HANG, COMMUNICATION_HANG, DEADLOCK, MISMATCH, SIZE_MISMATCH, DTYPE_MISMATCH, SKIPPED, EXTRA))
+"""They say why nobody goes on."""
+HARMLESS = frozenset((CLOCK_JUMP,))
+"""They slow nobody and stop nothing."""

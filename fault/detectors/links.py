@@ -32,6 +32,8 @@ class LinkWatch:
     """Ways, lower rank first, that held something, by look."""
     _ways: set[Link] = field(default_factory=set)
     """That there are connections for."""
+    _rank_of: dict[str, int] = field(default_factory=dict)
+    """By the end of a connection."""
     _cut: frozenset[Link] = frozenset()
 
     @property
@@ -40,12 +42,13 @@ class LinkWatch:
         return self._cut
 
     def look(self, connections: Mapping[int, Sequence[Connection]]) -> None:
-        """Take the connections of all ranks at a moment, as the agents of their nodes see them."""
-        rank_of = {one.local: rank for rank, found in connections.items() for one in found}
+        """Take the connections of all ranks at a moment, as the agents of their nodes see them. Those that are known and hold
+        nothing may be left out."""
+        self._rank_of.update((one.local, rank) for rank, found in connections.items() for one in found)
         held, cut = set(), set()
         for rank, found in connections.items():
             for one in found:
-                other = rank_of.get(one.remote)
+                other = self._rank_of.get(one.remote)
                 if other is None or other == rank:
                     continue
                 way = (min(rank, other), max(rank, other))
@@ -63,6 +66,8 @@ class LinkWatch:
         if len(self._held) < _LEAST_LOOKS or len(self._ways) < 2 or not counts:
             return []
         (link, most), *others = counts.most_common(2)
+        if any(set(cut) == set(link) for cut in self._cut):
+            return []  # it is not slow
         share, second = most / len(self._held), others[0][1] / len(self._held) if others else 0.0
         if share < _LEAST_SHARE or share < _OF_OTHERS * second:
             return []

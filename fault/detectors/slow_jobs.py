@@ -1,5 +1,7 @@
 """Jobs all of whose ranks take longer than before although they do the same."""
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from evermesh.fault.detectors import kernels, kinds
@@ -9,53 +11,109 @@ from evermesh.fault.detectors.matching import Matched
 from evermesh.fault.detectors.spreads import LEAST_SCORE, noise
 from evermesh.fault.events import Finding
 
-_GROWTH, _LEAST_STEPS = 1.25, 9
+LEAST_STEPS = 9
+_GROWTH = 1.25
+_ALIKE = 0.1
+"""By how much what was planned may differ, as a logarithm: how long more takes only a model knows."""
+_SAME = 0.9
+"""Of the steps of all ranks have to be alike before they are compared."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """What a rank did with its time, the median over the ranks, in steps one after another, or in blocks of some."""
+
+    steps: np.ndarray
+    """Array [steps]: numbers, ascending."""
+    computing_s: np.ndarray
+    inside_s: np.ndarray
+    """Waiting and communication."""
+    transfers_s: np.ndarray
+    """Transfers alone, the mean over the ranks; not a number: nobody knows."""
+    work: np.ndarray
+    """What was planned, in any unit; 1: all do the same."""
+
+    @property
+    def columns(self) -> tuple[np.ndarray, ...]:
+        """All of it."""
+        return (self.steps, self.computing_s, self.inside_s, self.transfers_s, self.work)
+
+    def part(self, chosen: slice | np.ndarray) -> "Pace":
+        """Of some of the steps."""
+        return Pace(*(of[chosen] for of in self.columns))
+
+    def then(self, others: "Pace") -> "Pace":
+        """These and later ones."""
+        return Pace(*(np.concatenate(pair) for pair in zip(self.columns, others.columns, strict=True)))
 
 
 def find_slow_job(survey: Survey, matched: Matched, context: Context) -> list[Finding]:
     """All ranks together take longer than before, although they do the same, and other work on their nodes does not explain
     it."""
-    if is_noisy(context):
+    whole = survey.is_whole()
+    pace = pace_of(survey, transfers_of(survey, matched))
+    chosen = pace.steps - survey.first_step
+    if is_noisy(context) or len(chosen) < LEAST_STEPS:
         return []
+    same = survey.signatures[:, chosen] == survey.signatures[:, chosen[-1:]]
+    return judge(pace, len(chosen) // 3, len(chosen) // 3) if same[whole[:, chosen]].mean() >= _SAME else []
+
+
+def pace_of(survey: Survey, transfers_s: np.ndarray) -> Pace:
+    """Of the steps that most ranks have done; ``transfers_s`` [steps of the survey]."""
     whole = survey.is_whole()
     steps = np.flatnonzero(whole.sum(axis=0) * 2 > len(whole))
-    if len(steps) < _LEAST_STEPS:
-        return []
-    same = survey.signatures[:, steps] == survey.signatures[:, steps[-1:]]
-    if same[whole[:, steps]].mean() < 0.9:
-        return []
-    times = {
-        "computation": _of_steps(survey.of_step[:, :, kernels.TRAIN_NS], whole, steps),
-        "waiting and communication": _of_steps(survey.of_step[:, :, kernels.INSIDE_NS], whole, steps),
-    }
-    total, third = sum(times.values()), len(steps) // 3
-    logs = np.log(total)
-    growth = float(np.median(logs[-third:]) - np.median(logs[:third]))
+    computing, inside = (
+        _of_steps(survey.of_step[:, :, of], whole, steps) for of in (kernels.TRAIN_NS, kernels.INSIDE_NS)
+    )
+    return Pace(survey.first_step + steps, computing / 1e9, inside / 1e9, transfers_s[steps], np.ones(len(steps)))
+
+
+def judge(pace: Pace, first: int, last: int) -> list[Finding]:
+    """Compare the ``last`` steps with the ``first`` ones, in each of which the same is done, as far as ``work`` says."""
+    logs = np.log((pace.computing_s + pace.inside_s) / pace.work)
+    growth = float(np.median(logs[-last:]) - np.median(logs[:first]))
     changes = np.sort(np.abs(np.diff(logs)))[:-1]  # the greatest may be the one that is looked for
-    chance = max(noise(logs), float(np.sqrt((changes**2).mean() / 2))) * np.sqrt(2 / third)
-    if growth < np.log(_GROWTH) or growth / chance < LEAST_SCORE:
+    chance = max(noise(logs), float(np.sqrt((changes**2).mean() / 2))) * np.sqrt(1 / first + 1 / last)
+    more_work = abs(float(np.log(np.median(pace.work[-last:]) / np.median(pace.work[:first]))))
+    if growth < np.log(_GROWTH) or growth / chance < LEAST_SCORE or more_work > _ALIKE:
         return []
-    more = {name: float(np.median(of[-third:]) - np.median(of[:third])) / 1e9 for name, of in times.items()}
-    more["transfers"] = _more_in_transfers(survey, matched, steps[:third], steps[-third:])
+    times = {"computation": pace.computing_s, "waiting and communication": pace.inside_s}
+    more = {name: float(np.median(of[-last:]) - np.median(of[:first])) for name, of in times.items()}
+    more["transfers"] = _mean(pace.transfers_s[-last:]) - _mean(pace.transfers_s[:first])
     most = max(times, key=lambda name: more[name])
     if most != "computation":
-        if more["transfers"] < more[most] / 2:
+        if not more["transfers"] >= more[most] / 2:
             return []  # they wait for somebody, who has to be found by himself
         most = "transfers"
-    first = survey.first_step + int(steps[0])
+    step = int(pace.steps[0])
     return [
         Finding(
             kind=kinds.SLOW_JOB,
-            step=first,
-            text=f"the job takes {np.exp(growth):.2f} times as long for a step as in step {first}, mostly for {most}; "
+            step=step,
+            text=f"the job takes {np.exp(growth):.2f} times as long for a step as in step {step}, mostly for {most}; "
             "there is no rank, node or link that explains it",
             evidence={
                 "ratio": round(float(np.exp(growth)), 3),
-                **{f"more_{name.replace(' ', '_')}_s": round(value, 6) for name, value in more.items()},
+                **{
+                    f"more_{name.replace(' ', '_')}_s": round(value, 6)
+                    for name, value in more.items()
+                    if value == value
+                },
             },
             confidence=0.8,
         )
     ]
+
+
+def transfers_of(survey: Survey, matched: Matched) -> np.ndarray:
+    """Array [steps of the survey]: seconds that a rank spends in transfers, waiting apart."""
+    transfers, steps = matched.transfers_ns(), matched.steps - survey.first_step
+    chosen = (transfers > 0) & (steps >= 0) & (steps < survey.num_steps)
+    groups = np.searchsorted(matched.row_starts, np.flatnonzero(chosen), side="right") - 1
+    of_ranks = transfers[chosen] * matched.sizes[groups]
+    found: np.ndarray = np.bincount(steps[chosen], of_ranks, survey.num_steps) / max(len(survey.opened), 1) / 1e9
+    return found
 
 
 def _of_steps(times_ns: np.ndarray, whole: np.ndarray, steps: np.ndarray) -> np.ndarray:
@@ -63,13 +121,7 @@ def _of_steps(times_ns: np.ndarray, whole: np.ndarray, steps: np.ndarray) -> np.
     return np.array([np.median(times_ns[whole[:, step], step]) for step in steps.tolist()])
 
 
-def _more_in_transfers(survey: Survey, matched: Matched, first: np.ndarray, last: np.ndarray) -> float:
-    """Seconds that a rank of most groups spends more in transfers, waiting apart, in the steps ``last`` than in ``first``."""
-    transfers, totals = matched.transfers_ns(), []
-    for steps in (first, last):
-        chosen = np.isin(matched.steps - survey.first_step, steps) & (transfers > 0)
-        groups = np.searchsorted(matched.row_starts, np.flatnonzero(chosen), side="right") - 1
-        of_groups = np.bincount(groups, weights=transfers[chosen], minlength=len(matched.sizes))
-        ranks = float((of_groups * matched.sizes).sum())
-        totals.append(ranks / max(len(survey.opened), 1) / max(len(steps), 1) / 1e9)
-    return totals[1] - totals[0]
+def _mean(values: np.ndarray) -> float:
+    """Of those that are known; not a number if none is."""
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if len(known) else float("nan")

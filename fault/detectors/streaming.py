@@ -5,19 +5,23 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from evermesh.fault.detectors import kernels
+from evermesh.fault.detectors import kernels, kinds
 from evermesh.fault.detectors.clock_jumps import ClockWatch
-from evermesh.fault.detectors.context import Context
+from evermesh.fault.detectors.context import Context, is_noisy
 from evermesh.fault.detectors.deaths import find_deaths
 from evermesh.fault.detectors.hanging import find_hangs
 from evermesh.fault.detectors.joining import MOST_STEPS, Joined, Survey, join
 from evermesh.fault.detectors.matching import UNEVEN
+from evermesh.fault.detectors.pacing import PaceWatch
+from evermesh.fault.detectors.sampled import Samples
 from evermesh.fault.detectors.slowing import find_slow
 from evermesh.fault.detectors.standing import UNDECIDED, standing_of
 from evermesh.fault.detectors.summaries import RankSummary
 from evermesh.fault.events import Finding
 from evermesh.fault.recorder.record import OPERATIONS
 
+_TRANSFERS_EVERY = 4
+"""Windows from one look at transfers to the next: they need many, and take longer than all else."""
 _BLOCKS = 64
 """Blocks of a group whose digests are remembered."""
 
@@ -39,6 +43,10 @@ class JobWatch:
         self.context = context or Context()
         self._joined: Joined | None = None
         self._clocks = ClockWatch()
+        self._samples, self._pace = Samples(0), PaceWatch()
+        self._windows = 0
+        self._of_transfers: list[Finding] = []
+        self._of_pace: list[Finding] = []
         self._of_slot = np.zeros((0, kernels.SLOT_COLUMNS), np.int64)
         self._of_step = np.zeros((0, MOST_STEPS, kernels.STEP_COLUMNS), np.int64)
         self._signatures = np.zeros((0, MOST_STEPS), np.uint64)
@@ -59,12 +67,31 @@ class JobWatch:
         standing = standing_of(joined, survey, self.context)
         spoiled = _spoiled(joined)
         found = find_deaths(joined, standing, self.context) or find_hangs(joined, standing, self.context, spoiled)
-        found += find_slow(joined, survey, self.context)
+        slow = find_slow(joined, survey, self.context)
+        found += slow + self._look_at_transfers(joined, survey, ordered, is_slow=bool(slow))
         groups = {*disagreeing.tolist(), *(group for group, _ in spoiled)}
         is_unclear = any(one.operation == UNDECIDED and standing.is_long(one) for one in standing.waiting.values())
-        is_unclear |= any(one.rank is None and one.node is None for one in found)
+        is_unclear |= any(_is_unclear(one) for one in found)
         found += self._clocks.look(joined.traces)
         return Seen(tuple(found), _suspicious(joined, groups, is_unclear))
+
+    def _look_at_transfers(
+        self, joined: Joined, survey: Survey, ordered: Sequence[RankSummary], *, is_slow: bool
+    ) -> list[Finding]:
+        """What samples say of groups, nodes and links, and of the job as a whole; said again until the next look."""
+        self._windows += 1
+        if is_noisy(self.context):  # what takes long may be a process that waits for a processor
+            self._of_transfers, self._of_pace = [], []
+            self._pace.skip(survey)
+            return []
+        for one in ordered:
+            self._samples.take(one.tail.rank, one.samples)
+        if self._windows % _TRANSFERS_EVERY == 0:
+            transfers = self._samples.transfers(joined, self.context)
+            if transfers is not None:
+                self._of_transfers = transfers.find_slow()
+                self._of_pace = self._pace.look(survey, transfers.of_steps(survey), self.context.planned_s)
+        return self._of_transfers or ([] if is_slow else self._of_pace)
 
     def _joined_of(self, ordered: Sequence[RankSummary]) -> Joined:
         tails = [one.tail for one in ordered]
@@ -76,6 +103,8 @@ class JobWatch:
             )
             return self._joined
         self._joined = joined = join(tails)
+        if before is None or ranks != [trace.rank for trace in before.traces]:
+            self._samples, self._pace = Samples(len(ranks)), PaceWatch()
         self._of_slot = np.zeros((int(joined.slot_starts[-1]), kernels.SLOT_COLUMNS), np.int64)
         self._of_step = np.zeros((len(tails), MOST_STEPS, kernels.STEP_COLUMNS), np.int64)
         self._signatures = np.zeros((len(tails), MOST_STEPS), np.uint64)
@@ -124,6 +153,11 @@ class JobWatch:
         same_block = self._known[groups, place, 0] == rows[:, 1]
         differs = same_block & (self._known[groups, place, 1] != rows[:, 2])
         return np.unique(groups[differs])
+
+
+def _is_unclear(finding: Finding) -> bool:
+    """Whether it stands still and whole rings may say why."""
+    return finding.rank is None and finding.node is None and finding.kind not in kinds.SLOWNESS
 
 
 def _spoiled(joined: Joined) -> set[tuple[int, int]]:

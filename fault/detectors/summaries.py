@@ -12,7 +12,8 @@ import numpy as np
 from evermesh.fault.detectors import kernels
 from evermesh.fault.detectors.joining import MOST_STEPS, codes_of
 from evermesh.fault.detectors.matching import UNEVEN
-from evermesh.fault.recorder.record import OPERATIONS, Flags, Group
+from evermesh.fault.detectors.sampling import Sampler
+from evermesh.fault.recorder.record import OPERATIONS, RECORD, Flags, Group
 from evermesh.fault.recorder.trace import RankTrace
 
 _TAIL = 16
@@ -41,6 +42,8 @@ class RankSummary:
     """New in this window."""
     num_lost: int
     """That were overwritten before anybody read them."""
+    samples: np.ndarray = field(default_factory=lambda: np.empty(0, RECORD))
+    """Some of the new records, whole; see ``sampling``."""
 
 
 @dataclass(slots=True)
@@ -56,6 +59,7 @@ class RankWatch:
     _of_step: np.ndarray = field(default_factory=lambda: np.zeros(kernels.STEP_COLUMNS, np.int64))
     _signature: np.uint64 = field(default_factory=lambda: np.uint64(0))
     _carried: np.ndarray = field(default_factory=lambda: np.zeros(1, np.int64))
+    _sampler: Sampler = field(default_factory=Sampler)
 
     def summarise(self, trace: RankTrace) -> RankSummary:
         """The summary of what is new in a ring."""
@@ -97,6 +101,7 @@ class RankWatch:
             digests,
             done,
             lost,
+            self._sampler.choose(new[:done]),
         )
 
     def _make_room(self, trace: RankTrace) -> None:

@@ -18,6 +18,7 @@ from pydantic import BaseModel
 from evermesh.launcher.watching.messages import ReadRings
 
 if TYPE_CHECKING:
+    from evermesh.launcher.agent.connection_watch import ConnectionWatch
     from evermesh.launcher.agent.ring_watch import RingWatch
 
 WINDOW_S = 0.5
@@ -104,20 +105,26 @@ class _Watcher:
         return True
 
     def _watch(self) -> None:
+        from evermesh.launcher.agent.connection_watch import ConnectionWatch
         from evermesh.launcher.agent.ring_watch import RingWatch
 
+        connections = ConnectionWatch(self._generation)
         began_s, used_s = time.monotonic(), time.thread_time()
         with contextlib.closing(RingWatch(self._generation, self._rings)) as watch:
             while not self.stopped.wait(self._pause_s()):
-                self._look(watch)
+                self._look(watch, connections)
         spent_s, lasted_s = time.thread_time() - used_s, time.monotonic() - began_s
         print(f"watching took {spent_s:.3f} s of a processor in {lasted_s:.1f} s", flush=True)
 
-    def _look(self, watch: "RingWatch") -> None:
+    def _look(self, watch: "RingWatch", connections: "ConnectionWatch") -> None:
         self._windows += 1
         says_groups = self.says_groups or self._windows % _GROUPS_EVERY == 0
         self.says_groups = False
-        self._send(watch.window(says_groups=says_groups))
+        window = watch.window(says_groups=says_groups)
+        self._send(window)
+        pids = {one.tail.rank: one.tail.pid for one in window.summaries if one.tail.process is not None}
+        if (told := connections.look(pids, says_ends=says_groups)) is not None:
+            self._send(told)
         while self.orders and not self.stopped.is_set():
             watch.answer(self.orders.popleft(), self._send)
 

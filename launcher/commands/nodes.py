@@ -77,11 +77,11 @@ def nodes(
     if cluster or (job is None and not any(found.run for found in living_jobs())):
         show_cluster(store, as_json=as_json)
         return
-    found = Client(find_run(job, runs), patience_s=1.0).status().nodes
+    status = Client(find_run(job, runs), patience_s=1.0).status()
     if as_json:
-        print(json.dumps([node.model_dump(mode="json") for node in found], indent=1))
+        print(json.dumps([node.model_dump(mode="json") for node in status.nodes], indent=1))
     else:
-        print_table(nodes_table(found))
+        print_table(nodes_table(status.nodes, status.findings))
 
 
 def cordon(

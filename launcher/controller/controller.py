@@ -61,7 +61,7 @@ from evermesh.launcher.placement import Placement
 from evermesh.launcher.policy import REQUEUE, Failure
 from evermesh.launcher.run_directory import Run
 from evermesh.launcher.succession.office import Office
-from evermesh.launcher.watching.messages import PlannedWork, RingPart, Window
+from evermesh.launcher.watching.messages import Connections, PlannedWork, RingPart, Window
 
 _TICK_S = 0.1
 _WRITE_AGAIN_S = 0.5
@@ -125,7 +125,7 @@ class Controller:
             case Beat():
                 self._take_beat(node, message)
                 return
-            case Window() | RingPart() | PlannedWork():
+            case Window() | RingPart() | PlannedWork() | Connections():
                 if message.generation == self.generation:
                     self.watch.take(node.name, message)
                 return
@@ -393,7 +393,8 @@ class Controller:
         sees_work = self.config.train.device.kind == "cpu"
         found = frozen(life.beats.values(), life.world_size, config, self.watch.findings, sees_work=sees_work)
         if found is not None:
-            life.fail(Failure(rank=found.rank, time_s=time.monotonic(), how=found.how, cause="froze"))
+            for rank in (found.rank, *found.others):
+                life.fail(Failure(rank=rank, time_s=time.monotonic(), how=found.how, cause="froze"))
 
     def _end_job(self, transition: Transition) -> None:
         drop_unfinished_line(self.run.telemetry)

@@ -14,11 +14,16 @@ from evermesh.parallelism.collectives import Phase
 MOST_GROUPS = 4096
 """Of a rank."""
 MOST_RANKS = 1 << 20
+MOST_SAMPLES = 64
+"""Of a rank in a window."""
 SLOT_WORDS = 5
 """That a summary has of each group."""
+MOST_ENDS = 4096
+"""Connections of a rank that are told."""
 _WORD = 8
 _COUNT = Annotated[int, Field(ge=0, lt=1 << 63)]
 _RANK = Annotated[int, Field(ge=0, lt=MOST_RANKS)]
+_END = Annotated[str, Field(max_length=96)]
 _NAME = Annotated[str, Field(max_length=1024)]
 
 
@@ -66,6 +71,8 @@ class PackedSummary(_Message):
     digests: Annotated[bytes, Field(max_length=1 << 17)]
     num_records: _COUNT
     num_lost: _COUNT
+    samples: Annotated[bytes, Field(max_length=MOST_SAMPLES * RECORD_BYTES)]
+    """Some of the new records, whole; see ``fault.detectors.sampling``."""
     starved: Annotated[float, Field(ge=0, le=1)]
     """Share of the last second in which the process waited for a processor that others had."""
 
@@ -84,6 +91,28 @@ class RingPart(_Message):
     kind: Literal["ring"] = "ring"
     generation: int
     trace: PackedTrace
+
+
+class Held(_Message):
+    """A connection on which something waits to be acknowledged; see ``fault.connections``."""
+
+    local: _END
+    remote: _END
+    waiting_bytes: _COUNT
+    resent: _COUNT
+    segment_bytes: _COUNT
+
+
+class Connections(_Message):
+    """How the TCP connections of the ranks of a node do, every now and then."""
+
+    kind: Literal["connections"] = "connections"
+    generation: int
+    host: Annotated[str, Field(max_length=128)]
+    """What knows by itself what its own addresses, such as 127.0.0.1, mean; the same for all nodes on it."""
+    ends: dict[_RANK, Annotated[tuple[tuple[_END, _END], ...], Field(max_length=MOST_ENDS)]] | None
+    """By rank, of all connections: address and port here and there; None: as they were said last."""
+    held: dict[_RANK, Annotated[tuple[Held, ...], Field(max_length=MOST_ENDS)]]
 
 
 class PlannedStep(_Message):

@@ -7,17 +7,25 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from evermesh.fault.detectors import kernels
+from evermesh.fault.detectors import kernels, sampling
 from evermesh.fault.detectors.joining import MOST_STEPS
 from evermesh.fault.detectors.summaries import RankSummary
 from evermesh.fault.process_state import ProcessState
 from evermesh.fault.recorder.names import ranges_of
 from evermesh.fault.recorder.record import RECORD, Group
 from evermesh.fault.recorder.trace import RankTrace
-from evermesh.launcher.watching.messages import MOST_GROUPS, SLOT_WORDS, PackedGroup, PackedSummary, PackedTrace
+from evermesh.launcher.watching.messages import (
+    MOST_GROUPS,
+    MOST_SAMPLES,
+    SLOT_WORDS,
+    PackedGroup,
+    PackedSummary,
+    PackedTrace,
+)
 
 _MOST_NAME = 1024
 assert SLOT_WORDS == kernels.SLOT_COLUMNS
+assert MOST_SAMPLES == sampling.MOST
 
 
 class SummaryInvalid(ValueError):
@@ -54,6 +62,7 @@ def pack_summary(
         digests=summary.digests.tobytes(),
         num_records=summary.num_records,
         num_lost=summary.num_lost,
+        samples=summary.samples.tobytes(),
         starved=starved,
     )
 
@@ -127,6 +136,7 @@ class Unpacker:
             digests,
             packed.num_records,
             packed.num_lost,
+            _array(packed.samples, RECORD, 1),
         )
 
     def _group(self, packed: PackedGroup) -> Group:

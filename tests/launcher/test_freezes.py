@@ -43,7 +43,7 @@ def test_it_is_no_freeze_that(situation: str, beats: tuple[RankBeat, ...]) -> No
 
 def test_a_rank_that_hangs_is_the_one_that_the_others_wait_for() -> None:
     found = frozen(HANGS, 2, DEFAULT, sees_work=True)
-    assert found == (1, "hangs in step 8: no rank has computed anything for 3.1 s (limit 3.0 s)")
+    assert found == (1, "hangs in step 8: no rank has computed anything for 3.1 s (limit 3.0 s)", ())
 
 
 SAYS = Finding(kind="hang", rank=0, text="rank 0 never entered it", confidence=0.98)
@@ -52,7 +52,19 @@ SAYS = Finding(kind="hang", rank=0, text="rank 0 never entered it", confidence=0
 def test_whom_the_records_name_is_named_though_others_have_not_come_either() -> None:
     found = frozen(HANGS, 2, DEFAULT, [SAYS], sees_work=True)
     told = "hangs in step 8: no rank has computed anything for 3.1 s (limit 3.0 s); rank 0 never entered it"
-    assert found == (0, told)
+    assert found == (0, told, ())
+
+
+def test_the_ends_of_a_link_that_is_cut_are_named_both_and_after_a_rank_that_is_named() -> None:
+    cut = Finding(kind="communication hang", link=(0, 2), text="what 2 sends does not arrive at 0", confidence=0.9)
+    found = frozen(HANGS, 2, DEFAULT, [cut], sees_work=True)
+    assert found is not None
+    assert (found.rank, found.others) == (0, (2,))
+    assert found.how.startswith("hangs in step 8, as does rank 2: ")
+    assert frozen(HANGS, 2, DEFAULT, [cut, SAYS], sees_work=True) == frozen(HANGS, 2, DEFAULT, [SAYS], sees_work=True)
+    assert frozen(HANGS, 2, DEFAULT, [cut.model_copy(update={"link": None})], sees_work=True) == frozen(
+        HANGS, 2, DEFAULT, sees_work=True
+    ), "it names nobody"
 
 
 @pytest.mark.parametrize("changes", [{"kind": "slow rank"}, {"confidence": 0.5}, {"rank": None}])
@@ -87,7 +99,7 @@ def test_the_limit_follows_the_longest_of_the_last_steps() -> None:
 def test_where_work_cannot_be_seen_only_a_stopped_rank_is_found() -> None:
     assert frozen(HANGS, 2, DEFAULT, sees_work=False) is None
     stopped = (beat(0, idle_s=2.0), beat(1, idle_s=2.0, stopped_s=2.0))
-    assert frozen(stopped, 2, DEFAULT, sees_work=False) == (1, "has been stopped for 2.0 s (SIGSTOP)")
+    assert frozen(stopped, 2, DEFAULT, sees_work=False) == (1, "has been stopped for 2.0 s (SIGSTOP)", ())
 
 
 @pytest.mark.parametrize("point", ["start-up", "checkpoint", "train"])

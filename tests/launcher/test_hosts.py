@@ -10,8 +10,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from evermesh.fault.events import read_events
+from evermesh.fault.events import Finding, read_events
 from evermesh.fault.snapshot.keeper.area import area_of, identity_in
+from tests.fault.suite.links import lose, lose_no_more
 from tests.launcher.jobs import Job, clean_losses, launched
 from tests.launcher.test_cli import EVERMESH
 from tests.processes import still_alive
@@ -104,3 +105,41 @@ def test_f15_a_node_whose_cable_is_cut_ends_its_ranks_and_is_a_spare_when_it_is_
         assert resumed.fields["source"] == "memory"
         losses = job.losses
     assert losses == clean_losses(job_file, 100_000, "nodes=2", f"train.stop_at={len(losses)}")
+
+
+def _findings(job: Job) -> list[Finding]:
+    events = read_events(job.run.events) if job.run.events.is_file() else ()
+    return [Finding.model_validate(event.fields["finding"]) for event in events if event.kind == "finding"]
+
+
+def _rank_on(job: Job, host: Host) -> int:
+    pids = {process.pid for process in host.processes}
+    logs = {rank: (job.run.logs / f"rank-{rank}.log").read_text() for rank in range(3)}
+    [rank] = [rank for rank, log in logs.items() if int(log.split("process ")[1].split(",")[0]) in pids]
+    return rank
+
+
+def test_a_way_that_lets_nothing_pass_is_named_and_no_rank_instead_of_it(hosts: Hosts, job_file: Path) -> None:
+    settings = ("train.steps=100000", "nodes=3", "workers=3", "train.checkpoint.every=null", "train.snapshot=off")
+    ends = ("restarts=0", "hang.idle_s=15")
+    head, one, other = hosts.hosts
+    with launched(job_file, *settings, *ends, on(hosts), within=head.command()) as job:
+        job.wait(job.has_trained)
+        job.wait(lambda: len(job.losses) > 20)
+        ranks = _rank_on(job, one), _rank_on(job, other)
+        before = len(_findings(job))
+        lose(one, other)
+        try:
+            job.wait(lambda: any(finding.link is not None for finding in _findings(job)))
+            finding = next(finding for finding in _findings(job) if finding.link is not None)
+            job.wait(lambda: "failed" in job.events, 90.0)
+        finally:
+            lose_no_more(one, other)
+        assert (finding.kind, finding.link) == ("communication hang", (min(ranks), max(ranks)))
+        assert {(found.kind, found.rank) for found in _findings(job)[before:]} == {(finding.kind, None)}, (
+            "no rank is blamed"
+        )
+        failed = next(event.text for event in read_events(job.run.events) if event.kind == "failed")
+        assert f"worker {min(ranks)} hangs in step" in failed
+        assert f"as does rank {max(ranks)}" in failed
+        assert any(f"does not arrive at rank {rank}" in failed for rank in ranks)

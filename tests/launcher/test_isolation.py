@@ -1,6 +1,7 @@
 """Nodes that jobs leave, and do not use: drained by people, cordoned for all jobs, set aside by the policy."""
 
 import json
+import re
 import signal
 from pathlib import Path
 
@@ -57,6 +58,10 @@ def test_a_drained_node_is_left_behind_a_step_and_not_used_again(job_file: Path)
         assert aside[leaving] is not None
         assert "fan 3" in str(aside[leaving])
         assert aside[staying] is aside[spare] is None
+        for command in (("status",), ("top", "--once")):
+            shown = evermesh(command[0], job.run.directory, *command[1:]).stdout
+            assert f"aside: {aside[leaving]}"[:60] in shown
+            assert re.search(rf"{leaving} +\w+ aside ", shown)
         (event,) = told(job, "isolation")
         assert (event.fields["node"], event.fields["action"], event.fields["carried_out"]) == (leaving, "drain", True)
         refused = evermesh("drain", staying, "--run", job.run.directory)

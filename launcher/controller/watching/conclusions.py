@@ -4,23 +4,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from evermesh.fault.detectors import kinds
+from evermesh.fault.detectors.kinds import COMMUNICATION_HANG, SLOWNESS
 from evermesh.fault.events import Finding
 
-SLOWNESS = frozenset(
-    (
-        kinds.SLOW_RANK,
-        kinds.GRADUAL,
-        kinds.SLOW_JOB,
-        kinds.SLOW_NODE,
-        kinds.SLOW_SOURCE,
-        kinds.SLOW_DESTINATION,
-        kinds.SLOW_LINK,
-        kinds.SLOW_GROUP,
-    )
-)
-"""Kinds that steps of milliseconds show by chance: they have to last. Whoever hangs has been waited for long enough."""
 _LASTING_S, _LASTING_WINDOWS = 3.0, 4
+"""Of slowness, which steps of milliseconds show by chance. Whoever hangs has been waited for long enough."""
+_VAGUE_S = 1.5
+"""Of what names nobody: what is lost on a way is sent again after 0.2, 0.6 and 1.4 s, and then it is known which way."""
 _GONE_S = 1.2
 """For how long nobody says it any more: two windows."""
 _PAUSE_S, _GONE_SLOW_S = 2.2, 5.0
@@ -56,9 +46,16 @@ class _Seen:
         return self.finding.kind in SLOWNESS
 
     @property
+    def is_vague(self) -> bool:
+        return self.finding.kind == COMMUNICATION_HANG and self.finding.link is None
+
+    @property
     def is_due(self) -> bool:
-        lasts = self.last_s - self.first_s >= _LASTING_S and self.windows >= _LASTING_WINDOWS
-        return not self.is_concluded and (lasts or not self.is_slow)
+        lasted_s = self.last_s - self.first_s
+        lasts = lasted_s >= _LASTING_S and self.windows >= _LASTING_WINDOWS
+        if not self.is_slow:
+            lasts = not self.is_vague or lasted_s >= _VAGUE_S
+        return lasts and not self.is_concluded
 
     def is_gone(self, now_s: float) -> bool:
         limit_s = (_GONE_SLOW_S if self.is_concluded else _PAUSE_S) if self.is_slow else _GONE_S

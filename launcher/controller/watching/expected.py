@@ -41,12 +41,16 @@ class Expected:
         self._measured_s[step] = step_s
         _keep_newest(self._measured_s, _MEASURED)
 
+    def makespans_s(self) -> dict[int, float]:
+        """What plans predict, by step."""
+        return {number: plan.step.makespan_s for number, plan in self.plans.items() if plan.step.makespan_s > 0}
+
     def step_s(self) -> float | None:
         """How long the step under way may take: as long as those before, and longer if its plan is; None: nobody knows."""
         if not self._measured_s:
             return None
         usual_s = median(self._measured_s.values())
-        makespan_s = {number: plan.step.makespan_s for number, plan in self.plans.items() if plan.step.makespan_s > 0}
+        makespan_s = self.makespans_s()
         planned = {number: of for number, of in makespan_s.items() if number in self._measured_s}
         under_way = [of for number, of in makespan_s.items() if number > max(self._measured_s)]
         if not planned or not under_way:

@@ -6,12 +6,15 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from evermesh.fault.detectors import Context, diagnose
+from evermesh.fault.detectors.kinds import SLOWNESS
+from evermesh.fault.detectors.links import LinkWatch
 from evermesh.fault.detectors.streaming import JobWatch
 from evermesh.fault.events import Finding
 from evermesh.fault.recorder.trace import RankTrace
-from evermesh.launcher.controller.watching.conclusions import SLOWNESS, Change, Conclusions, key_of
+from evermesh.launcher.controller.watching.conclusions import Change, Conclusions, key_of
 from evermesh.launcher.controller.watching.expected import Expected, Planned
 from evermesh.launcher.controller.watching.rings import RingReading
+from evermesh.launcher.controller.watching.ways import Seen, Ways
 from evermesh.launcher.controller.watching.windows import Moment, Windows
 from evermesh.launcher.controller.watching.work import Work
 from evermesh.launcher.watching.messages import ReadRings
@@ -40,7 +43,8 @@ class Thinking:
         """Findings of which nobody was told that they are concluded."""
         self.over: deque[tuple[Finding, float]] = deque()
         """Likewise that they are over, with seconds since they began."""
-        self._job, self._work = JobWatch(), Work(num_ranks)
+        self.ways = Ways(num_nodes)
+        self._job, self._work, self._links = JobWatch(), Work(num_ranks), LinkWatch()
         self._known: frozenset[int] = frozenset()
         self._context = Context()
         self._of_rings: tuple[Finding, ...] = ()
@@ -59,9 +63,11 @@ class Thinking:
             step_s=self.expected.step_s() or last_step_s or None,
             processes=moment.processes,
             starved=moment.starved,
+            planned_s=self.expected.makespans_s(),
+            cut_links=self._links.cut,
             skew_s=_SKEW_S + moment.apart_s,
         )
-        return partial(self._join, moment, self._context, dict(self.expected.plans))
+        return partial(self._join, moment, self._context, dict(self.expected.plans), self.ways.seen())
 
     def take(self, said: Said, now_s: float) -> None:
         """Take what has been thought."""
@@ -82,13 +88,15 @@ class Thinking:
         self.begun.extend(change.begun)
         self.over.extend(change.over)
 
-    def _join(self, moment: Moment, context: Context, plans: dict[int, Planned]) -> Said:
+    def _join(self, moment: Moment, context: Context, plans: dict[int, Planned], ways: Seen | None) -> Said:
         """By the other thread, which alone uses what is used here."""
         summaries = moment.summaries()
         self._work.note(summaries)
-        self._job.context = replace(context, work_s=self._work.explained_s(plans))
+        if ways is not None:
+            self._links.look(ways)
+        self._job.context = replace(context, work_s=self._work.explained_s(plans), cut_links=self._links.cut)
         seen = self._job.join(summaries)
-        return Said(seen.findings, seen.suspicious)
+        return Said((*seen.findings, *self._links.find_slow([one.tail for one in summaries])), seen.suspicious)
 
 
 def _read(traces: list[RankTrace], context: Context) -> Said:

@@ -11,14 +11,14 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from evermesh.fault.events import Finding
-from evermesh.launcher.watching.messages import PlannedWork, RingPart, Window
+from evermesh.launcher.watching.messages import Connections, PlannedWork, RingPart, Window
 from evermesh.runtime.telemetry import StepReport
 
 if TYPE_CHECKING:
     from evermesh.launcher.controller.job import Job
     from evermesh.launcher.controller.watching.thinking import Said, Thinking
 
-Told = Window | RingPart | PlannedWork
+Told = Window | RingPart | PlannedWork | Connections
 _THINKING = "evermesh.launcher.controller.watching.thinking"
 _MOST_EARLY = 4096
 _WATCHED = frozenset(("starting", "training", "regrouping", "stopping"))
@@ -59,6 +59,8 @@ class Watch:
                     thinking.windows.take(node, message)
                 case RingPart():
                     thinking.rings.take(thinking.windows.trace(node, message))
+                case Connections():
+                    thinking.ways.take(node, message)
                 case PlannedWork():
                     thinking.expected.take(message)
         except ValueError as error:  # of an agent of another version: nobody is watched through it

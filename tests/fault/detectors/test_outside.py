@@ -100,6 +100,9 @@ def test_a_way_on_which_the_same_is_sent_again_is_cut_until_it_arrives() -> None
     watch = LinkWatch()
     watch.look(_ring(4, [(2, 0)], resent=3))
     assert watch.cut == {(2, 0)}
+    for _ in range(20):
+        watch.look(_ring(4, [(2, 0)], resent=3))
+    assert not watch.find_slow(generate(_SHAPE).traces), "what is cut is not slow"
     watch.look(_ring(4, []))
     assert not watch.cut
 

@@ -14,15 +14,9 @@ from evermesh.fault.recorder.trace import RankTrace
 from evermesh.fault.synthetic import JobShape, generate
 from evermesh.fault.synthetic.faults import CommunicationHang, Fault, Hang, Mismatch, SlowRank
 from evermesh.fault.synthetic.generating import BEGIN_NS
+from tests.fault.detectors.windows import cut
 
 _WINDOWS = 9
-
-
-def _cut(trace: RankTrace, at_ns: int, capacity: int) -> RankTrace:
-    """What the ring held at a moment."""
-    records = trace.records[trace.records["entered_ns"] <= at_ns][-capacity:].copy()
-    records["ended_ns"][records["ended_ns"] > at_ns] = 0
-    return replace(trace, records=records, read_ns=at_ns)
 
 
 def _watch(traces: Sequence[RankTrace], capacity: int = 100_000) -> tuple[Seen, list[list[RankSummary]]]:
@@ -30,7 +24,7 @@ def _watch(traces: Sequence[RankTrace], capacity: int = 100_000) -> tuple[Seen, 
     watches, job, told = [RankWatch() for _ in traces], JobWatch(), []
     end_ns = max(trace.read_ns for trace in traces)
     for at_ns in np.linspace(BEGIN_NS + 10**6, end_ns, _WINDOWS).astype(np.int64).tolist():
-        cuts = [_cut(trace, at_ns, capacity) for trace in traces]
+        cuts = [cut(trace, at_ns, capacity) for trace in traces]
         told.append([watch.summarise(cut) for watch, cut in zip(watches, cuts, strict=True)])
         seen = job.join(told[-1])
     return seen, told
@@ -57,7 +51,7 @@ def test_steps_are_those_of_a_survey_of_all_records() -> None:
     traces = generate(_SHAPE, seed=4).traces
     watches, job = [RankWatch() for _ in traces], JobWatch()
     for at_ns in np.linspace(BEGIN_NS + 10**6, traces[0].read_ns, 23).astype(np.int64).tolist():
-        summaries = [watch.summarise(_cut(trace, at_ns, 10_000)) for watch, trace in zip(watches, traces, strict=True)]
+        summaries = [watch.summarise(cut(trace, at_ns, 10_000)) for watch, trace in zip(watches, traces, strict=True)]
         job.join(summaries)
     joined = join(traces)
     whole, windows = survey(joined), job._survey(np.full(len(traces), -1))

@@ -55,5 +55,10 @@ def lose(one: Host, other: Host) -> None:
     )
 
 
+def lose_no_more(one: Host, other: Host) -> None:
+    """What ``one`` sends arrives at ``other`` again."""
+    _run("ip", "-n", one.name, "neighbour", "delete", other.address, "dev", "eth0")
+
+
 def _run(*words: str) -> None:
     subprocess.run(words, check=True, capture_output=True, timeout=20)

@@ -8,13 +8,13 @@ import pytest
 from evermesh.fault.detectors import kernels, kinds
 from evermesh.fault.detectors.summaries import RankSummary
 from evermesh.fault.events import Finding
+from evermesh.fault.isolation.meanings import MEANINGS, meaning_of
 from evermesh.fault.recorder.record import RECORD
 from evermesh.fault.recorder.trace import RankTrace
-from evermesh.launcher.controller.watching.conclusions import SLOWNESS, Conclusions
+from evermesh.launcher.controller.watching.conclusions import Conclusions
 from evermesh.launcher.controller.watching.expected import Expected
 from evermesh.launcher.controller.watching.rings import RingReading
 from evermesh.launcher.controller.watching.work import Work
-from evermesh.launcher.freezes import EXPLAINING
 from evermesh.launcher.watching.messages import PlannedStep, PlannedWork, ReadRings
 
 
@@ -26,9 +26,27 @@ _SLOW = Finding(kind=kinds.SLOW_RANK, rank=2, confidence=0.9)
 
 
 def test_kinds_are_those_of_the_detectors() -> None:
-    known = {value for name, value in vars(kinds).items() if name.isupper()}
-    assert known >= EXPLAINING | SLOWNESS
-    assert not EXPLAINING & SLOWNESS
+    known = {value for name, value in vars(kinds).items() if name.isupper() and isinstance(value, str)}
+    parts = (kinds.EXPLAINING, kinds.SLOWNESS, kinds.HARMLESS)
+    assert known == frozenset().union(*parts)
+    assert sum(map(len, parts)) == len(known), "each is one of them"
+    assert known - kinds.HARMLESS <= MEANINGS.keys()
+    assert {kind for kind in known if meaning_of(kind).source == "hang"} <= kinds.EXPLAINING
+    assert {kind for kind in known if meaning_of(kind).source in ("lateness", "network")} <= kinds.SLOWNESS
+
+
+def test_what_names_no_way_is_concluded_when_none_is_found_soon() -> None:
+    vague = Finding(kind=kinds.COMMUNICATION_HANG, group="world", confidence=0.9)
+    cut = vague.model_copy(update={"link": (0, 1)})
+    known = Conclusions()
+    assert known.take([vague], 0.0).begun == ()
+    assert known.take([cut], 1.0).begun == (cut,)
+    assert known.take([cut], 4.0).over == ()
+    lasting = Conclusions()
+    assert [bool(lasting.take([vague], now_s).begun) for now_s in (0.0, 0.5, 1.0, 1.5, 2.0)] == [False] * 3 + [
+        True,
+        False,
+    ]
 
 
 def test_a_hang_is_concluded_at_once_and_told_once_with_its_newest_numbers() -> None:

@@ -1,0 +1,106 @@
+"""What the records that agents send along say of transfers: groups, nodes and links that are slow, as in whole rings.
+
+Of every rank the newest are kept, of all ranks together a bounded number. See ``sampling`` for which they are.
+"""
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from evermesh.fault.detectors import kernels
+from evermesh.fault.detectors.clocks import estimate_offsets
+from evermesh.fault.detectors.communicating import find_slow_groups, find_slow_messages
+from evermesh.fault.detectors.context import Context, Offset
+from evermesh.fault.detectors.joining import Joined, Survey, survey
+from evermesh.fault.detectors.matching import Matched, match
+from evermesh.fault.detectors.slow_jobs import transfers_of
+from evermesh.fault.events import Finding
+from evermesh.fault.recorder.record import OPERATIONS, RECORD
+
+_MOST, _LEAST, _IN_ALL = 512, 64, 1 << 18
+"""Records of a rank, and of all."""
+_BYTES = np.dtype((np.void, RECORD.itemsize))
+"""A record; numpy joins arrays of these faster than of fields."""
+
+
+@dataclass(frozen=True, slots=True)
+class Transfers:
+    """The sampled records of all ranks side by side."""
+
+    joined: Joined
+    matched: Matched
+    offsets: Mapping[str, Offset]
+    counts: Mapping[int, int]
+    """Records by step."""
+
+    def find_slow(self) -> list[Finding]:
+        """Groups, nodes, sources, destinations and links that are slow."""
+        return find_slow_groups(self.joined, self.matched) + find_slow_messages(self.joined, self.offsets)
+
+    def of_steps(self, survey: Survey) -> np.ndarray:
+        """Array [steps]: seconds that a rank spends in transfers, from those of its records; not a number: there are none."""
+        sampled = np.array([self.counts.get(survey.first_step + index, 0) for index in range(survey.num_steps)])
+        in_all = survey.of_step[:, :, kernels.COUNT].sum(axis=0)
+        found: np.ndarray = np.where(
+            sampled > 0, transfers_of(survey, self.matched) * in_all / np.maximum(sampled, 1), np.nan
+        )
+        return found
+
+
+class Samples:
+    """Of the ranks of one job."""
+
+    def __init__(self, num_ranks: int) -> None:
+        self._most = min(_MOST, max(_LEAST, _IN_ALL // max(num_ranks, 1)))
+        self._of_rank: dict[int, deque[np.ndarray]] = {}
+        """Parts, oldest first."""
+
+    def take(self, rank: int, records: np.ndarray) -> None:
+        """Take what is new of a rank; what is not newer than what is known is left out."""
+        parts = self._of_rank.setdefault(rank, deque())
+        if parts and len(records) and records["sequence"][0] <= parts[-1]["sequence"][-1]:
+            records = records[records["sequence"] > parts[-1]["sequence"][-1]]
+        if len(records):
+            parts.append(records)
+        while sum(map(len, parts)) - len(parts[0] if parts else ()) >= self._most:
+            parts.popleft()
+
+    def of(self, rank: int) -> np.ndarray:
+        """What is kept of a rank, oldest first; a copy."""
+        parts = [part.view(_BYTES) for part in self._of_rank.get(rank, ())]
+        return np.concatenate(parts or [np.empty(0, _BYTES)]).view(RECORD)[-self._most :]
+
+    def transfers(self, joined: Joined, context: Context) -> Transfers | None:
+        """Lay them side by side; ``joined``: the same ranks and their groups. None: there are none yet."""
+        found = [self.of(trace.rank) for trace in joined.traces]
+        if not any(map(len, found)):
+            return None
+        found = _renumbered(joined, found)
+        traces = (replace(trace, records=records) for trace, records in zip(joined.traces, found, strict=True))
+        sampled = replace(joined, traces=tuple(traces))
+        steps, counts = np.unique(np.concatenate([records["step"] for records in found]), return_counts=True)
+        surveyed, offsets = survey(sampled), dict(context.offsets)
+        nodes = {trace.node for trace in joined.traces}
+        matched = match(sampled, surveyed, {node: of.offset_ns for node, of in offsets.items() if node in nodes})
+        if len(nodes) > 1 and not offsets:
+            offsets = estimate_offsets(sampled, matched)
+            matched.move({node: of.offset_ns for node, of in offsets.items()}, sampled)
+        return Transfers(sampled, matched, offsets, dict(zip(steps.tolist(), counts.tolist(), strict=True)))
+
+
+def _renumbered(joined: Joined, found: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Collectives of every group counted as if those between them had not been; messages keep their numbers."""
+    counts = np.array([len(records) for records in found])
+    records = np.concatenate([records.view(_BYTES) for records in found]).view(RECORD)
+    sizes = np.array([len(groups) for groups in joined.local_groups])
+    locals_ = np.concatenate([*joined.local_groups, [-1]])
+    starts, own = np.repeat(np.cumsum(sizes) - sizes, counts), records["group"].astype(np.int64)
+    groups = locals_[np.where(own < np.repeat(sizes, counts), starts + own, -1)]
+    chosen = np.flatnonzero((groups >= 0) & (records["operation"] < OPERATIONS.index("send")))
+    keys = groups[chosen] << 32 | records["number"][chosen].astype(np.int64)
+    known, inverse = np.unique(keys, return_inverse=True)
+    first = np.searchsorted(known, (known >> 32) << 32)
+    records["number"][chosen] = (np.arange(len(known)) - first)[inverse]
+    return np.split(records, np.cumsum(counts)[:-1])
