@@ -53,7 +53,7 @@ def launch_queued(config: JobConfig, console: Console, *, detach: bool = False) 
         record = BatchRecord(cluster=allocation.cluster, job=allocation.job, name=config.name)
     else:
         run, before = found
-        record = _started_again(before, _newest(run))
+        record = started_again(before, _newest(run))
         if run.state().state == "finished":
             console.print(f"run {run.name} has finished", highlight=False)
             return Trained(run, JobResult(_newest(run), "finished", checkpoint.latest(run.checkpoints), 0))
@@ -82,7 +82,7 @@ def resume_queued(
     before = _read(run.directory)
     if before is None or (before.cluster, before.job) != (allocation.cluster, allocation.job):
         before = BatchRecord(cluster=allocation.cluster, job=allocation.job, name=config.name, step=_newest(run))
-    _write(run, _started_again(before, _newest(run)) if allocation.starts_before else before)
+    _write(run, started_again(before, _newest(run)) if allocation.starts_before else before)
     return _requeued(config, allocation, console, train)
 
 
@@ -131,7 +131,8 @@ def _back_into_queue(config: JobConfig, allocation: Allocation) -> tuple[str, in
     return f"{job} is back in the queue, and goes on from the newest checkpoint", REQUEUE
 
 
-def _started_again(before: BatchRecord, newest: int) -> BatchRecord:
+def started_again(before: BatchRecord, newest: int) -> BatchRecord:
+    """The record of the next start, which finds ``newest`` as the step of the newest checkpoint."""
     idle_starts = 0 if newest > before.step else before.idle_starts + 1
     return before.model_copy(update={"step": newest, "idle_starts": idle_starts})
 

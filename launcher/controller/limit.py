@@ -4,12 +4,17 @@ import asyncio
 import signal
 from typing import Protocol
 
-from evermesh.launcher.placement import Placement
-
 _MARGIN_S = 10.0
 """Between the end of the time to save and the limit: agents leave, and the command that shows the job closes it."""
 _LOOK_AGAIN_S = 60.0
 """How often the limit is asked for: it may be moved."""
+
+
+class Limited(Protocol):
+    """A place, as far as it is needed here."""
+
+    def time_left_s(self) -> float | None:
+        """Seconds until it takes the nodes away; None: it does not."""
 
 
 class Stoppable(Protocol):
@@ -19,7 +24,7 @@ class Stoppable(Protocol):
         """Somebody wants the job to end."""
 
 
-async def stop_in_time(controller: Stoppable, placement: Placement, grace_s: float) -> None:
+async def stop_in_time(controller: Stoppable, placement: Limited, grace_s: float) -> None:
     """Stop the job, as SIGTERM would, when ``grace_s`` and a margin are left; return then, or where there is no limit."""
     while (left_s := await asyncio.to_thread(placement.time_left_s)) is not None:
         early_s = left_s - grace_s - _MARGIN_S
