@@ -5,6 +5,7 @@ RUN/slurm.json tells for which batch job a run was made.
 
 import dataclasses
 import os
+import re
 import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -39,32 +40,35 @@ class BatchRecord(BaseModel):
     """Starts in a row before that one that left no newer checkpoint."""
 
 
-def launch_queued(config: JobConfig, console: Console, *, detach: bool = False) -> Trained:
+def launch_queued(config: JobConfig, console: Console, *, detach: bool = False, goes_on: bool = False) -> Trained:
     """Launch the job; where Slurm has started this batch job before, go on with the run of that start.
 
-    If it ends with 75 and wants it (``requeue``), the batch job is put back into the queue. Raises what ``launch_job`` and
-    ``resume_job`` raise.
+    ``goes_on``: also with the newest run of the job's name, whoever launched it. If the job ends with 75 and wants it
+    (``requeue``), its batch job is put back into the queue. Raises what ``launch_job`` and ``resume_job`` raise.
     """
+    named = _named(config) if goes_on else None
     if config.on != "slurm":
-        return launch_job(config, console, detach=detach)
+        if named is None:
+            return launch_job(config, console, detach=detach)
+        return _finished(named, console) or _go_on(named, config, console, detach)
     allocation = Allocation.current()
     found = _find(config, allocation) if allocation.starts_before else None
-    if found is None:
-        record = BatchRecord(cluster=allocation.cluster, job=allocation.job, name=config.name)
-    else:
-        run, before = found
-        record = started_again(before, _newest(run))
-        if run.state().state == "finished":
-            console.print(f"run {run.name} has finished", highlight=False)
-            return Trained(run, JobResult(_newest(run), "finished", checkpoint.latest(run.checkpoints), 0))
-        if _newest(run):
-            return _requeued(config, allocation, console, lambda: _go_on(run, record, config, console, detach))
-    return _requeued(
-        config,
-        allocation,
-        console,
-        lambda: launch_job(config, console, detach=detach, prepare=lambda made: _write(made, record)),
+    run = found[0] if found is not None else named
+    record = BatchRecord(
+        cluster=allocation.cluster, job=allocation.job, name=config.name, step=_newest(run) if run else 0
     )
+    if found is not None:
+        record = started_again(found[1], record.step)
+    if run is not None and (finished := _finished(run, console)):
+        return finished
+
+    def train() -> Trained:
+        if run is None or not _newest(run):
+            return launch_job(config, console, detach=detach, prepare=lambda made: _write(made, record))
+        _write(run, record)
+        return _go_on(run, config, console, detach)
+
+    return _requeued(config, allocation, console, train)
 
 
 def resume_queued(
@@ -86,12 +90,22 @@ def resume_queued(
     return _requeued(config, allocation, console, train)
 
 
-def _go_on(run: Run, record: BatchRecord, config: JobConfig, console: Console, detach: bool) -> Trained:
+def _go_on(run: Run, config: JobConfig, console: Console, detach: bool) -> Trained:
     """Resume a run as it was, to the same ``stop_at``."""
-    _write(run, record)
     stop_at = run.config().train.stop_at
     overrides = [f"on={config.on}", *([f"train.stop_at={stop_at}"] if stop_at is not None else [])]
     return resume_job(run, console, overrides=overrides, detach=detach)
+
+
+def _finished(run: Run, console: Console) -> Trained | None:
+    """A run of which nothing is left to do, and that no resume would take."""
+    step, stop_at, state = _newest(run), run.config().train.stop_at, run.state().state
+    if state != "finished" and (stop_at is None or step < stop_at):
+        return None
+    console.print(f"nothing is left to do of run {run.name}: it is at step {step}", highlight=False)
+    return Trained(
+        run, JobResult(step, "finished" if state == "finished" else "stop_at", checkpoint.latest(run.checkpoints), 0)
+    )
 
 
 def _requeued(config: JobConfig, allocation: Allocation, console: Console, train: Callable[[], Trained]) -> Trained:
@@ -145,6 +159,12 @@ def _find(config: JobConfig, allocation: Allocation) -> tuple[Run, BatchRecord] 
         if record is not None and (record.cluster, record.job, record.name) == wanted:
             return run, record
     return None
+
+
+def _named(config: JobConfig) -> Run | None:
+    """The newest run of the name, or NAME-2, NAME-3, ..., that has a checkpoint."""
+    name = re.compile(re.escape(config.name) + r"(-\d+)?")
+    return next((run for run in reversed(Run.all(config.runs)) if name.fullmatch(run.name) and _newest(run)), None)
 
 
 def _newest(run: Run) -> int:

@@ -64,6 +64,10 @@ def launch(
     nodes: Nodes = None,
     spares: Spares = None,
     on: On = None,
+    goes_on: Annotated[
+        bool,
+        typer.Option("--resume", help="Go on with the newest run of this name that has a checkpoint, if there is one."),
+    ] = False,
     detach: Detach = False,
 ) -> None:
     """Train a job, on this machine or on several, until it ends or reaches its [bold]stop_at[/]."""
@@ -74,7 +78,7 @@ def launch(
 
     given = _overrides(name=name, nodes=nodes, spares=spares, on=on)
     config = placed(load_job(job, [*(overrides or ()), *given]))
-    trained = launch_queued(config, lasting_console(), detach=detach)
+    trained = launch_queued(config, lasting_console(), detach=detach, goes_on=goes_on)
     raise typer.Exit(trained.result.exit_code)
 
 

@@ -14,6 +14,8 @@ from evermesh.launcher.placement.choosing import placed
 from evermesh.launcher.placement.slurm_allocation import Allocation, seconds
 from evermesh.launcher.placement.slurm_step import step_command, step_variables
 from evermesh.launcher.queueing import BatchRecord, started_again
+from tests.launcher.jobs import launched
+from tests.launcher.test_cli import evermesh
 
 RECORD = BatchRecord(cluster="c", job="7", name="small", step=10)
 
@@ -105,3 +107,19 @@ def test_starts_without_a_newer_checkpoint_are_counted() -> None:
     assert (again.step, again.idle_starts) == (10, 1)
     assert started_again(again, 10).idle_starts == 2
     assert started_again(again, 11) == RECORD.model_copy(update={"step": 11})
+
+
+def test_the_same_command_goes_on_until_nothing_is_left(job_file: Path) -> None:
+    command = ("launch", job_file, "--resume", "--set", "train.steps=100000", "--set", "train.checkpoint.every=null")
+    with launched(job_file, "train.steps=100000", "train.checkpoint.every=null") as job:
+        job.wait(lambda: len(job.run.telemetry.read_text().splitlines()) > 2 if job.run.telemetry.is_file() else False)
+        job.process.send_signal(signal.SIGTERM)
+        code, _, stderr = job.end()
+        assert code == 143, stderr
+    steps = len(job.losses)
+    job.run.write_config(load_job(job.run.directory / "job.yaml", [f"train.stop_at={steps + 2}"]))
+    for expected in ("resuming small", "nothing is left to do of run small"):
+        again = evermesh(*command)
+        assert again.returncode == 0, again.stderr
+        assert expected in again.stdout
+        assert len(job.losses) == steps + 2
