@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from evermesh.launcher import load_job
+from evermesh.launcher import Run, load_job
 from evermesh.launcher.agent.spec import AgentSpec
 from evermesh.launcher.controller.limit import stop_in_time
+from evermesh.launcher.controller.telling import told_early_end
 from evermesh.launcher.errors import AllocationMissing, JobFileInvalid
 from evermesh.launcher.placement.choosing import placed
 from evermesh.launcher.placement.slurm_allocation import Allocation, seconds
@@ -67,6 +68,16 @@ def test_the_command_line_of_a_step_holds_no_token_and_its_variables_no_options_
         "SRUN_CPUS_PER_TASK": "8",
     }
     assert step_variables(around) == {"PATH": "/bin", "SLURM_JOB_ID": "7", "SLURM_EXIT_ERROR": "84"}
+
+
+@pytest.mark.parametrize(
+    "said", ["em1 does not see the run\nsrun: error: em1: task 0: Exited with exit code 2\n", "\n"]
+)
+def test_the_last_words_of_an_agent_are_its_own(said: str, tmp_path: Path) -> None:
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "agent-node-1.log").write_text(said)
+    words = said.split("\n")[0] or "without a word"
+    assert told_early_end(Run(tmp_path), "node-1").startswith(f"node-1 ended before it joined: {words} Its log: ")
 
 
 class Limited:
