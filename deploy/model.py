@@ -42,5 +42,5 @@ class Deployment(BaseModel):
 
     @property
     def cpus(self) -> int:
-        """On each node: those of its workers, and one for agent, keeper and controller."""
-        return self.workers * self.threads + 1
+        """On each node: those of its workers. Agent, keeper and controller need next to nothing."""
+        return self.workers * self.threads
