@@ -42,7 +42,7 @@ def check_devices(config: JobConfig) -> None:
 
 def check_place(config: JobConfig) -> None:
     """Raise ``ClusterMissing`` if the job is to run on Ray, which is not installed."""
-    if config.on != "local":
+    if config.on not in ("local", "slurm"):
         check_ray(f"--on {config.on}")
 
 

@@ -80,7 +80,8 @@ class JobConfig(BaseModel):
     protect each other's snapshots as little as can be; a host that is not named counts as a rack of its own."""
     on: str = "local"
     """Where the nodes are: ``local`` (this machine), ``ray`` (the cluster that RAY_ADDRESS or this machine belongs to),
-    or ``ray://HOST:PORT``."""
+    ``ray://HOST:PORT``, ``slurm`` (the allocation in which it is launched; nodes of it beyond ``nodes`` are spares), or
+    ``auto``: Slurm inside an allocation, else Ray where RAY_ADDRESS is set, else this machine."""
     restarts: NonNegativeInt = 3
     """Times that all workers are started again, from the newest checkpoint, after one died or raised."""
     hang: Annotated[HangConfig | None, or_default(HangConfig)] = HangConfig()
@@ -111,7 +112,10 @@ class JobConfig(BaseModel):
     journal_folder: Path | None = None
     """Folder for these copies, on a disk that every node has of its own; by default below ``/var/tmp``."""
     requeue_on_term: bool = False
-    """End with 75 (requeue) instead of 143 after SIGTERM."""
+    """End with 75 (requeue) instead of 143 after SIGTERM. On Slurm it always does: there the nodes are taken away."""
+    requeue: bool = False
+    """On Slurm: put the batch job back into the queue when it ends with 75, so that its next start goes on with the run; not
+    after three starts in a row that left no newer checkpoint (93)."""
     isolation: Isolation = IsolationConfig()
     """What is done about nodes that evidence speaks against: off, advise (decisions are told), act (they are carried out),
     or numbers of one's own."""
@@ -152,8 +156,8 @@ class JobConfig(BaseModel):
     @field_validator("on")
     @classmethod
     def _known_place(cls, on: str) -> str:
-        if not re.fullmatch(r"local|ray|ray://[^/\s]+:\d+", on):
-            raise ValueError(f"{on!r} is neither local, ray, nor ray://HOST:PORT")
+        if not re.fullmatch(r"local|auto|slurm|ray|ray://[^/\s]+:\d+", on):
+            raise ValueError(f"{on!r} is neither local, slurm, ray, ray://HOST:PORT, nor auto")
         return on
 
     @field_validator("train")

@@ -20,6 +20,8 @@
         ├── DevicesMissing   (RuntimeError)     the machine has fewer devices than the job has workers
         ├── StoppedAtOnce    (RuntimeError)     a second signal came before the first was answered
         ├── ClusterMissing   (ConnectionError)  there is no Ray cluster to place the nodes in
+        ├── AllocationMissing (ConnectionError) there is no Slurm allocation to place the nodes in
+        ├── SlurmSilent      (OSError)          a command of Slurm failed
         ├── RunNotSeen       (LookupError)      a node does not see the directory of the run
         ├── WorkersFailed    (RuntimeError)     a worker raised, or died
         ├── WarmProcessLost  (RuntimeError)     the process that forks workers ended
@@ -147,6 +149,16 @@ class TrackerMissing(LauncherError, ImportError):
 
 class ClusterMissing(LauncherError, ConnectionError):
     """There is no Ray cluster, or Ray itself is not installed."""
+
+
+class AllocationMissing(LauncherError, ConnectionError):
+    """This process is in no Slurm allocation, or in one that is too small."""
+
+
+class SlurmSilent(LauncherError, OSError):
+    """A command of Slurm failed, or gave no answer."""
+
+    exit_code = 1
 
 
 class RunNotSeen(LauncherError, LookupError):

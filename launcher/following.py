@@ -82,6 +82,8 @@ class Follower:
         self._steps, self._events = Lines(run.telemetry), Lines(run.events)
         self._client = Client(run)
         self._stopped_by: signal.Signals | None = None
+        self._is_queued = run.config().on == "slurm"
+        """SIGUSR1 says that the nodes are taken away soon."""
         self._last_alive_s = time.monotonic()
         self._election_s = election_s(run.config())
         self._revival = Revival(run.directory, None, self._election_s)
@@ -139,14 +141,15 @@ class Follower:
             return False
         if number is signal.SIGHUP:
             return True
-        if number is signal.SIGUSR1:
+        if number is signal.SIGUSR1 and not self._is_queued:
             progress.say("saving after this step")
             self._client.save()
-        elif self._stopped_by is None:
+        elif self._stopped_by is None or (self._stopped_by is signal.SIGUSR1 and number is signal.SIGTERM):
             self._stopped_by = number
             progress.say("stopping after this step; again to stop at once")
             grace_s = self._run.config().grace_s if number is signal.SIGTERM else None
-            self._client.stop(number, grace_s=grace_s)
+            # Slurm warns first: the controller knows how much time is left
+            self._client.stop(signal.SIGTERM if number is signal.SIGUSR1 else number, grace_s=grace_s)
         else:
             self._client.stop(number, at_once=True)
         return False

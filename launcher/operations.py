@@ -22,6 +22,7 @@ from evermesh.launcher.config import JobConfig
 from evermesh.launcher.corpora import open_corpora
 from evermesh.launcher.errors import RunAlive, RunUnusable, StoppedAtOnce, WorkersFailed
 from evermesh.launcher.following import Follower, JobResult, Watch
+from evermesh.launcher.placement.choosing import placed
 from evermesh.launcher.processes import start_controller
 from evermesh.launcher.run_directory import Run, RunState
 from evermesh.launcher.summary import summary_table
@@ -56,6 +57,7 @@ def launch_job(
         EvermeshError: of the devices, of the data (nothing was started), or of the workers.
         StoppedAtOnce: by a second signal.
     """
+    config = placed(config)
     check_place(config)
     check_trackers(config)
     check_devices(config)
@@ -83,7 +85,7 @@ def resume_job(
     """
     if run.is_alive():
         raise RunAlive(run.directory, run.state().pid)
-    config = resumed_config(run, workers, overrides)
+    config = placed(resumed_config(run, workers, overrides))
     check_place(config)
     check_trackers(config)
     check_devices(config)

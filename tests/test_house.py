@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-ROOMS = ("parallelism", "checkpoint", "fault", "runtime", "launcher")
+ROOMS = ("parallelism", "checkpoint", "fault", "runtime", "deploy", "launcher")
 
 
 def _imported(file: Path) -> set[str]:

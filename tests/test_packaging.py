@@ -21,7 +21,7 @@ def test_wheel_from_the_sdist_imports_outside_the_checkout(tmp_path: Path) -> No
         "evermesh/__init__.py",
         "evermesh/py.typed",
         "evermesh/launcher/cli.py",
-        "evermesh/launcher/jobs/quickstart.yaml",
+        "evermesh/deploy/jobs/quickstart.yaml",
         "evermesh/runtime/model/decoder.py",
         "evermesh/parallelism/attention/ring.py",
     ):

@@ -390,7 +390,7 @@ class Agent:
 
     def _preempt(self, number: int, frame: FrameType | None) -> None:
         """A signal says that this node goes away: let the whole job save and stop; a second one ends this agent."""
-        if self._preempted is not None:
+        if self._preempted not in (None, signal.SIGUSR1):
             self._has_left = True
         self._preempted = number
         self._loop.post(lambda: self._link.send(Preempted(signal=number)))
@@ -426,8 +426,8 @@ def interface_of(address: str) -> str | None:
 
 @contextmanager
 def _signals(preempt: Any) -> Iterator[None]:
-    """SIGTERM and SIGHUP mean preemption; Ctrl-C belongs to whoever shows the job."""
-    before = {number: signal.signal(number, preempt) for number in (signal.SIGTERM,)}
+    """SIGTERM means preemption, and SIGUSR1 that it is near; Ctrl-C belongs to whoever shows the job."""
+    before = {number: signal.signal(number, preempt) for number in (signal.SIGTERM, signal.SIGUSR1)}
     before |= {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGHUP)}
     try:
         yield

@@ -9,6 +9,7 @@ from evermesh.launcher.commands import (
     checkpoint,
     data,
     demo,
+    deploy,
     diagnose,
     doctor,
     export,
@@ -60,6 +61,7 @@ app.add_typer(snapshot.app)
 app.add_typer(traffic.app)
 app.command("export", epilog=export.EXAMPLES)(export.export)
 app.add_typer(data.app)
+app.add_typer(deploy.app)
 app.command("doctor", epilog=doctor.EXAMPLES)(doctor.doctor)
 app.command("diagnose", epilog=diagnose.EXAMPLES)(diagnose.diagnose)
 app.command("chaos", epilog=chaos.EXAMPLES)(chaos.chaos)

@@ -20,7 +20,9 @@ Spares = Annotated[int | None, typer.Option("--spares", min=0, help="Nodes beyon
 On = Annotated[
     str | None,
     typer.Option(
-        "--on", metavar="PLACE", help="Where the nodes are: local, ray (RAY_ADDRESS or here), ray://HOST:PORT."
+        "--on",
+        metavar="PLACE",
+        help="Where the nodes are: local, slurm (this allocation), ray (RAY_ADDRESS or here), ray://HOST:PORT, or auto.",
     ),
 ]
 Detach = Annotated[bool, typer.Option("--detach", "-d", help="Return at once; `evermesh status` finds the job.")]
@@ -62,15 +64,21 @@ def launch(
     nodes: Nodes = None,
     spares: Spares = None,
     on: On = None,
+    goes_on: Annotated[
+        bool,
+        typer.Option("--resume", help="Go on with the newest run of this name that has a checkpoint, if there is one."),
+    ] = False,
     detach: Detach = False,
 ) -> None:
     """Train a job, on this machine or on several, until it ends or reaches its [bold]stop_at[/]."""
     from evermesh.launcher.job_file import load_job
-    from evermesh.launcher.operations import launch_job
+    from evermesh.launcher.placement.choosing import placed
+    from evermesh.launcher.queueing import launch_queued
     from evermesh.launcher.terminal import lasting_console
 
     given = _overrides(name=name, nodes=nodes, spares=spares, on=on)
-    trained = launch_job(load_job(job, [*(overrides or ()), *given]), lasting_console(), detach=detach)
+    config = placed(load_job(job, [*(overrides or ()), *given]))
+    trained = launch_queued(config, lasting_console(), detach=detach, goes_on=goes_on)
     raise typer.Exit(trained.result.exit_code)
 
 
@@ -87,12 +95,12 @@ def resume(
     runs: Runs = Path("runs"),
 ) -> None:
     """Train a run on from its newest checkpoint, on the same or another number of workers."""
-    from evermesh.launcher.operations import resume_job
+    from evermesh.launcher.queueing import resume_queued
     from evermesh.launcher.run_directory import Run
     from evermesh.launcher.terminal import lasting_console
 
     given = [*(overrides or ()), *_overrides(nodes=nodes, spares=spares, on=on)]
-    trained = resume_job(Run.find(run, runs), lasting_console(), workers=workers, overrides=given, detach=detach)
+    trained = resume_queued(Run.find(run, runs), lasting_console(), workers=workers, overrides=given, detach=detach)
     raise typer.Exit(trained.result.exit_code)
 
 

@@ -24,10 +24,11 @@ from evermesh.launcher.controller.journal import (
     read_journal,
     restore_journal,
 )
+from evermesh.launcher.controller.limit import stop_in_time
 from evermesh.launcher.controller.record import replay
 from evermesh.launcher.errors import LauncherError, RunAlive, Superseded
 from evermesh.launcher.patient_output import outlive_a_full_disk
-from evermesh.launcher.placement import placement_for
+from evermesh.launcher.placement import Placement, placement_for
 from evermesh.launcher.run_directory import Run, now
 from evermesh.launcher.succession.copy import read_copy
 from evermesh.launcher.succession.office import (
@@ -82,10 +83,12 @@ async def _control(run: Run, mandate: Mandate | None, check_lock: Callable[[], N
         journal = stack.enter_context(Journal(run.journal, office))
         write_contact(run.directory, url)
         controller = Controller(run, config, journal, placement, office)  # starts agents, which load torch meanwhile
-        return await _serve(controller, config, listener, token)
+        return await _serve(controller, placement, config, listener, token)
 
 
-async def _serve(controller: Controller, config: JobConfig, listener: socket.socket, token: str) -> int:
+async def _serve(
+    controller: Controller, placement: Placement, config: JobConfig, listener: socket.socket, token: str
+) -> int:
     from evermesh.launcher.controller.api import make_app
 
     server = _server(make_app(controller, token))
@@ -94,9 +97,11 @@ async def _serve(controller: Controller, config: JobConfig, listener: socket.soc
         signal.SIGTERM, lambda: controller.stop(signal.SIGTERM, at_once=False, grace_s=config.grace_s)
     )
     serving = asyncio.create_task(server.serve(sockets=[listener]))
+    minding = asyncio.create_task(stop_in_time(controller, placement, config.grace_s))
     try:
         return await controller.serve()
     finally:
+        minding.cancel()
         server.should_exit = True
         await serving
 

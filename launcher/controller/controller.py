@@ -150,7 +150,8 @@ class Controller:
                 node.remember(message.in_memory)
                 self._take_outcome(node, message.outcome)
             case Preempted():
-                self.stop(message.signal, at_once=False, grace_s=self.config.grace_s)
+                is_early = message.signal == signal.SIGUSR1  # Slurm, before its time limit
+                self.stop(signal.SIGTERM, at_once=False, grace_s=None if is_early else self.config.grace_s)
             case Noticed():
                 self._scribe.tell(message.event, f"{node.name}: {message.text}", node=node.name)
                 self.isolation.on_noticed(node.name, message.event, message.text)

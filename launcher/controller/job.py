@@ -145,7 +145,7 @@ class Job:
             history=tuple(self.record.history),
             attempt=self.life.view() if self.life else None,
             stop=self.record.stop,
-            requeue_on_term=self.config.requeue_on_term,
+            requeue_on_term=self.config.requeue_on_term or self.config.on == "slurm",
             refusal=self.roster.refusal,
             shortage=" ".join(filter(None, (self.roster.shortage(), self.nodes.refused))),
             fewer_nodes=self.fewer_nodes,

@@ -68,9 +68,10 @@ def last_words(
 def told_early_end(run: Run, node: str) -> str:
     """That an agent ended before it joined, with its last words."""
     log = run.logs / f"agent-{node}.log"
-    lines = log.read_text(errors="replace").split("\n") if log.is_file() else []
-    last = next((line.strip() for line in reversed(lines) if line.strip()), "without a word")
-    return f"{node} ended before it joined: {last} Its log: {log}"
+    lines = [line.strip() for line in (log.read_text(errors="replace") if log.is_file() else "").split("\n")]
+    said = [line for line in lines if line] or ["without a word"]
+    own = [line for line in said if not line.startswith("srun:")]  # which says last that a task has ended
+    return f"{node} ended before it joined: {(own or said)[-1]} Its log: {log}"
 
 
 def told_stop(number: int, at_once: bool) -> str:

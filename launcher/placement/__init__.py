@@ -1,4 +1,4 @@
-"""Where the nodes of a job come from: processes of this machine, or actors of a Ray cluster."""
+"""Where the nodes of a job come from: processes of this machine, actors of a Ray cluster, or steps of a Slurm job."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -29,6 +29,9 @@ class Placement(Protocol):
     def shortage(self) -> str:
         """Why nodes are missing, in a sentence, as far as it is known; empty if nothing is."""
 
+    def time_left_s(self) -> float | None:
+        """Seconds until the place takes the nodes away; None: it does not. May take a while; any thread may ask."""
+
     def end(self, joining: Sequence[str] = ()) -> None:
         """End every agent that is left, and give the nodes back; those of ``joining`` nodes cannot be told to leave."""
 
@@ -39,6 +42,10 @@ def placement_for(run: Run, config: JobConfig, token: str) -> Placement:
         from evermesh.launcher.placement.local import LocalPlacement
 
         return LocalPlacement(run, config, token)
+    if config.on == "slurm":
+        from evermesh.launcher.placement.slurm import SlurmPlacement
+
+        return SlurmPlacement(run, config, token)
     from evermesh.launcher.placement.ray import RayPlacement
 
     return RayPlacement(run, config, token)

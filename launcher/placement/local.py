@@ -65,6 +65,10 @@ class LocalPlacement:
         """Nothing: this machine has as many agents as are wanted."""
         return ""
 
+    def time_left_s(self) -> float | None:
+        """None: nobody takes the nodes away."""
+        return None
+
     def end(self, joining: Sequence[str] = ()) -> None:
         """End every agent that is left, those that are only about to join at once."""
         for node in joining:

@@ -104,6 +104,10 @@ class RayPlacement:
         """What the cluster lacks; empty when every node is placed."""
         return self._shortage
 
+    def time_left_s(self) -> float | None:
+        """None: nobody takes the nodes away."""
+        return None
+
     def end(self, joining: Sequence[str] = ()) -> None:
         """Wait for the agents to leave, and take everything of the job out of the cluster."""
         self._is_ending.set()

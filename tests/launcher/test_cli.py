@@ -44,6 +44,7 @@ def test_the_command_line_starts_without_torch_and_other_slow_imports() -> None:
         ([], "evermesh launch deploy/jobs/quickstart.yaml"),
         (["launch"], "evermesh launch deploy/jobs/quickstart.yaml"),
         (["resume"], "evermesh resume quickstart --workers 3"),
+        (["deploy"], "evermesh deploy slurm job.yaml --time 24:00:00 --output out"),
         (["runs"], "evermesh runs --runs /data/runs --json"),
         (["plan"], "evermesh plan lengths.txt.gz --workers 64 --capacity 32768"),
         (["simulate"], "evermesh simulate lengths.txt.gz --hdp 64 --ranks-per-node 8 --slow 5=0.7"),

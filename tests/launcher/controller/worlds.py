@@ -295,6 +295,9 @@ class World:
     def shortage(self) -> str:
         return ""
 
+    def time_left_s(self) -> float | None:
+        return None
+
     def end(self, joining: Sequence[str] = ()) -> None:
         for agent in self.agents.values():
             agent.die()
