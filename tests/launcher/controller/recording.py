@@ -73,6 +73,8 @@ class Recorded:
     timeline: Timeline | None = None
     plan_step: int = 0
     asked: list[str] = field(default_factory=list)
+    is_over: bool = False
+    """Streams end."""
 
     def say(self, kind: str, text: str, step: int | None = None) -> None:
         """Add an event."""

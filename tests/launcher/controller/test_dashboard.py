@@ -172,11 +172,11 @@ def test_without_a_token_or_with_a_wrong_one_the_page_says_where_to_get_it(told:
         assert told.asked == []
         page.screenshot(SHOTS / "no-token.png")
         page.run("location.hash = 'token=wrong'")
-        page.wait("performance.getEntriesByType('resource').some(e => e.name.endsWith('/api/status'))")
+        page.wait("performance.getEntriesByType('resource').some(e => e.name.endsWith('/api/watch'))")
         page.wait("!document.querySelector('#notice').hidden && sessionStorage.length === 0")
         assert "evermesh dashboard" in page.text("#notice")
         time.sleep(1.5)
-        assert told.asked == ["/api/status"]  # it does not hammer
+        assert told.asked == ["/api/watch"]  # it does not hammer
         page.run(f"location.hash = 'token={TOKEN}'")
         page.wait("document.querySelector('#notice').hidden")
         assert page.text("#state") == "training"

@@ -1,5 +1,6 @@
 // Loss and throughput over steps, drawn by plotly.
 
+import { variable } from "./dom.js";
 import { means, thinAround } from "./history.js";
 import { GROUPS, marks } from "./marks.js";
 
@@ -17,7 +18,6 @@ export const plotly = new Promise((resolve, reject) => {
   script.addEventListener("error", () => reject(new Error("the plot library could not be loaded")));
 });
 
-const variable = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 // Plotly reads some HTML in texts; what a job wrote must stay as it is.
 const plain = (text) => text.replaceAll("&", "&amp;").replaceAll("<", "&lt;").replaceAll(">", "&gt;");
 
