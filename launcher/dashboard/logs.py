@@ -38,8 +38,11 @@ def read_page(path: Path, *, before: int | None = None, after: int | None = None
             begin = max(0, end - PAGE_BYTES)
         file.seek(begin)
         content = file.read(end - begin)
-    is_cut = begin > 0 and after is None
-    first = content.find(b"\n") + 1 if is_cut else 0  # the rest of a line that began before
-    last = content.rfind(b"\n") + 1 if begin + len(content) < size else len(content)
-    content = content[first : last if last > first else len(content)]
-    return LogPage(begin + first, begin + first + len(content), size, content.decode(errors="replace"))
+    first, last = 0, len(content)
+    if after is None and begin > 0:
+        first = content.find(b"\n") + 1  # the rest of a line that began before
+    elif end < size:
+        last = content.rfind(b"\n") + 1
+    content = content[first:last] or content  # a part of a line that is longer than a page
+    begin = begin if first in (0, last) else begin + first
+    return LogPage(begin, begin + len(content), size, content.decode(errors="replace"))

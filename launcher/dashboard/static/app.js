@@ -114,7 +114,8 @@ function take({ changed, steps: points, events: told, has_more: hasMore }) {
   for (const name of Object.keys(changed)) unseen.add(name);
   if (points.length || told.length) unseen.add("history");
   if (!document.hidden && !hasMore) show();
-  setText(byId("drawn"), `${format.clock(Date.now() / 1000)}, drawn in ${Math.ceil(performance.now() - began)} ms`);
+  byId("drawn").dataset.ms = Math.ceil(performance.now() - began);
+  setText(byId("drawn"), `${format.clock(Date.now() / 1000)}, drawn in ${byId("drawn").dataset.ms} ms`);
 }
 
 // Draws what has changed since it was drawn last.

@@ -8,6 +8,8 @@ import { colour, domain, inkOn } from "./scale.js";
 
 const WORKS = ["training", "done"];
 const LEGEND_WIDTH = 160;
+const FAR = 1.5; // times the median
+const MOST_MARKED = 40;
 const NAMED = 12; // ranks that a sentence lists
 
 export class HeatMap {
@@ -39,6 +41,7 @@ export class HeatMap {
     const limits = domain(this.#values, middle ?? 0);
     this.#place();
     this.#draw(limits);
+    this.#mark(middle);
     this.#drawLegend(limits);
     const said = summary(board, measure, this.#values, middle);
     setText(byId("heat-note"), said);
@@ -63,7 +66,7 @@ export class HeatMap {
   #draw([low, high]) {
     const { x, y, w, h, labels } = this.#cells;
     const pen = byId("heat").getContext("2d");
-    const edge = w > 6 ? 2 : 1;
+    const edge = edgeOf(w);
     const isNamed = w >= 22 && h >= 14;
     pen.textBaseline = "middle";
     pen.font = "12px system-ui, sans-serif";
@@ -83,11 +86,23 @@ export class HeatMap {
     }
     pen.fillStyle = quiet;
     for (const { node, x: left, y: middle } of labels) pen.fillText(this.#nodeName(node), left, middle, 78);
-    if (this.#chosen !== null && this.#chosen < x.length) {
-      pen.strokeStyle = variable("--chosen");
-      pen.lineWidth = 2;
-      pen.strokeRect(x[this.#chosen] - 1, y[this.#chosen] - 1, w - edge + 2, h - edge + 2);
-    }
+    if (this.#chosen !== null && this.#chosen < x.length) this.#outline(pen, this.#chosen, variable("--chosen"), 2);
+  }
+
+  // Among thousands of cells of a few pixels one that stands out is not seen.
+  #mark(middle) {
+    const pen = byId("heat").getContext("2d");
+    const slow = this.#measure.isTime && !this.#cells.labels.length ? farAbove(this.#values, middle) : [];
+    byId("heat-marked").hidden = !slow.length;
+    for (const i of slow) this.#outline(pen, i, variable("--chosen"), 1);
+  }
+
+  #outline(pen, i, ink, away) {
+    const { x, y, w, h } = this.#cells;
+    const grown = 2 * away - edgeOf(w);
+    pen.strokeStyle = ink;
+    pen.lineWidth = 2;
+    pen.strokeRect(x[i] - away, y[i] - away, w + grown, h + grown);
   }
 
   #write(pen, i, ink) {
@@ -182,6 +197,15 @@ function fit(canvas, width, height) {
   canvas.style.width = `${width}px`;
   canvas.style.height = `${height}px`;
   canvas.getContext("2d").setTransform(ratio, 0, 0, ratio, 0, 0);
+}
+
+const edgeOf = (width) => (width > 6 ? 2 : 0);
+
+// The places of the largest values that are far above the median.
+function farAbove(values, middle) {
+  const found = [];
+  values.forEach((value, i) => value > FAR * middle && found.push(i));
+  return found.sort((a, b) => values[b] - values[a]).slice(0, MOST_MARKED);
 }
 
 const firstNodes = (nodes) => nodes.filter((node, i) => i === 0 || node !== nodes[i - 1]);

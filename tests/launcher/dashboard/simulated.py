@@ -13,7 +13,7 @@ from evermesh.parallelism.cost import CostModel
 from evermesh.parallelism.layout import Layout
 from evermesh.parallelism.planner import plan_batch
 from evermesh.parallelism.simulator import simulate
-from tests.launcher.controller.recording import Recorded
+from tests.launcher.dashboard.recording import Recorded
 
 STEPS, STEP_S = 2000, 1.2
 FAILED_AT = 1200
@@ -129,7 +129,7 @@ def _events(began_s: float) -> Sequence[dict[str, Any]]:
     told = [
         (failed_s, "failed", FAILED_AT, "rank 3 was killed by SIGKILL"),
         (failed_s + 4, "restarted", FAILED_AT - 4, "from memory, 4 steps lost"),
-        (began_s + 20 + (STEPS - 30) * STEP_S, "finding", STEPS - 30, f"rank {SLOW_RANK} computes {SLOW_RATIO} times as long"),
+        (began_s + 20 + (STEPS - 30) * STEP_S, "finding", STEPS - 30, f"rank {SLOW_RANK} computes longer"),
     ]  # fmt: skip
     said = [{"time_s": at, "kind": kind, "step": step, "text": text, "fields": {}} for at, kind, step, text in told]
     found = sorted([*saved, *said], key=lambda event: float(str(event["time_s"])))

@@ -20,7 +20,8 @@ from evermesh.launcher.dashboard import dashboard_router
 from evermesh.launcher.dashboard.board import Section
 from evermesh.launcher.dashboard.history import News, event_of, point_of, recovery_of
 from evermesh.launcher.dashboard.watching import watching_router
-from tests.launcher.controller.recording import Recorded
+from tests.launcher.dashboard.browser import Page
+from tests.launcher.dashboard.recording import Recorded
 
 TOKEN = "a-token-of-the-test"
 
@@ -100,3 +101,9 @@ def serve(told: Recorded, port: int = 0) -> Iterator[int]:
             told.is_over = True
             server.should_exit = True
             thread.join()
+
+
+def show(page: Page, port: int, token: str = TOKEN) -> None:
+    """Open the page as from the link that a user is given, and wait until everything is drawn."""
+    page.open(f"http://127.0.0.1:{port}/#token={token}")
+    page.wait("['loss', 'speed'].every(name => document.querySelector(`#${name}-chart .scatterlayer .js-line`))")
