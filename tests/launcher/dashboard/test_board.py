@@ -30,7 +30,7 @@ def told(tmp_path: Path) -> Recorded:
 
 def applied(board: Board, changed: Board) -> Board:
     """What the page does with a message."""
-    return board | {name: {**board.get(name, {}), **fields} for name, fields in changed.items()}
+    return {**board, **{name: {**board.get(name, {}), **fields} for name, fields in changed.items()}}
 
 
 def test_what_was_told_in_differences_adds_up_to_what_is(told: Recorded) -> None:
@@ -152,7 +152,7 @@ def test_a_log_that_is_a_link_or_a_pipe_or_no_file_is_not_read(tmp_path: Path) -
     os.mkfifo(tmp_path / "rank-1.log")
     (tmp_path / "rank-2.log").mkdir()
     for rank in range(4):
-        with pytest.raises(OSError, match="rank-|Is a directory"):
+        with pytest.raises(OSError, match=r"rank-|Is a directory"):
             read_page(tmp_path / f"rank-{rank}.log")
 
 

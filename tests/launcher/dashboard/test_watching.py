@@ -16,8 +16,8 @@ from tests.launcher.jobs import Job, launched
 
 SHOTS = Path("build/dashboard")
 """Pictures of the page, for people."""
-MOST_S, MOST_MS = 20.0, 2000.0
-"""What no machine may take, however busy it is. An idle one takes a tenth."""
+MOST_S, MOST_MS = 60.0, 5000.0
+"""What no machine may take, however busy it is."""
 STEP = "Number(document.querySelector('#step').textContent.split(' ')[0].replace(',', ''))"
 
 
@@ -67,7 +67,7 @@ def test_what_is_wrong_where_and_what_would_be_left_is_seen_at_a_glance(told: Re
             "2.31\N{MULTIPLICATION SIGN}",
             "",
         ]
-        assert page.count("#states rect") == 5
+        assert page.count("#states rect") == 6
         assert "4.30 s until the next step" in page.text("#incidents")
         assert page.count("#checkpoints tbody tr") == 8
         assert "step 1,998, 2 steps old" in page.text("#snapshot")
