@@ -1,7 +1,7 @@
 // Listens to the controller and shows what it says.
 
 import { Board } from "./board.js";
-import { Chart, plotly } from "./charts.js";
+import { Chart, loadPlotly, plotly } from "./charts.js";
 import { keepToken, takeToken, TokenMissing, Unreachable, watch } from "./client.js";
 import { showDelays } from "./delays.js";
 import { byId, setText } from "./dom.js";
@@ -135,6 +135,7 @@ function show() {
   if (has("history")) showHistory();
   unseen.clear();
   if (isLater) unseen.add("plan");
+  requestAnimationFrame(() => setTimeout(loadPlotly));
 }
 
 function showHistory() {
