@@ -12,7 +12,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # every test and job starts processes: with modules that are compiled already
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help install demo test check format gpu parity faults soak soak-planner soak-saving bench $(addprefix bench-,$(ROOMS)) $(addprefix test-,$(ROOMS)) clean
+.PHONY: help install demo test check format gpu picture parity faults soak soak-planner soak-saving bench $(addprefix bench-,$(ROOMS)) $(addprefix test-,$(ROOMS)) clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z%-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 24
@@ -52,6 +52,9 @@ format: $(INSTALLED)  ## rewrite the code in the house format
 
 gpu: $(INSTALLED)  ## the checks that only a GPU can make; skips aloud without one
 	$(BIN)/python -m pytest tests/gpu -m gpu -rs
+
+picture: $(INSTALLED)  ## docs/images/dashboard.png, by Chromium
+	$(BIN)/python -m tests.launcher.dashboard.picture docs/images/dashboard.png
 
 parity: $(INSTALLED)  ## gradients on every layout against one process; takes minutes
 	$(BIN)/python -m pytest tests/runtime tests/parallelism tests/checkpoint tests/fault tests/launcher -m parity

@@ -7,6 +7,7 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+STATIC = ROOT / "launcher" / "dashboard" / "static"
 
 
 def test_wheel_from_the_sdist_imports_outside_the_checkout(tmp_path: Path) -> None:
@@ -22,6 +23,7 @@ def test_wheel_from_the_sdist_imports_outside_the_checkout(tmp_path: Path) -> No
         "evermesh/py.typed",
         "evermesh/launcher/cli.py",
         "evermesh/deploy/jobs/quickstart.yaml",
+        *(f"evermesh/launcher/dashboard/static/{path.name}" for path in STATIC.iterdir()),
         "evermesh/runtime/model/decoder.py",
         "evermesh/parallelism/attention/ring.py",
     ):

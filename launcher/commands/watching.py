@@ -29,9 +29,9 @@ TOP_EXAMPLES = """[bold]Examples[/]
 
 DASHBOARD_EXAMPLES = """[bold]Examples[/]
 
-  evermesh dashboard quickstart
+  evermesh dashboard quickstart --open
 
-From another machine, forward the port first: ssh -L 4321:localhost:4321 HOST."""
+From another machine: ssh -L 4321:localhost:4321 HOST, open http://localhost:4321 and paste what RUN/token holds."""
 
 LOGS_EXAMPLES = """[bold]Examples[/]
 
@@ -109,8 +109,14 @@ def logs(
     print_logs(log_files(found, ranks=rank, stacks=stacks, control=control), lines, follow=follow)
 
 
-def dashboard(job: Job = None, runs: Runs = Path("runs")) -> None:
+def dashboard(
+    job: Job = None,
+    runs: Runs = Path("runs"),
+    opens: Annotated[bool, typer.Option("--open", help="Open it in a browser, too.")] = False,
+) -> None:
     """Make a page that opens the dashboard of a job; only you can read it, for it holds the token."""
+    import webbrowser
+
     from evermesh.launcher.client import Client
     from evermesh.launcher.finding import find_run
 
@@ -119,6 +125,8 @@ def dashboard(job: Job = None, runs: Runs = Path("runs")) -> None:
     client.status()
     page = client.write_entry_page()
     print(f"open file://{page} in a browser on this machine")
+    if opens and not webbrowser.open(f"file://{page}"):
+        raise typer.BadParameter("no browser is found here: set BROWSER, or open the page above yourself")
 
 
 def relayout(

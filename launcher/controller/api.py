@@ -15,12 +15,13 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator
 
 from evermesh.fault.events import read_events
 from evermesh.launcher.controller.controller import Controller
-from evermesh.launcher.controller.dashboard import dashboard_router
 from evermesh.launcher.controller.exposition import metrics_router
 from evermesh.launcher.controller.guard import Guard
 from evermesh.launcher.controller.journal import JournalIndex
 from evermesh.launcher.controller.reporting import job_status
 from evermesh.launcher.controller.status import JobStatus
+from evermesh.launcher.dashboard import dashboard_router
+from evermesh.launcher.dashboard.watching import ControllerSource, watching_router
 from evermesh.launcher.errors import DrainRefused
 from evermesh.launcher.messages import FromAgentAdapter, Hello
 from evermesh.parallelism.layout import Layout
@@ -76,6 +77,7 @@ def make_app(controller: Controller, token: str) -> Guard:
     app.include_router(_agents(controller))
     app.include_router(metrics_router(controller))
     app.include_router(dashboard_router())
+    app.include_router(watching_router(ControllerSource(controller), controller.run.logs))
     app.add_exception_handler(RequestValidationError, _refuse)
     return Guard(app, token)
 

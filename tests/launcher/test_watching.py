@@ -280,6 +280,19 @@ def test_the_page_of_the_dashboard_is_for_its_owner_and_the_token_is_not_printed
     assert read_token(job.run.directory) in page.read_text()
 
 
+def test_the_dashboard_is_opened_in_the_browser_that_is_set(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = tmp_path / "told"
+    browser = tmp_path / "browser"
+    browser.write_text(f'#!/bin/sh\necho "$@" > {told}\n')
+    browser.chmod(0o700)
+    monkeypatch.setenv("BROWSER", str(browser))
+    done = evermesh("dashboard", "watched", "--open")
+    assert done.returncode == 0, done.stderr
+    assert told.read_text() == f"file://{job.run.directory / 'dashboard.html'}\n"
+
+
 def test_the_token_is_in_no_log_no_journal_and_no_command_line(job: Job) -> None:
     token = read_token(job.run.directory).encode()
     secret = {"token", "dashboard.html"}

@@ -77,6 +77,8 @@ READS = [
 ALL = [
     *[("GET", path) for path in READS],
     ("GET", "/api/openapi.json"),
+    ("GET", "/api/watch"),
+    ("GET", "/api/logs/{rank}"),
     ("GET", "/api/nothing"),
     ("POST", "/api/stop"),
     ("POST", "/api/save"),

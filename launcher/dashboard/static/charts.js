@@ -1,5 +1,6 @@
 // Loss and throughput over steps, drawn by plotly.
 
+import { variable } from "./dom.js";
 import { means, thinAround } from "./history.js";
 import { GROUPS, marks } from "./marks.js";
 
@@ -9,15 +10,21 @@ const DOTS_UP_TO = 100;
 const MEANS_FROM = 2000;
 const MEANS = 250;
 
-// Resolves when the library is there: it is large, and the rest of the page does not wait for it.
-export const plotly = new Promise((resolve, reject) => {
-  const script = document.getElementById("plotly");
-  if (window.Plotly) resolve(window.Plotly);
-  script.addEventListener("load", () => resolve(window.Plotly));
-  script.addEventListener("error", () => reject(new Error("the plot library could not be loaded")));
-});
+let begin;
+// Resolves when the library is there.
+export const plotly = new Promise((resolve, reject) => (begin = { resolve, reject }));
 
-const variable = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+// It is large, and takes longer to begin than all the rest of the page to be drawn: so that is drawn first.
+export function loadPlotly() {
+  if (document.getElementById("plotly")) return;
+  const script = document.createElement("script");
+  script.id = "plotly";
+  script.src = "static/plotly.js";
+  script.addEventListener("load", () => begin.resolve(window.Plotly));
+  script.addEventListener("error", () => begin.reject(new Error("the plot library could not be loaded")));
+  document.head.append(script);
+}
+
 // Plotly reads some HTML in texts; what a job wrote must stay as it is.
 const plain = (text) => text.replaceAll("&", "&amp;").replaceAll("<", "&lt;").replaceAll(">", "&gt;");
 

@@ -1,8 +1,8 @@
 // The plan of a batch: one row per rank, one block per micro-batch.
 
+import { byId, setText } from "./dom.js";
 import * as format from "./format.js";
 import { ranksOf } from "./packed.js";
-import { setText } from "./tables.js";
 
 const SVG = "http://www.w3.org/2000/svg";
 const ROWS = 64; // at once; a picture of 1,000 rows would be grey noise
@@ -10,7 +10,6 @@ const RING_COLOURS = 8; // --ring-0 to --ring-7 in style.css
 const [LEFT, RIGHT, BOTTOM] = [58, 74, 22];
 const LABEL_WIDTH = 7; // pixels of a digit
 
-const byId = (id) => document.getElementById(id);
 
 export class PlanPicture {
   #answer = null;

@@ -3,7 +3,6 @@
 import dataclasses
 import time
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -13,49 +12,15 @@ import pytest
 from evermesh.launcher import Run
 from evermesh.launcher.planning import Degrees, read_case
 from evermesh.runtime.telemetry import read_telemetry
-from tests.launcher.controller.browser import CHROMIUM, Page, browser, new_page
-from tests.launcher.controller.recording import Recorded, recorded, status_after, train
-from tests.launcher.controller.serving import TOKEN, serve
+from tests.launcher.dashboard.browser import Page
+from tests.launcher.dashboard.recording import STEPS, Recorded, status_after
+from tests.launcher.dashboard.serving import TOKEN, serve, show
 
 SHOTS = Path("build/dashboard")
 """Pictures of the page, for people."""
-STEPS = 60
 MARKED = 44
 """A step at which nothing else happened."""
 SCRIPT = '<img src=x onerror="document.body.dataset.hacked=1"> & <b>bold</b>'
-
-
-@pytest.fixture(scope="session")
-def run(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A job on 4 workers, one of which was killed after a checkpoint: steps were trained again."""
-    return train(corpus, tmp_path_factory.mktemp("recorded"), steps=STEPS)
-
-
-@pytest.fixture
-def told(run: Run) -> Recorded:
-    planned = read_case(run.directory / "job.yaml", Degrees(), batch=STEPS)
-    return recorded(run.directory, planned.plan, planned.timeline())
-
-
-@pytest.fixture(scope="session")
-def devtools(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of a running browser."""
-    if CHROMIUM is None:
-        pytest.skip("no Chromium: apt-get install chromium (Debian), or any other way to put it into PATH")
-    with browser(tmp_path_factory.mktemp("profile")) as address:
-        yield address
-
-
-@pytest.fixture
-def page(devtools: str) -> Iterator[Page]:
-    with new_page(devtools) as page:
-        yield page
-
-
-def show(page: Page, port: int, token: str = TOKEN) -> None:
-    """Open the page as from the link that a user is given, and wait until everything is drawn."""
-    page.open(f"http://127.0.0.1:{port}/#token={token}")
-    page.wait("['loss', 'speed'].every(name => document.querySelector(`#${name}-chart .scatterlayer .js-line`))")
 
 
 def points(page: Page, chart: str, trace: str) -> int:
@@ -172,11 +137,11 @@ def test_without_a_token_or_with_a_wrong_one_the_page_says_where_to_get_it(told:
         assert told.asked == []
         page.screenshot(SHOTS / "no-token.png")
         page.run("location.hash = 'token=wrong'")
-        page.wait("performance.getEntriesByType('resource').some(e => e.name.endsWith('/api/status'))")
+        page.wait("performance.getEntriesByType('resource').some(e => e.name.endsWith('/api/watch'))")
         page.wait("!document.querySelector('#notice').hidden && sessionStorage.length === 0")
         assert "evermesh dashboard" in page.text("#notice")
         time.sleep(1.5)
-        assert told.asked == ["/api/status"]  # it does not hammer
+        assert told.asked == ["/api/watch"]  # it does not hammer
         page.run(f"location.hash = 'token={TOKEN}'")
         page.wait("document.querySelector('#notice').hidden")
         assert page.text("#state") == "training"

@@ -19,6 +19,8 @@ from evermesh.parallelism.simulator import Timeline
 from evermesh.runtime.telemetry import StepReport, read_telemetry
 from tests.launcher.test_cli import EVERMESH
 
+STEPS = 60
+
 
 def train(corpus: Path, folder: Path, *, steps: int) -> Run:
     """Train a job on 4 workers that saves every 10 steps and loses a worker after step 24."""
@@ -73,6 +75,8 @@ class Recorded:
     timeline: Timeline | None = None
     plan_step: int = 0
     asked: list[str] = field(default_factory=list)
+    is_over: bool = False
+    """Streams end."""
 
     def say(self, kind: str, text: str, step: int | None = None) -> None:
         """Add an event."""

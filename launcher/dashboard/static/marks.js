@@ -8,6 +8,7 @@ export const GROUPS = {
   stop: { colour: "--stop", symbol: "square", dash: "dash" },
   resume: { colour: "--resume", symbol: "triangle-up", dash: "dash" },
   skipped: { colour: "--skipped", symbol: "cross", dash: "dot" },
+  finding: { colour: "--finding", symbol: "star", dash: "dot" },
 };
 
 const GROUP_OF_KIND = {
@@ -20,7 +21,11 @@ const GROUP_OF_KIND = {
   finished: "stop",
   resumed: "resume",
   skipped: "skipped",
+  finding: "finding",
 };
+
+// Of these throughput shows the trace, too.
+export const INCIDENTS = ["restart", "failure", "resume", "finding"];
 
 export const groupOf = (event) => GROUP_OF_KIND[event.kind] ?? null;
 

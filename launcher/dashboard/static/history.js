@@ -4,13 +4,12 @@
 export class History {
   line = [];
   lost = [];
-  seq = 0;
 
-  add(reports) {
-    for (const report of reports) {
-      this.seq = report.seq;
-      if (this.line.length && report.step <= this.line.at(-1).step) this.undo(report.step);
-      this.line.push(point(report));
+  // `points`: [step, loss, tokens per second, workers], as they were trained.
+  add(points) {
+    for (const [step, loss, speed, workers] of points) {
+      if (this.line.length && step <= this.line.at(-1).step) this.undo(step);
+      this.line.push({ step, loss, speed, workers });
     }
   }
 
@@ -20,12 +19,6 @@ export class History {
     const before = this.line.slice(Math.max(0, first - 1), first); // so that the stretch begins on the line
     this.lost.push([...before, ...this.line.splice(first)]);
   }
-}
-
-// Reports are large; 20,000 of them are not worth keeping whole.
-function point(report) {
-  const { step, loss, num_tokens: tokens, step_s: seconds, workers, grad_norm: norm } = report;
-  return { step, loss, speed: seconds > 0 ? tokens / seconds : null, workers, norm };
 }
 
 // At most `limit` points: of every bucket the lowest and the highest, so that no spike is lost.
