@@ -176,6 +176,21 @@ def test_causes_of_slowness_are_told_apart(fault: SlowRank | SlowInput | Pauses,
     assert (finding.kind, finding.rank, finding.evidence["cause"]) == (kinds.SLOW_RANK, 5, cause)
 
 
+def _nameless(traces: Sequence[RankTrace]) -> list[RankTrace]:
+    """As of a script, which gives no group a name."""
+    return [
+        replace(trace, groups={index: replace(group, axis="") for index, group in trace.groups.items()})
+        for trace in traces
+    ]
+
+
+@pytest.mark.parametrize("fault", [SlowRank(5, 1.5), Pauses(5, 0.03), None])
+def test_ranks_of_scripts_that_name_no_axis_are_compared_too(fault: SlowRank | Pauses | None) -> None:
+    shape = JobShape(dp=4, tp=2, pp=2)
+    found = diagnose(_nameless(generate(shape, [fault] if fault else []).traces)).findings
+    assert [(one.kind, one.rank) for one in found] == ([(kinds.SLOW_RANK, 5)] if fault else [])
+
+
 def test_a_node_all_of_whose_ranks_are_slow_is_one_finding() -> None:
     job = generate(JobShape(dp=16, ranks_per_node=4), [SlowRank(rank, 1.6) for rank in range(4, 8)])
     finding = _only(diagnose(job.traces).findings)
