@@ -54,6 +54,12 @@ _ROOTED = frozenset({"broadcast", "reduce", "gather", "scatter"})
 _MESSAGES = frozenset({"send", "receive", "receive_any"})
 
 
+_Place = tuple[int, int, int]
+"""Where a record lies: its sequence number, and its first word and byte in the ring."""
+_OF_TORCH = object()
+"""The timeout of whoever names none."""
+
+
 class _Announced(NamedTuple):
     left: int
     site: int
@@ -64,11 +70,12 @@ class _Announced(NamedTuple):
 class _Group:
     """A process group as its next record needs it."""
 
-    __slots__ = ("alive", "collectives", "index", "is_host", "messages")
+    __slots__ = ("alive", "index", "is_host", "messages", "next_number")
 
     def __init__(self, index: int, alive: Any, is_host: bool) -> None:
         self.index, self.alive, self.is_host = index, alive, is_host
-        self.collectives = itertools.count()
+        self.next_number = itertools.count().__next__
+        """Of its collectives."""
         self.messages: dict[tuple[str, int], itertools.count[int]] = {}
 
     def number_of_message(self, operation: str, peer: int) -> int:
@@ -85,12 +92,13 @@ class PythonTap:
         self._site_of_caller = site_of_caller
         self._before: dict[tuple[type, str], Any] = {}
         words = range(form.RECORDS_AT // form.WORD_BYTES, form.RING_BYTES // form.WORD_BYTES, form.WORDS_PER_RECORD)
-        self._places = zip(itertools.count(1), itertools.cycle(words), strict=False)
-        """Sequence number and first word of the next record; taken by one step of the interpreter."""
+        octets = range(form.RECORDS_AT, form.RING_BYTES, form.RECORD_BYTES)
+        self._places = zip(itertools.count(1), itertools.cycle(words), itertools.cycle(octets), strict=False)
+        """Sequence number, first word and first byte of the next record; taken by one step of the interpreter."""
         self._indices = itertools.count(1)
         self._groups: dict[int, _Group] = {}
-        self._waited: dict[int, tuple[int, int]] = {}
-        """Sequence and first word of the record of a Work, by its id; whoever takes over the id takes over the entry."""
+        self._waited: dict[int, _Place] = {}
+        """Where the record of a Work lies, by its id; whoever takes over the id takes over the entry."""
         self._announced: dict[int, _Announced] = {}
         """By thread."""
         self._names_lock = threading.Lock()
@@ -160,6 +168,7 @@ class PythonTap:
         code, is_message, is_rooted = OPERATIONS.index(operation), operation in _MESSAGES, operation in _ROOTED
         groups, waited, places, announced = self._groups, self._waited, self._places, self._announced
         site_of_caller, enqueued_word, muted = self._site_of_caller, form.ENQUEUED_WORD, self._muted
+        fields_byte = form.WORD_BYTES
         blocks = int(Flags.BLOCKING | Flags.END_SEEN) if operation == "barrier" else 0  # the monitored one
         failed = int(Flags.FAILED | Flags.END_SEEN)
 
@@ -173,7 +182,7 @@ class PythonTap:
                 peer = arguments[1] if len(arguments) > 2 else NO_PEER
                 number = known.number_of_message(operation, peer)
             else:
-                number = next(known.collectives)
+                number = known.next_number()
                 if is_rooted:
                     peer = _root_of(arguments)
             if at is not None and len(arguments) > at:
@@ -189,54 +198,55 @@ class PythonTap:
                 site, step, phase = found
             else:
                 site = site_of_caller()
-            sequence, word = next(places)
+            place = sequence, word, octet = next(places)
             words[word] = 0
-            pack(memory, word * 8 + 8, entered, num_bytes, known.index, number, step, site, peer, code, dtype, phase)
+            pack(memory, octet + fields_byte, entered, num_bytes, known.index, number, step, site, peer, code, dtype, phase)
             words[word] = sequence
             try:
                 work = call(group, *arguments, **named) if named else call(group, *arguments)
             except BaseException:
-                self._end(sequence, word, failed)
+                self._end(place, failed)
                 raise
             words[word + enqueued_word] = monotonic_ns()
             if work is None:
                 if blocks:
-                    self._end(sequence, word, blocks)
+                    self._end(place, blocks)
             elif (
                 known.is_host or buffer is None or buffer.is_cpu
             ):  # on a GPU waiting is no more than an order to the stream
-                waited[id(work)] = sequence, word
+                waited[id(work)] = place
             return work
 
         return recorded
 
     def _waiting(self, call: Callable[..., Any]) -> Callable[..., Any]:
-        words, flags, take = self._ring.words, self._ring.octets, self._waited.pop
+        words, octets, take = self._ring.words, self._ring.octets, self._waited.pop
         blocking, failed = int(Flags.BLOCKING | Flags.END_SEEN), int(Flags.BLOCKING | Flags.END_SEEN | Flags.FAILED)
-        ended_word, flags_byte, muted = form.ENDED_WORD, form.FLAGS_BYTE, self._muted
+        ended_word, flags_byte, muted, own = form.ENDED_WORD, form.FLAGS_BYTE, self._muted, _OF_TORCH
 
-        def wait(work: Any, *arguments: Any, **named: Any) -> Any:
+        def wait(work: Any, timeout: Any = own) -> Any:
             place = take(id(work), None)
-            if place is None or muted or words[place[1]] != place[0]:
-                return call(work, *arguments, **named)
-            sequence, word = place
-            flags[word * 8 + flags_byte] = blocking
-            try:
-                result = call(work, *arguments, **named) if arguments or named else call(work)
-            except BaseException:
-                self._end(sequence, word, failed)
-                raise
+            if place is None or muted:
+                return call(work) if timeout is own else call(work, timeout)
+            sequence, word, octet = place
             if words[word] == sequence:  # else the slot was written anew meanwhile
+                octets[octet + flags_byte] = blocking
+            try:
+                result = call(work) if timeout is own else call(work, timeout)
+            except BaseException:
+                self._end(place, failed)
+                raise
+            if words[word] == sequence:
                 words[word + ended_word] = monotonic_ns()
             return result
 
         return wait
 
-    def _end(self, sequence: int, word: int, flags: int) -> None:
+    def _end(self, place: _Place, flags: int) -> None:
         """Stamp the end, if the slot has not been written anew meanwhile."""
-        words = self._ring.words
+        words, (sequence, word, octet) = self._ring.words, place
         if words[word] == sequence:
-            self._ring.octets[word * 8 + form.FLAGS_BYTE] = flags
+            self._ring.octets[octet + form.FLAGS_BYTE] = flags
             words[word + form.ENDED_WORD] = monotonic_ns()
 
 

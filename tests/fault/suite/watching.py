@@ -46,6 +46,7 @@ class Watcher:
         self._job = JobWatch(context)
         self._links_at_s = self._vague_since_s = self._vague_at_s = 0.0
         self._starved: dict[int, float] = {}
+        self._skew_s = 0.0
         self.step = 0
         """The newest that a rank was in at the last look."""
         self._links, self._queues = LinkWatch(), QueueWatch()
@@ -56,6 +57,7 @@ class Watcher:
         """All rings, and what the processes do that write them."""
         states = {trace.rank: process_of(trace, state) for trace, state in self._heads}
         read = [read_ring(path)[0] for path in self._rings]  # behind that: what has ended writes no more
+        self._skew_s = (read[-1].read_ns - read[0].read_ns) / 1e9  # one reader and one clock, whatever the nodes are called
         return [self._bend(trace) if self._bend else trace for trace in read], states
 
     def look(self) -> Seen:
@@ -103,4 +105,6 @@ class Watcher:
         return diagnose(traces, self._known(states))
 
     def _known(self, states: Mapping[int, ProcessState | None]) -> Context:
-        return replace(self._context, processes=states, starved=self._starved, cut_links=self._links.cut)
+        return replace(
+            self._context, processes=states, starved=self._starved, cut_links=self._links.cut, skew_s=self._skew_s
+        )
