@@ -137,6 +137,8 @@ class Survey:
     first_step: int
     opened: np.ndarray
     """Array [traces]: index of the first open record, -1: none."""
+    queued_s: np.ndarray
+    """Array [traces, steps]: how long the rank waited for a processor in the second around the step; 0: nobody looked then."""
 
     @property
     def num_steps(self) -> int:
@@ -183,7 +185,7 @@ def survey(joined: Joined) -> Survey:
             signatures[trace],
             carried,
         )
-    return Survey(of_slot, of_step, signatures, first, opened)
+    return Survey(of_slot, of_step, signatures, first, opened, np.zeros(signatures.shape))
 
 
 def codes_of(groups: Sequence[Group]) -> np.ndarray:

@@ -19,6 +19,8 @@ from evermesh.fault.recorder.trace import RankTrace
 PERIOD_S, LINKS_EVERY_S, WHOLE_EVERY_S = 0.1, 0.4, 2.0
 _LEAST_PATIENCE_S, _PATIENCE_S = 1.5, {kinds.SLOW_JOB: 8.0}
 """How long what names nobody has to last; what is lost on a way is sent again after 0.2, 0.6 and 1.4 s."""
+_SAID_BY_WINDOWS = (kinds.SLOW_RANK, kinds.GRADUAL)
+"""By whoever knows since when; a controller, too, believes no whole rings in this."""
 Bend = Callable[[RankTrace], RankTrace]
 
 
@@ -74,7 +76,8 @@ class Watcher:
             self._look_at_links(traces)
         if not found.findings and time.monotonic() >= self._whole_at_s:
             self._whole_at_s = time.monotonic() + WHOLE_EVERY_S
-            found = Seen((*diagnose(traces, context).findings, *self._links.find_slow(traces)), "rings")
+            whole = [one for one in diagnose(traces, context).findings if one.kind not in _SAID_BY_WINDOWS]
+            found = Seen((*whole, *self._links.find_slow(traces)), "rings")
         return self._named(found, traces)
 
     def _named(self, found: Seen, traces: Sequence[RankTrace]) -> Seen:
