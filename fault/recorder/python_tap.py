@@ -7,6 +7,7 @@ when the interpreter's lock is free, milliseconds late.
 
 import itertools
 import struct
+import sys
 import threading
 import weakref
 from collections.abc import Callable
@@ -49,14 +50,12 @@ _METHODS = {
     "recv": ("receive", 0),
     "recv_anysource": ("receive_any", 0),
 }
-"""Methods of ProcessGroup: what they are, and which argument is the local buffer."""
+"""Methods of ProcessGroup: what they are, and which argument behind the group is the local buffer."""
 _ROOTED = frozenset({"broadcast", "reduce", "gather", "scatter"})
 _MESSAGES = frozenset({"send", "receive", "receive_any"})
 
 
-_Place = tuple[int, int, int]
-"""Where a record lies: its sequence number, and its first word and byte in the ring."""
-_OF_TORCH = object()
+_OF_TORCH: Any = object()
 """The timeout of whoever names none."""
 
 
@@ -70,12 +69,11 @@ class _Announced(NamedTuple):
 class _Group:
     """A process group as its next record needs it."""
 
-    __slots__ = ("alive", "index", "is_host", "messages", "next_number")
+    __slots__ = ("alive", "collectives", "index", "is_host", "messages")
 
     def __init__(self, index: int, alive: Any, is_host: bool) -> None:
         self.index, self.alive, self.is_host = index, alive, is_host
-        self.next_number = itertools.count().__next__
-        """Of its collectives."""
+        self.collectives = itertools.count()
         self.messages: dict[tuple[str, int], itertools.count[int]] = {}
 
     def number_of_message(self, operation: str, peer: int) -> int:
@@ -92,13 +90,12 @@ class PythonTap:
         self._site_of_caller = site_of_caller
         self._before: dict[tuple[type, str], Any] = {}
         words = range(form.RECORDS_AT // form.WORD_BYTES, form.RING_BYTES // form.WORD_BYTES, form.WORDS_PER_RECORD)
-        octets = range(form.RECORDS_AT, form.RING_BYTES, form.RECORD_BYTES)
-        self._places = zip(itertools.count(1), itertools.cycle(words), itertools.cycle(octets), strict=False)
-        """Sequence number, first word and first byte of the next record; taken by one step of the interpreter."""
+        self._places = zip(itertools.count(1), itertools.cycle(words), strict=False)
+        """Sequence number and first word of the next record; taken by one step of the interpreter."""
         self._indices = itertools.count(1)
         self._groups: dict[int, _Group] = {}
-        self._waited: dict[int, _Place] = {}
-        """Where the record of a Work lies, by its id; whoever takes over the id takes over the entry."""
+        self._waited: dict[int, tuple[int, int]] = {}
+        """Sequence and first word of the record of a Work, by its id; whoever takes over the id takes over the entry."""
         self._announced: dict[int, _Announced] = {}
         """By thread."""
         self._names_lock = threading.Lock()
@@ -163,30 +160,32 @@ class PythonTap:
     def _recorded(
         self, call: Callable[..., Any], operation: str, at: int | None, dtypes: dict[Any, int]
     ) -> Callable[..., Any]:
-        """``call``, a method, between two stamps. What it needs are variables of this closure: attributes cost time."""
+        """``call``, a method, between two stamps. What it needs are variables of this closure: attributes cost time, and so
+        do arguments that are taken apart and put together again."""
         memory, words, pack, here = self._ring.memory, self._ring.words, _FIELDS.pack_into, self._ring.here
         code, is_message, is_rooted = OPERATIONS.index(operation), operation in _MESSAGES, operation in _ROOTED
         groups, waited, places, announced = self._groups, self._waited, self._places, self._announced
         site_of_caller, enqueued_word, muted = self._site_of_caller, form.ENQUEUED_WORD, self._muted
-        fields_byte = form.WORD_BYTES
         blocks = int(Flags.BLOCKING | Flags.END_SEEN) if operation == "barrier" else 0  # the monitored one
         failed = int(Flags.FAILED | Flags.END_SEEN)
+        buffer_at = at + 1 if at is not None else sys.maxsize
 
-        def recorded(group: Any, *arguments: Any, **named: Any) -> Any:
+        def recorded(*arguments: Any, **named: Any) -> Any:
             entered = monotonic_ns()
             if muted:
-                return call(group, *arguments, **named)
+                return call(*arguments, **named)
+            group = arguments[0]
             known = groups.get(id(group)) or self._first_seen(group)
             peer, num_bytes, dtype, buffer = NO_PEER, 0, 0, None
             if is_message:
-                peer = arguments[1] if len(arguments) > 2 else NO_PEER
+                peer = arguments[2] if len(arguments) > 3 else NO_PEER
                 number = known.number_of_message(operation, peer)
             else:
-                number = known.next_number()
+                number = next(known.collectives)
                 if is_rooted:
                     peer = _root_of(arguments)
-            if at is not None and len(arguments) > at:
-                buffer = arguments[at]
+            if len(arguments) > buffer_at:
+                buffer = arguments[buffer_at]
                 if type(buffer) is list and len(buffer) == 1:
                     buffer = buffer[0]
                 try:
@@ -198,43 +197,43 @@ class PythonTap:
                 site, step, phase = found
             else:
                 site = site_of_caller()
-            place = sequence, word, octet = next(places)
+            sequence, word = next(places)
             words[word] = 0
-            pack(memory, octet + fields_byte, entered, num_bytes, known.index, number, step, site, peer, code, dtype, phase)
+            pack(memory, word * 8 + 8, entered, num_bytes, known.index, number, step, site, peer, code, dtype, phase)
             words[word] = sequence
             try:
-                work = call(group, *arguments, **named) if named else call(group, *arguments)
+                work = call(*arguments, **named) if named else call(*arguments)
             except BaseException:
-                self._end(place, failed)
+                self._end(sequence, word, failed)
                 raise
             words[word + enqueued_word] = monotonic_ns()
             if work is None:
                 if blocks:
-                    self._end(place, blocks)
+                    self._end(sequence, word, blocks)
             elif (
                 known.is_host or buffer is None or buffer.is_cpu
             ):  # on a GPU waiting is no more than an order to the stream
-                waited[id(work)] = place
+                waited[id(work)] = sequence, word
             return work
 
         return recorded
 
     def _waiting(self, call: Callable[..., Any]) -> Callable[..., Any]:
-        words, octets, take = self._ring.words, self._ring.octets, self._waited.pop
+        words, flags, take = self._ring.words, self._ring.octets, self._waited.pop
         blocking, failed = int(Flags.BLOCKING | Flags.END_SEEN), int(Flags.BLOCKING | Flags.END_SEEN | Flags.FAILED)
-        ended_word, flags_byte, muted, own = form.ENDED_WORD, form.FLAGS_BYTE, self._muted, _OF_TORCH
+        ended_word, flags_byte, muted = form.ENDED_WORD, form.FLAGS_BYTE, self._muted
 
-        def wait(work: Any, timeout: Any = own) -> Any:
+        def wait(work: Any, timeout: Any = _OF_TORCH) -> Any:
             place = take(id(work), None)
             if place is None or muted:
-                return call(work) if timeout is own else call(work, timeout)
-            sequence, word, octet = place
+                return call(work) if timeout is _OF_TORCH else call(work, timeout)
+            sequence, word = place
             if words[word] == sequence:  # else the slot was written anew meanwhile
-                octets[octet + flags_byte] = blocking
+                flags[word * 8 + flags_byte] = blocking
             try:
-                result = call(work) if timeout is own else call(work, timeout)
+                result = call(work) if timeout is _OF_TORCH else call(work, timeout)
             except BaseException:
-                self._end(place, failed)
+                self._end(sequence, word, failed)
                 raise
             if words[word] == sequence:
                 words[word + ended_word] = monotonic_ns()
@@ -242,11 +241,11 @@ class PythonTap:
 
         return wait
 
-    def _end(self, place: _Place, flags: int) -> None:
+    def _end(self, sequence: int, word: int, flags: int) -> None:
         """Stamp the end, if the slot has not been written anew meanwhile."""
-        words, (sequence, word, octet) = self._ring.words, place
+        words = self._ring.words
         if words[word] == sequence:
-            self._ring.octets[octet + form.FLAGS_BYTE] = flags
+            self._ring.octets[word * 8 + form.FLAGS_BYTE] = flags
             words[word + form.ENDED_WORD] = monotonic_ns()
 
 
