@@ -138,7 +138,7 @@ class Survey:
     opened: np.ndarray
     """Array [traces]: index of the first open record, -1: none."""
     queued_s: np.ndarray
-    """Array [traces, steps]: how long the rank waited for a processor in the second around the step; 0: nobody looked then."""
+    """Array [traces, steps]: how long the rank waited for a processor in the second around the step; 0: nobody looked."""
 
     @property
     def num_steps(self) -> int:

@@ -138,7 +138,7 @@ def _patience_s(joined: Joined, survey: Survey, context: Context, group: int) ->
 
 
 def _skew_s(joined: Joined, context: Context, group: int) -> float:
-    """By how much the moments differ at which the rings of a group were read; those of one node share a clock that says it."""
+    """By how much the moments differ at which rings of a group were read; those of one node share a clock that says it."""
     traces = [joined.traces[trace] for trace in joined.members[group].tolist() if trace >= 0]
     nodes = {trace.node for trace in traces}
     if len(nodes) > 1 or UNKNOWN_NODE in nodes:

@@ -16,7 +16,7 @@ from evermesh.launcher.watching.packing import pack_summary, pack_trace
 _TAIL = 16
 """Records before the new ones that a summary may show."""
 _STILL_NS, _LONG_NS = 200_000_000, 2_000_000_000
-"""A rank that has begun nothing for so long may hang soon; who has for longer is known by now, or takes long in every step."""
+"""A rank that has begun nothing for so long may hang soon; after the longer time it is known, or takes long in every step."""
 
 
 class _Watched:

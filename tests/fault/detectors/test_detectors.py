@@ -106,6 +106,18 @@ def test_detection_takes_longer_where_steps_do() -> None:
         assert len(diagnose(job.traces).findings) == found, (wait_s, layer_s)
 
 
+@pytest.mark.parametrize(
+    ("wait_s", "apart_s", "on_one", "on_two"), [(0.6, 0.0, 1, 0), (0.4, 0.2, 0, 0), (0.8, 0.0, 1, 1)]
+)
+def test_when_rings_of_one_node_were_read_is_known_and_of_two_it_is_not(
+    wait_s: float, apart_s: float, on_one: int, on_two: int
+) -> None:
+    for ranks_per_node, found in ((4, on_one), (2, on_two)):
+        traces = generate(JobShape(dp=4, ranks_per_node=ranks_per_node), [Hang(3, 9)], wait_s=wait_s).traces
+        read = [replace(one, read_ns=one.read_ns + round(apart_s * 1e9) * (one.rank == 0)) for one in traces]
+        assert len(diagnose(read).findings) == found, ranks_per_node
+
+
 @pytest.mark.parametrize("lost", [1, 3])
 def test_ranks_without_records_are_told(lost: int) -> None:
     job = generate(JobShape(dp=4), [Hang(lost, 6)])

@@ -74,7 +74,9 @@ def test_pauses_that_a_rank_had_while_it_waited_for_a_processor_are_none_of_its_
     traces = generate(JobShape(dp=4, steps=48), [Pauses(2, 0.05)]).traces
     assert [(one.kind, one.rank) for one in _watch(traces)[0].findings] == [(kinds.SLOW_RANK, 2)]
     assert not _watch(traces, starved={2: 0.4})[0].findings
-    assert [one.rank for one in _watch(traces, starved={1: 0.4})[0].findings] == [2], "of another rank that explains nothing"
+    assert [one.rank for one in _watch(traces, starved={1: 0.4})[0].findings] == [2], (
+        "of another rank that explains nothing"
+    )
     assert [one.rank for one in _watch(traces, starved={2: 0.01})[0].findings] == [2], "nor so little"
 
 

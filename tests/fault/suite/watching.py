@@ -59,7 +59,9 @@ class Watcher:
         """All rings, and what the processes do that write them."""
         states = {trace.rank: process_of(trace, state) for trace, state in self._heads}
         read = [read_ring(path)[0] for path in self._rings]  # behind that: what has ended writes no more
-        self._skew_s = (read[-1].read_ns - read[0].read_ns) / 1e9  # one reader and one clock, whatever the nodes are called
+        self._skew_s = (
+            read[-1].read_ns - read[0].read_ns
+        ) / 1e9  # one reader and one clock, whatever the nodes are called
         return [self._bend(trace) if self._bend else trace for trace in read], states
 
     def look(self) -> Seen:
