@@ -4,7 +4,8 @@ import time
 from collections import deque
 from pathlib import Path
 
-_WINDOW_S, _LEAST_S = 1.0, 0.3
+WINDOW_S, _LEAST_S = 1.0, 0.3
+"""What shares are of, and the shortest part of it that says anything."""
 
 
 class QueueWatch:
@@ -23,7 +24,7 @@ class QueueWatch:
         now_s = time.monotonic()
         seen = self._seen.setdefault(pid, deque())
         seen.append((now_s, waited_ns))
-        while len(seen) > 2 and seen[1][0] <= now_s - _WINDOW_S:
+        while len(seen) > 2 and seen[1][0] <= now_s - WINDOW_S:
             seen.popleft()
         first_s, first_ns = seen[0]
         span_s = now_s - first_s

@@ -51,7 +51,7 @@ class Context:
     first_step_s: float = 60.0
     """The same before a step was seen: much is compiled and allocated in the first."""
     skew_s: float = 0.25
-    """By how much the moments at which rings were read may differ."""
+    """By how much the moments at which rings of different nodes were read may differ."""
     patience_s: Mapping[Phase, float] = field(default_factory=lambda: dict(_PATIENCE_S))
     """How long a rank may be in a phase that it declared before others that wait for it are a hang."""
 

@@ -1,5 +1,6 @@
 """Records of many ranks, joined: which groups there are, who is in them, and what each rank did and when it stands where."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -136,6 +137,8 @@ class Survey:
     first_step: int
     opened: np.ndarray
     """Array [traces]: index of the first open record, -1: none."""
+    queued_s: np.ndarray
+    """Array [traces, steps]: how long the rank waited for a processor in the second around the step; 0: nobody looked."""
 
     @property
     def num_steps(self) -> int:
@@ -182,18 +185,24 @@ def survey(joined: Joined) -> Survey:
             signatures[trace],
             carried,
         )
-    return Survey(of_slot, of_step, signatures, first, opened)
+    return Survey(of_slot, of_step, signatures, first, opened, np.zeros(signatures.shape))
 
 
 def codes_of(groups: Sequence[Group]) -> np.ndarray:
-    """Array [groups, at least 1]: the same number for groups that do the same for other ranks, those of one axis."""
+    """Array [groups, at least 1]: the same number for groups that do the same for other ranks, see :func:`_alike`."""
     return np.array([_code(group) for group in groups] or [0], np.uint64)
 
 
 def _code(group: Group) -> int:
-    """The same for groups that do the same for other ranks: those of one axis."""
-    text = f"{group.axis or group.name}:{len(group.ranks)}"
     code = 14695981039346656037
-    for byte in text.encode():
+    for byte in f"{_alike(group)}:{len(group.ranks)}".encode():
         code = ((code ^ byte) * 1099511628211) % (1 << 64)
     return code
+
+
+def _alike(group: Group) -> str:
+    """The axis; where nobody named it, as in most scripts, the distances between the ranks, which those of one axis share."""
+    if group.axis or not group.ranks:
+        return group.axis or group.name
+    distances = (after - before for before, after in itertools.pairwise(group.ranks))
+    return ",".join(f"{distance}x{len(list(run))}" for distance, run in itertools.groupby(distances))

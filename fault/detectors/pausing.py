@@ -40,11 +40,17 @@ class Slow:
 
 def pausing(survey: Survey, compared: Compared, *, is_noisy: bool) -> Iterator[Slow]:
     """Ranks that take far longer in some steps, again and again, while their peers never do, or, where processors are not
-    enough for all (``is_noisy``) or there are few peers, so rarely that chance does not explain who is hit."""
-    step_s = median_step_s(survey)
+    enough for all (``is_noisy``) or there are few peers, so rarely that chance does not explain who is hit. What a rank
+    waited for a processor around a step explains a pause of that length: other processes hit one rank for a while."""
+    step_s, few = median_step_s(survey), compared.peers < FEW
+    if step_s <= 0:
+        return
+    queued_s = survey.queued_s - np.where(
+        few[:, None], 0.0, np.median(survey.queued_s, axis=0)
+    )  # many show what all have
     with np.errstate(invalid="ignore"):
-        paused = (compared.ratio > _PAUSE) & (compared.excess_s > 2 * LEAST_SHARE * step_s)
-    if step_s <= 0 or not paused.any():
+        paused = (compared.ratio > _PAUSE) & (compared.excess_s > np.maximum(2 * LEAST_SHARE * step_s, queued_s))
+    if not paused.any():
         return
     trace = int(np.argmax(np.where(paused, compared.excess_s, 0).sum(axis=1)))
     with np.errstate(invalid="ignore"):  # what hits others may be of another kind, and shorter

@@ -8,6 +8,7 @@ from evermesh.fault.detectors import kernels
 from evermesh.fault.detectors.context import Context
 from evermesh.fault.detectors.joining import Joined, Survey
 from evermesh.fault.recorder.record import OPERATIONS
+from evermesh.fault.recorder.trace import UNKNOWN_NODE
 
 Key = tuple[int, int, int | None]
 """Group, number, and place of the other side of a message; the same for all that are in one collective."""
@@ -133,7 +134,17 @@ def _patience_s(joined: Joined, survey: Survey, context: Context, group: int) ->
         most = max((int(trace.records["sequence"][-1]) for trace in joined.traces if len(trace.records)), default=0)
         # nobody may ever count the steps of a script
         floor_s = _SETTLED * context.floor_s if most >= _MANY else context.first_step_s
-    return max(floor_s, 2 * longest_s, 3 * step_s) + context.skew_s
+    return max(floor_s, 2 * longest_s, 3 * step_s) + _skew_s(joined, context, group)
+
+
+def _skew_s(joined: Joined, context: Context, group: int) -> float:
+    """By how much the moments differ at which rings of a group were read; those of one node share a clock that says it."""
+    traces = [joined.traces[trace] for trace in joined.members[group].tolist() if trace >= 0]
+    nodes = {trace.node for trace in traces}
+    if len(nodes) > 1 or UNKNOWN_NODE in nodes:
+        return context.skew_s
+    moments = [trace.read_ns for trace in traces]
+    return (max(moments) - min(moments)) / 1e9
 
 
 def median_step_s(survey: Survey) -> float:

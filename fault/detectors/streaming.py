@@ -18,6 +18,7 @@ from evermesh.fault.detectors.slowing import find_slow
 from evermesh.fault.detectors.standing import UNDECIDED, standing_of
 from evermesh.fault.detectors.summaries import RankSummary
 from evermesh.fault.events import Finding
+from evermesh.fault.processors import WINDOW_S
 from evermesh.fault.recorder.record import OPERATIONS
 
 _TRANSFERS_EVERY = 4
@@ -51,6 +52,7 @@ class JobWatch:
         self._of_step = np.zeros((0, MOST_STEPS, kernels.STEP_COLUMNS), np.int64)
         self._signatures = np.zeros((0, MOST_STEPS), np.uint64)
         self._steps = np.zeros(0, np.int64)
+        self._queued_s = np.zeros((0, MOST_STEPS))
         self._known: np.ndarray = np.zeros((0, _BLOCKS, 2), np.int64)
 
     def join(self, summaries: Sequence[RankSummary]) -> Seen:
@@ -109,6 +111,7 @@ class JobWatch:
         self._of_step = np.zeros((len(tails), MOST_STEPS, kernels.STEP_COLUMNS), np.int64)
         self._signatures = np.zeros((len(tails), MOST_STEPS), np.uint64)
         self._steps = np.full((len(tails), MOST_STEPS), -1, np.int64)
+        self._queued_s = np.zeros((len(tails), MOST_STEPS))
         self._known = np.full((len(joined.groups), _BLOCKS, 2), -1, np.int64)
         return joined
 
@@ -124,6 +127,9 @@ class JobWatch:
         rank, step, place = rank[kept], step[kept], step[kept] % MOST_STEPS
         self._of_step[rank, place] = rows[kept]
         self._signatures[rank, place] = np.concatenate([one.signatures for one in ordered])[kept]
+        starved = np.array([self.context.starved.get(one.tail.rank, 0.0) for one in ordered])[rank] * WINDOW_S
+        is_same = self._steps[rank, place] == step
+        self._queued_s[rank, place] = np.maximum(starved, np.where(is_same, self._queued_s[rank, place], 0.0))
         self._steps[rank, place] = step
 
     def _survey(self, opened: np.ndarray) -> Survey:
@@ -135,7 +141,8 @@ class JobWatch:
         is_known = self._steps[:, place] == steps
         of_step = np.where(is_known[:, :, None], self._of_step[:, place], 0)
         signatures = np.where(is_known, self._signatures[:, place], np.uint64(0))
-        return Survey(self._of_slot, of_step, signatures, first, opened)
+        queued_s = np.where(is_known, self._queued_s[:, place], 0.0)
+        return Survey(self._of_slot, of_step, signatures, first, opened, queued_s)
 
     def _compare(self, joined: Joined, ordered: Sequence[RankSummary]) -> np.ndarray:
         """Groups whose members have different digests of one block."""

@@ -7,6 +7,7 @@ when the interpreter's lock is free, milliseconds late.
 
 import itertools
 import struct
+import sys
 import threading
 import weakref
 from collections.abc import Callable
@@ -49,9 +50,13 @@ _METHODS = {
     "recv": ("receive", 0),
     "recv_anysource": ("receive_any", 0),
 }
-"""Methods of ProcessGroup: what they are, and which argument is the local buffer."""
+"""Methods of ProcessGroup: what they are, and which argument behind the group is the local buffer."""
 _ROOTED = frozenset({"broadcast", "reduce", "gather", "scatter"})
 _MESSAGES = frozenset({"send", "receive", "receive_any"})
+
+
+_OF_TORCH: Any = object()
+"""The timeout of whoever names none."""
 
 
 class _Announced(NamedTuple):
@@ -155,29 +160,32 @@ class PythonTap:
     def _recorded(
         self, call: Callable[..., Any], operation: str, at: int | None, dtypes: dict[Any, int]
     ) -> Callable[..., Any]:
-        """``call``, a method, between two stamps. What it needs are variables of this closure: attributes cost time."""
+        """``call``, a method, between two stamps. What it needs are variables of this closure: attributes cost time, and so
+        do arguments that are taken apart and put together again."""
         memory, words, pack, here = self._ring.memory, self._ring.words, _FIELDS.pack_into, self._ring.here
         code, is_message, is_rooted = OPERATIONS.index(operation), operation in _MESSAGES, operation in _ROOTED
         groups, waited, places, announced = self._groups, self._waited, self._places, self._announced
         site_of_caller, enqueued_word, muted = self._site_of_caller, form.ENQUEUED_WORD, self._muted
         blocks = int(Flags.BLOCKING | Flags.END_SEEN) if operation == "barrier" else 0  # the monitored one
         failed = int(Flags.FAILED | Flags.END_SEEN)
+        buffer_at = at + 1 if at is not None else sys.maxsize
 
-        def recorded(group: Any, *arguments: Any, **named: Any) -> Any:
+        def recorded(*arguments: Any, **named: Any) -> Any:
             entered = monotonic_ns()
             if muted:
-                return call(group, *arguments, **named)
+                return call(*arguments, **named)
+            group = arguments[0]
             known = groups.get(id(group)) or self._first_seen(group)
             peer, num_bytes, dtype, buffer = NO_PEER, 0, 0, None
             if is_message:
-                peer = arguments[1] if len(arguments) > 2 else NO_PEER
+                peer = arguments[2] if len(arguments) > 3 else NO_PEER
                 number = known.number_of_message(operation, peer)
             else:
                 number = next(known.collectives)
                 if is_rooted:
                     peer = _root_of(arguments)
-            if at is not None and len(arguments) > at:
-                buffer = arguments[at]
+            if len(arguments) > buffer_at:
+                buffer = arguments[buffer_at]
                 if type(buffer) is list and len(buffer) == 1:
                     buffer = buffer[0]
                 try:
@@ -194,7 +202,7 @@ class PythonTap:
             pack(memory, word * 8 + 8, entered, num_bytes, known.index, number, step, site, peer, code, dtype, phase)
             words[word] = sequence
             try:
-                work = call(group, *arguments, **named) if named else call(group, *arguments)
+                work = call(*arguments, **named) if named else call(*arguments)
             except BaseException:
                 self._end(sequence, word, failed)
                 raise
@@ -215,18 +223,19 @@ class PythonTap:
         blocking, failed = int(Flags.BLOCKING | Flags.END_SEEN), int(Flags.BLOCKING | Flags.END_SEEN | Flags.FAILED)
         ended_word, flags_byte, muted = form.ENDED_WORD, form.FLAGS_BYTE, self._muted
 
-        def wait(work: Any, *arguments: Any, **named: Any) -> Any:
+        def wait(work: Any, timeout: Any = _OF_TORCH) -> Any:
             place = take(id(work), None)
-            if place is None or muted or words[place[1]] != place[0]:
-                return call(work, *arguments, **named)
+            if place is None or muted:
+                return call(work) if timeout is _OF_TORCH else call(work, timeout)
             sequence, word = place
-            flags[word * 8 + flags_byte] = blocking
+            if words[word] == sequence:  # else the slot was written anew meanwhile
+                flags[word * 8 + flags_byte] = blocking
             try:
-                result = call(work, *arguments, **named) if arguments or named else call(work)
+                result = call(work) if timeout is _OF_TORCH else call(work, timeout)
             except BaseException:
                 self._end(sequence, word, failed)
                 raise
-            if words[word] == sequence:  # else the slot was written anew meanwhile
+            if words[word] == sequence:
                 words[word + ended_word] = monotonic_ns()
             return result
 

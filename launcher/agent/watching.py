@@ -21,9 +21,10 @@ if TYPE_CHECKING:
     from evermesh.launcher.agent.connection_watch import ConnectionWatch
     from evermesh.launcher.agent.ring_watch import RingWatch
 
-WINDOW_S = 0.5
+WINDOW_S, _BRIEF_S = 0.5, 0.1
+"""From window to window, and where a rank stands still: it may hang, and is to be found as soon as that is certain."""
 _RANKS_PER_S = 4096
-"""That the controller of a large job takes summaries of."""
+"""That the controller of a large job takes summaries of; for as long as ranks stand still, twice as many."""
 _BEGIN_S = 1.0
 """Ranks that start need the processor more than who looks at them."""
 _LOOK_S = 5.0
@@ -45,7 +46,7 @@ class Watching:
         """Watch the ranks with these rings, which they make themselves; the ones before are watched no more."""
         self.end()
         if rings:
-            self._watcher = _Watcher(generation, rings, max(WINDOW_S, world_size / _RANKS_PER_S), self._send)
+            self._watcher = _Watcher(generation, rings, world_size / _RANKS_PER_S, self._send)
 
     def end(self) -> None:
         """The ranks are gone: its thread ends by itself."""
@@ -74,8 +75,10 @@ class Watching:
 class _Watcher:
     """Of one generation."""
 
-    def __init__(self, generation: int, rings: Mapping[int, Path], window_s: float, send: Send) -> None:
-        self._generation, self._rings, self._window_s, self._send = generation, rings, window_s, send
+    def __init__(self, generation: int, rings: Mapping[int, Path], least_s: float, send: Send) -> None:
+        self._generation, self._rings, self._send = generation, rings, send
+        self._usual_s, self._brief_s = max(WINDOW_S, least_s), max(_BRIEF_S, least_s / 2)
+        self._window_s = self._usual_s
         self.orders: deque[ReadRings] = deque(maxlen=4)
         self.says_groups = False
         self._windows = 0
@@ -122,6 +125,7 @@ class _Watcher:
         self.says_groups = False
         window = watch.window(says_groups=says_groups)
         self._send(window)
+        self._window_s = self._brief_s if watch.stands_still else self._usual_s
         pids = {one.tail.rank: one.tail.pid for one in window.summaries if one.tail.process is not None}
         if (told := connections.look(pids, says_ends=says_groups)) is not None:
             self._send(told)

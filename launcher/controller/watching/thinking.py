@@ -21,6 +21,7 @@ from evermesh.launcher.watching.messages import ReadRings
 from evermesh.parallelism.planner.compiling import COMPILED, is_cached
 
 _SKEW_S = 0.25
+"""By which windows of different nodes may be longer or shorter on their way."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -106,6 +106,18 @@ def test_detection_takes_longer_where_steps_do() -> None:
         assert len(diagnose(job.traces).findings) == found, (wait_s, layer_s)
 
 
+@pytest.mark.parametrize(
+    ("wait_s", "apart_s", "on_one", "on_two"), [(0.6, 0.0, 1, 0), (0.4, 0.2, 0, 0), (0.8, 0.0, 1, 1)]
+)
+def test_when_rings_of_one_node_were_read_is_known_and_of_two_it_is_not(
+    wait_s: float, apart_s: float, on_one: int, on_two: int
+) -> None:
+    for ranks_per_node, found in ((4, on_one), (2, on_two)):
+        traces = generate(JobShape(dp=4, ranks_per_node=ranks_per_node), [Hang(3, 9)], wait_s=wait_s).traces
+        read = [replace(one, read_ns=one.read_ns + round(apart_s * 1e9) * (one.rank == 0)) for one in traces]
+        assert len(diagnose(read).findings) == found, ranks_per_node
+
+
 @pytest.mark.parametrize("lost", [1, 3])
 def test_ranks_without_records_are_told(lost: int) -> None:
     job = generate(JobShape(dp=4), [Hang(lost, 6)])
@@ -174,6 +186,21 @@ def test_tags_that_race_blame_nobody() -> None:
 def test_causes_of_slowness_are_told_apart(fault: SlowRank | SlowInput | Pauses, cause: str) -> None:
     finding = _only(diagnose(generate(JobShape(dp=8), [fault]).traces).findings)
     assert (finding.kind, finding.rank, finding.evidence["cause"]) == (kinds.SLOW_RANK, 5, cause)
+
+
+def _nameless(traces: Sequence[RankTrace]) -> list[RankTrace]:
+    """As of a script, which gives no group a name."""
+    return [
+        replace(trace, groups={index: replace(group, axis="") for index, group in trace.groups.items()})
+        for trace in traces
+    ]
+
+
+@pytest.mark.parametrize("fault", [SlowRank(5, 1.5), Pauses(5, 0.03), None])
+def test_ranks_of_scripts_that_name_no_axis_are_compared_too(fault: SlowRank | Pauses | None) -> None:
+    shape = JobShape(dp=4, tp=2, pp=2)
+    found = diagnose(_nameless(generate(shape, [fault] if fault else []).traces)).findings
+    assert [(one.kind, one.rank) for one in found] == ([(kinds.SLOW_RANK, 5)] if fault else [])
 
 
 def test_a_node_all_of_whose_ranks_are_slow_is_one_finding() -> None:

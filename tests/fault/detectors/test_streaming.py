@@ -1,31 +1,34 @@
 """Summaries of windows, joined, against all records at once."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from evermesh.fault.detectors import diagnose, kinds
+from evermesh.fault.detectors import Context, diagnose, kinds
 from evermesh.fault.detectors.joining import join, survey
 from evermesh.fault.detectors.streaming import JobWatch, Seen
 from evermesh.fault.detectors.summaries import RankSummary, RankWatch
 from evermesh.fault.recorder.trace import RankTrace
 from evermesh.fault.synthetic import JobShape, generate
-from evermesh.fault.synthetic.faults import CommunicationHang, Fault, Hang, Mismatch, SlowRank
+from evermesh.fault.synthetic.faults import CommunicationHang, Fault, Hang, Mismatch, Pauses, SlowRank
 from evermesh.fault.synthetic.generating import BEGIN_NS
 from tests.fault.detectors.windows import cut
 
 _WINDOWS = 9
 
 
-def _watch(traces: Sequence[RankTrace], capacity: int = 100_000) -> tuple[Seen, list[list[RankSummary]]]:
-    """Look at the rings of a job in windows; what the last one says, and all summaries."""
+def _watch(
+    traces: Sequence[RankTrace], capacity: int = 100_000, starved: Mapping[int, float] | None = None
+) -> tuple[Seen, list[list[RankSummary]]]:
+    """Look at the rings of a job in windows; what the last one says, and all summaries. ``starved``: in all but the last."""
     watches, job, told = [RankWatch() for _ in traces], JobWatch(), []
     end_ns = max(trace.read_ns for trace in traces)
     for at_ns in np.linspace(BEGIN_NS + 10**6, end_ns, _WINDOWS).astype(np.int64).tolist():
         cuts = [cut(trace, at_ns, capacity) for trace in traces]
         told.append([watch.summarise(cut) for watch, cut in zip(watches, cuts, strict=True)])
+        job.context = Context(starved=starved if starved and at_ns < end_ns else {})
         seen = job.join(told[-1])
     return seen, told
 
@@ -59,6 +62,16 @@ def test_steps_are_those_of_a_survey_of_all_records() -> None:
     np.testing.assert_array_equal(whole.of_step, windows.of_step)
     np.testing.assert_array_equal(whole.signatures, windows.signatures)
     np.testing.assert_array_equal(whole.of_slot, windows.of_slot)
+
+
+def test_pauses_that_a_rank_had_while_it_waited_for_a_processor_are_none_of_its_own() -> None:
+    traces = generate(JobShape(dp=4, steps=48), [Pauses(2, 0.05)]).traces
+    assert [(one.kind, one.rank) for one in _watch(traces)[0].findings] == [(kinds.SLOW_RANK, 2)]
+    assert not _watch(traces, starved={2: 0.4})[0].findings
+    assert [one.rank for one in _watch(traces, starved={1: 0.4})[0].findings] == [2], (
+        "of another rank that explains nothing"
+    )
+    assert [one.rank for one in _watch(traces, starved={2: 0.01})[0].findings] == [2], "nor so little"
 
 
 def test_ranks_that_disagree_are_suspicious_and_their_rings_say_who_strays() -> None:

@@ -19,6 +19,8 @@ from evermesh.fault.recorder.trace import RankTrace
 PERIOD_S, LINKS_EVERY_S, WHOLE_EVERY_S = 0.1, 0.4, 2.0
 _LEAST_PATIENCE_S, _PATIENCE_S = 1.5, {kinds.SLOW_JOB: 8.0}
 """How long what names nobody has to last; what is lost on a way is sent again after 0.2, 0.6 and 1.4 s."""
+_SAID_BY_WINDOWS = (kinds.SLOW_RANK, kinds.GRADUAL)
+"""By whoever knows since when; a controller, too, believes no whole rings in this."""
 Bend = Callable[[RankTrace], RankTrace]
 
 
@@ -46,6 +48,7 @@ class Watcher:
         self._job = JobWatch(context)
         self._links_at_s = self._vague_since_s = self._vague_at_s = 0.0
         self._starved: dict[int, float] = {}
+        self._skew_s = 0.0
         self.step = 0
         """The newest that a rank was in at the last look."""
         self._links, self._queues = LinkWatch(), QueueWatch()
@@ -56,6 +59,9 @@ class Watcher:
         """All rings, and what the processes do that write them."""
         states = {trace.rank: process_of(trace, state) for trace, state in self._heads}
         read = [read_ring(path)[0] for path in self._rings]  # behind that: what has ended writes no more
+        self._skew_s = (
+            read[-1].read_ns - read[0].read_ns
+        ) / 1e9  # one reader and one clock, whatever the nodes are called
         return [self._bend(trace) if self._bend else trace for trace in read], states
 
     def look(self) -> Seen:
@@ -72,7 +78,8 @@ class Watcher:
             self._look_at_links(traces)
         if not found.findings and time.monotonic() >= self._whole_at_s:
             self._whole_at_s = time.monotonic() + WHOLE_EVERY_S
-            found = Seen((*diagnose(traces, context).findings, *self._links.find_slow(traces)), "rings")
+            whole = [one for one in diagnose(traces, context).findings if one.kind not in _SAID_BY_WINDOWS]
+            found = Seen((*whole, *self._links.find_slow(traces)), "rings")
         return self._named(found, traces)
 
     def _named(self, found: Seen, traces: Sequence[RankTrace]) -> Seen:
@@ -103,4 +110,6 @@ class Watcher:
         return diagnose(traces, self._known(states))
 
     def _known(self, states: Mapping[int, ProcessState | None]) -> Context:
-        return replace(self._context, processes=states, starved=self._starved, cut_links=self._links.cut)
+        return replace(
+            self._context, processes=states, starved=self._starved, cut_links=self._links.cut, skew_s=self._skew_s
+        )

@@ -1,6 +1,7 @@
 """What an agent says of its ranks is what the controller understands, and what is no summary is refused."""
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -151,6 +152,27 @@ def test_windows_of_a_ring_count_every_record_once_and_rings_are_sent_as_far_as_
     watch.answer(ReadRings(generation=7, ranks=(0, 1), records=50), parts.append)
     watch.answer(ReadRings(generation=6, ranks=(0,), records=50), parts.append)
     (part,) = parts
+    assert not watch.stands_still, "it has for very long"
     records = Unpacker(2).trace(part.trace, "node-0", {}).records
     assert records["sequence"].tolist() == list(range(151, 201))
+    watch.close()
+
+
+@pytest.mark.parametrize(("seconds", "stands_still"), [(0.0, False), (0.6, True), (20.0, False)])
+def test_a_rank_that_has_just_stopped_to_begin_anything_is_looked_at_more_often(
+    folder: Path, seconds: float, *, stands_still: bool
+) -> None:
+    ring = empty_ring(folder)
+    ring.append_name(group_line(1, "world", (0, 1), "world"))
+    _write(ring, 1, 3, open_last=True)
+    watch = RingWatch(7, {0: ring.path})
+    np.frombuffer(ring.memory, RECORD, offset=form.RECORDS_AT)["entered_ns"][2] = time.monotonic_ns() - round(
+        seconds * 1e9
+    )
+    watch.window(says_groups=False)
+    assert watch.stands_still is stands_still
+    _write(ring, 4, 4)
+    np.frombuffer(ring.memory, RECORD, offset=form.RECORDS_AT)["entered_ns"][3] = time.monotonic_ns()
+    watch.window(says_groups=False)
+    assert not watch.stands_still, "it goes on"
     watch.close()
