@@ -81,6 +81,11 @@ class Spent:
         return ""
 
 
+def is_suspected(choice: Choice) -> bool:
+    """Whether a node had better not take a place, where another one can."""
+    return choice.suspicion.probability >= _WORTH_TELLING
+
+
 def decide(
     observed: Sequence[Observed], job: JobCosts, config: IsolationConfig, spent: Spent, now_s: float
 ) -> list[Choice]:

@@ -15,7 +15,7 @@ from evermesh.fault.cluster.standing import evidence_against, records_by_node
 from evermesh.fault.cluster.store import cluster_place
 from evermesh.fault.events import Finding
 from evermesh.fault.isolation.costs import Action, Performance
-from evermesh.fault.isolation.deciding import Choice, Observed, Spent, decide
+from evermesh.fault.isolation.deciding import Choice, Observed, Spent, decide, is_suspected
 from evermesh.fault.isolation.meanings import KEEPER_LOST, meaning_of
 from evermesh.launcher.chaos.record import read_injection
 from evermesh.launcher.controller.cluster_desk import ClusterDesk
@@ -36,7 +36,7 @@ from evermesh.launcher.controller.status import ENDED
 _DECIDE_S = 10.0
 _SET_ASIDE_S = 1.0
 _AGAIN_S = 300.0
-"""How often the same about the same node is evidence."""
+"""How often the same about the same node is evidence, at least: twice in the time for which it must be late."""
 _STANDS_STILL_S = 30.0
 
 
@@ -55,7 +55,7 @@ class Isolation:
         self._counted = 0
         """The last attempt whose failure is evidence."""
         self._decided_s = self._looked_s = float("-inf")
-        self._told: dict[str, tuple[Action, str]] = {}
+        self._told: dict[str, tuple[Action, str]] = {node: ("degrade", "") for node in job.record.slowed}
         self._there: set[tuple[str, int | None]] = set()
         """Nodes that are ready, and their agents."""
 
@@ -128,8 +128,10 @@ class Isolation:
 
     def _note(self, against: Against) -> None:
         """Evidence, unless it is what was said a moment ago."""
+        if self._config is None:
+            return
         now_s, key = time.monotonic(), (against.node, against.kind)
-        if now_s - self._seen_s.get(key, float("-inf")) < _AGAIN_S:
+        if now_s - self._seen_s.get(key, float("-inf")) < min(_AGAIN_S, self._config.persist_s / 2):
             return
         self._seen_s[key] = now_s
         self._add(against, None)
@@ -166,7 +168,9 @@ class Isolation:
         ]
         alone = sum(drained.by is None for drained in job.record.drained.values())
         spent = Spent(tuple(job.record.isolated_s), alone, len(job.nodes.states()))
-        for choice in decide(observed, self._costs.now(), self._config, spent, now_s):
+        choices = decide(observed, self._costs.now(), self._config, spent, now_s)
+        job.suspected = {choice.node: choice.suspicion.probability for choice in choices if is_suspected(choice)}
+        for choice in choices:
             self._follow(choice)
 
     def _performance(self, node: str) -> Performance:
@@ -197,9 +201,6 @@ class Isolation:
             self._aside.leave(self._job.nodes[choice.node], wish)
             return
         is_degraded = choice.action == "degrade" and acts and not self._job.config.train.deterministic
-        if is_degraded or was_degraded:
-            self._degraded.set(choice.node, is_slow=is_degraded)
-            self._costs.forget_computing()
         if choice.action in ("nothing", "watch") and not choice.held_back and not was_degraded:
             return
         is_over = choice.action in ("nothing", "watch")
@@ -213,7 +214,14 @@ class Isolation:
             by=None,
             carried_out=not why_not,
             because=choice.suspicion.told(),
+            slowdown=round(self._degraded.slowdown_of(choice.node), 3),
         )
+        if is_degraded:
+            self._degraded.degrade(choice.node)
+        elif was_degraded:
+            self._degraded.restore(choice.node)
+        if is_degraded or was_degraded:
+            self._costs.forget_computing()
 
     def _why_not(self, choice: Choice) -> str:
         if choice.action == "degrade" and self._job.config.train.deterministic:

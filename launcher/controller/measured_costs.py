@@ -45,10 +45,12 @@ class MeasuredCosts:
         life = self._job.life
         if life is None or self._job.state != "training" or len(life.beats) < life.world_size:
             return
-        usual_s = statistics.median(beat.compute_s for beat in life.beats.values())
         for node in life.nodes:
-            own_s = max(life.beats[rank].compute_s for rank in life.ranks_of(node))
+            own = life.ranks_of(node)
+            others_s = [beat.compute_s for rank, beat in life.beats.items() if rank not in own]
+            usual_s = statistics.median(others_s) if others_s else 0.0
             if usual_s > 0:
+                own_s = max(life.beats[rank].compute_s for rank in own)
                 self._ratios.setdefault(node, deque(maxlen=_LOOKS)).append(own_s / usual_s)
 
     def forget_computing(self) -> None:

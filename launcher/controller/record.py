@@ -23,6 +23,16 @@ class Drained:
     """Who wanted that; None: the policy."""
 
 
+@dataclass(frozen=True, slots=True)
+class Slowed:
+    """A node whose ranks have less to do."""
+
+    slowdown: float
+    """How many times as long as others they were found to take."""
+    since_s: float
+    """Wall clock, seconds since 1970."""
+
+
 @dataclass(slots=True)
 class Record:
     """The job as the journal tells it, since the last launch."""
@@ -50,6 +60,8 @@ class Record:
     """Agents by node."""
     drained: dict[str, Drained] = field(default_factory=dict)
     """Nodes that the job is to leave."""
+    slowed: dict[str, Slowed] = field(default_factory=dict)
+    """Nodes whose share is degraded."""
     isolated_s: list[float] = field(default_factory=list)
     """When the job has set nodes aside by itself, seconds since 1970."""
     started_s: float = field(default_factory=time.time)
@@ -93,8 +105,13 @@ def _apply(record: Record, entry: Entry) -> None:
 
 
 def _take_isolation(record: Record, entry: Entry) -> None:
-    """A node is set aside, or may be used again."""
+    """A node is set aside, or may be used again; its ranks have less to do, or their whole share again."""
     node, action = str(entry.fields["node"]), entry.fields["action"]
+    if action == "degrade" and entry.fields["carried_out"]:
+        slowdown = float(str(entry.fields["slowdown"]))
+        record.slowed.setdefault(node, Slowed(slowdown, entry.time_s))
+    elif action != "cordon":
+        record.slowed.pop(node, None)
     if action == "return":
         record.drained.pop(node, None)
     elif action in ("drain", "replace") and entry.fields["carried_out"]:
