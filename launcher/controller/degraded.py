@@ -48,8 +48,8 @@ class Degraded:
     def look(self) -> None:
         """Tell the ranks that train what they do not know yet."""
         job, life = self._job, self._job.life
-        if life is None or job.state != "training":
-            return
+        if life is None or job.state != "training" or not job.record.drained.keys().isdisjoint(life.nodes):
+            return  # ranks that are about to leave need no other plans
         wanted = {
             rank: max(_SLOWEST, 1 / slowed.slowdown)
             for node, slowed in job.record.slowed.items()

@@ -48,6 +48,7 @@ class Isolation:
         place = job.config.cluster or str(cluster_place())
         blames = read_injection(job.run) is None  # no machine is at fault where faults are made on purpose
         self._desk = ClusterDesk(place, self._say, keeps=blames)
+        self._desk.recall(job.record.evidence)
         self._aside, self._costs, self._degraded = SettingAside(job, self._desk), MeasuredCosts(job), Degraded(job)
         self._seen_s: dict[tuple[str, str], float] = {}
         self._hung_s: dict[str, float] = {}
@@ -55,7 +56,7 @@ class Isolation:
         self._counted = 0
         """The last attempt whose failure is evidence."""
         self._decided_s = self._looked_s = float("-inf")
-        self._told: dict[str, tuple[Action, str]] = {node: ("degrade", "") for node in job.record.slowed}
+        self._told: dict[str, tuple[Action, str]] = dict.fromkeys(job.record.slowed, ("degrade", ""))
         self._there: set[tuple[str, int | None]] = set()
         """Nodes that are ready, and their agents."""
 
@@ -151,7 +152,9 @@ class Isolation:
             launch=self._job.launch,
             text=shortened(against.text),
         )
-        self._desk.add(record if number is None else record.model_copy(update={"id": number}))
+        record = record if number is None else record.model_copy(update={"id": number})
+        self._job.scribe.note("evidence", record.text, evidence=record.model_dump(mode="json"))
+        self._desk.add(record)
 
     def _decide(self) -> None:
         assert self._config is not None
@@ -176,10 +179,11 @@ class Isolation:
     def _performance(self, node: str) -> Performance:
         life = self._job.life
         is_used = life is not None and node in life.nodes and not life.is_counted
+        slowdown, degraded_s = self._degraded.slowdown_of(node), self._degraded.degraded_for_s(node)
         return Performance(
-            slowdown=self._degraded.slowdown_of(node),
-            residual=self._costs.residual_of(node),
-            degraded_s=self._degraded.degraded_for_s(node),
+            slowdown=slowdown,
+            residual=1.0 if degraded_s is None else self._costs.residual_of(node, slowdown),
+            degraded_s=degraded_s,
             is_used=is_used,
             stands_still=is_used and time.monotonic() - self._hung_s.get(node, float("-inf")) < _STANDS_STILL_S,
         )

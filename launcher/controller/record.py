@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from evermesh.fault.cluster.records import Evidence
 from evermesh.launcher.controller.journal import Entry
 from evermesh.launcher.controller.machine import Stop
 from evermesh.launcher.controller.status import JobState
@@ -60,6 +61,8 @@ class Record:
     """Agents by node."""
     drained: dict[str, Drained] = field(default_factory=dict)
     """Nodes that the job is to leave."""
+    evidence: list[Evidence] = field(default_factory=list)
+    """What speaks against nodes, as the job has seen it: the cluster store may be away."""
     slowed: dict[str, Slowed] = field(default_factory=dict)
     """Nodes whose share is degraded."""
     isolated_s: list[float] = field(default_factory=list)
@@ -94,6 +97,8 @@ def _apply(record: Record, entry: Entry) -> None:
         case "attempt failed":
             record.history.append(FailedAttempt.model_validate(fields))
             record.is_counted = True
+        case "evidence":
+            record.evidence.append(Evidence.model_validate(fields["evidence"]))
         case "isolation":
             _take_isolation(record, entry)
         case "stop":
