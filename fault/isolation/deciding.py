@@ -2,8 +2,8 @@
 
 The cheapest action is taken of those that are permitted:
 
-* ``degrade`` (fewer tokens for its ranks) where it was measured to be slow, by a tenth or more; it is not undone while the node is late,
-  however little it helps: what was measured with a degraded share says nothing about a whole one;
+* ``degrade`` (fewer tokens for its ranks) where it was measured to be slow, by a tenth or more; it is not undone while the
+  node is late, however little it helps: what was measured with a degraded share says nothing about a whole one;
 * ``drain`` and ``replace`` where something other than lateness says with a probability of a half that the node is at fault;
   or where it has been late for long *and* another source speaks against it; or where it has been degraded for long, and what
   the job still loses, as measured, is three times what leaving the node costs. Nobody is set aside for lateness alone;
@@ -128,8 +128,9 @@ def _choose(one: Observed, suspicion: Suspicion, job: JobCosts, config: Isolatio
     if suspicion.probability < _WORTH_TELLING:
         return Choice(one.node, "nothing", f"{one.node}: {suspicion.told()} that it is at fault", suspicion, costs)
     wanted: list[Action] = ["watch"]
-    if performance.is_used and suspicion.is_late and performance.slowdown >= _SLOW:
-        wanted = ["watch", "degrade"] if performance.degraded_s is None else ["degrade"]
+    is_degraded = performance.degraded_s is not None  # which it stays between two attempts
+    if (performance.is_used or is_degraded) and suspicion.is_late and performance.slowdown >= _SLOW:
+        wanted = ["degrade"] if is_degraded else ["watch", "degrade"]
     permitted, held_back = list(wanted), ""
     lost_s = still_lost_s(suspicion, performance, job, config)
     if _may_leave(suspicion, performance, lost_s > _GAIN * costs["drain"], config):

@@ -92,7 +92,7 @@ def _leaving(
     """States from the drain to the next step with their seconds, the seconds until that, and what ended it."""
     left_s, phases = episode.left_s, list[tuple[str, float]]()
     moves = [entry for entry in entries if entry.kind == "transition" and left_s is not None and entry.time_s >= left_s]
-    for entry, after in zip(moves, [*moves[1:], None], strict=True):
+    for entry, after in zip(moves, [*moves[1:], None], strict=False):  # of no move none is the last
         state = str(entry.fields["to"])
         if state == "training" or state in ENDED:
             assert left_s is not None

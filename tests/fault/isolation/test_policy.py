@@ -180,7 +180,8 @@ def test_what_is_done_is_the_cheapest_of_what_is_permitted(
         and found.probability * (measured.residual - 1) * horizon_s > 3 * choice.costs["drain"]
     )
     may_leave = (beside >= 0.5 or (persists and others) or measured_gain) and job.spares + job.can_shrink_by > 0
-    is_slow = measured.is_used and lateness >= 0.05 and measured.slowdown >= 1.1
+    may_be_slow = measured.is_used or measured.degraded_s is not None
+    is_slow = may_be_slow and lateness >= 0.05 and measured.slowdown >= 1.1
     permitted = {
         "watch": not (measured.degraded_s is not None and is_slow),
         "degrade": is_slow,
@@ -206,6 +207,7 @@ SLOW = [seen(kinds.SLOW_RANK, ago_s) for ago_s in (0, 300, 700)]
         ((*SLOW, seen(meanings.HEALTH_WARN)), {"slowdown": 1.3}, "drain"),
         (SLOW, {"slowdown": 1.3, "degraded_s": 900.0, "residual": 1.0}, "degrade"),
         (SLOW, {"slowdown": 1.3, "degraded_s": 900.0, "residual": 1.2}, "drain"),
+        ((seen(kinds.SLOW_RANK),), {"slowdown": 1.3, "degraded_s": 900.0, "residual": 2.0}, "degrade"),
         ((seen(meanings.HEALTH_BAD),), {}, "drain"),
         ((seen("silent corruption"),), {}, "replace"),
         ((seen(kinds.HANG), seen(kinds.HANG, 60), seen(meanings.NODE_LOST)), {"stands_still": True}, "replace"),
