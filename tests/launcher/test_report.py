@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -169,7 +170,7 @@ def test_a_node_that_got_less_to_do_and_was_left_has_a_story_though_no_attempt_f
         told: dict[str, JsonValue] = {"finding": {"node": node}} if kind == "finding" else {"node": node}
         return Event(time_s=time_s, kind=kind, text=kind, fields=(told if node else {}) | fields)
 
-    decided = {"carried_out": True, "by": None}
+    decided: dict[str, Any] = {"carried_out": True, "by": None}
     events = [
         event(18, "finding"),
         event(19, "finding", "node-0"),

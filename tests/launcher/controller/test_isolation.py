@@ -107,7 +107,9 @@ def test_the_next_controller_knows_who_gets_less_to_do_and_why(monkeypatch: pyte
         step(job)
         job.settle(0.5)
         assert job.controller.state == "training"
-        assert job.controller.isolation._degraded._sent == (job.controller.generation, {1: pytest.approx(1 / 1.5)})
+        assert job.controller.isolation._degraded._sent == (job.controller.generation, {1: 1 / 1.5}), (
+            "of other ranks, too"
+        )
         job.controller.drain("node-1", "me", "")
         assert not slowed, "what is left has no share"
 
