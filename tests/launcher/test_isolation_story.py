@@ -20,7 +20,7 @@ from evermesh.fault.cluster.store import ClusterStore
 from evermesh.launcher.report.gathering import gather
 from evermesh.launcher.report.incidents import Incident
 from evermesh.parallelism.batch_plan import BatchPlan
-from tests.launcher.jobs import Job, clean_losses, launched
+from tests.launcher.jobs import Job, launched
 from tests.launcher.test_cli import evermesh
 from tests.launcher.test_isolation import PATIENT_S, members, told
 
@@ -48,6 +48,7 @@ def with_slow_node(job_file: Path, isolation: str, spares: int) -> Iterator[Job]
         "train.snapshot.every=1",
         f"spares={spares}",
         "join_timeout_s=600",
+        "restarts=20",
         f"isolation={isolation}",
     )
     with launched(job_file, *given, command=("chaos", "--json", "--schedule", str(path))) as job:
@@ -130,7 +131,7 @@ def test_a_slow_node_is_left_and_a_frozen_one_replaced_and_the_report_tells_it(j
         attempts, agent = len(members(job)), psutil.Process(job.agents[SPARE])
         for process in (agent, *agent.children(recursive=True)):
             process.suspend()  # the node that has its place freezes
-        job.wait_training(attempts + 1)
+        job.wait(lambda: job.has_trained(attempts + 1), PATIENT_S)
         frozen = len(job.losses)
         job.wait(lambda: len(job.losses) > frozen + AFTER_STEPS, PATIENT_S)
         assert members(job)[-1] == after, "by another agent, for no other node is left"
@@ -142,7 +143,8 @@ def test_a_slow_node_is_left_and_a_frozen_one_replaced_and_the_report_tells_it(j
         report = gather(job.run)[0]
         assert report.training.trained_again <= 20, "those behind the last snapshot of the node that froze"
 
-    isolated, frozen_too = report.incidents[-2:]
+    (isolated,) = [found for found in report.incidents if found.kind == "isolation"]
+    frozen_too = next(found for found in report.incidents if found.time_s > isolated.time_s)
     assert (isolated.kind, isolated.node, isolated.steps_lost, isolated.source) == ("isolation", SLOW, 0, "memory")
     assert isolated.outcome == "given less to do, then drained; trains again without it"
     story = ["injected", "finding", "isolation", "speeds", "isolation", "regrouping", "stopped", "placed", "resumed"]
@@ -164,6 +166,8 @@ def test_a_slow_node_is_left_and_a_frozen_one_replaced_and_the_report_tells_it(j
 
     compared = min(len(losses), 200)
     settings = (*TRAINING[1:], *WHOLE, f"train.stop_at={compared}", "train.snapshot=off")
-    expected = clean_losses(job_file, 10_000_000, *settings)
+    with launched(job_file, TRAINING[0], *settings, name="clean") as clean:
+        assert clean.end(PATIENT_S)[0] == 0
+        expected = clean.losses
     assert losses[: from_step - 1] == expected[: from_step - 1], "bit for bit while plans are the same"
     assert losses[:compared] == pytest.approx(expected, rel=1e-9)
