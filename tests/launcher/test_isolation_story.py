@@ -164,7 +164,7 @@ def test_a_slow_node_is_left_and_a_frozen_one_replaced_and_the_report_tells_it(j
     ):
         assert text in page
 
-    compared = min(len(losses), 200)
+    compared = min(len(losses), from_step + 150)
     settings = (*TRAINING[1:], *WHOLE, f"train.stop_at={compared}", "train.snapshot=off")
     with launched(job_file, TRAINING[0], *settings, name="clean") as clean:
         assert clean.end(PATIENT_S)[0] == 0
