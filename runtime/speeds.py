@@ -33,6 +33,8 @@ class RankSpeeds:
             planner.pool, planner.speeds_version = dataclasses.replace(planner.pool, speeds=speeds), self._version
 
     def _take(self, told: Mapping[int, float]) -> None:
+        if dict(told) == self._speeds:
+            return  # a controller that has taken over says it again
         trainer = self._trainer
         slow = ", ".join(f"rank {rank} {speed:.2f}" for rank, speed in sorted(told.items())) or "all nominal"
         if trainer.config.deterministic or not trainer.plans_itself:

@@ -119,6 +119,8 @@ def _allowed(fault: Fault) -> tuple[str, ...]:
         return ("rank", "node", "agent", "keeper", "controller", "head", "launcher", "job")
     if isinstance(fault, Stop):
         return ("rank", "node", "agent", "keeper", "controller")
+    if isinstance(fault, Slow):
+        return ("rank", "node")
     return ("node",) if fault.kind in ("cut", "delay") else ("rank",)
 
 

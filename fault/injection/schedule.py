@@ -143,7 +143,8 @@ class Stop(_OfRank):
 
 
 class Slow(_OfRank):
-    """A rank computes its part of each step slower."""
+    """A rank computes its part of each step slower, or those of a node do: with ``node 1`` those that are placed on it, for
+    as long as they are."""
 
     kind: Literal["slow"] = "slow"
     factor: Annotated[float, Field(ge=1)] = 1.0
@@ -281,8 +282,9 @@ class Shot(_Frozen):
 
     @property
     def is_inside(self) -> bool:
-        """Whether the rank does it to itself, at an exact place of a step."""
-        return self.victim is not None and self.victim.of == "rank" and isinstance(self.at, AtStep)
+        """Whether ranks do it to themselves, at an exact place of a step."""
+        is_of_rank = self.victim is not None and self.victim.of == "rank" and isinstance(self.at, AtStep)
+        return is_of_rank or isinstance(self.fault, Slow)
 
     @property
     def alters_numbers(self) -> bool:

@@ -75,13 +75,13 @@ def costs_of(
     suspicion: Suspicion, performance: Performance, job: JobCosts, config: IsolationConfig
 ) -> Mapping[Action, float]:
     """Expected cost of each action, seconds of the job."""
-    horizon_s = config.horizon_s if job.horizon_s is None else min(job.horizon_s, config.horizon_s)
+    horizon_s = _horizon_s(job, config)
     p, innocent = suspicion.probability, 1.0 - suspicion.probability
     failures = max(_FAILURES_PER_H, suspicion.failures_per_h) * horizon_s / HOUR_S
     staying_s = p * failures * (job.restart_s + job.lost_work_s) + suspicion.spoiled * horizon_s
     if performance.stands_still:
         staying_s += p * horizon_s
-    share = job.nodes / (job.nodes - 1 + 1 / max(1.0, performance.slowdown)) - 1.0
+    share = more_for_others(job.nodes, performance.slowdown)
     still = share if performance.degraded_s is None else performance.residual - 1.0
     missing_s = 0.0 if job.spares else _missing_s(job, horizon_s, config)
     leaving_s = missing_s + innocent * config.false_alarm_s
@@ -91,6 +91,20 @@ def costs_of(
         "drain": leaving_s + (job.regroup_s + suspicion.spoiled * _SPOILED_STATE_S) * performance.is_used,
         "replace": leaving_s + (job.restart_s + job.lost_work_s) * performance.is_used,
     }
+
+
+def still_lost_s(suspicion: Suspicion, performance: Performance, job: JobCosts, config: IsolationConfig) -> float:
+    """What is expected to be lost, as measured, though the share of the node is degraded; seconds of the job."""
+    return suspicion.probability * (performance.residual - 1.0) * _horizon_s(job, config)
+
+
+def more_for_others(nodes: int, slowdown: float) -> float:
+    """Share by which a step takes longer where the others take over what one of ``nodes`` nodes leaves them."""
+    return nodes / (nodes - 1 + 1 / max(1.0, slowdown)) - 1.0
+
+
+def _horizon_s(job: JobCosts, config: IsolationConfig) -> float:
+    return config.horizon_s if job.horizon_s is None else min(job.horizon_s, config.horizon_s)
 
 
 def _missing_s(job: JobCosts, horizon_s: float, config: IsolationConfig) -> float:

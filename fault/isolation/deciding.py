@@ -2,7 +2,8 @@
 
 The cheapest action is taken of those that are permitted:
 
-* ``degrade`` (fewer tokens for its ranks) where it was measured to be slow, by a tenth or more;
+* ``degrade`` (fewer tokens for its ranks) where it was measured to be slow, by a tenth or more; it is not undone while the
+  node is late, however little it helps: what was measured with a degraded share says nothing about a whole one;
 * ``drain`` and ``replace`` where something other than lateness says with a probability of a half that the node is at fault;
   or where it has been late for long *and* another source speaks against it; or where it has been degraded for long, and what
   the job still loses, as measured, is three times what leaving the node costs. Nobody is set aside for lateness alone;
@@ -15,7 +16,7 @@ from dataclasses import dataclass, replace
 
 from evermesh.fault.cluster.records import Evidence
 from evermesh.fault.isolation.config import IsolationConfig
-from evermesh.fault.isolation.costs import Action, JobCosts, Performance, costs_of
+from evermesh.fault.isolation.costs import Action, JobCosts, Performance, costs_of, still_lost_s
 from evermesh.fault.isolation.suspicion import Suspicion, suspicion_of
 
 _WORTH_TELLING = 0.02
@@ -81,6 +82,11 @@ class Spent:
         return ""
 
 
+def is_suspected(choice: Choice) -> bool:
+    """Whether a node had better not take a place, where another one can."""
+    return choice.suspicion.probability >= _WORTH_TELLING
+
+
 def decide(
     observed: Sequence[Observed], job: JobCosts, config: IsolationConfig, spent: Spent, now_s: float
 ) -> list[Choice]:
@@ -122,10 +128,12 @@ def _choose(one: Observed, suspicion: Suspicion, job: JobCosts, config: Isolatio
     if suspicion.probability < _WORTH_TELLING:
         return Choice(one.node, "nothing", f"{one.node}: {suspicion.told()} that it is at fault", suspicion, costs)
     wanted: list[Action] = ["watch"]
-    if performance.is_used and suspicion.is_late and performance.slowdown >= _SLOW:
-        wanted.append("degrade")
+    is_degraded = performance.degraded_s is not None  # which it stays between two attempts
+    if (performance.is_used or is_degraded) and suspicion.is_late and performance.slowdown >= _SLOW:
+        wanted = ["degrade"] if is_degraded else ["watch", "degrade"]
     permitted, held_back = list(wanted), ""
-    if _may_leave(suspicion, performance, costs, config):
+    lost_s = still_lost_s(suspicion, performance, job, config)
+    if _may_leave(suspicion, performance, lost_s > _GAIN * costs["drain"], config):
         is_urgent = performance.stands_still or suspicion.spoiled >= _AT_FAULT
         leaving: list[Action] = ["replace"] if performance.stands_still else ["drain"]
         leaving += ["replace"] if is_urgent and not performance.stands_still else []
@@ -137,17 +145,15 @@ def _choose(one: Observed, suspicion: Suspicion, job: JobCosts, config: Isolatio
     return Choice(one.node, best, _told(one, best, suspicion, costs, held_back), suspicion, costs, held_back)
 
 
-def _may_leave(
-    suspicion: Suspicion, performance: Performance, costs: Mapping[Action, float], config: IsolationConfig
-) -> bool:
-    """Whether there is more against the node than that it is late."""
+def _may_leave(suspicion: Suspicion, performance: Performance, still_loses: bool, config: IsolationConfig) -> bool:
+    """Whether there is more against the node than that it is late; ``still_loses``: the job, more than leaving costs."""
     if suspicion.beside_lateness >= _AT_FAULT:
         return True
     is_persistent = suspicion.is_late and suspicion.late_for_s >= config.persist_s
     if is_persistent and suspicion.has_other_source:
         return True
     has_been_degraded = performance.degraded_s is not None and performance.degraded_s >= config.persist_s
-    return is_persistent and has_been_degraded and costs["degrade"] > _GAIN * costs["drain"]
+    return is_persistent and has_been_degraded and still_loses
 
 
 _DOES: dict[Action, str] = {

@@ -226,7 +226,7 @@ def _noticed(shot: Shot, event: Event, history: History) -> tuple[float, str] | 
     if of == "launcher":
         stops = [entry for entry in history.journal if entry.kind == "stop" and entry.time_s >= event.time_s]
         return (stops[0].time_s, stops[0].reason) if stops else None
-    if of in ("agent", "node"):
+    if of in ("agent", "node") and not isinstance(shot.fault, Slow):
         lasts_s = shot.fault.for_s + _NOTICED_AFTER_S if isinstance(shot.fault, Cut | Delay) else float("inf")
         told = [
             other for other in history.events if other.kind in _NOTICED and 0 <= other.time_s - event.time_s <= lasts_s

@@ -68,6 +68,11 @@ class ClusterDesk:
         with self._lock:
             self._waiting, self._records = (self._waiting + list(records))[-_MOST_WAITING:], None
 
+    def recall(self, records: Sequence[Record]) -> None:
+        """Have these written that an earlier controller of the job may not have written."""
+        known = {record.id for record in self._read}
+        self.add(*(record for record in records if record.id not in known))
+
     def look(self) -> None:
         """Called now and then: read and write what is due; say what went wrong."""
         if self._problem != self._told:

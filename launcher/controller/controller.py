@@ -333,7 +333,7 @@ class Controller:
     def _begin_attempt(self, reason: str) -> None:
         before = self.life.nodes if self.life else ()
         view = self.job.view()
-        nodes = choose_nodes(view.usable, size_of_attempt(view) or self.config.nodes, before)
+        nodes = choose_nodes(view.spares_first, size_of_attempt(view) or self.config.nodes, before)
         assert nodes is not None, "the machine starts no attempt without nodes"
         nodes = self.job.in_order(nodes)
         self._scribe.generation = self.generation + 1
@@ -363,7 +363,8 @@ class Controller:
             if self._memory.has_failed:
                 life.began_at = newest_of(newest_step(self.run), life.remembered)
         life.layout = life.layout or self._layouts.of(life)
-        work = training_work(self.run, self.config, self.record.started_s, life.layout, self.nodes.keepers)
+        started_s, keepers = self.record.started_s, self.nodes.keepers
+        work = training_work(self.run, self.config, started_s, life.layout, keepers, life.ranks_of)
         work = work.model_copy(update={"arguments": work.arguments | self.job.seen})
         for number, name in enumerate(life.nodes):
             place = life.place(number)

@@ -15,7 +15,7 @@ from evermesh.fault.cluster.standing import evidence_against, records_by_node
 from evermesh.fault.cluster.store import cluster_place
 from evermesh.fault.events import Finding
 from evermesh.fault.isolation.costs import Action, Performance
-from evermesh.fault.isolation.deciding import Choice, Observed, Spent, decide
+from evermesh.fault.isolation.deciding import Choice, Observed, Spent, decide, is_suspected
 from evermesh.fault.isolation.meanings import KEEPER_LOST, meaning_of
 from evermesh.launcher.chaos.record import read_injection
 from evermesh.launcher.controller.cluster_desk import ClusterDesk
@@ -36,7 +36,7 @@ from evermesh.launcher.controller.status import ENDED
 _DECIDE_S = 10.0
 _SET_ASIDE_S = 1.0
 _AGAIN_S = 300.0
-"""How often the same about the same node is evidence."""
+"""How often the same about the same node is evidence, at least: twice in the time for which it must be late."""
 _STANDS_STILL_S = 30.0
 
 
@@ -48,6 +48,7 @@ class Isolation:
         place = job.config.cluster or str(cluster_place())
         blames = read_injection(job.run) is None  # no machine is at fault where faults are made on purpose
         self._desk = ClusterDesk(place, self._say, keeps=blames)
+        self._desk.recall(job.record.evidence)
         self._aside, self._costs, self._degraded = SettingAside(job, self._desk), MeasuredCosts(job), Degraded(job)
         self._seen_s: dict[tuple[str, str], float] = {}
         self._hung_s: dict[str, float] = {}
@@ -55,7 +56,7 @@ class Isolation:
         self._counted = 0
         """The last attempt whose failure is evidence."""
         self._decided_s = self._looked_s = float("-inf")
-        self._told: dict[str, tuple[Action, str]] = {}
+        self._told: dict[str, tuple[Action, str]] = dict.fromkeys(job.record.slowed, ("degrade", ""))
         self._there: set[tuple[str, int | None]] = set()
         """Nodes that are ready, and their agents."""
 
@@ -128,8 +129,10 @@ class Isolation:
 
     def _note(self, against: Against) -> None:
         """Evidence, unless it is what was said a moment ago."""
+        if self._config is None:
+            return
         now_s, key = time.monotonic(), (against.node, against.kind)
-        if now_s - self._seen_s.get(key, float("-inf")) < _AGAIN_S:
+        if now_s - self._seen_s.get(key, float("-inf")) < min(_AGAIN_S, self._config.persist_s / 2):
             return
         self._seen_s[key] = now_s
         self._add(against, None)
@@ -149,7 +152,9 @@ class Isolation:
             launch=self._job.launch,
             text=shortened(against.text),
         )
-        self._desk.add(record if number is None else record.model_copy(update={"id": number}))
+        record = record if number is None else record.model_copy(update={"id": number})
+        self._job.scribe.note("evidence", record.text, evidence=record.model_dump(mode="json"))
+        self._desk.add(record)
 
     def _decide(self) -> None:
         assert self._config is not None
@@ -166,16 +171,19 @@ class Isolation:
         ]
         alone = sum(drained.by is None for drained in job.record.drained.values())
         spent = Spent(tuple(job.record.isolated_s), alone, len(job.nodes.states()))
-        for choice in decide(observed, self._costs.now(), self._config, spent, now_s):
+        choices = decide(observed, self._costs.now(), self._config, spent, now_s)
+        job.suspected = {choice.node: choice.suspicion.probability for choice in choices if is_suspected(choice)}
+        for choice in choices:
             self._follow(choice)
 
     def _performance(self, node: str) -> Performance:
         life = self._job.life
         is_used = life is not None and node in life.nodes and not life.is_counted
+        slowdown, degraded_s = self._degraded.slowdown_of(node), self._degraded.degraded_for_s(node)
         return Performance(
-            slowdown=self._degraded.slowdown_of(node),
-            residual=self._costs.residual_of(node),
-            degraded_s=self._degraded.degraded_for_s(node),
+            slowdown=slowdown,
+            residual=1.0 if degraded_s is None else self._costs.residual_of(node, slowdown),
+            degraded_s=degraded_s,
             is_used=is_used,
             stands_still=is_used and time.monotonic() - self._hung_s.get(node, float("-inf")) < _STANDS_STILL_S,
         )
@@ -197,9 +205,6 @@ class Isolation:
             self._aside.leave(self._job.nodes[choice.node], wish)
             return
         is_degraded = choice.action == "degrade" and acts and not self._job.config.train.deterministic
-        if is_degraded or was_degraded:
-            self._degraded.set(choice.node, is_slow=is_degraded)
-            self._costs.forget_computing()
         if choice.action in ("nothing", "watch") and not choice.held_back and not was_degraded:
             return
         is_over = choice.action in ("nothing", "watch")
@@ -213,7 +218,14 @@ class Isolation:
             by=None,
             carried_out=not why_not,
             because=choice.suspicion.told(),
+            slowdown=round(self._degraded.slowdown_of(choice.node), 3),
         )
+        if is_degraded:
+            self._degraded.degrade(choice.node)
+        elif was_degraded:
+            self._degraded.restore(choice.node)
+        if is_degraded or was_degraded:
+            self._costs.forget_computing()
 
     def _why_not(self, choice: Choice) -> str:
         if choice.action == "degrade" and self._job.config.train.deterministic:

@@ -61,6 +61,8 @@ class Job:
         """When it came into its state."""
         self.aside: dict[str, str] = {}
         """Nodes that no other attempt is to use, and why."""
+        self.suspected: dict[str, float] = {}
+        """Nodes that may be used, and the probability that they are at fault."""
         self._size: int | None = None
         """Nodes that an attempt could have now, and since when."""
         self._size_since_s = time.monotonic()
@@ -105,7 +107,7 @@ class Job:
 
     def in_order(self, chosen: tuple[str, ...]) -> tuple[str, ...]:
         """The nodes of the next attempt by place, apart as far as they can be."""
-        ready = [name for name, state in self.view().usable.items() if state == "ready"]
+        ready = [name for name, state in self.view().spares_first.items() if state == "ready"]
         racks, groups = self.nodes.racks(self.config.racks), job_groups(self.config, len(chosen))
         return place_nodes(chosen, self.life.nodes if self.life else (), ready, racks, groups)
 
@@ -153,5 +155,6 @@ class Job:
             grow_after_s=self.config.grow_after_s,
             size_since_s=self._size_since_s,
             aside=self.aside,
+            suspected=self.suspected,
             leaving=frozenset(self.record.drained),
         )

@@ -98,6 +98,8 @@ class JobView:
     """Monotonic clock: since when an attempt could be as large as now."""
     aside: Mapping[str, str] = field(default_factory=dict)
     """Nodes that no other attempt is to use, and why."""
+    suspected: Mapping[str, float] = field(default_factory=dict)
+    """Nodes that may be used, and the probability that they are at fault."""
     leaving: frozenset[str] = frozenset()
     """Of these, those that an attempt which uses them is to leave, behind a step."""
 
@@ -105,6 +107,13 @@ class JobView:
     def usable(self) -> dict[str, NodeState]:
         """State of the nodes that attempts may have."""
         return {node: state for node, state in self.nodes.items() if node not in self.aside}
+
+    @property
+    def spares_first(self) -> dict[str, NodeState]:
+        """The same in the order in which they take the places of others: first who nothing speaks against."""
+        if self.attempt is None:
+            return self.usable
+        return dict(sorted(self.usable.items(), key=lambda node: self.suspected.get(node[0], 0.0)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ import statistics
 import time
 from collections import deque
 
-from evermesh.fault.isolation.costs import JobCosts
+from evermesh.fault.isolation.costs import JobCosts, more_for_others
 from evermesh.launcher.controller.job import Job
 from evermesh.launcher.controller.status import JobState
 
@@ -45,9 +45,10 @@ class MeasuredCosts:
         life = self._job.life
         if life is None or self._job.state != "training" or len(life.beats) < life.world_size:
             return
-        usual_s = statistics.median(beat.compute_s for beat in life.beats.values())
-        for node in life.nodes:
-            own_s = max(life.beats[rank].compute_s for rank in life.ranks_of(node))
+        slowest_s = {node: max(life.beats[rank].compute_s for rank in life.ranks_of(node)) for node in life.nodes}
+        for node, own_s in slowest_s.items():
+            others_s = [seconds for other, seconds in slowest_s.items() if other != node]
+            usual_s = statistics.median(others_s) if others_s else 0.0
             if usual_s > 0:
                 self._ratios.setdefault(node, deque(maxlen=_LOOKS)).append(own_s / usual_s)
 
@@ -55,10 +56,15 @@ class MeasuredCosts:
         """What ranks do has changed: another attempt, or other speeds."""
         self._ratios.clear()
 
-    def residual_of(self, node: str) -> float:
-        """How many times as long as others the ranks of a node computed lately; 1 where too little was seen."""
-        ratios = self._ratios.get(node, ())
-        return max(1.0, statistics.median(ratios)) if len(ratios) >= _LOOKS // 2 else 1.0
+    def residual_of(self, node: str, slowdown: float) -> float:
+        """How many times as long a step takes as it would if the node, whose share is degraded by ``slowdown``, was not slow.
+
+        Its ranks computed longer than others lately, and those had more to do for it. 1 where too little was seen.
+        """
+        ratios, life = self._ratios.get(node, ()), self._job.life
+        if life is None or len(ratios) < _LOOKS // 2:
+            return 1.0
+        return max(1.0, statistics.median(ratios) * (1.0 + more_for_others(len(life.nodes), slowdown)))
 
     def now(self) -> JobCosts:
         """The costs as far as they are known."""

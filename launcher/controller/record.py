@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from evermesh.fault.cluster.records import Evidence
 from evermesh.launcher.controller.journal import Entry
 from evermesh.launcher.controller.machine import Stop
 from evermesh.launcher.controller.status import JobState
@@ -21,6 +22,16 @@ class Drained:
     """Wall clock, seconds since 1970."""
     by: str | None = None
     """Who wanted that; None: the policy."""
+
+
+@dataclass(frozen=True, slots=True)
+class Slowed:
+    """A node whose ranks have less to do."""
+
+    slowdown: float
+    """How many times as long as others they were found to take."""
+    since_s: float
+    """Wall clock, seconds since 1970."""
 
 
 @dataclass(slots=True)
@@ -50,6 +61,10 @@ class Record:
     """Agents by node."""
     drained: dict[str, Drained] = field(default_factory=dict)
     """Nodes that the job is to leave."""
+    evidence: list[Evidence] = field(default_factory=list)
+    """What speaks against nodes, as the job has seen it: the cluster store may be away."""
+    slowed: dict[str, Slowed] = field(default_factory=dict)
+    """Nodes whose share is degraded."""
     isolated_s: list[float] = field(default_factory=list)
     """When the job has set nodes aside by itself, seconds since 1970."""
     started_s: float = field(default_factory=time.time)
@@ -82,6 +97,8 @@ def _apply(record: Record, entry: Entry) -> None:
         case "attempt failed":
             record.history.append(FailedAttempt.model_validate(fields))
             record.is_counted = True
+        case "evidence":
+            record.evidence.append(Evidence.model_validate(fields["evidence"]))
         case "isolation":
             _take_isolation(record, entry)
         case "stop":
@@ -93,8 +110,13 @@ def _apply(record: Record, entry: Entry) -> None:
 
 
 def _take_isolation(record: Record, entry: Entry) -> None:
-    """A node is set aside, or may be used again."""
+    """A node is set aside, or may be used again; its ranks have less to do, or their whole share again."""
     node, action = str(entry.fields["node"]), entry.fields["action"]
+    if action == "degrade" and entry.fields["carried_out"]:
+        slowdown = float(str(entry.fields["slowdown"]))
+        record.slowed.setdefault(node, Slowed(slowdown, entry.time_s))
+    elif action != "cordon":
+        record.slowed.pop(node, None)
     if action == "return":
         record.drained.pop(node, None)
     elif action in ("drain", "replace") and entry.fields["carried_out"]:

@@ -99,6 +99,7 @@ class SettingAside:
             because=wish.because,
         )
         job.record.drained[node.name] = Drained(wish.text, now_s, wish.by)
+        job.record.slowed.pop(node.name, None)
         job.aside = {**job.aside, node.name: wish.text}
         if wish.by is None:
             job.record.isolated_s.append(now_s)

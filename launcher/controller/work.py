@@ -3,7 +3,7 @@
 import json
 import os
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from evermesh import checkpoint
 from evermesh.checkpoint.directory import read_manifest
 from evermesh.checkpoint.errors import CheckpointNotFound
 from evermesh.fault.events import read_events
+from evermesh.fault.injection import Injection, Shot, Target
 from evermesh.launcher.chaos.record import read_injection
 from evermesh.launcher.config import JobConfig
 from evermesh.launcher.messages import KeeperAt, TrainingWork
@@ -23,11 +24,17 @@ ENTRY = "evermesh.launcher.agent.training:train"
 
 
 def training_work(
-    run: Run, config: JobConfig, since_s: float, layout: Layout, keepers: Sequence[KeeperAt] = ()
+    run: Run,
+    config: JobConfig,
+    since_s: float,
+    layout: Layout,
+    keepers: Sequence[KeeperAt] = (),
+    ranks_of: Callable[[str], Sequence[int]] = lambda _: (),
 ) -> TrainingWork:
     """Train on in this layout from the newest checkpoint or snapshot, or from the beginning where there is none.
 
-    ``since_s`` is when the job was launched, or resumed, with ``config``; ``keepers`` whom ranks may ask for snapshots.
+    ``since_s`` is when the job was launched, or resumed, with ``config``; ``keepers`` whom ranks may ask for snapshots;
+    ``ranks_of`` tells which ranks a node has.
     """
     train, newest = config.train.model_copy(update={"layout": layout}), newest_step(run)
     arguments: dict[str, Any] = {
@@ -37,12 +44,26 @@ def training_work(
     }
     injection = read_injection(run)
     if injection is not None:
-        arguments["faults"] = [shot.model_dump(mode="json") for shot in injection.shots if shot.is_inside]
+        arguments["faults"] = [shot.model_dump(mode="json") for shot in _inside(injection, ranks_of)]
     launch = None if train.snapshot is None else launch_of(since_s)
     logs = str(run.logs.absolute())
     return TrainingWork(
         entry=ENTRY, arguments=arguments, logs=logs, launch=launch, keepers=tuple(keepers), records=config.record
     )
+
+
+def _inside(injection: Injection, ranks_of: Callable[[str], Sequence[int]]) -> list[Shot]:
+    """The shots that ranks fire at themselves; those at a node once for each rank that it has now."""
+    found: list[Shot] = []
+    for shot in injection.shots:
+        if not shot.is_inside or shot.victim is None:
+            continue
+        if shot.victim.of == "node":
+            victims = [Target(of="rank", which=rank) for rank in ranks_of(f"node-{shot.victim.which}")]
+            found += [shot.model_copy(update={"victim": victim}) for victim in victims]
+        else:
+            found.append(shot)
+    return found
 
 
 def launch_of(since_s: float) -> str:

@@ -2,14 +2,16 @@
 
 import time
 from collections import Counter
+from collections.abc import Sequence
 
 from pydantic import BaseModel, ConfigDict
 
 from evermesh.fault.events import Event, read_events
 from evermesh.launcher.config import JobConfig
-from evermesh.launcher.controller.journal import read_journal
+from evermesh.launcher.controller.journal import Entry, read_journal
 from evermesh.launcher.report.accounting import AGAIN, COUNTED, Span, Step, parts_of, spans_of, steps_of
 from evermesh.launcher.report.incidents import Incident, incidents_of
+from evermesh.launcher.report.isolated import isolated_nodes
 from evermesh.launcher.run_directory import Run
 from evermesh.runtime.telemetry import StepReport
 
@@ -98,6 +100,7 @@ NOTABLE = (
     "finding over",
     "health",
     "isolation",
+    "speeds",
     "skipped",
     "set aside",
     "node cut off",
@@ -144,11 +147,16 @@ def gather(run: Run, *, price: float | None = None, peak_flops: float | None = N
         parts=parts,
         training=_training(steps, config, peak_flops),
         cost=_cost(parts, wall_s, config, price),
-        incidents=incidents_of(entries, events),
+        incidents=_incidents(entries, events, steps),
         events=dict(Counter(event.kind for event in events).most_common()),
         notable=tuple(event for event in events if event.kind in NOTABLE)[:_MOST_NOTABLE],
     )
     return report, Material(spans=tuple(spans), steps=tuple(steps), events=tuple(events))
+
+
+def _incidents(entries: Sequence[Entry], events: Sequence[Event], steps: Sequence[Step]) -> tuple[Incident, ...]:
+    found = (*incidents_of(entries, events, steps), *isolated_nodes(entries, events, steps))
+    return tuple(sorted(found, key=lambda incident: incident.time_s))
 
 
 def _all_reports(run: Run) -> list[StepReport]:

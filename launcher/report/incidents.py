@@ -1,14 +1,20 @@
-"""What happened to a run: every end of an attempt that nobody asked for, from its cause to the next step."""
+"""What happened to a run: every end of an attempt that nobody asked for, from its cause to the next step.
 
-from collections.abc import Sequence
+What became of nodes that were isolated without such an end is in ``isolated``.
+"""
+
+import statistics
+from collections.abc import Iterator, Sequence
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
 from evermesh.fault.events import Event
 from evermesh.launcher.controller.journal import Entry
 from evermesh.launcher.controller.status import ENDED
+from evermesh.launcher.report.accounting import Step
 
-_BEFORE = (
+BEFORE = (
     "injected",
     "finding",
     "health",
@@ -21,9 +27,11 @@ _BEFORE = (
     "snapshot damaged",
 )
 """Kinds of events that tell how it came, of the same attempt."""
-_BEFORE_S = 60.0
+BEFORE_S = 60.0
 _QUIET = ("checkpoint", "saved", "layouts ranked", "memory", "compiled", "cost model")
 """Kinds that belong to no story."""
+_RATED = 32
+"""Steps that throughput is taken from, at most."""
 
 
 class _Frozen(BaseModel):
@@ -40,11 +48,14 @@ class Moment(_Frozen):
 
 
 class Incident(_Frozen):
-    """One attempt that ended before the job did."""
+    """One attempt that ended before the job did, or one node that the job has isolated."""
 
+    kind: Literal["failure", "isolation"] = "failure"
     time_s: float
-    """When the controller decided that it was over; wall clock, seconds since 1970."""
+    """When the controller decided; wall clock, seconds since 1970."""
     attempt: int
+    node: str | None = None
+    """That was isolated."""
     cause: str
     until_training_s: float | None = None
     """Until a step was finished again; None: none was."""
@@ -55,14 +66,52 @@ class Incident(_Frozen):
     """Where the state came from: ``memory`` or ``storage``."""
     outcome: str
     """In words."""
+    throughput: tuple[tuple[str, float], ...] = ()
+    """Tokens per second before, meanwhile and after, as medians of steps; what had no step is left out."""
     story: tuple[Moment, ...] = ()
 
 
-def incidents_of(entries: Sequence[Entry], events: Sequence[Event]) -> tuple[Incident, ...]:
-    """All incidents, in their order."""
+def incidents_of(entries: Sequence[Entry], events: Sequence[Event], steps: Sequence[Step] = ()) -> tuple[Incident, ...]:
+    """All attempts that ended before the job did, in their order."""
     moves = [entry for entry in entries if entry.kind == "transition"]
     starts = [number for number, entry in enumerate(moves) if _begins(moves, number)]
-    return tuple(_incident(moves, number, events) for number in starts)
+    return tuple(_incident(moves, number, entries, events, steps) for number in starts)
+
+
+def placing(entries: Sequence[Entry], time_s: float, until_s: float) -> Iterator[Moment]:
+    """Who came, and who took which places, between two times."""
+    nodes: Sequence[str] = ()
+    for entry in entries:
+        is_told = time_s <= entry.time_s <= until_s
+        if entry.kind == "node" and is_told:
+            yield Moment(
+                after_s=entry.time_s - time_s, kind="node joined", text=f"{entry.fields['node']}: {entry.reason}"
+            )
+        if entry.kind == "attempt":
+            before, nodes = nodes, _names(entry.fields["nodes"])
+            if is_told:
+                yield Moment(after_s=entry.time_s - time_s, kind="placed", text=_told_places(before, nodes))
+
+
+def throughput(steps: Sequence[Step], spans: Sequence[tuple[str, float, float]]) -> tuple[tuple[str, float], ...]:
+    """Median tokens per second of the steps that began and ended in each of these spans of the clock on the wall: of the
+    last ones in those that end, of the first ones in those that do not."""
+    found = []
+    for name, begin_s, end_s in spans:
+        rates = [step.report.tokens_per_s for step in steps if begin_s <= step.begin_s and step.report.ended_s <= end_s]
+        if rates:
+            found.append((name, statistics.median(rates[:_RATED] if end_s == float("inf") else rates[-_RATED:])))
+    return tuple(found)
+
+
+def _names(value: object) -> Sequence[str]:
+    return [str(name) for name in value] if isinstance(value, list) else []
+
+
+def _told_places(before: Sequence[str], nodes: Sequence[str]) -> str:
+    new = [(name, old) for name, old in zip(nodes, before, strict=False) if name not in before and old not in nodes]
+    told = "".join(f"; {name} has the place of {old}" for name, old in new)
+    return f"ranks on {', '.join(nodes)}{told}"
 
 
 def _begins(moves: Sequence[Entry], number: int) -> bool:
@@ -74,7 +123,9 @@ def _begins(moves: Sequence[Entry], number: int) -> bool:
     return to == "failed" and origin in ("placing", "starting", "training")
 
 
-def _incident(moves: Sequence[Entry], number: int, events: Sequence[Event]) -> Incident:
+def _incident(
+    moves: Sequence[Entry], number: int, entries: Sequence[Entry], events: Sequence[Event], steps: Sequence[Step]
+) -> Incident:
     first, phases, end = moves[number], [], None
     for entry, after in zip(moves[number:], [*moves[number + 1 :], None], strict=True):
         state = str(entry.fields["to"])
@@ -98,7 +149,8 @@ def _incident(moves: Sequence[Entry], number: int, events: Sequence[Event]) -> I
         steps_lost=int(str(lost)),
         source=str(told.fields["source"]) if told is not None and "source" in told.fields else None,
         outcome=_outcome(end),
-        story=tuple(_story(first.time_s, until_s, events)),
+        throughput=throughput(steps, (("before", 0.0, first.time_s), ("after", until_s, float("inf")))),
+        story=tuple(_story(first.time_s, until_s, entries, events)),
     )
 
 
@@ -110,10 +162,10 @@ def _outcome(end: Entry | None) -> str:
     return f"{end.fields['to']}: {end.reason}"
 
 
-def _story(time_s: float, until_s: float, events: Sequence[Event]) -> list[Moment]:
-    found = []
+def _story(time_s: float, until_s: float, entries: Sequence[Entry], events: Sequence[Event]) -> list[Moment]:
+    found = list(placing(entries, time_s, until_s))
     for event in events:
-        is_before = time_s - _BEFORE_S <= event.time_s < time_s and event.kind in _BEFORE
+        is_before = time_s - BEFORE_S <= event.time_s < time_s and event.kind in BEFORE
         if is_before or (time_s <= event.time_s <= until_s and event.kind not in _QUIET):
             found.append(Moment(after_s=event.time_s - time_s, kind=event.kind, text=event.text))
-    return found
+    return sorted(found, key=lambda moment: moment.after_s)

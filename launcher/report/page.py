@@ -111,6 +111,7 @@ def _incident(incident: Incident) -> str:
     again = "" if incident.until_training_s is None else f" after {_seconds(incident.until_training_s)}"
     lost = f"{incident.steps_lost:,} steps lost" + (f", state from {incident.source}" if incident.source else "")
     phases = ", ".join(f"{name} {_seconds(seconds)}" for name, seconds in incident.phases)
+    rates = ", ".join(f"{name} {rate:,.0f}" for name, rate in incident.throughput)
     clock = datetime.fromtimestamp(incident.time_s, UTC).strftime("%H:%M:%S")
     story = "".join(
         f'<tr><td class="number">{moment.after_s:+.2f} s</td><th>{escape(moment.kind)}</th>'
@@ -120,7 +121,8 @@ def _incident(incident: Incident) -> str:
     told = f"{escape(incident.cause)}: {escape(incident.outcome)}{again}; {escape(lost)}"
     return (
         f"<details open><summary><b>{clock}</b> {told}</summary>"
-        f'<p class="dim">attempt {incident.attempt}; {escape(phases)}</p><table>{story}</table></details>'
+        f'<p class="dim">attempt {incident.attempt}{escape(phases and f"; {phases}")}'
+        f"{rates and f'<br>tokens/s: {escape(rates)}'}</p><table>{story}</table></details>"
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from evermesh.fault.events import Event, read_events
-from evermesh.fault.injection import AtStep, Injection, Kill, Schedule, Target, resolve
+from evermesh.fault.injection import AtStep, Injection, Kill, Schedule, Slow, Target, resolve
 from evermesh.launcher import Run
 from evermesh.launcher.chaos.record import forget_injection, read_injection, write_injection
 from evermesh.launcher.chaos.report import ChaosReport, FaultReport
@@ -269,6 +269,17 @@ def test_f4_three_attempts_without_progress_end_the_run_with_93(job_file: Path) 
 def injection_for(job_file: Path) -> Injection:
     schedule = Schedule(faults=(Kill(target=Target(of="rank", which=0), at=AtStep(step=1)),))
     return resolve(schedule, shape_of(load_job(job_file)))
+
+
+def test_a_slow_node_slows_the_ranks_that_are_placed_there(job_file: Path) -> None:
+    config = load_job(job_file, ["nodes=2"])
+    run = Run.create(config)
+    slow = Slow(target=Target(of="node", which=1), at=AtStep(step=2), sleep_s=0.1)
+    write_injection(run, resolve(Schedule(faults=(slow,)), shape_of(config)))
+    placed = {"node-0": (0, 1), "node-1": (2, 3)}
+    for ranks_of, victims in ((placed.__getitem__, ["rank 2", "rank 3"]), (lambda node: (), [])):
+        arguments = training_work(run, config, 0.0, config.train.layout, (), ranks_of).arguments
+        assert [shot["victim"] for shot in arguments["faults"]] == victims
 
 
 def test_only_a_run_that_was_given_faults_hands_them_to_its_workers(job_file: Path) -> None:

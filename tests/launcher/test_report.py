@@ -2,10 +2,12 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import JsonValue
 
 from evermesh.fault.events import Event
 from evermesh.launcher.controller.journal import Entry
@@ -22,6 +24,7 @@ from evermesh.launcher.report.accounting import (
 )
 from evermesh.launcher.report.gathering import Cost, JobReport, Material, Training
 from evermesh.launcher.report.incidents import incidents_of
+from evermesh.launcher.report.isolated import isolated_nodes
 from evermesh.launcher.report.page import page
 from evermesh.runtime.telemetry import StepReport
 from tests.launcher.reports import step_report
@@ -150,6 +153,61 @@ def test_the_story_of_an_incident_begins_with_its_cause_and_ends_with_the_next_s
         "failed: three attempts without progress",
         "failed: three attempts without progress",
     ]
+
+
+LEFT = [
+    *LOST[:3],
+    Entry(seq=1, time_s=3, generation=1, kind="attempt", reason="", fields={"nodes": ["node-0", "node-1"]}),
+    move(30, "training", "regrouping", reason="going on without node-1"),
+    Entry(seq=1, time_s=31, generation=2, kind="attempt", reason="", fields={"nodes": ["node-0", "node-2"]}),
+    move(31, "regrouping", "starting", 2),
+    move(32, "starting", "training", 2),
+]
+
+
+def test_a_node_that_got_less_to_do_and_was_left_has_a_story_though_no_attempt_failed() -> None:
+    def event(time_s: float, kind: str, node: str | None = "node-1", **fields: JsonValue) -> Event:
+        told: dict[str, JsonValue] = {"finding": {"node": node}} if kind == "finding" else {"node": node}
+        return Event(time_s=time_s, kind=kind, text=kind, fields=(told if node else {}) | fields)
+
+    decided: dict[str, Any] = {"carried_out": True, "by": None}
+    events = [
+        event(18, "finding"),
+        event(19, "finding", "node-0"),
+        event(20, "isolation", action="degrade", **decided),
+        event(20.1, "speeds", None),
+        event(21, "resumed", None, source="storage"),
+        event(25, "isolation", "node-0", action="drain", carried_out=False, by=None),
+        event(30, "isolation", action="drain", **decided),
+        event(31.5, "resumed", None, source="memory"),
+        event(40, "isolation", "node-0", action="degrade", **decided),
+        event(50, "isolation", "node-0", action="watch", **decided),
+    ]
+    reports = [step(number, 8.0 + number, 1.0) for number in range(1, 9)]
+    reports += [step(8 + number, 18.0 + 2 * number, 2.0) for number in range(1, 7)]
+    reports += [step(14 + number, 32.0 + number, 1.0) for number in range(1, 40)]
+    steps = steps_of(reports)
+    assert incidents_of(LEFT, events, steps) == ()
+    left, restored = isolated_nodes(LEFT, events, steps)
+    assert (left.kind, left.node, left.steps_lost, left.source) == ("isolation", "node-1", 0, "memory")
+    assert (left.cause, left.until_training_s) == ("node-1: finding", 2)
+    assert left.outcome == "given less to do, then drained; trains again without it"
+    assert left.phases == (("regrouping", 1), ("starting", 1))
+    assert [(moment.kind, round(moment.after_s, 1)) for moment in left.story] == [
+        ("finding", -2.0),
+        ("isolation", 0.0),
+        ("speeds", 0.1),
+        ("isolation", 10.0),
+        ("placed", 11.0),
+        ("resumed", 11.5),
+    ]
+    rate = reports[0].tokens_per_s
+    rates = {"before": rate, "found": rate / 2, "with less work for it": rate / 2, "after": rate}
+    assert dict(left.throughput) == pytest.approx(rates)
+    assert left.story[-2].text == "ranks on node-0, node-2; node-2 has the place of node-1"
+    assert (restored.node, restored.outcome) == ("node-0", "its ranks have their whole share again")
+    material = Material(spans=(), steps=tuple(steps), events=())
+    assert "given less to do, then drained" in page(_report(incidents=(left, restored)), material)
 
 
 def _report(**changes: object) -> JobReport:

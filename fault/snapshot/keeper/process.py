@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from evermesh.fault.process_state import ProcessState
 from evermesh.fault.snapshot.handshake import LEAST_SECRET_BYTES, Address
 from evermesh.fault.snapshot.keeper.answers import Answers
 from evermesh.fault.snapshot.keeper.area import AgentMark, Identity, identity_in, sweep
@@ -107,6 +108,12 @@ class KeeperProcess:
         """Whether a keeper of this launch lives, and is what its file says; one of another launch is ended."""
         found = self.identity
         if found is None:
+            return False
+        state = ProcessState.of(found.pid)
+        if (
+            state is not None and state.is_stopped
+        ):  # its node froze: whoever waits for an answer is taken for frozen, too
+            self._kill(found)
             return False
         try:
             client = KeeperClient(self.area, _ANSWER_S)

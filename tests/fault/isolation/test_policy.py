@@ -123,7 +123,8 @@ def test_nobody_is_set_aside_for_lateness_or_for_what_his_program_does(
     shortly = replace(measured, degraded_s=CONFIG.persist_s / 2)
     assert not decide([Observed("n", evidence, shortly)], job, CONFIG, Spent(nodes=100), NOW_S)[0].is_eviction
     without = replace(measured, degraded_s=HOUR_S, residual=1.0, stands_still=False)
-    assert not decide([Observed("n", evidence, without)], job, CONFIG, Spent(nodes=100), NOW_S)[0].is_eviction
+    for few in (job, replace(job, nodes=2, spares=1, regroup_s=0)):
+        assert not decide([Observed("n", evidence, without)], few, CONFIG, Spent(nodes=100), NOW_S)[0].is_eviction
 
 
 NODES = st.lists(st.tuples(EVIDENCE, MEASURED), min_size=1, max_size=6)
@@ -171,16 +172,19 @@ def test_what_is_done_is_the_cheapest_of_what_is_permitted(
     lateness, beside = found.by_source.get("lateness", 0.0), found.beside_lateness
     persists = lateness >= 0.05 and found.late_for_s >= CONFIG.persist_s
     others = any(value >= 0.05 for source, value in found.by_source.items() if source != "lateness")
+    horizon_s = CONFIG.horizon_s if job.horizon_s is None else min(job.horizon_s, CONFIG.horizon_s)
     measured_gain = (
         persists
         and measured.degraded_s is not None
         and measured.degraded_s >= CONFIG.persist_s
-        and choice.costs["degrade"] > 3 * choice.costs["drain"]
+        and found.probability * (measured.residual - 1) * horizon_s > 3 * choice.costs["drain"]
     )
     may_leave = (beside >= 0.5 or (persists and others) or measured_gain) and job.spares + job.can_shrink_by > 0
+    may_be_slow = measured.is_used or measured.degraded_s is not None
+    is_slow = may_be_slow and lateness >= 0.05 and measured.slowdown >= 1.1
     permitted = {
-        "watch": True,
-        "degrade": measured.is_used and lateness >= 0.05 and measured.slowdown >= 1.1,
+        "watch": not (measured.degraded_s is not None and is_slow),
+        "degrade": is_slow,
         "drain": may_leave and not measured.stands_still,
         "replace": may_leave and (measured.stands_still or found.spoiled >= 0.5),
     }
@@ -203,6 +207,7 @@ SLOW = [seen(kinds.SLOW_RANK, ago_s) for ago_s in (0, 300, 700)]
         ((*SLOW, seen(meanings.HEALTH_WARN)), {"slowdown": 1.3}, "drain"),
         (SLOW, {"slowdown": 1.3, "degraded_s": 900.0, "residual": 1.0}, "degrade"),
         (SLOW, {"slowdown": 1.3, "degraded_s": 900.0, "residual": 1.2}, "drain"),
+        ((seen(kinds.SLOW_RANK),), {"slowdown": 1.3, "degraded_s": 900.0, "residual": 2.0}, "degrade"),
         ((seen(meanings.HEALTH_BAD),), {}, "drain"),
         ((seen("silent corruption"),), {}, "replace"),
         ((seen(kinds.HANG), seen(kinds.HANG, 60), seen(meanings.NODE_LOST)), {"stands_still": True}, "replace"),

@@ -10,10 +10,12 @@ import threading
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import xxhash
 
+from evermesh.fault.process_state import ProcessState
 from evermesh.fault.snapshot.keeper.area import AgentMark, Area, area_of, identity_in, sweep
 from evermesh.fault.snapshot.keeper.client import KeeperClient, KeeperLost
 from evermesh.fault.snapshot.keeper.process import KeeperProcess
@@ -160,6 +162,29 @@ def test_f19_a_byte_that_rots_in_memory_is_found_by_scrubbing(tmp_path: Path) ->
             data.write(bytes([last ^ 16]))
         assert client.ask("scrub", WAIT_S)["rotten"] == ["rank 0, step 6: MiB [1]"]
         assert [held.record.step for held in held_by(keeper.area, 0)] == [5]
+
+
+def test_the_next_agent_does_not_wait_for_a_keeper_that_froze_with_its_node_and_has_what_it_held(
+    tmp_path: Path,
+) -> None:
+    with keeper_of(tmp_path) as keeper:
+        first = keeper.identity
+        assert first is not None
+        client = KeeperClient(keeper.area)
+        _reserve(client)
+        _fill(keeper.area, 0, 7)
+        _seal(client, 0, 7)
+        client.close()
+        keeper.leave()
+        os.kill(first.pid, signal.SIGSTOP)
+        _wait(lambda: (state := ProcessState.of(first.pid)) is not None and state.is_stopped)
+        with mock.patch.object(KeeperProcess, "_await_end", side_effect=AssertionError("it waited")):
+            again = KeeperProcess(keeper.area, "launch", tmp_path / "again.log")
+        assert not again.is_adopted
+        assert not first.is_alive
+        _wait(lambda: again.identity is not None)
+        assert [held.record.step for held in held_by(keeper.area, 0)] == [7]
+        again.end()
 
 
 def test_f5_the_next_agent_adopts_a_keeper_of_its_launch_and_ends_one_of_another(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """What a controller does about nodes that something speaks against; agents are only told of."""
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,6 +85,60 @@ def test_a_slow_rank_gets_less_to_do_until_that_is_long_ago(monkeypatch: pytest.
         assert told_speeds(job) == [{}], "all are nominal"
         assert [event.fields["action"] for event in events(job)] == ["degrade", "nothing"]
         assert events(job)[-1].text.endswith("its ranks get their whole share again")
+
+
+def test_the_next_controller_knows_who_gets_less_to_do_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "evermesh.launcher.controller.isolation.read_injection", lambda run: object()
+    )  # nothing is stored
+    with world(**ACT) as job:
+        training(job)
+        job.controller.isolation.on_findings([SLOW])
+        job.advance()
+        job.revive()
+        job.settle(1.0)
+        slowed = job.controller.record.slowed
+        assert slowed["node-1"].slowdown == 1.5
+        job.settle(12.0)
+        assert [event.fields["action"] for event in events(job)] == ["degrade"], "nothing was decided anew, or undone"
+        job.agents["node-1"].fail(peer_lost=False)
+        job.settle(1.0)
+        told_speeds(job)
+        step(job)
+        job.settle(0.5)
+        assert job.controller.state == "training"
+        assert job.controller.isolation._degraded._sent == (job.controller.generation, {1: 1 / 1.5}), (
+            "of other ranks, too"
+        )
+        job.controller.drain("node-1", "me", "")
+        assert not slowed, "what is left has no share"
+
+
+def test_a_share_that_was_degraded_stays_so_while_the_node_is_late_though_it_does_not_help() -> None:
+    with world(**ACT) as job:
+        training(job)
+        isolation = job.controller.isolation
+        isolation.on_findings([SLOW])
+        job.advance()
+        isolation._costs.residual_of = lambda node, slowdown: 3.0  # type: ignore[method-assign]
+        isolation._decided_s = float("-inf")
+        job.advance()
+        assert [event.fields["action"] for event in events(job)] == ["degrade"]
+
+
+def test_of_two_spares_that_takes_the_place_which_nothing_speaks_against() -> None:
+    with world(**ACT, spares=2) as job:
+        seen = Evidence(time_s=time.time() - 60, node=NodeIdentity(name="here/node-2"), kind="node lost")
+        ClusterStore(Path(str(job.config.cluster))).add([seen])
+        job.controller.isolation._desk._exchange()
+        training(job)
+        job.absent.add("node-1")
+        job.agents["node-1"].die()
+        job.settle(2.0)
+        life = job.controller.life
+        assert life is not None
+        assert life.nodes == ("node-0", "node-3")
+        assert job.controller.job.suspected["node-2"] == pytest.approx(0.4, abs=0.01)
 
 
 @pytest.mark.parametrize("changes", [{}, {"isolation": "off"}])
