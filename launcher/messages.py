@@ -4,6 +4,7 @@ Both sides refuse unknown kinds and fields. Whatever belongs to an attempt names
 that an older generation asks for, and the controller ignores what an older one reports.
 """
 
+from signal import Signals
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter
@@ -192,7 +193,7 @@ class Preempted(_Message):
     """The agent got a signal that announces the end of its node."""
 
     kind: Literal["preempted"] = "preempted"
-    signal: int
+    signal: Signals
 
 
 class CannotStart(_Message):

@@ -161,7 +161,7 @@ class Agent:
             self._tell_started(self._group)
             self._watching.greet()
         if self._preempted is not None:
-            self._link.send(Preempted(signal=self._preempted))
+            self._link.send(Preempted(signal=signal.Signals(self._preempted)))
 
     def _receive(self, text: str | bytes) -> None:
         try:
@@ -393,7 +393,7 @@ class Agent:
         if self._preempted not in (None, signal.SIGUSR1):
             self._has_left = True
         self._preempted = number
-        self._loop.post(lambda: self._link.send(Preempted(signal=number)))
+        self._loop.post(lambda: self._link.send(Preempted(signal=signal.Signals(number))))
 
     def _leave(self) -> None:
         self._link.close()

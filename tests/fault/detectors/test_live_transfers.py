@@ -132,7 +132,8 @@ def test_steps_of_days_take_bounded_memory_and_the_first_are_not_forgotten() -> 
         of_step = np.ones((2, size, kernels.STEP_COLUMNS), np.int64)
         usual_ns = np.where(np.arange(first, first + size) < 30_000, 1e6, 1.4e6)
         of_step[:, :, kernels.TRAIN_NS] = usual_ns * random.normal(1, 0.02, (2, size))
-        survey = Survey(np.zeros((0, kernels.SLOT_COLUMNS), np.int64), of_step, signatures, first, np.full(2, -1))
+        slots, queued_s = np.zeros((0, kernels.SLOT_COLUMNS), np.int64), np.zeros((2, size))
+        survey = Survey(slots, of_step, signatures, first, np.full(2, -1), queued_s)
         found = pace.look(survey, np.full(size, np.nan), {})
         assert bool(found) == (first + size > 30_020) or 29_900 < first < 30_040
     assert len(pace._blocks.steps) <= 48
