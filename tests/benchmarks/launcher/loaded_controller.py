@@ -1,0 +1,94 @@
+"""``python -m tests.benchmarks.launcher.loaded_controller RUN RESULT``: a real controller whose nodes somebody else plays.
+
+It writes how long messages took from who said them to the end of their handling, and what it used, as JSON into RESULT.
+"""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from unittest import mock
+
+import psutil
+
+from evermesh.launcher.controller import __main__ as process
+from evermesh.launcher.controller.controller import Controller
+from evermesh.launcher.controller.nodes import Node
+from evermesh.launcher.messages import Beat, FromAgent
+
+WARM_UP_S = 5.0
+"""From the first beat of a training rank, until which nothing counts."""
+
+
+class Played:
+    """A place whose agents come by themselves."""
+
+    address = "127.0.0.1"
+
+    def start(self, nodes: Sequence[str]) -> None:
+        """They are there."""
+
+    def adopt(self, pids: dict[str, int]) -> None:
+        """They are there."""
+
+    def is_alive(self, node: str) -> bool | None:
+        """Nobody knows."""
+        return None
+
+    def replace(self, node: str) -> bool:
+        """There are no others."""
+        return False
+
+    def shortage(self) -> str:
+        """Nothing is known."""
+        return ""
+
+    def time_left_s(self) -> float | None:
+        """There is no limit."""
+        return None
+
+    def end(self, joining: Sequence[str] = ()) -> None:
+        """They leave when they are told to."""
+
+
+class Measured(Controller):
+    """Notes when the handling of each beat has ended; a beat says in ``memory_free_bytes`` when it was made, monotonic ns."""
+
+    handled_s: list[float] = []  # noqa: RUF012  of the only one in this process
+    began_s = float("inf")
+
+    def receive(self, node: Node, message: FromAgent) -> None:
+        super().receive(node, message)
+        if isinstance(message, Beat) and message.ranks:
+            now_s = time.monotonic()
+            Measured.began_s = min(Measured.began_s, now_s)
+            if now_s - Measured.began_s > WARM_UP_S:
+                self.handled_s.append(now_s - message.memory_free_bytes / 1e9)
+
+
+def main() -> None:
+    """Control the run on one core; write the result when the job has ended."""
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    result = Path(sys.argv.pop(2))
+    with (
+        mock.patch.object(process, "placement_for", return_value=Played()),
+        mock.patch.object(process, "Controller", Measured),
+    ):
+        try:
+            process.main()
+        finally:
+            me = psutil.Process()
+            used = me.cpu_times()
+            found = {
+                "handled_s": Measured.handled_s,
+                "processor_s": used.user + used.system,
+                "trained_s": time.monotonic() - Measured.began_s,
+                "memory_bytes": me.memory_info().rss,
+            }
+            result.write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,152 @@
+"""``python -m tests.benchmarks.launcher.played_agents RUN NODES SECONDS``: agents of one rank each.
+
+Each greets, starts its rank when it is told to, and beats twice a second; the first one tells of a step every second. After
+so many seconds of training they have the job stopped.
+"""
+
+import asyncio
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+from pydantic import BaseModel
+from websockets.asyncio.client import ClientConnection, connect
+from websockets.exceptions import ConnectionClosed
+
+from evermesh.launcher import Client, Run
+from evermesh.launcher.contact import read_contact
+from evermesh.launcher.messages import (
+    Ask,
+    Beat,
+    End,
+    Hello,
+    Leave,
+    OpenStore,
+    Outcome,
+    Progress,
+    RankBeat,
+    Report,
+    Start,
+    Started,
+    Store,
+    StoreOpened,
+    ToAgentAdapter,
+)
+from tests.launcher.reports import step_report
+
+_BEAT_S = 0.5
+_STEP_S = 1.0
+_AT_ONCE = 50
+"""Agents that connect at the same time."""
+
+
+class Played:
+    """One of them."""
+
+    def __init__(self, run: Run, number: int, token: str) -> None:
+        self._run, self._number, self._token = run, number, token
+        self._start: Start | None = None
+        self._began_s = 0.0
+        self.trained_s = 0.0
+
+    async def live(self, gate: asyncio.Semaphore) -> None:
+        """Until it is told to leave."""
+        node = f"node-{self._number}"
+        url = read_contact(self._run.directory, node)
+        assert url is not None
+        headers = {"Authorization": f"Bearer {self._token}"}
+        address = f"{url.replace('http', 'ws', 1)}/api/agents/{node}"
+        async with gate:
+            connection = await connect(
+                address, additional_headers=headers, proxy=None, ping_interval=1, ping_timeout=30, open_timeout=60
+            )
+            await _say(
+                connection, Hello(node=node, host=node, address="127.0.0.1", pid=1000 + self._number, outcome=None)
+            )
+        beating = asyncio.create_task(self._beat(connection))
+        try:
+            async for text in connection:
+                if not await self._obey(connection, text):
+                    return
+        finally:
+            beating.cancel()
+            await connection.close()
+
+    async def _obey(self, connection: ClientConnection, text: str | bytes) -> bool:
+        """Do what is asked for; whether it stays."""
+        match ToAgentAdapter.validate_json(text):
+            case OpenStore(generation=generation):
+                await _say(connection, StoreOpened(generation=generation, store=Store(host="127.0.0.1", port=1)))
+            case Start() as start if self._start is None:
+                self._start, self._began_s = start, time.monotonic()
+                rank = start.place.first_rank
+                await _say(connection, Started(generation=start.generation, pids={rank: 5000 + rank}))
+            case Ask(what="stop", generation=generation) if self._start is not None:
+                done = {self._start.place.first_rank: {"reason": "asked"}}
+                await _say(connection, Progress(outcome=Outcome(generation=generation, done=done, is_over=True)))
+                self._start = None
+            case End(generation=generation):
+                self._start = None
+                await _say(connection, Progress(outcome=Outcome(generation=generation, is_over=True)))
+            case Leave():
+                return False
+        return True
+
+    async def _beat(self, connection: ClientConnection) -> None:
+        await asyncio.sleep(_BEAT_S * self._number % _BEAT_S)
+        told = 0
+        while True:
+            start = self._start
+            self.trained_s = time.monotonic() - self._began_s if start is not None else 0.0
+            step = int(self.trained_s / _STEP_S)
+            ranks = () if start is None else (self._rank(start, step),)
+            generation = 0 if start is None else start.generation
+            try:
+                await _say(connection, Beat(generation=generation, ranks=ranks, memory_free_bytes=time.monotonic_ns()))
+                if start is not None and start.place.first_rank == 0 and step > told:
+                    told = step
+                    values = step_report(step, _STEP_S).to_json()
+                    await _say(connection, Report(generation=generation, values=json.loads(values)))
+            except ConnectionClosed:
+                return
+            await asyncio.sleep(_BEAT_S)
+
+    def _rank(self, start: Start, step: int) -> RankBeat:
+        rank = start.place.first_rank
+        return RankBeat(
+            rank=rank,
+            pid=5000 + rank,
+            step=step,
+            step_s=_STEP_S,
+            compute_s=0.9,
+            longest_s=_STEP_S,
+            point="train",
+            idle_s=0.0,
+        )
+
+
+async def _say(connection: ClientConnection, message: BaseModel) -> None:
+    await connection.send(message.model_dump_json())
+
+
+async def _play(run: Run, nodes: int, seconds: float) -> None:
+    token = (run.directory / "token").read_text().strip()
+    gate = asyncio.Semaphore(_AT_ONCE)
+    agents = [Played(run, number, token) for number in range(nodes)]
+    lives = [asyncio.create_task(agent.live(gate)) for agent in agents]
+    asked = False
+    while not all(life.done() for life in lives):
+        await asyncio.sleep(0.5)
+        if not asked and agents[0].trained_s > seconds:
+            asked = True
+            await asyncio.to_thread(lambda: Client(run, 60.0).stop(signal.SIGTERM))
+    for life in lives:
+        life.result()
+
+
+if __name__ == "__main__":
+    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    asyncio.run(_play(Run(Path(sys.argv[1])), int(sys.argv[2]), float(sys.argv[3])))
