@@ -89,7 +89,7 @@ def _people(controller: Controller) -> APIRouter:
 
     @router.get("/status", response_model=JobStatus)
     async def status() -> Response:
-        return _json(job_status(controller).model_dump(mode="python"))
+        return Response(job_status(controller).model_dump_json(), media_type="application/json")  # inf and NaN are null
 
     @router.get("/steps")
     def steps(after: int = 0) -> Response:

@@ -23,7 +23,7 @@ ENDED: tuple[JobState, ...] = ("finished", "stopped", "failed")
 
 
 class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="null")
 
 
 class RankStatus(_Frozen):
