@@ -11,10 +11,12 @@ import numpy as np
 from evermesh.fault.mixing import MIXER
 from evermesh.parallelism.planner.compiling import compiled
 
-FIRST, LAST, LAST_ENTERED_NS, LONGEST_NS, LAST_STEP = 0, 1, 2, 3, 4
-SLOT_COLUMNS = 5
-"""Of a rank in a group: first and last number that it entered, when it entered that and in which step, longest time between
-two in training; that of the first steps is forgotten."""
+FIRST, LAST, LAST_ENTERED_NS, LONGEST_NS, LAST_STEP, BEFORE_NS = 0, 1, 2, 3, 4, 5
+SLOT_COLUMNS = 6
+"""Of a rank in a group: first and last number that it entered, when it entered that and in which step; longest time between
+two in training, in the newest stretch of steps and in the one before. That of the first steps is forgotten."""
+STRETCH_STEPS, STRETCH_NUMBERS = 64, 4096
+"""Steps of a stretch, and collectives where nobody counts steps: an old hang makes nobody patient for good."""
 
 TRAIN_NS, INPUT_NS, OTHER_NS, INSIDE_NS, COUNT, UNSEEN, BEGIN_NS, END_NS = 0, 1, 2, 3, 4, 5, 6, 7
 STEP_COLUMNS = 8
@@ -60,9 +62,14 @@ def survey_rank(
             opened = index
         slot = slots[group] if group < len(slots) else -1
         if slot >= 0 and operation < _SEND:
-            if of_slot[slot, LAST_STEP] <= _WARM_STEPS < step + first_step:
-                of_slot[slot, LONGEST_NS] = 0
-            of_slot[slot, LAST_STEP] = step + first_step
+            now, last = step + first_step, of_slot[slot, LAST_STEP]
+            if last <= _WARM_STEPS < now:
+                of_slot[slot, LONGEST_NS] = of_slot[slot, BEFORE_NS] = 0
+            elif (now // STRETCH_STEPS != last // STRETCH_STEPS) or (
+                now == 0 and number // STRETCH_NUMBERS != of_slot[slot, LAST] // STRETCH_NUMBERS
+            ):
+                of_slot[slot, BEFORE_NS], of_slot[slot, LONGEST_NS] = of_slot[slot, LONGEST_NS], 0
+            of_slot[slot, LAST_STEP] = now
             if of_slot[slot, FIRST] < 0:
                 of_slot[slot, FIRST] = number
             elif phase == _TRAIN:

@@ -123,10 +123,10 @@ def _messages(joined: Joined, one: Waiting, other: int) -> int | None:
 
 
 def _patience_s(joined: Joined, survey: Survey, context: Context, group: int) -> float:
-    """Twice the longest time between two collectives of the group, and no less than three steps; before anybody knows how
-    long a step takes, what the first one may take."""
+    """Twice the longest time between two collectives of the group of late, and no less than three steps; before anybody knows
+    how long a step takes, what the first one may take."""
     slots = slice(int(joined.slot_starts[group]), int(joined.slot_starts[group + 1]))
-    longest_s = float(survey.of_slot[slots, kernels.LONGEST_NS].max()) / 1e9
+    longest_s = float(survey.of_slot[slots][:, [kernels.LONGEST_NS, kernels.BEFORE_NS]].max()) / 1e9
     step_s = context.step_s if context.step_s is not None else median_step_s(survey)
     counts_steps = survey.first_step + survey.num_steps > 1
     floor_s = context.floor_s

@@ -16,7 +16,7 @@ MOST_GROUPS = 4096
 MOST_RANKS = 1 << 20
 MOST_SAMPLES = 64
 """Of a rank in a window."""
-SLOT_WORDS = 5
+SLOT_WORDS = 6
 """That a summary has of each group."""
 MOST_ENDS = 4096
 """Connections of a rank that are told."""

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from evermesh.fault.detectors import Context, diagnose, kinds
+from evermesh.fault.detectors import Context, diagnose, kernels, kinds
 from evermesh.fault.detectors.joining import join, survey
 from evermesh.fault.detectors.streaming import JobWatch, Seen
 from evermesh.fault.detectors.summaries import RankSummary, RankWatch
@@ -62,6 +62,18 @@ def test_steps_are_those_of_a_survey_of_all_records() -> None:
     np.testing.assert_array_equal(whole.of_step, windows.of_step)
     np.testing.assert_array_equal(whole.signatures, windows.signatures)
     np.testing.assert_array_equal(whole.of_slot, windows.of_slot)
+
+
+@pytest.mark.parametrize(("steps", "is_patient"), [(60, True), (120, True), (200, False)])
+def test_a_job_that_once_stood_still_is_watched_with_patience_for_a_while_not_for_good(
+    steps: int, is_patient: bool
+) -> None:
+    traces = generate(JobShape(dp=2, steps=steps)).traces
+    for trace in traces:
+        for name in ("entered_ns", "ended_ns"):
+            trace.records[name][trace.records["step"] > 20] += np.uint64(20 * 10**9)
+    columns = [kernels.LONGEST_NS, kernels.BEFORE_NS]
+    assert (survey(join(traces)).of_slot[:, columns].max() > 20e9) == is_patient
 
 
 def test_pauses_that_a_rank_had_while_it_waited_for_a_processor_are_none_of_its_own() -> None:
