@@ -31,7 +31,8 @@ DASHBOARD_EXAMPLES = """[bold]Examples[/]
 
   evermesh dashboard quickstart --open
 
-From another machine: ssh -L 4321:localhost:4321 HOST, open http://localhost:4321 and paste what RUN/token holds."""
+From another machine: ssh -L 4321:localhost:4321 HOST, then open
+http://localhost:4321 and paste what RUN/token holds."""
 
 LOGS_EXAMPLES = """[bold]Examples[/]
 

@@ -47,3 +47,4 @@ class Wandb:
 
     def close(self, state: str) -> None:
         self._run.finish(exit_code=_FAILED if state == "failed" else 0)
+        wandb.teardown()  # only when its process has ended is all of it in the file

@@ -76,12 +76,15 @@ STAMPS = {
 """Where the wall clock is read only to stamp what people read."""
 ACROSS_JOBS = {
     ("launcher/controller/cluster_desk.py", "_exchange"),
+    ("launcher/controller/degraded.py", "degrade"),
+    ("launcher/controller/degraded.py", "degraded_for_s"),
     ("launcher/controller/isolation.py", "_add"),
     ("launcher/controller/isolation.py", "_decide"),
     ("launcher/controller/setting_aside.py", "leave"),
     ("launcher/controller/setting_aside.py", "look"),
 }
-"""Evidence and cordons are compared with those of other jobs and machines, over hours and days."""
+"""Evidence and cordons are compared with those of other jobs and machines, over hours and days; shares that were degraded
+with what an earlier controller wrote down, on another machine perhaps."""
 TOGETHER = {("launcher/agent/watching.py", "_pause_s")}
 """All agents look at about the same moment; whatever the clock says, none waits for longer than a window."""
 _WALL_CLOCKS = ("time.time", "time.time_ns", "datetime.now", "datetime.utcnow", "now", "time.localtime", "time.gmtime")

@@ -68,7 +68,13 @@ class Stripe:
         """Kill the keeper, remove its memory too, and start another."""
         process = self.keepers[node]
         first = kill_keeper(process.area)
-        wait(lambda: not process.look() or (process.identity is not None and process.identity.pid != first))
+
+        def is_another() -> bool:
+            process.look()
+            identity = process.identity
+            return identity is not None and identity.pid != first
+
+        wait(is_another)
         self.client(node).close()
         if memory:
             for folder in (*process.area.glob("rank-*"), *process.area.glob("parity-*")):
