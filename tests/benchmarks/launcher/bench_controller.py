@@ -10,7 +10,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from evermesh.fault.events import read_events
 from evermesh.launcher import Client, Run
@@ -45,7 +47,7 @@ def run() -> list[Row]:
     ]
 
 
-def play(folder: Path, nodes: int, seconds: float) -> dict[str, float | list[float]]:
+def play(folder: Path, nodes: int, seconds: float) -> dict[str, Any]:
     """Have agents play a job; what the controller measured, and what was seen from outside."""
     overrides = [f"runs={folder}", f"workers={nodes}", f"nodes={nodes}", "train.stop_at=null", "train.steps=1000000"]
     made = Run.create(load_job(quickstart(), [*overrides, *_QUIET]))
@@ -60,33 +62,35 @@ def play(folder: Path, nodes: int, seconds: float) -> dict[str, float | list[flo
         _wait(lambda: (made.directory / "controller.json").is_file() and made.is_alive(), _START_S)
         arguments = [str(made.directory), str(nodes), str(seconds)]
         with subprocess.Popen([sys.executable, "-m", f"{module}.played_agents", *arguments]) as agents:
-            started_s, longest_s = _watch(made, nodes, began_s, agents)
+            started_s, longest_s = _watch(made, began_s, agents)
             agents.wait(_END_S)
         controller.wait(_END_S)
     events = read_events(made.events) if made.events.is_file() else ()
     lost = sum(event.kind == "node lost" for event in events)
-    return json.loads(result.read_text()) | {"lost": lost, "longest_status_s": longest_s, "started_s": started_s}
+    found: dict[str, Any] = json.loads(result.read_text())
+    return found | {"lost": lost, "longest_status_s": longest_s, "started_s": started_s}
 
 
-def _watch(made: Run, nodes: int, began_s: float, agents: "subprocess.Popen[bytes]") -> tuple[float, float]:
+def _watch(made: Run, began_s: float, agents: "subprocess.Popen[bytes]") -> tuple[float, float]:
     """Ask for the status once a second while the agents live: seconds until all ranks had finished a step, and the longest
     answer from then on."""
-    client, started_s, longest_s = Client(made, 60.0), float("nan"), 0.0
+    client, longest_s = Client(made, 60.0), 0.0
+    started_s: float | None = None
     while agents.poll() is None and made.state().state == "running":
         asked_s = time.monotonic()
         status = client.status()
         took_s = time.monotonic() - asked_s
         if status.state == "training":
-            if started_s != started_s:
+            if started_s is None:
                 started_s = time.monotonic() - began_s
             longest_s = max(longest_s, took_s)
         time.sleep(max(0.0, 1.0 - took_s))
+    assert started_s is not None, "it never trained"
     return started_s, longest_s
 
 
-def _wait(holds: object, timeout_s: float) -> None:
+def _wait(holds: Callable[[], bool], timeout_s: float) -> None:
     until_s = time.monotonic() + timeout_s
-    assert callable(holds)
     while not holds():
         assert time.monotonic() < until_s, f"not in {timeout_s} s"
         time.sleep(0.05)
