@@ -84,7 +84,7 @@ def test_f15_a_node_whose_cable_is_cut_ends_its_ranks_and_is_a_spare_when_it_is_
         hosts.cut(host)
         job.wait(lambda: job.has_trained(2))
         assert victim not in _members(job)
-        job.wait(lambda: still_alive(ranks, 0.1) == [], 20.0)
+        job.wait(lambda: still_alive(ranks, 0.1) == [], 40.0)  # outside of a step they are given three times as long
         print(f"ranks of the cut node gone {time.time() - cut_s:.1f} s after the cut")
         assert psutil.pid_exists(keeper.pid), "its memory stays"
         again = next(entry for entry in job.journal if entry.fields.get("to") == "training" and entry.generation == 2)
