@@ -61,6 +61,18 @@ class RunState(BaseModel):
     """What ``evermesh launch`` ends with; None while it runs."""
 
 
+def is_held(lock: Path) -> bool:
+    """Whether a living process holds this lock (flock) alone."""
+    if not lock.is_file():
+        return False
+    with lock.open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
 @dataclass(frozen=True, slots=True)
 class Run:
     """One run on disk."""
@@ -240,15 +252,7 @@ class Run:
 
     def is_alive(self) -> bool:
         """Whether a controller holds the lock now."""
-        lock = self.directory / "run.lock"
-        if not lock.is_file():
-            return False
-        with lock.open() as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return True
-        return False
+        return is_held(self.directory / "run.lock")
 
     @contextmanager
     def locked(self) -> Iterator[Callable[[], None]]:

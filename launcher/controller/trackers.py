@@ -1,13 +1,11 @@
 """Processes beside the job that tell experiment trackers of it: started with the job, and given time at its end."""
 
 import asyncio
-import fcntl
 import time
-from pathlib import Path
 
 from evermesh.launcher.config import JobConfig
 from evermesh.launcher.processes import start_tracker
-from evermesh.launcher.run_directory import Run
+from evermesh.launcher.run_directory import Run, is_held
 from evermesh.launcher.tracking.following import FOLDER
 
 _LAST_S = 10.0
@@ -26,18 +24,7 @@ async def end(run: Run, config: JobConfig) -> None:
     until_s = time.monotonic() + _LAST_S
     for tracker in config.trackers:
         lock = run.directory / FOLDER / f"{tracker.kind}.lock"
-        while _is_held(lock) and time.monotonic() < until_s:
+        while is_held(lock) and time.monotonic() < until_s:
             await asyncio.sleep(_LOOK_S)
-        if _is_held(lock):
+        if is_held(lock):
             print(f"the tracker {tracker.kind} has not been told all after {_LAST_S:.0f} s; it goes on", flush=True)
-
-
-def _is_held(lock: Path) -> bool:
-    if not lock.is_file():
-        return False
-    with lock.open() as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
