@@ -49,6 +49,9 @@ def test_all_checks_hold_for_a_run_that_kept_its_promises(
     assert failed(*good) == []
 
 
+AFTER_A_KILL = "after a worker was killed the run went on where it was, and steps trained again have the same losses"
+
+
 @pytest.mark.parametrize(
     ("change", "promise"),
     [
@@ -89,4 +92,15 @@ def test_a_repeated_step_with_another_loss_is_found(good: tuple[Run, list[Corpus
     with run.telemetry.open("a") as telemetry:
         telemetry.write(dataclasses.replace(reports[-1], loss=reports[-1].loss + 1e-6).to_json() + "\n")
     broken = [check.promise for check in checks(run, run.config(), corpora) if not check.holds]
-    assert broken == ["after a worker was killed the run went on from its checkpoint, with the same losses"]
+    assert broken == [AFTER_A_KILL]
+
+
+def test_a_killed_worker_may_cost_no_step_but_must_have_been_killed(
+    good: tuple[Run, list[Corpus], list[StepReport]],
+) -> None:
+    run, corpora, reports = good
+    assert failed(run, corpora, reports) == []
+    run.telemetry.write_text("".join(report.to_json() + "\n" for report in reports))  # nothing was trained again
+    assert all(check.holds for check in checks(run, run.config(), corpora))
+    run.events.write_text("")
+    assert [check.promise for check in checks(run, run.config(), corpora) if not check.holds] == [AFTER_A_KILL]
