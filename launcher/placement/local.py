@@ -12,12 +12,10 @@ from pydantic import ValidationError
 
 from evermesh.launcher.agent.spec import AgentSpec
 from evermesh.launcher.config import JobConfig
+from evermesh.launcher.placement.specs import spec_of
 from evermesh.launcher.processes import AGENT_MODULE, start_agent
 from evermesh.launcher.run_directory import Run
-from evermesh.launcher.succession.office import journal_folder
-from evermesh.runtime.config import CpuDevice
 
-WARM_MODULE = "evermesh.launcher.agent.training"
 _HEAD = "node-0"
 """Nodes of one machine count as machines: the controller is lost with this one, and another node takes over."""
 _END_WAIT_S = 5.0
@@ -100,21 +98,7 @@ class LocalPlacement:
         return found
 
     def _spec(self, node: str) -> AgentSpec:
-        device = self._config.train.device
-        return AgentSpec(
-            run=self._run.directory.absolute(),
-            node=node,
-            address=self.address,
-            slots=self._config.workers // self._config.nodes,
-            warm_module=WARM_MODULE,
-            threads=device.threads if isinstance(device, CpuDevice) else 1,
-            revives=True,
-            is_head=node == _HEAD,
-            journal_folder=journal_folder(self._run, self._config, node),
-            metrics=self._config.metrics,
-            preflight=self._config.preflight,
-            health_every_s=self._config.health_every_s,
-        )
+        return spec_of(self._run, self._config, node, self.address, revives=True, is_head=node == _HEAD)
 
 
 def _spec_in(command: Sequence[str]) -> AgentSpec | None:

@@ -20,11 +20,9 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from evermesh.launcher.agent.spec import AgentSpec
 from evermesh.launcher.config import JobConfig
 from evermesh.launcher.placement import ray_cluster as cluster
-from evermesh.launcher.placement.local import WARM_MODULE
 from evermesh.launcher.placement.ray_agent import RayAgent, Surroundings, machine
+from evermesh.launcher.placement.specs import spec_of
 from evermesh.launcher.run_directory import Run
-from evermesh.launcher.succession.office import journal_folder
-from evermesh.runtime.config import CpuDevice
 
 _LOOK_S = 0.1
 _AGAIN_S = 1.0
@@ -221,19 +219,7 @@ class RayPlacement:
         del self._actors[node]
 
     def _spec(self, node: str) -> AgentSpec:
-        device = self._config.train.device
-        return AgentSpec(
-            run=self._run.directory.absolute(),
-            node=node,
-            address="",  # known where it runs
-            slots=self._config.workers // self._config.nodes,
-            warm_module=WARM_MODULE,
-            threads=device.threads if isinstance(device, CpuDevice) else 1,
-            journal_folder=journal_folder(self._run, self._config, node),
-            metrics=self._config.metrics,
-            preflight=self._config.preflight,
-            health_every_s=self._config.health_every_s,
-        )
+        return spec_of(self._run, self._config, node)
 
 
 def _surroundings() -> str:

@@ -13,12 +13,10 @@ from contextlib import suppress
 from evermesh.launcher.agent.spec import AgentSpec
 from evermesh.launcher.config import JobConfig
 from evermesh.launcher.errors import SlurmSilent
-from evermesh.launcher.placement.local import WARM_MODULE
 from evermesh.launcher.placement.slurm_allocation import Allocation
 from evermesh.launcher.placement.slurm_step import SRUN_FAILED, step_command, step_variables
+from evermesh.launcher.placement.specs import spec_of
 from evermesh.launcher.run_directory import Run
-from evermesh.launcher.succession.office import journal_folder
-from evermesh.runtime.config import CpuDevice
 
 _AGAIN_S = 10.0
 """How often it is tried to start a step on a node where Slurm refuses it: the node is down, and may come back."""
@@ -167,19 +165,5 @@ class SlurmPlacement:
             )
 
     def _spec(self, node: str, host: str) -> AgentSpec:
-        device = self._config.train.device
         is_beside = host == self._allocation.here
-        return AgentSpec(
-            run=self._run.directory.absolute(),
-            node=node,
-            address="",  # known where it runs
-            slots=self._config.workers // self._config.nodes,
-            warm_module=WARM_MODULE,
-            threads=device.threads if isinstance(device, CpuDevice) else 1,
-            revives=is_beside,
-            is_head=is_beside,
-            journal_folder=journal_folder(self._run, self._config, node),
-            metrics=self._config.metrics,
-            preflight=self._config.preflight,
-            health_every_s=self._config.health_every_s,
-        )
+        return spec_of(self._run, self._config, node, revives=is_beside, is_head=is_beside)

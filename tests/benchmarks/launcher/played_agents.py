@@ -96,7 +96,6 @@ class Played:
         return True
 
     async def _beat(self, connection: ClientConnection) -> None:
-        await asyncio.sleep(_BEAT_S * self._number % _BEAT_S)
         told = 0
         while True:
             start = self._start
