@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import math
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
@@ -23,6 +22,7 @@ from evermesh.launcher.controller.status import JobStatus
 from evermesh.launcher.dashboard import dashboard_router
 from evermesh.launcher.dashboard.watching import ControllerSource, watching_router
 from evermesh.launcher.errors import DrainRefused
+from evermesh.launcher.finite import finite
 from evermesh.launcher.messages import FromAgentAdapter, Hello
 from evermesh.parallelism.layout import Layout
 
@@ -191,12 +191,4 @@ def _lines_after(path: Path, after: int) -> Sequence[dict[str, Any]]:
 
 def _json(values: Any) -> Response:
     """JSON as browsers read it: what is not finite becomes null."""
-    return Response(json.dumps(_finite(values), allow_nan=False), media_type="application/json")
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _finite(part) for key, part in value.items()}
-    return [_finite(part) for part in value] if isinstance(value, list | tuple) else value
+    return Response(json.dumps(finite(values), allow_nan=False), media_type="application/json")

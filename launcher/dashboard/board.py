@@ -10,6 +10,7 @@ from typing import Any, get_args
 
 from evermesh.launcher.controller.status import JobStatus, NodeStatus, RankStatus
 from evermesh.launcher.dashboard.delays import delays_of
+from evermesh.launcher.finite import finite
 
 Section = Mapping[str, Any]
 Board = Mapping[str, Section]
@@ -40,15 +41,6 @@ def changes(before: Board, now: Board) -> dict[str, dict[str, Any]]:
         if changed:
             found[name] = changed
     return found
-
-
-def finite(value: Any) -> Any:
-    """The same for JSON: what is not finite is None."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {key: finite(part) for key, part in value.items()}
-    return [finite(part) for part in value] if isinstance(value, list | tuple) else value
 
 
 def _nodes(nodes: Sequence[NodeStatus]) -> Section:

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple, Protocol
 
 from evermesh.fault.events import Event, read_events
 from evermesh.launcher.controller.journal import Entry, read_journal
-from evermesh.launcher.dashboard.board import Section, finite
+from evermesh.launcher.dashboard.board import Section
+from evermesh.launcher.finite import finite
 from evermesh.launcher.lines import Lines
 from evermesh.launcher.report.accounting import spans_of
 from evermesh.launcher.report.incidents import incidents_of

@@ -12,8 +12,9 @@ from collections.abc import AsyncIterator
 from typing import Any, Protocol
 
 from evermesh.launcher.controller.status import ENDED, JobState, JobStatus
-from evermesh.launcher.dashboard.board import Board, Section, board_of, changes, finite
+from evermesh.launcher.dashboard.board import Board, Section, board_of, changes
 from evermesh.launcher.dashboard.history import Reader
+from evermesh.launcher.finite import finite
 
 PERIOD_S = 1.0
 _LOOK_S = 0.1
