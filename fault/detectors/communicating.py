@@ -1,25 +1,22 @@
 """Communication that is slow: groups next to those of their like, and messages in a delay matrix.
 
-How long a collective takes by itself is how long the last to enter was inside; that compares no clocks. Delays of
-messages between nodes do, and count only as far as they are longer than the clocks may be wrong.
+How long a collective takes by itself is how long the last to enter was inside; that compares no clocks.
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 from evermesh.fault.detectors import kinds
-from evermesh.fault.detectors.context import Offset
 from evermesh.fault.detectors.delays import Blamed, Delays, blame
 from evermesh.fault.detectors.joining import Joined
 from evermesh.fault.detectors.matching import Matched
-from evermesh.fault.detectors.message_kernels import newest_messages, pair_messages
+from evermesh.fault.detectors.message_delays import MOST_SAMPLES, Edges
 from evermesh.fault.detectors.spreads import deviation
 from evermesh.fault.events import Finding
 from evermesh.fault.mixing import MIXER
-from evermesh.fault.recorder.trace import UNKNOWN_NODE
 
 _LEAST_ROWS, _MOST_ROWS = 6, 64
 _LEAST_GROUPS = 4
@@ -27,10 +24,6 @@ _LEAST_RATIO = 1.4
 _LEAST_SCORE = 6.0
 _SPREAD_FLOOR = 0.05
 _COMMON = 0.3
-_MOST_SAMPLES = 64
-_MOST_MESSAGES = 96
-"""Of a rank."""
-_LEAST_SAMPLES = 6
 _LEAST_EDGES = 6
 
 
@@ -132,13 +125,12 @@ def _placed(joined: Joined, slow: list[_SlowGroup], usual: frozenset[str]) -> It
         )
 
 
-def find_slow_messages(joined: Joined, offsets: Mapping[str, Offset]) -> list[Finding]:
+def find_slow_messages(joined: Joined, edges: Edges) -> list[Finding]:
     """The source, destination or link whose messages are slow, among the ranks that send any."""
-    edges = _edges(joined, offsets)
     if len(edges) < _LEAST_EDGES:
         return []
     sources, targets = np.array(list(edges)).T
-    samples = np.full((_MOST_SAMPLES, len(edges)), np.nan)
+    samples = np.full((MOST_SAMPLES, len(edges)), np.nan)
     for column, values in enumerate(edges.values()):
         samples[: len(values), column] = values
     crosses = np.array([joined.traces[a].node != joined.traces[b].node for a, b in edges])
@@ -149,59 +141,6 @@ def find_slow_messages(joined: Joined, offsets: Mapping[str, Offset]) -> list[Fi
             if found is not None:
                 return [_of_messages(joined, found)]
     return []
-
-
-def _edges(joined: Joined, offsets: Mapping[str, Offset]) -> dict[tuple[int, int], np.ndarray]:
-    """By source and target, indices of traces: the newest delays, over the median of messages of their size."""
-    messages, errors_ns = _messages(joined, offsets)
-    order = np.argsort(messages[:, _KEY], kind="stable")
-    pairs = np.empty((len(order), 2), np.int64)
-    pairs = pairs[: pair_messages(messages, order, pairs)]
-    entered, ended = messages[:, _ENTERED], messages[:, _ENDED]
-    ready = (entered[pairs[:, 1]] <= entered[pairs[:, 0]]) & (
-        ended[pairs[:, 1]] > 0
-    )  # else it may have come long before
-    sent, received = messages[pairs[ready, 0]], messages[pairs[ready, 1]]
-    if not len(sent):
-        return {}
-    seconds = np.maximum(received[:, _ENDED] - sent[:, _ENTERED], 1) / 1e9
-    _, size = np.unique(received[:, _BYTES], return_inverse=True)
-    usual = np.array([np.median(seconds[size == index]) for index in range(size.max() + 1)])
-    of_usual = seconds / usual[size]
-    sources, targets = sent[:, _TRACE], received[:, _TRACE]
-    edge = sources * len(joined.traces) + targets
-    by_edge = np.lexsort((received[:, _ENTERED], edge))
-    found = {}
-    for chosen in np.split(by_edge, np.flatnonzero(np.diff(edge[by_edge])) + 1):
-        source, target = int(sources[chosen[0]]), int(targets[chosen[0]])
-        is_near = joined.traces[source].node == joined.traces[target].node
-        error_s = 0.0 if is_near else float(errors_ns[source] + errors_ns[target]) / 1e9
-        if len(chosen) >= _LEAST_SAMPLES and (is_near or np.median(seconds[chosen]) > 3 * error_s):
-            found[source, target] = of_usual[chosen][-_MOST_SAMPLES:]
-    return found
-
-
-_KEY, _TRACE, _ENTERED, _ENDED, _BYTES = 0, 2, 4, 5, 6
-
-
-def _messages(joined: Joined, offsets: Mapping[str, Offset]) -> tuple[np.ndarray, np.ndarray]:
-    """What all ranks sent and received lately, in one clock, and array [traces]: by what the clock of each may be wrong.
-
-    Ranks whose clock is not known are left out, where there are several clocks.
-    """
-    is_one = len({trace.node for trace in joined.traces}) == 1 and joined.traces[0].node != UNKNOWN_NODE
-    rows = np.empty((_MOST_MESSAGES * len(joined.traces), 7), np.int64)
-    errors_ns, count = np.zeros(len(joined.traces)), 0
-    for trace, state in enumerate(joined.traces):
-        offset = Offset(0, 0) if is_one else offsets.get(state.node)
-        if offset is None:
-            continue
-        errors_ns[trace] = offset.error_ns
-        local, places = joined.local_groups[trace], joined.places[trace]
-        most = _MOST_MESSAGES
-        words = joined.words(trace)
-        count = newest_messages(words, local, places, joined.sizes, trace, offset.offset_ns, most, rows, count)
-    return rows[:count], errors_ns
 
 
 def _of_messages(joined: Joined, found: Blamed) -> Finding:

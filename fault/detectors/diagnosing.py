@@ -13,6 +13,7 @@ from evermesh.fault.detectors.hanging import find_hangs, patient
 from evermesh.fault.detectors.joining import Joined, Survey, join, survey
 from evermesh.fault.detectors.lateness import find_late
 from evermesh.fault.detectors.matching import Matched, match
+from evermesh.fault.detectors.message_delays import edges_of
 from evermesh.fault.detectors.sentences import is_gone
 from evermesh.fault.detectors.slow_jobs import find_slow_job
 from evermesh.fault.detectors.slowing import exonerated, find_slow
@@ -46,7 +47,7 @@ def diagnose(traces: Sequence[RankTrace], context: Context | None = None) -> Dia
     slow = find_slow(joined, surveyed, context)
     slow += find_late(joined, surveyed, matched, context, {one.rank for one in slow})
     if not is_noisy(context):  # else what takes long in a transfer may be a process that waits for a processor
-        slow += find_slow_groups(joined, matched) + find_slow_messages(joined, context.offsets)
+        slow += find_slow_groups(joined, matched) + find_slow_messages(joined, edges_of(joined, context.offsets))
     found += slow
     if not slow:
         found += find_slow_job(surveyed, matched, context)

@@ -15,6 +15,7 @@ from evermesh.fault.detectors.communicating import find_slow_groups, find_slow_m
 from evermesh.fault.detectors.context import Context, Offset
 from evermesh.fault.detectors.joining import Joined, Survey, survey
 from evermesh.fault.detectors.matching import Matched, match
+from evermesh.fault.detectors.message_delays import Edges, NodeDelay, delays_between_nodes, edges_of
 from evermesh.fault.detectors.slow_jobs import transfers_of
 from evermesh.fault.events import Finding
 from evermesh.fault.recorder.record import OPERATIONS, RECORD
@@ -34,10 +35,15 @@ class Transfers:
     offsets: Mapping[str, Offset]
     counts: Mapping[int, int]
     """Records by step."""
+    edges: Edges
 
     def find_slow(self) -> list[Finding]:
         """Groups, nodes, sources, destinations and links that are slow."""
-        return find_slow_groups(self.joined, self.matched) + find_slow_messages(self.joined, self.offsets)
+        return find_slow_groups(self.joined, self.matched) + find_slow_messages(self.joined, self.edges)
+
+    def between_nodes(self) -> list[NodeDelay]:
+        """The delay matrix, as far as messages crossed from node to node."""
+        return delays_between_nodes(self.joined, self.edges)
 
     def of_steps(self, survey: Survey) -> np.ndarray:
         """Array [steps]: seconds that a rank spends in transfers, from those of its records; not a number: there are none."""
@@ -87,7 +93,8 @@ class Samples:
         if len(nodes) > 1 and not offsets:
             offsets = estimate_offsets(sampled, matched)
             matched.move({node: of.offset_ns for node, of in offsets.items()}, sampled)
-        return Transfers(sampled, matched, offsets, dict(zip(steps.tolist(), counts.tolist(), strict=True)))
+        records_of = dict(zip(steps.tolist(), counts.tolist(), strict=True))
+        return Transfers(sampled, matched, offsets, records_of, edges_of(sampled, offsets))
 
 
 def _renumbered(joined: Joined, found: Sequence[np.ndarray]) -> list[np.ndarray]:

@@ -12,6 +12,7 @@ from evermesh.fault.detectors.deaths import find_deaths
 from evermesh.fault.detectors.hanging import find_hangs
 from evermesh.fault.detectors.joining import MOST_STEPS, Joined, Survey, join
 from evermesh.fault.detectors.matching import UNEVEN
+from evermesh.fault.detectors.message_delays import NodeDelay
 from evermesh.fault.detectors.pacing import PaceWatch
 from evermesh.fault.detectors.sampled import Samples
 from evermesh.fault.detectors.slowing import find_slow
@@ -35,6 +36,8 @@ class Seen:
     suspicious: tuple[int, ...]
     """Ranks whose rings are to be read and diagnosed together: members of groups that do not agree on what they do, and all
     that a finding is about that names nobody."""
+    delays: tuple[NodeDelay, ...] = ()
+    """Between nodes, by the newest messages that are known."""
 
 
 class JobWatch:
@@ -48,6 +51,7 @@ class JobWatch:
         self._windows = 0
         self._of_transfers: list[Finding] = []
         self._of_pace: list[Finding] = []
+        self._delays: tuple[NodeDelay, ...] = ()
         self._of_slot = np.zeros((0, kernels.SLOT_COLUMNS), np.int64)
         self._of_step = np.zeros((0, MOST_STEPS, kernels.STEP_COLUMNS), np.int64)
         self._signatures = np.zeros((0, MOST_STEPS), np.uint64)
@@ -75,7 +79,7 @@ class JobWatch:
         is_unclear = any(one.operation == UNDECIDED and standing.is_long(one) for one in standing.waiting.values())
         is_unclear |= any(_is_unclear(one) for one in found)
         found += self._clocks.look(joined.traces)
-        return Seen(tuple(found), _suspicious(joined, groups, is_unclear))
+        return Seen(tuple(found), _suspicious(joined, groups, is_unclear), self._delays)
 
     def _look_at_transfers(
         self, joined: Joined, survey: Survey, ordered: Sequence[RankSummary], *, is_slow: bool
@@ -92,6 +96,7 @@ class JobWatch:
             transfers = self._samples.transfers(joined, self.context)
             if transfers is not None:
                 self._of_transfers = transfers.find_slow()
+                self._delays = tuple(transfers.between_nodes())
                 self._of_pace = self._pace.look(survey, transfers.of_steps(survey), self.context.planned_s)
         return self._of_transfers or ([] if is_slow else self._of_pace)
 

@@ -67,6 +67,17 @@ class NodeStatus(_Frozen):
     """That its keeper holds snapshots in, and parity of others'."""
 
 
+class DelayStatus(_Frozen):
+    """How long messages of one node to another took lately: a cell of the delay matrix."""
+
+    source: str
+    target: str
+    ratio: float
+    """Times as long as between nodes in the middle."""
+    messages: int
+    """That were compared."""
+
+
 Standing = Literal["none", "protected", "degraded"]
 """Of snapshots in the memory of other nodes."""
 
@@ -128,6 +139,8 @@ class JobStatus(_Frozen):
     """None before the first step of this controller."""
     findings: tuple[Finding, ...] = ()
     """What the records of the ranks say now, the surest first."""
+    delays: tuple[DelayStatus, ...] = ()
+    """Between nodes, the longest first, at most 1,024; none where no messages cross from node to node, as in sums."""
     started_s: float
     """Wall clock, seconds since 1970."""
     pid: int

@@ -16,7 +16,7 @@ Section = Mapping[str, Any]
 Board = Mapping[str, Section]
 
 RANK_STATES: tuple[str, ...] = get_args(RankStatus.model_fields["state"].annotation)
-_OWN = {"nodes", "ranks", "findings"}
+_OWN = {"nodes", "ranks", "findings", "delays"}
 """Fields of a status that have sections of their own."""
 _MIB = 1 << 20
 

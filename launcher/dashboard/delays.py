@@ -1,4 +1,4 @@
-"""The delay matrix between nodes as far as the controller knows it: what findings name of sources, destinations, links."""
+"""The delay matrix between nodes: what sampled messages measured, and what findings name of sources, destinations, links."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -21,9 +21,13 @@ class Cell(NamedTuple):
 
 
 def delays_of(status: JobStatus) -> Mapping[str, Any]:
-    """What the section ``delays`` holds: ``cells``, as lists."""
+    """What the section ``delays`` holds, as lists: ``cells`` that findings name, and ``measured``: source, target, ratio to
+    ways in the middle, messages; the longest first."""
     node_of = {rank.rank: rank.node for rank in status.ranks}
-    return {"cells": [list(cell) for finding in status.findings for cell in _cells(finding, node_of)]}
+    return {
+        "cells": [list(cell) for finding in status.findings for cell in _cells(finding, node_of)],
+        "measured": [[of.source, of.target, of.ratio, of.messages] for of in status.delays],
+    }
 
 
 def _cells(finding: Finding, node_of: Mapping[int, str]) -> Iterator[Cell]:

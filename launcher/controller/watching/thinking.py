@@ -8,6 +8,7 @@ from functools import partial
 from evermesh.fault.detectors import Context, diagnose
 from evermesh.fault.detectors.kinds import SLOWNESS
 from evermesh.fault.detectors.links import LinkWatch
+from evermesh.fault.detectors.message_delays import NodeDelay
 from evermesh.fault.detectors.streaming import JobWatch
 from evermesh.fault.events import Finding
 from evermesh.fault.recorder.trace import RankTrace
@@ -31,6 +32,7 @@ class Said:
     findings: tuple[Finding, ...]
     suspicious: tuple[int, ...] | None
     """Ranks whose rings are to be read; None: these were read."""
+    delays: tuple[NodeDelay, ...] = ()
 
 
 class Thinking:
@@ -44,6 +46,8 @@ class Thinking:
         """Findings of which nobody was told that they are concluded."""
         self.over: deque[tuple[Finding, float]] = deque()
         """Likewise that they are over, with seconds since they began."""
+        self.delays: tuple[NodeDelay, ...] = ()
+        """Of messages between nodes, by the newest that were sampled."""
         self.ways = Ways(num_nodes)
         self._job, self._work, self._links = JobWatch(), Work(num_ranks), LinkWatch()
         self._known: frozenset[int] = frozenset()
@@ -75,6 +79,7 @@ class Thinking:
         if said.suspicious is None:
             self._of_rings = tuple(one for one in said.findings if one.kind not in SLOWNESS)
             return
+        self.delays = said.delays
         if not said.suspicious:
             self._of_rings = ()
         self.rings.suspect(said.suspicious, now_s)
@@ -97,7 +102,8 @@ class Thinking:
             self._links.look(ways)
         self._job.context = replace(context, work_s=self._work.explained_s(plans), cut_links=self._links.cut)
         seen = self._job.join(summaries)
-        return Said((*seen.findings, *self._links.find_slow([one.tail for one in summaries])), seen.suspicious)
+        findings = (*seen.findings, *self._links.find_slow([one.tail for one in summaries]))
+        return Said(findings, seen.suspicious, seen.delays)
 
 
 def _read(traces: list[RankTrace], context: Context) -> Said:

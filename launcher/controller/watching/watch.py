@@ -15,6 +15,7 @@ from evermesh.launcher.watching.messages import Connections, PlannedWork, RingPa
 from evermesh.runtime.telemetry import StepReport
 
 if TYPE_CHECKING:
+    from evermesh.fault.detectors.message_delays import NodeDelay
     from evermesh.launcher.controller.job import Job
     from evermesh.launcher.controller.watching.thinking import Said, Thinking
 
@@ -38,6 +39,11 @@ class Watch:
         self._loading: Future[ModuleType] | None = None
         """Of the detectors, which takes a moment that the loop does not have."""
         self._early: deque[tuple[str, Told]] = deque(maxlen=_MOST_EARLY)
+
+    @property
+    def delays(self) -> "tuple[NodeDelay, ...]":
+        """Of messages between nodes, as far as samples of records tell; empty while nobody is watched."""
+        return self._thinking.delays if self._thinking is not None else ()
 
     def take(self, node: str, message: Told) -> None:
         """An agent tells something of the generation that lives."""

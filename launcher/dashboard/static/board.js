@@ -5,7 +5,7 @@ export class Board {
   nodes = { node: [] };
   ranks = { rank: [] };
   findings = { found: [] };
-  delays = { cells: [] };
+  delays = { cells: [], measured: [] };
   recovery = { spans: [], incidents: [], omitted: 0 };
   plan = { told: null };
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -69,6 +70,18 @@ def test_a_few_records_of_some_steps_say_what_all_say(shape: JobShape, fault: Fa
     assert {found[0] for found in whole} == {kind}
     assert _slow(seen[-1].findings) == whole
     assert _ever(seen) <= whole
+
+
+def test_the_delay_matrix_between_nodes_is_what_messages_took() -> None:
+    shape = JobShape(dp=4, pp=4, ranks_per_node=4, activation_bytes=1 << 26, steps=60)
+    nodes = [f"node{number}" for number in range(4)]
+    neighbours = {*pairwise(nodes), *pairwise(reversed(nodes))}
+    for slow, ratio in ((None, 1.0), (("node1", "node2"), 4.0)):
+        faults = [SlowTransfer(ratio, link=(4 + rank, 8 + rank)) for rank in range(4)] if slow else []
+        seen = {(of.source, of.target): of for of in list(watched(generate(shape, faults).traces))[-1].delays}
+        assert seen.keys() == neighbours, "stages send to the next and to the one before"
+        assert all(of.ratio == pytest.approx(ratio if way == slow else 1.0, rel=0.2) for way, of in seen.items())
+        assert min(of.messages for of in seen.values()) >= 24
 
 
 def test_a_job_that_is_slower_than_it_was_long_ago_is_slow_and_no_other() -> None:

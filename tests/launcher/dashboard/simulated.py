@@ -8,7 +8,7 @@ from typing import Any
 
 from evermesh.fault.events import Finding
 from evermesh.launcher.controller.journal import Entry
-from evermesh.launcher.controller.status import JobStatus, NodeStatus, RankStatus, SnapshotStatus
+from evermesh.launcher.controller.status import DelayStatus, JobStatus, NodeStatus, RankStatus, SnapshotStatus
 from evermesh.parallelism.cost import CostModel
 from evermesh.parallelism.layout import Layout
 from evermesh.parallelism.planner import plan_batch
@@ -81,8 +81,18 @@ def status(folder: Path, nodes: int, per_node: int, draw: random.Random, began_s
             is_on=True, step=STEPS - 2, age_steps=2, age_s=2.4, every=4, committed=199, skipped=1, source="memory",
             lost_steps=2, lost_s=2.4, lost_steps_of_node=2, protection="protected",
         ),
-        started_s=began_s, pid=2999,
+        delays=_delays(nodes, draw), started_s=began_s, pid=2999,
     )  # fmt: skip
+
+
+def _delays(nodes: int, draw: random.Random) -> tuple[DelayStatus, ...]:
+    """Of messages to the next node and to the one before, the longest first."""
+    ways = [(number, (number + step) % nodes) for number in range(nodes) for step in (1, -1)]
+    found = [
+        DelayStatus(source=f"node-{a}", target=f"node-{b}", ratio=round(draw.gauss(1, 0.05), 2), messages=64)
+        for a, b in dict.fromkeys(ways)
+    ]
+    return tuple(sorted(found, key=lambda of: -of.ratio)[:1024])
 
 
 def _nodes(count: int, per_node: int, *, is_large: bool) -> tuple[NodeStatus, ...]:

@@ -12,7 +12,7 @@ import pytest
 
 from evermesh.fault.events import Finding
 from evermesh.launcher import Run
-from evermesh.launcher.controller.status import JobState
+from evermesh.launcher.controller.status import DelayStatus, JobState
 from evermesh.launcher.dashboard.board import Board, board_of, changes
 from evermesh.launcher.dashboard.delays import delays_of
 from evermesh.launcher.dashboard.history import FileReader, recovery_of
@@ -94,6 +94,12 @@ def test_cells_of_the_delay_matrix_are_what_findings_name(told: Recorded) -> Non
     assert len(cells(Finding(kind="slow node", node="node-1", confidence=1))) == 2
     assert cells(Finding(kind="slow rank", rank=SLOW_RANK, node="node-1", confidence=1)) == []
     assert cells(Finding(kind="slow link", link=(1, 99), confidence=1)) == [], "of an attempt that is over"
+
+
+def test_the_delay_matrix_has_what_messages_measured(told: Recorded) -> None:
+    measured = DelayStatus(source="node-1", target="node-0", ratio=1.25, messages=90)
+    found = delays_of(told.status.model_copy(update={"findings": (), "delays": (measured,)}))
+    assert found == {"cells": [], "measured": [["node-1", "node-0", 1.25, 90]]}
 
 
 def test_attempts_and_incidents_of_a_real_run_are_told(run: Run) -> None:

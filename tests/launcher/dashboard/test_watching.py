@@ -67,6 +67,8 @@ def test_what_is_wrong_where_and_what_would_be_left_is_seen_at_a_glance(told: Re
             "2.31\N{MULTIPLICATION SIGN}",
             "",
         ]
+        back = page.run("document.querySelector('#delays tbody tr:nth-child(2)').cells[1].title")
+        assert back == "64 messages", "what no finding names is what was measured"
         assert page.count("#states rect") == 6
         assert "4.30 s until the next step" in page.text("#incidents")
         assert page.count("#checkpoints tbody tr") == 8
