@@ -1,5 +1,6 @@
 """What became of a run with faults, from what it wrote down: its journal, its events and its telemetry."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -20,6 +21,9 @@ _NOTICED = ("node cut off", "node lost")
 _NOTICED_AFTER_S = 2.0
 """Seconds for which a way may be whole again when its node is told as cut off."""
 
+_CONCLUDED_WITHIN_S = 0.5
+"""Of the end of an attempt: what was concluded of it may be written down a moment later."""
+
 
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
@@ -34,6 +38,10 @@ class FaultReport(_Frozen):
     """As it was written down; None: it never was."""
     step: int | None = None
     """The step under way; of what is no rank, the last one finished."""
+    found_after_s: float | None = None
+    """Until the detectors had concluded what is wrong from the records of collectives; None: they said nothing."""
+    finding: str | None = None
+    """Their sentence."""
     detected_after_s: float | None = None
     """Until the controller, or another one, answered it; None: nobody had to."""
     cause: str | None = None
@@ -144,6 +152,11 @@ class History:
                 return entry
         return None
 
+    def first_finding(self, from_s: float, to_s: float) -> Event | None:
+        """What the detectors concluded first between two moments."""
+        told = (event for event in self.events if event.kind == "finding" and from_s <= event.time_s <= to_s)
+        return next(told, None)
+
     def steps_lost(self, generation: int) -> int:
         """Steps of an attempt that failed after its newest checkpoint."""
         last = next((event.step for event in self.events if event.fields.get("attempt") == generation), None)
@@ -166,6 +179,10 @@ def _report(shot: Shot, fired: dict[int, Event], injection: Injection, history: 
     told = FaultReport(fault=str(shot), injected=event.text, step=event.step, outcome="survived")
     generation = history.generation_at(event.time_s)
     end = history.next_to("recovering", event.time_s, generation)
+    finding = history.first_finding(event.time_s, end.time_s + _CONCLUDED_WITHIN_S if end else math.inf)
+    if finding is not None:
+        found = {"found_after_s": finding.time_s - event.time_s, "finding": finding.text}
+        told = told.model_copy(update=found)
     if (
         end is not None
         and end.generation == generation
@@ -181,10 +198,10 @@ def _report(shot: Shot, fired: dict[int, Event], injection: Injection, history: 
                 "outcome": "restarted" if again else "ended the job",
             }
         )
-    found = _noticed(shot, event, history)
-    if found is None:
+    noticed = _noticed(shot, event, history)
+    if noticed is None:
         return told
-    time_s, cause = found
+    time_s, cause = noticed
     is_end = shot.victim is not None and shot.victim.of == "launcher"
     outcome: Outcome = "ended the job" if is_end else "survived"
     return told.model_copy(update={"detected_after_s": time_s - event.time_s, "cause": cause, "outcome": outcome})

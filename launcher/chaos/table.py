@@ -12,7 +12,8 @@ def fault_table(report: ChaosReport) -> Table:
     """A line per fault."""
     table = Table(
         "fault",
-        "noticed after",
+        "found after",
+        "answered after",
         "as",
         "training after",
         "steps lost",
@@ -42,6 +43,7 @@ def lines(report: ChaosReport) -> Iterator[str]:
 def _cells(fault: FaultReport) -> tuple[str, ...]:
     return (
         escape(fault.injected or fault.fault),
+        _seconds(fault.found_after_s),
         _seconds(fault.detected_after_s),
         escape(fault.cause or ""),
         _seconds(fault.training_after_s),

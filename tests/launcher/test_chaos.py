@@ -175,6 +175,9 @@ def test_f7_a_rank_that_hangs_is_found_from_outside_with_default_settings(job_fi
         assert event.text.splitlines()[1].startswith(f"  rank {rank} was in hook.py:")
         assert event.fields["waiting"] == [1 - rank]
     assert str(report.faults[1].cause).startswith("rank 0 hangs in step 11: ")
+    found = [fault for fault in report.faults if fault.found_after_s is not None]
+    assert found, "the records say it before the ranks are ended, where they are not kept from it by other processes"
+    assert all("hang" in str(fault.finding) or "rank" in str(fault.finding) for fault in found)
 
 
 @pytest.fixture(scope="module")
