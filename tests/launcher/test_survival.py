@@ -18,6 +18,8 @@ from tests.launcher.jobs import clean_losses, launched
 from tests.processes import still_alive
 
 STEPS = 300
+ENOUGH = 120
+"""Steps after which a job that needs no more stops; the schedule is that of all."""
 KEEPER = "evermesh.fault.snapshot.keeper"
 """The module that a keeper runs; it outlives its agent."""
 ENDLESS = "train.steps=100000"
@@ -31,7 +33,9 @@ def expected(job_file_of_module: Path) -> list[float]:
 def test_f1_a_killed_worker_is_noticed_within_100_ms_and_the_losses_are_those_of_a_clean_run(
     job_file: Path, expected: list[float]
 ) -> None:
-    with launched(job_file, f"train.steps={STEPS}", "nodes=2", "train.checkpoint.every=10") as job:
+    with launched(
+        job_file, f"train.steps={STEPS}", f"train.stop_at={ENOUGH}", "nodes=2", "train.checkpoint.every=10"
+    ) as job:
         job.wait_training()
         job.wait_checkpoint()
         killed_s = job.kill_rank(1)
@@ -40,7 +44,7 @@ def test_f1_a_killed_worker_is_noticed_within_100_ms_and_the_losses_are_those_of
         decided = next(entry for entry in job.journal if entry.fields.get("to") == "recovering")
         assert decided.time_s - killed_s < 0.1
         assert decided.reason == "rank 1 was killed by signal 9 (SIGKILL)"
-        assert job.losses == expected
+        assert job.losses == expected[:ENOUGH]
         assert job.run.state().attempt == 2
         assert {"failed", "restarted", "resumed"} <= set(job.events)
     assert "worker 1 was killed by signal 9 (SIGKILL). Going on from step" in stdout
@@ -49,7 +53,9 @@ def test_f1_a_killed_worker_is_noticed_within_100_ms_and_the_losses_are_those_of
 def test_f5_an_agent_that_is_killed_takes_its_workers_with_it_and_another_goes_on(
     job_file: Path, expected: list[float]
 ) -> None:
-    with launched(job_file, f"train.steps={STEPS}", "nodes=2", "train.checkpoint.every=10") as job:
+    with launched(
+        job_file, f"train.steps={STEPS}", f"train.stop_at={ENOUGH}", "nodes=2", "train.checkpoint.every=10"
+    ) as job:
         job.wait_training()
         job.wait_checkpoint()
         agent = psutil.Process(job.agents["node-1"])
@@ -63,13 +69,15 @@ def test_f5_an_agent_that_is_killed_takes_its_workers_with_it_and_another_goes_o
         code, stdout, stderr = job.end()
         assert code == 0, stderr
         assert "lost node-1. Going on from step" in stdout
-        assert job.losses == expected
+        assert job.losses == expected[:ENOUGH]
 
 
 def test_f7_a_rank_that_is_stopped_for_good_is_found_from_outside_and_one_that_goes_on_in_time_is_left_alone(
     job_file: Path, expected: list[float]
 ) -> None:
-    with launched(job_file, f"train.steps={STEPS}", "nodes=2", "train.checkpoint.every=10") as job:
+    with launched(
+        job_file, f"train.steps={STEPS}", f"train.stop_at={ENOUGH}", "nodes=2", "train.checkpoint.every=10"
+    ) as job:
         rank = psutil.Process(job.wait_training().ranks[1].pid)
         job.wait_checkpoint()
         rank.suspend()
@@ -91,7 +99,7 @@ def test_f7_a_rank_that_is_stopped_for_good_is_found_from_outside_and_one_that_g
         assert all(doing.values())
         code, stdout, stderr = job.end()
         assert code == 0, stderr
-        assert job.losses == expected
+        assert job.losses == expected[:ENOUGH]
         assert "  rank 1 w" in stdout
 
 

@@ -21,9 +21,6 @@ from evermesh.launcher.controller.watching.work import Work
 from evermesh.launcher.watching.messages import ReadRings
 from evermesh.parallelism.planner.compiling import COMPILED, is_cached
 
-_SKEW_S = 0.25
-"""By which windows of different nodes may be longer or shorter on their way."""
-
 
 @dataclass(frozen=True, slots=True)
 class Said:
@@ -70,7 +67,7 @@ class Thinking:
             starved=moment.starved,
             planned_s=self.expected.makespans_s(),
             cut_links=self._links.cut,
-            skew_s=_SKEW_S + moment.apart_s,
+            skew_s=moment.apart_s,
         )
         return partial(self._join, moment, self._context, dict(self.expected.plans), self.ways.seen())
 

@@ -7,6 +7,7 @@ from evermesh.fault.detectors.summaries import RankSummary
 from evermesh.fault.process_state import ProcessState
 from evermesh.fault.recorder.record import Group
 from evermesh.fault.recorder.trace import RankTrace
+from evermesh.launcher.controller.watching.reading_times import ReadingTimes
 from evermesh.launcher.watching.messages import PackedSummary, RingPart, Window
 from evermesh.launcher.watching.packing import SummaryInvalid, Unpacker
 
@@ -30,7 +31,7 @@ class Moment:
     """Of every rank: its node, its summary, its groups."""
     unpacker: Unpacker
     apart_s: float
-    """By how much the moments differ at which they were read, at most."""
+    """By how much the moments differ at which ranks of different nodes were read, at most."""
 
     @property
     def processes(self) -> dict[int, ProcessState | None]:
@@ -59,6 +60,7 @@ class Windows:
         self._unpacker = Unpacker(num_ranks)
         self._groups: dict[int, dict[int, Group]] = {}
         self._of_nodes: dict[str, _OfNode] = {}
+        self._reading_times = ReadingTimes()
         self._first_s: float | None = None
         self._taken_s = 0.0
 
@@ -70,6 +72,9 @@ class Windows:
             if one.groups is not None and one.tail.rank < self._num_ranks:
                 self._groups[one.tail.rank] = self._unpacker.groups(one.groups)
         self._of_nodes[node] = _OfNode(window, now_s)
+        read_s = [one.tail.read_ns / 1e9 for one in window.summaries]
+        if read_s:
+            self._reading_times.note(node, min(read_s), max(read_s), now_s)
 
     def moment(self) -> Moment | None:
         """The newest windows of all nodes, once; None: some are missing, or they are too far apart."""
@@ -87,7 +92,7 @@ class Windows:
             if one.tail.rank in self._groups
         }
         told = tuple(of_rank.values())
-        return Moment(told, self._unpacker, max(heard) - min(heard)) if len(told) > 1 else None
+        return Moment(told, self._unpacker, self._reading_times.apart_s()) if len(told) > 1 else None
 
     def trace(self, node: str, part: RingPart) -> RankTrace:
         """The records that were asked for.
