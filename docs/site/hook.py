@@ -1,0 +1,56 @@
+"""What mkdocs calls while it makes the site: generated pages, pictures, and the READMEs of the repository become files of it."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+from docs.site.commands import commands_page
+from docs.site.configuration import configuration_page
+from docs.site.findings import findings_table
+from docs.site.links import relinked
+from docs.site.metrics import metrics_page
+from docs.site.pictures import PICTURES
+from docs.site.script_flags import script_flags_page
+
+ROOT = Path(__file__).resolve().parents[2]
+GENERATED: Mapping[str, Callable[[], str]] = {
+    "reference/configuration.md": configuration_page,
+    "reference/commands.md": commands_page,
+    "reference/script_flags.md": script_flags_page,
+    "reference/metrics.md": metrics_page,
+}
+"""By place in the documentation: what makes the page."""
+ROOMS = {
+    "README.md": "code/repository.md",
+    "CONTRIBUTING.md": "code/contributing.md",
+    "CHANGELOG.md": "code/changelog.md",
+    "runtime/data/README.md": "code/data.md",
+} | {f"{room}/README.md": f"code/{room}.md" for room in ("parallelism", "checkpoint", "fault", "runtime", "launcher", "deploy")}
+"""By file of the repository outside of the documentation: the page that shows it."""
+_MARKS: Mapping[str, Callable[[], str]] = {"<!-- kinds of findings -->": findings_table}
+"""What pages have in place of generated parts."""
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add what is not below ``docs``."""
+    for place, make in GENERATED.items():
+        files.append(File.generated(config, place, content=make()))
+    for source, place in ROOMS.items():
+        files.append(File.generated(config, place, content=(ROOT / source).read_text()))
+    for name, draw in PICTURES.items():
+        files.append(File.generated(config, f"pictures/{name}.png", content=draw()))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Fill marks, and lead links to the pages of the files that they name."""
+    for mark, make in _MARKS.items():
+        if mark in markdown:
+            markdown = markdown.replace(mark, make())
+    pages = ROOMS | {f"docs/{file.src_uri}": file.src_uri for file in files}
+    shown = {place: source for source, place in ROOMS.items()}
+    place = page.file.src_uri
+    return relinked(markdown, shown.get(place, f"docs/{place}"), place, pages)
