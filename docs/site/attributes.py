@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import itertools
 import textwrap
 from types import ModuleType
 
@@ -26,7 +27,7 @@ def one_line(text: str) -> str:
 
 def _documented(body: list[ast.stmt]) -> dict[str, str]:
     found: dict[str, str] = {}
-    for statement, following in zip(body, body[1:], strict=False):
+    for statement, following in itertools.pairwise(body):
         match following:
             case ast.Expr(value=ast.Constant(value=str(text))):
                 found |= dict.fromkeys(_names(statement), one_line(text))

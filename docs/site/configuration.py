@@ -23,10 +23,14 @@ train:
   layout: {tp: 2}
 ```
 
-in the file, and `--set train.layout.tp=2` on the command line. Unknown keys and impossible values are refused with their line, the
-allowed ones, and a way out. Names end in their unit: `_s` seconds, `_h` hours; sizes of text are in tokens. What is left out has the default;
-the resolved configuration of a run is in `runs/NAME/job.yaml`. This page is made from the models that read the file.
+in the file, and `--set train.layout.tp=2` on the command line. Unknown keys and impossible values are refused with their
+line, the allowed ones, and a way out. Names end in their unit: `_s` seconds, `_h` hours; sizes of text are in tokens. What is
+left out has the default; the resolved configuration of a run is in `runs/NAME/job.yaml`. This page is made from the models
+that read the file.
 """
+
+
+_SHORT = {None: "required", "{}": "default: the section with its defaults"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +58,7 @@ class Section:
 
     @property
     def anchor(self) -> str:
-        return "-".join(filter(None, (self.path or "job", self.kind)))
+        return "-".join(filter(None, (self.path or "job", self.kind, "section")))
 
 
 def sections(model: type[BaseModel] = JobConfig, path: str = "") -> Iterator[Section]:
@@ -100,7 +104,7 @@ def _joined(path: str, name: str) -> str:
 def _default(field: FieldInfo) -> str | None:
     if field.is_required():
         return None
-    value: Any = field.get_default(call_default_factory=True)  # type: ignore[call-arg]
+    value: Any = field.get_default(call_default_factory=True)
     if isinstance(value, BaseModel):
         changed = value.model_dump(mode="json", exclude_defaults=True)
         kind = kind_of(type(value))
@@ -117,12 +121,10 @@ def _rendered(section: Section) -> str:
 
 def _rendered_field(field: Field, section: Section) -> str:
     anchor = f"{field.path}-{section.kind}" if section.kind else field.path
-    default = {None: "required", "{}": "default: the section with its defaults"}.get(field.default, f"default `{field.default}`")
+    default = _SHORT.get(field.default) or f"default `{field.default}`"
     return f"#### `{field.path}` {{ #{anchor} }}\n\n{field.type}; {default}\n{{ .takes }}\n\n{_markdown(field.text)}\n"
 
 
 def _markdown(text: str) -> str:
     """A docstring as Markdown: None is what YAML calls null; stars and lone brackets are no markup."""
     return re.sub(r"\bNone\b", "null", text).replace("*", r"\*")
-
-

@@ -18,7 +18,9 @@ def finding_kinds() -> list[str]:
 
 def findings_table() -> str:
     """A row for every kind, linked to what is said about it below."""
-    rows = [f"| [`{kind}`](#{kind.replace(' ', '-')}) | {_effect(kind)} | {_at_fault(kind)} |" for kind in finding_kinds()]
+    rows = [
+        f"| [`{kind}`](#{kind.replace(' ', '-')}) | {_effect(kind)} | {_at_fault(kind)} |" for kind in finding_kinds()
+    ]
     return "\n".join(["| kind | what follows | the node is at fault |", "|---|---|---|", *rows])
 
 

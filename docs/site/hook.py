@@ -1,4 +1,4 @@
-"""What mkdocs calls while it makes the site: generated pages, pictures, and the READMEs of the repository become files of it."""
+"""What mkdocs calls while it makes the site: generated pages, pictures and READMEs become files of it."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -23,12 +23,13 @@ GENERATED: Mapping[str, Callable[[], str]] = {
     "reference/metrics.md": metrics_page,
 }
 """By place in the documentation: what makes the page."""
-ROOMS = {
+_ROOMS = ("parallelism", "checkpoint", "fault", "runtime", "launcher", "deploy")
+SHOWN = {
     "README.md": "code/repository.md",
     "CONTRIBUTING.md": "code/contributing.md",
     "CHANGELOG.md": "code/changelog.md",
     "runtime/data/README.md": "code/data.md",
-} | {f"{room}/README.md": f"code/{room}.md" for room in ("parallelism", "checkpoint", "fault", "runtime", "launcher", "deploy")}
+} | {f"{room}/README.md": f"code/{room}.md" for room in _ROOMS}
 """By file of the repository outside of the documentation: the page that shows it."""
 _MARKS: Mapping[str, Callable[[], str]] = {"<!-- kinds of findings -->": findings_table}
 """What pages have in place of generated parts."""
@@ -38,7 +39,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add what is not below ``docs``."""
     for place, make in GENERATED.items():
         files.append(File.generated(config, place, content=make()))
-    for source, place in ROOMS.items():
+    for source, place in SHOWN.items():
         files.append(File.generated(config, place, content=(ROOT / source).read_text()))
     for name, draw in PICTURES.items():
         files.append(File.generated(config, f"pictures/{name}.png", content=draw()))
@@ -50,7 +51,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     for mark, make in _MARKS.items():
         if mark in markdown:
             markdown = markdown.replace(mark, make())
-    pages = ROOMS | {f"docs/{file.src_uri}": file.src_uri for file in files}
-    shown = {place: source for source, place in ROOMS.items()}
+    pages = SHOWN | {f"docs/{file.src_uri}": file.src_uri for file in files}
     place = page.file.src_uri
-    return relinked(markdown, shown.get(place, f"docs/{place}"), place, pages)
+    source = next((source for source, shown in SHOWN.items() if shown == place), f"docs/{place}")
+    return relinked(markdown, source, place, pages)

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
 
@@ -19,7 +20,8 @@ from evermesh.runtime.telemetry import PlanSummary, StepReport
 _HEAD = """# Metrics
 
 All numbers that Prometheus is told, made from the code that tells them. A number that is not known is left out.
-[Numbers for Prometheus](../monitor/prometheus.md) says where they are served, [what to alert on](../operate/alerts.md) which of them matter.
+[Numbers for Prometheus](../monitor/prometheus.md) says where they are served,
+[what to alert on](../operate/alerts.md) which of them matter.
 """
 _OF_THE_JOB = "\n## Of a job\n\nUnder `/api/metrics` of its controller.\n\n"
 _OF_A_NODE = (
@@ -68,7 +70,8 @@ def of_a_job() -> Iterator[Metric]:
 
 def of_a_node() -> Iterator[Metric]:
     """Every family of a node, of this machine for want of another."""
-    numbers = NodeNumbers(AgentSpec.model_construct(node="n", metrics=False), "", lambda: None)
+    spec = AgentSpec(run=Path("runs/job"), node="n", address="", slots=1, warm_module="", metrics=False)
+    numbers = NodeNumbers(spec, "", lambda: None)
     numbers.tell((RankBeat(rank=0, pid=1, step=1, step_s=1, compute_s=1),), 1)
     return NodeCollector((), numbers.families).collect()
 

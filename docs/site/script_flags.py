@@ -4,9 +4,9 @@ from evermesh.launcher.scripts.flags import FLAGS, FOREIGN, Flag
 
 _HEAD = """# Flags for scripts
 
-`evermesh launch [FLAGS] SCRIPT ARGS...` takes the flags of torchrun, and a few words of its own: [Launch any script](../launch/scripts.md)
-says how it is used. Each may be spelled with underscores, and given as a variable; a flag wins over its variable. This page is made from the
-table that reads them.
+`evermesh launch [FLAGS] SCRIPT ARGS...` takes the flags of torchrun, and a few words of its own:
+[Launch any script](../launch/scripts.md) says how it is used. Each may be spelled with underscores, and given as a
+variable; a flag wins over its variable. This page is made from the table that reads them.
 """
 _IDLE = """
 ## Without effect

@@ -25,7 +25,9 @@ _WORDS: dict[Any, str] = {
 def told_type(field: FieldInfo) -> str:
     """The values that a field takes, such as ``whole number > 0, or `null```."""
     text = _told(field.annotation, field.metadata)
-    switch = any(getattr(getattr(item, "func", None), "__qualname__", "").startswith("or_default") for item in field.metadata)
+    switch = any(
+        getattr(getattr(item, "func", None), "__qualname__", "").startswith("or_default") for item in field.metadata
+    )
     return f"`true`, `false`, or {text.removesuffix(' or `null`')}" if switch else text
 
 

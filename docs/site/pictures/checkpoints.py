@@ -26,7 +26,9 @@ def resharded() -> bytes:
                 read.append(f"{elements} of rank {writer}'s {int(np.prod(other.sizes))}")
                 _common(after, region, other, COLOURS[writer])
         middle = region.offsets[0] + region.sizes[0] / 2
-        after.text(_SHAPE[1] + 0.3, _SHAPE[0] - middle, f"rank {rank} reads\n" + "\n".join(read), va="center", fontsize=9)
+        after.text(
+            _SHAPE[1] + 0.3, _SHAPE[0] - middle, f"rank {rank} reads\n" + "\n".join(read), va="center", fontsize=9
+        )
     for region in wanted[1:]:
         after.axhline(_SHAPE[0] - region.offsets[0], color="black", linewidth=2.4, xmax=_SHAPE[1] / (_SHAPE[1] + 5.2))
     title(after, "loaded by three ranks: nothing is converted, nothing read twice")

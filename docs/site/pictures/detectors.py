@@ -29,13 +29,15 @@ def _drawn(fault: Fault, words: str, last_s: float, wait_s: float) -> bytes:
     told = generate(_SHAPE, [fault], seed=1)
     finding = diagnose(told.traces).findings[0]
     made, (axes,) = figure(10, 3.6)
-    end_ns = max(int(trace.records["entered_ns"][-1]) for trace in job.traces) + int(wait_s * 1e9 if wait_s < 1 else 2e6)
+    end_ns = max(int(trace.records["entered_ns"][-1]) for trace in job.traces) + int(
+        wait_s * 1e9 if wait_s < 1 else 2e6
+    )
     for trace in job.traces:
         _draw_rank(axes, trace, end_ns, is_blamed=trace.rank == finding.rank)
     axes.set_xlim(-last_s * 1e3, 0)
     axes.set_ylim(len(job.traces) - 0.5, -0.5)
     axes.set_yticks(range(len(job.traces)), [f"rank {trace.rank} on {trace.node}" for trace in job.traces])
-    axes.set_xlabel("ms. Blue: computes; amber: in a collective, waiting for the others; red: the rank that the finding names")
+    axes.set_xlabel("ms. Blue: computes; amber: waits for others in a collective; red: the rank that the finding names")
     axes.spines[["top", "right"]].set_visible(False)
     sentence = textwrap.fill(f"{finding.kind}: {finding.text} ({finding.confidence:.0%} sure)", _WIDTH)
     axes.set_title(f"{words}\n{sentence}", loc="left", fontsize=10, color=INK)

@@ -29,10 +29,10 @@ def box(axes: Any, x: float, y: float, width: float, height: float, colour: str,
     """A filled rectangle with words in its middle."""
     from matplotlib.patches import Rectangle
 
-    axes.add_patch(Rectangle((x, y), width, height, **{"facecolor": colour, "edgecolor": "white", "linewidth": 1.2} | look))
+    style: dict[str, Any] = {"facecolor": colour, "edgecolor": "white", "linewidth": 1.2} | look
+    axes.add_patch(Rectangle((x, y), width, height, **style))
     if text:
-        ink = look.get("ink", "black" if colour == FAINT else "white")
-        axes.text(x + width / 2, y + height / 2, text, ha="center", va="center", fontsize=9, color=ink)
+        axes.text(x + width / 2, y + height / 2, text, ha="center", va="center", fontsize=9, color="white")
 
 
 def title(axes: Any, text: str) -> None:

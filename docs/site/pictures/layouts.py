@@ -41,7 +41,8 @@ def mesh() -> bytes:
         panel.set_aspect("equal")
         bare(panel)
         title(panel, words)
-    made.suptitle(f"{ranks.size} ranks, pp 2 x hdp 4 x tp 2: ranks of one colour talk to each other", fontsize=11.5, x=0.01, ha="left")
+    words = f"{ranks.size} ranks, pp 2 x hdp 4 x tp 2: ranks of one colour talk to each other"
+    made.suptitle(words, fontsize=11.5, x=0.01, ha="left")
     return png(made)
 
 
@@ -51,10 +52,12 @@ def memory() -> bytes:
     precision = Precision(element_bytes=2)
     found = [fullest(layout_memory(_MODEL, layout, precision)).parts for _, layout in _CHOICES]
     names = [name for name in found[0] if any(parts[name] for parts in found)]
+    labels = [words for words, _ in _CHOICES]
     for number, name in enumerate(names):
         below = [sum(parts[other] for other in names[:number]) / _GIB for parts in found]
         colour = FAINT if name == "reserve" else COLOURS[number % len(COLOURS)]
-        axes.bar([words for words, _ in _CHOICES], [parts[name] / _GIB for parts in found], bottom=below, color=colour, label=name, width=0.6)
+        heights = [parts[name] / _GIB for parts in found]
+        axes.bar(labels, heights, bottom=below, color=colour, label=name, width=0.6)
     for place, parts in enumerate(found):
         total = sum(parts.values()) / _GIB
         axes.text(place, total, f"{total:.0f} GiB", ha="center", va="bottom", fontsize=9.5)

@@ -34,10 +34,12 @@ def static_plan() -> bytes:
 
 def pipeline() -> bytes:
     """Two pipelines of four stages."""
-    layout = Layout(hdp=2, pp=4, schedule="zero-bubble", capacity=8192)
+    layout = Layout(hdp=2, pp=4, capacity=8192)
     lengths = _LENGTHS[4::2]  # few enough to be told apart
     case = _case(layout, lengths)
-    return _drawn(case.plan, case.timeline(), "micro-batches of two pipelines, zero-bubble schedule")
+    return _drawn(
+        case.plan, case.timeline(), "micro-batches of two pipelines, one forward and one backward in turn (1f1b)"
+    )
 
 
 def _case(layout: Layout, lengths: tuple[int, ...] = _LENGTHS) -> Case:

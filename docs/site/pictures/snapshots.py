@@ -22,7 +22,8 @@ def stripes() -> bytes:
         stripe, _ = plan.stripe_of(node.node)
         box(axes, rack * 1.25, _PER_RACK - 1 - shelf, 1, 0.9, COLOURS[stripe], f"stripe {stripe}")
     lost = 2
-    box(axes, lost * 1.25 - 0.07, -0.1, 1.14, _PER_RACK + 0.1, "none", edgecolor="#c0392b", linewidth=2.5, linestyle="--")
+    red: dict[str, Any] = {"edgecolor": "#c0392b", "linewidth": 2.5, "linestyle": "--"}
+    box(axes, lost * 1.25 - 0.07, -0.1, 1.14, _PER_RACK + 0.1, "none", **red)
     for rack in range(_RACKS):
         axes.text(rack * 1.25 + 0.5, _PER_RACK + 0.12, "lost" if rack == lost else f"rack {rack}", ha="center", fontsize=9.5,
                   color="#c0392b" if rack == lost else INK)  # fmt: skip
@@ -30,7 +31,9 @@ def stripes() -> bytes:
     axes.set_xlim(-0.1, _RACKS * 1.25)
     axes.set_ylim(-1.0, _PER_RACK + 0.6)
     bare(axes)
-    title(axes, f"{len(nodes)} nodes, code {_CODE}: six parts of data and two of parity in each of {len(plan.stripes)} stripes")
+    title(
+        axes, f"{len(nodes)} nodes in {len(plan.stripes)} stripes, each with code {_CODE}: 6 parts of data, 2 of parity"
+    )
     return png(made)
 
 
@@ -47,7 +50,9 @@ def survival() -> bytes:
     losses = range(1, _MOST_LOST + 1)
     for number, scheme in enumerate(schemes):
         values = [100 * scheme.survival(lost) for lost in losses]
-        axes.plot(losses, values, marker="o", color=COLOURS[number], label=f"{scheme.name}: +{scheme.memory:.0%} memory")
+        axes.plot(
+            losses, values, marker="o", color=COLOURS[number], label=f"{scheme.name}: +{scheme.memory:.0%} memory"
+        )
     axes.set_xlabel("nodes of 128 that are lost at once, any of them")
     axes.set_ylabel("recovered from memory, %")
     axes.legend(frameon=False, fontsize=9.5)

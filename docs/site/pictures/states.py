@@ -50,7 +50,7 @@ def _handlers(decide: ast.FunctionDef) -> Iterator[tuple[list[str], str]]:
         if isinstance(node, ast.If | ast.IfExp) and isinstance(node.test, ast.Compare):
             calls = [inner for part in _body(node) for inner in ast.walk(part) if isinstance(inner, ast.Call)]
             (call,) = [inner.func.id for inner in calls if isinstance(inner.func, ast.Name)]
-            yield [word.value for word in ast.walk(node.test) if isinstance(word, ast.Constant)], call
+            yield [str(word.value) for word in ast.walk(node.test) if isinstance(word, ast.Constant)], call
 
 
 def _body(node: ast.If | ast.IfExp) -> list[Any]:
