@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args, get_origin
 import typer
 from rich.text import Text
 
+from docs.site.cells import cell
 from evermesh.launcher.commands.app import app
 
 _HEAD = """# Command reference
@@ -97,7 +98,7 @@ def _table(each: Command) -> str:
 def _row(each: Command, parameter: Any) -> str:
     metavar = _metavar(each, parameter)
     names = ", ".join(f"`{name}`" for name in option_names(parameter)) + (f" `{metavar}`" if metavar else "")
-    return f"| {_cell(names)} | {_cell(_markdown(parameter.help or ''))} | {_cell(_default(parameter))} |"
+    return f"| {cell(names)} | {cell(_markdown(parameter.help or ''))} | {cell(_default(parameter))} |"
 
 
 def _metavar(each: Command, parameter: Any) -> str:
@@ -124,7 +125,7 @@ def _default(parameter: Any) -> str:
     value = parameter.default
     if parameter.required:
         return "required"
-    if value is None or value is False or value in ([], ()):
+    if value is None or value is False or value in ([], (), ""):
         return ""
     if isinstance(value, Enum | Path):
         value = value.value if isinstance(value, Enum) else str(value)
@@ -140,7 +141,7 @@ def _epilog(text: str) -> list[str]:
 
 
 def _sentence(each: Command) -> str:
-    return _cell(_markdown((each.command.help or "").split("\n\n")[0]))
+    return cell(_markdown((each.command.help or "").split("\n\n")[0]))
 
 
 def _markdown(text: str) -> str:
@@ -152,7 +153,3 @@ def _markdown(text: str) -> str:
 def _escaped(text: str) -> str:
     """Angle brackets are no HTML here."""
     return text.replace("<", "&lt;")
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", r"\|").replace("\n", " ")

@@ -31,6 +31,8 @@ SHOWN = {
     "runtime/data/README.md": "code/data.md",
 } | {f"{room}/README.md": f"code/{room}.md" for room in _ROOMS}
 """By file of the repository outside of the documentation: the page that shows it."""
+_BEHIND = ("decisions/", "code/")
+"""Pages that search shows behind others: why things are so, and where."""
 _MARKS: Mapping[str, Callable[[], str]] = {"<!-- kinds of findings -->": findings_table}
 """What pages have in place of generated parts."""
 
@@ -53,5 +55,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
             markdown = markdown.replace(mark, make())
     pages = SHOWN | {f"docs/{file.src_uri}": file.src_uri for file in files}
     place = page.file.src_uri
+    if place.startswith(_BEHIND):
+        page.meta["search"] = {"boost": 0.3}
     source = next((source for source, shown in SHOWN.items() if shown == place), f"docs/{place}")
     return relinked(markdown, source, place, pages)

@@ -1,5 +1,6 @@
 """The reference of the flags of ``evermesh launch SCRIPT``, from the table that reads them."""
 
+from docs.site.cells import cell
 from evermesh.launcher.scripts.flags import FLAGS, FOREIGN, Flag
 
 _HEAD = """# Flags for scripts
@@ -26,7 +27,7 @@ Flags of the launchers of DeepSpeed and Accelerate, and older ones of torch's, a
 def script_flags_page() -> str:
     """The page, in Markdown."""
     working, idle = ([flag for flag in FLAGS if flag.has_effect is wanted] for wanted in (True, False))
-    foreign = "\n".join(f"| `{name}` | {_cell(way_out)} |" for name, way_out in FOREIGN.items())
+    foreign = "\n".join(f"| `{name}` | {cell(way_out)} |" for name, way_out in FOREIGN.items())
     return f"{_HEAD}\n{_table(working, 'meaning')}\n{_IDLE}\n{_table(idle, 'because')}\n{_FOREIGN}{foreign}\n"
 
 
@@ -36,8 +37,5 @@ def _table(flags: list[Flag], text: str) -> str:
 
 def _row(flag: Flag) -> str:
     names = ", ".join(f"`{name}`" for name in flag.names) + (f" `{flag.metavar}`" if flag.metavar else "")
-    return f"| {_cell(names)} | {_cell(flag.help)} | `{flag.variable}` |"
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", r"\|").replace("*", r"\*")
+    text = flag.help.replace("*", r"\*")
+    return f"| {cell(names)} | {cell(text)} | `{flag.variable}` |"

@@ -45,6 +45,14 @@ def test_every_page_is_there_and_loads_what_is_beside_it_alone(site: Path) -> No
             assert path.resolve().is_file(), f"{file} loads {address}, which is not there"
 
 
+def test_no_markup_is_left_in_what_readers_see(site: Path) -> None:
+    for name in ("commands", "script_flags", "configuration", "metrics"):
+        text = re.sub(
+            r"<(script|style).*?</\1>", "", (site / "reference" / f"{name}.html").read_text(), flags=re.DOTALL
+        )
+        assert not re.search(r"\\\||``|\{ [.#]|\[/?(bold|dim)\]|\*\*", re.sub(r"<[^>]+>", "", text)), name
+
+
 def test_style_sheets_load_nothing_from_elsewhere(site: Path) -> None:
     for file in site.rglob("*.css"):
         assert not re.search(r"(@import|url\()\s*[\"']?(https?:)?//", file.read_text()), file
