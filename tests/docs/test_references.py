@@ -3,6 +3,7 @@
 import ast
 import functools
 import re
+import signal
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -19,6 +20,7 @@ from docs.site.script_flags import script_flags_page
 from evermesh.launcher.commands.app import app
 from evermesh.launcher.config import JobConfig
 from evermesh.launcher.controller.status import JobState
+from evermesh.launcher.policy import DO_NOT_REQUEUE, REQUEUE
 from evermesh.launcher.scripts.flags import FLAGS, FOREIGN
 from tests.docs.conftest import DOCS, ROOT
 
@@ -237,6 +239,20 @@ def _is_kind(value: object) -> bool:
 def test_every_kind_of_event_has_a_row_and_no_other_has() -> None:
     told = set(re.findall(r"^\| `([^`]+)` \|", (DOCS / "operate" / "events.md").read_text(), re.MULTILINE))
     assert told == _event_kinds()
+
+
+def test_the_table_of_faults_names_events_that_exist() -> None:
+    rows = (DOCS / "operate" / "faults.md").read_text().splitlines()
+    seen = [row.split(" | ")[-2] for row in rows if row.startswith("| ") and not row.startswith("| what")]
+    named = {kind for cell in seen for kind in re.findall(r"`([^`]+)`", cell)}
+    assert named - {"top", "requeue_on_term"} <= _event_kinds()
+    assert len(named) > 15
+
+
+def test_the_page_of_exit_codes_has_those_of_the_policy() -> None:
+    page = (DOCS / "operate" / "exit_codes.md").read_text()
+    told = {int(code) for code in re.findall(r"^\| (\d+) \|", page, re.MULTILINE)}
+    assert told == {0, 1, 2, REQUEUE, DO_NOT_REQUEUE, 128 + signal.SIGINT, 128 + signal.SIGTERM}
 
 
 def test_every_fault_of_the_matrix_has_a_row_and_those_with_a_test_are_all_there() -> None:
