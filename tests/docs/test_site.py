@@ -123,8 +123,10 @@ def test_a_page_is_laid_out_within_its_window(page: Page, served: str, name: str
     assert all(url.startswith((served, "data:", "blob:", "about:")) for url in page.urls), page.urls
 
 
-def test_search_finds_a_setting_without_any_other_server(page: Page, served: str) -> None:
-    page.open(f"{served}/index.html")
+@pytest.mark.parametrize("of", ["a server", "the disk"])
+def test_search_finds_a_setting_in_pages(page: Page, site: Path, served: str, of: str) -> None:
+    root = served if of == "a server" else site.as_uri()
+    page.open(f"{root}/index.html")
     page.wait("document.readyState == 'complete' && document.querySelector('.md-search__input')")
     page.run(
         "(() => { const input = document.querySelector('.md-search__input'); input.focus(); "
@@ -133,4 +135,4 @@ def test_search_finds_a_setting_without_any_other_server(page: Page, served: str
     page.wait("document.querySelector('.md-search-result__item')")
     found = page.run("[...document.querySelectorAll('.md-search-result__link')].map(link => link.href)")
     assert any("reference/configuration.html" in link for link in found), found
-    assert all(url.startswith((served, "data:", "blob:", "about:")) for url in page.urls), page.urls
+    assert all(url.startswith((root, "data:", "blob:", "about:")) for url in page.urls), page.urls
