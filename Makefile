@@ -12,7 +12,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # every test and job starts processes: with modules that are compiled already
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help install demo test check format gpu docs docs-serve picture parity faults soak soak-planner soak-saving bench $(addprefix bench-,$(ROOMS)) $(addprefix test-,$(ROOMS)) clean
+.PHONY: help install demo test check format gpu docs docs-serve picture pictures parity faults soak soak-planner soak-saving bench $(addprefix bench-,$(ROOMS)) $(addprefix test-,$(ROOMS)) clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z%-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 24
@@ -62,6 +62,9 @@ docs-serve: $(INSTALLED)  ## the same at http://127.0.0.1:8000, built again when
 
 picture: $(INSTALLED)  ## docs/images/dashboard.png, by Chromium
 	$(BIN)/python -m tests.launcher.dashboard.picture docs/images/dashboard.png
+
+pictures: $(INSTALLED)  ## the pictures that the documentation draws from the code, in build/pictures, to look at
+	$(BIN)/python -m docs.site.pictures build/pictures
 
 parity: $(INSTALLED)  ## gradients on every layout against one process; takes minutes
 	$(BIN)/python -m pytest tests/runtime tests/parallelism tests/checkpoint tests/fault tests/launcher -m parity
