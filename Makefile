@@ -12,7 +12,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # every test and job starts processes: with modules that are compiled already
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help install demo test check format gpu picture parity faults soak soak-planner soak-saving bench $(addprefix bench-,$(ROOMS)) $(addprefix test-,$(ROOMS)) clean
+.PHONY: help install demo test check format gpu docs docs-serve picture pictures parity faults soak soak-planner soak-saving bench $(addprefix bench-,$(ROOMS)) $(addprefix test-,$(ROOMS)) clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z%-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 24
@@ -44,7 +44,7 @@ check: $(INSTALLED)  ## lint, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy -p evermesh
-	$(BIN)/mypy tests
+	$(BIN)/mypy tests docs/site
 
 format: $(INSTALLED)  ## rewrite the code in the house format
 	$(BIN)/ruff check --fix .
@@ -53,8 +53,18 @@ format: $(INSTALLED)  ## rewrite the code in the house format
 gpu: $(INSTALLED)  ## the checks that only a GPU can make; skips aloud without one
 	$(BIN)/python -m pytest tests/gpu -m gpu -rs
 
+docs: $(INSTALLED)  ## the documentation as a site in build/site, with references and pictures from the code
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+	@echo "open build/site/index.html"
+
+docs-serve: $(INSTALLED)  ## the same at http://127.0.0.1:8000, built again when a page changes
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs serve --dev-addr 127.0.0.1:8000
+
 picture: $(INSTALLED)  ## docs/images/dashboard.png, by Chromium
 	$(BIN)/python -m tests.launcher.dashboard.picture docs/images/dashboard.png
+
+pictures: $(INSTALLED)  ## the pictures that the documentation draws from the code, in build/pictures, to look at
+	$(BIN)/python -m docs.site.pictures build/pictures
 
 parity: $(INSTALLED)  ## gradients on every layout against one process; takes minutes
 	$(BIN)/python -m pytest tests/runtime tests/parallelism tests/checkpoint tests/fault tests/launcher -m parity

@@ -94,7 +94,7 @@ def read_case(
         return _of_plan(source, degrees, cost)
     else:
         return case_of_lengths(source, degrees, cost, baseline)
-    return case if baseline is None else _restated(case, baseline)
+    return case if baseline is None else restated(case, baseline)
 
 
 def case_of_lengths(path: Path, degrees: Degrees, cost: ClusterCost | None = None, baseline: str | None = None) -> Case:
@@ -112,7 +112,7 @@ def case_of_lengths(path: Path, degrees: Degrees, cost: ClusterCost | None = Non
     if baseline is None:
         return Case(plan_batch(lengths, layout, found, pool=pool), layout, found, pool, shape)
     empty = BatchPlan(lengths, capacity, ((),) * hdp, Certificate(0.0, 0.0, "nothing"), "", found.version, 0)
-    return _restated(Case(empty, layout, found, pool, shape), baseline)
+    return restated(Case(empty, layout, found, pool, shape), baseline)
 
 
 def _of_job(path: Path, degrees: Degrees, cost: ClusterCost | None, batch: int) -> Case:
@@ -157,7 +157,7 @@ def _of_plan(path: Path, degrees: Degrees, cost: ClusterCost | None) -> Case:
     return Case(certified, layout, used, pool, shape)
 
 
-def _restated(case: Case, name: str) -> Case:
+def restated(case: Case, name: str) -> Case:
     """The same batch as a peer plans it."""
     if name not in RESTATED:
         raise ScenarioInvalid(f"--baseline {name}: there is none. Choose one of {', '.join(RESTATED)}.")

@@ -73,6 +73,7 @@ class _Optimizer(_Frozen):
     schedule: Schedule = CosineSchedule()
     """The rate behind the warm-up; a cosine where ``kind`` is not given."""
     betas: tuple[_Beta, _Beta] = (0.9, 0.95)
+    """How much of the first and of the second moment stays in an update."""
     weight_decay: NonNegativeFloat = 0.1
     """Decoupled weight decay of matrices; vectors (norm weights) are not decayed."""
     clip_norm: PositiveFloat | None = 1.0
@@ -84,6 +85,7 @@ class AdamWConfig(_Optimizer):
 
     kind: Literal["adamw"] = "adamw"
     eps: PositiveFloat = 1e-8
+    """What is added to the root of the second moment, which an update is divided by."""
 
 
 class LambConfig(_Optimizer):
@@ -91,6 +93,7 @@ class LambConfig(_Optimizer):
 
     kind: Literal["lamb"] = "lamb"
     eps: PositiveFloat = 1e-6
+    """What is added to the root of the second moment, which an update is divided by."""
 
 
 OptimizerConfig = AdamWConfig | LambConfig

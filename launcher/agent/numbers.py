@@ -24,7 +24,7 @@ class NodeNumbers:
         self._server: MetricsServer | None = None
         if spec.metrics:
             try:
-                collector = NodeCollector((spec.run,), self._families)
+                collector = NodeCollector((spec.run,), self.families)
                 self._server = MetricsServer(collector, spec.address or "127.0.0.1", token=token)
             except OSError as error:
                 print(f"no numbers of this node are served: {error}", flush=True)
@@ -45,7 +45,8 @@ class NodeNumbers:
         if self._server is not None:
             self._server.close()
 
-    def _families(self) -> Iterator[Metric]:
+    def families(self) -> Iterator[Metric]:
+        """What is told beside the numbers of the machine."""
         told = self._told
         yield from rank_families(self._node, told.beats)
         yield from gauge(

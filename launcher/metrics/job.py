@@ -12,7 +12,7 @@ from evermesh.launcher.metrics.families import counter, counters, gauge, gauges,
 from evermesh.launcher.metrics.totals import Totals
 from evermesh.runtime.telemetry import StepReport
 
-_NODE_STATES = ("joining", "ready", "cut off", "lost")
+_NODE_STATES = get_args(NodeStatus.model_fields["state"].annotation)
 
 
 def job_families(status: JobStatus, report: StepReport | None, totals: Totals) -> Iterator[Metric]:

@@ -26,6 +26,7 @@ class WandbConfig(_Frozen):
 
     kind: Literal["wandb"] = "wandb"
     project: str = "evermesh"
+    """Project that the run is listed in."""
     entity: str | None = None
     """User or team; None: what W&B takes."""
     mode: Literal["online", "offline"] = "online"
@@ -39,6 +40,7 @@ class MlflowConfig(_Frozen):
     uri: str | None = None
     """Address of the tracking server; None: MLFLOW_TRACKING_URI."""
     experiment: str = "evermesh"
+    """Experiment that the run is listed in."""
 
 
 def _from_name(value: Any) -> Any:

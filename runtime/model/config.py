@@ -17,6 +17,7 @@ class LinearRope(_Frozen):
 
     kind: Literal["linear"] = "linear"
     factor: PositiveFloat
+    """How many times longer the context becomes."""
 
 
 class Llama3Rope(_Frozen):
@@ -24,6 +25,7 @@ class Llama3Rope(_Frozen):
 
     kind: Literal["llama3"] = "llama3"
     factor: PositiveFloat
+    """What slow rotations are divided by."""
     low_freq_factor: PositiveFloat = 1.0
     """Rotations within ``original_positions`` below which a frequency is divided."""
     high_freq_factor: PositiveFloat = 4.0
@@ -45,6 +47,7 @@ class YarnRope(_Frozen):
 
     kind: Literal["yarn"] = "yarn"
     factor: PositiveFloat
+    """How many times longer the context becomes."""
     original_positions: PositiveInt
     """Context of the training before the extension, tokens."""
     beta_fast: PositiveFloat = 32.0
@@ -146,8 +149,11 @@ class ModelConfig(_Frozen):
     """Sizes and options of a decoder; the defaults are those of LLaMA."""
 
     hidden: PositiveInt = 128
+    """Width of what passes from layer to layer."""
     layers: PositiveInt = 4
+    """Transformer blocks."""
     heads: PositiveInt = 4
+    """Query heads of attention."""
     kv_heads: PositiveInt = 2
     """Key and value heads; every one serves heads / kv_heads query heads (grouped-query attention)."""
     head_dim: PositiveInt | None = None
@@ -157,11 +163,13 @@ class ModelConfig(_Frozen):
     vocabulary: PositiveInt | None = None
     """Rows of embedding and head, at least the entries of the tokenizer; null: exactly those."""
     rope_theta: PositiveFloat = 10_000.0
+    """Base of the frequencies of rotary positions."""
     rope_scaling: RopeScaling | None = None
     """How rotary positions are stretched for a longer context; null: not."""
     max_positions: PositiveInt | None = None
     """Longest context that the weights are said to be good for, tokens: goes into an export, changes no value."""
     norm_eps: PositiveFloat = 1e-5
+    """What RMSNorm adds to the mean square before its root."""
     qk_norm: bool = False
     """RMSNorm of every head's queries and keys before their rotation (Qwen3)."""
     qkv_bias: bool = False

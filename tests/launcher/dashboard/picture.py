@@ -1,4 +1,4 @@
-"""The picture of the dashboard in the guide: ``make picture``."""
+"""The picture of the dashboard in the documentation: ``make picture``."""
 
 import os
 import sys
