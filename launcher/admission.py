@@ -12,6 +12,7 @@ from evermesh.launcher.config import JobConfig
 from evermesh.launcher.errors import ClusterMissing, DevicesMissing, ResumeRefused, RunUnusable
 from evermesh.launcher.job_file import load_job
 from evermesh.launcher.run_directory import Run
+from evermesh.launcher.topology_file import read_topology
 from evermesh.launcher.tracking.config import check_tracker
 from evermesh.parallelism.errors import LayoutDoesNotFit
 from evermesh.runtime.data.corpus import Corpus
@@ -44,6 +45,12 @@ def check_place(config: JobConfig) -> None:
     """Raise ``ClusterMissing`` if the job is to run on Ray, which is not installed."""
     if config.on not in ("local", "slurm"):
         check_ray(f"--on {config.on}")
+
+
+def check_topology(config: JobConfig) -> None:
+    """Raise ``LayoutRequestInvalid`` if the topology of the job cannot be read."""
+    if config.topology is not None:
+        read_topology(config.topology)
 
 
 def check_trackers(config: JobConfig) -> None:

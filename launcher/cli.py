@@ -4,6 +4,7 @@ Exit codes: 0 done (or stopped at ``stop_at``), 1 failed, 2 a wrong request, 75 
 signal after Ctrl-C or SIGTERM. What is needed for some commands only is loaded late: a script's ranks wait for it.
 """
 
+import os
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -15,6 +16,8 @@ from evermesh.parallelism.errors import EvermeshError
 def main() -> None:
     """Run the command line and end the process."""
     try:
+        if os.environ.get("_EVERMESH_COMPLETE") in ("complete_bash", "complete_zsh", "complete_fish"):
+            sys.exit(_answer_shell())
         if sys.argv[1:2] == ["launch"]:
             _launch(sys.argv[2:])
         _command_line()
@@ -32,6 +35,13 @@ def _command_line() -> None:
     from evermesh.launcher.commands.app import app
 
     app()
+
+
+def _answer_shell() -> int:
+    """Say what may follow on a command line: a person waits for it at every key."""
+    from evermesh.launcher.completion.answering import answer
+
+    return answer()
 
 
 def _launch(arguments: Sequence[str]) -> None:

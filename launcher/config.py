@@ -78,6 +78,10 @@ class JobConfig(BaseModel):
     racks: dict[str, str] = {}
     """Rack of each host, by host name (on one machine of each node: ``node-0``, ``node-1``, ...). Nodes of one rack
     protect each other's snapshots as little as can be; a host that is not named counts as a rack of its own."""
+    topology: Path | None = None
+    """File that describes the cluster: racks, cards and switches of nodes, by host name (on one machine ``node-0``, ...), as
+    in ``deploy/topologies``. None, or for nodes that it lacks: what agents find out. Nodes take places such that least
+    is sent between racks and classes of cards."""
     on: str = "local"
     """Where the nodes are: ``local`` (this machine), ``ray`` (the cluster that RAY_ADDRESS or this machine belongs to),
     ``ray://HOST:PORT``, ``slurm`` (the allocation in which it is launched; nodes of it beyond ``nodes`` are spares), or

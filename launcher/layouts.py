@@ -1,6 +1,5 @@
 """What the search for a layout is given: a model, a cluster, lengths of sequences."""
 
-import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +16,6 @@ from evermesh.launcher.job_file import load_job
 from evermesh.launcher.planning import read_lengths
 from evermesh.parallelism.layout.device import DEVICES, Device
 from evermesh.parallelism.layout.options import SearchOptions
-from evermesh.parallelism.topology import Topology
 from evermesh.runtime.cost import ELEMENT_BYTES
 from evermesh.runtime.data import Sampler
 from evermesh.runtime.layout import is_supported
@@ -126,26 +124,3 @@ def _drawn(lengths: Sequence[int], batch_tokens: int, batches: int) -> list[tupl
             tokens += following
         drawn.append(tuple(batch))
     return drawn
-
-
-def read_topology(path: Path) -> Topology:
-    """The topology in a JSON or YAML file.
-
-    Raises:
-        LayoutRequestInvalid: it cannot be read, or is none.
-    """
-    try:
-        values, lines = (json.loads(path.read_text()), {}) if path.suffix == ".json" else job_yaml.read(path)
-        return Topology.model_validate(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = first["loc"]
-        line = next((lines[key[:end]] for end in range(len(key), 0, -1) if key[:end] in lines), None)
-        raise LayoutRequestInvalid(
-            f"{path}{f':{line}' if line else ''}: {job_yaml.dotted(key) or 'the file'}: {first['msg']}. A topology has "
-            "nodes, each with a name, devices and nics, and for paths leaves, each with a name, spines and bytes_per_s."
-        ) from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise LayoutRequestInvalid(
-            f"{path} cannot be read as a topology: {error}. Give a .json or .yaml file."
-        ) from error

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter
 
 from evermesh.fault.cluster.identity import NodeIdentity
+from evermesh.fault.hardware.model import NodeHardware
 from evermesh.fault.health.verdicts import Verdict
 from evermesh.launcher.config import HangConfig
 from evermesh.launcher.policy import Failure
@@ -130,6 +131,8 @@ class Hello(_Message):
     """What was found out about the health of the node, all of it."""
     identity: NodeIdentity | None = None
     """As the cluster store knows it."""
+    hardware: NodeHardware | None = None
+    """Its network cards, GPUs and rack."""
 
 
 class Beat(_Message):
@@ -389,6 +392,8 @@ class Start(_Message):
     work: TrainingWork
     hang: HangConfig | None = None
     """When ranks count as frozen that no controller can be told about; None: nobody looks."""
+    settings: dict[str, str] = Field(default_factory=dict)
+    """Variables of NCCL and gloo on this node, where its environment does not set them."""
 
 
 class Ask(_Message):

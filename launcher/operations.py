@@ -14,6 +14,7 @@ from evermesh.launcher.admission import (
     check_longest,
     check_place,
     check_store,
+    check_topology,
     check_trackers,
     resumed_config,
 )
@@ -59,6 +60,7 @@ def launch_job(
     """
     config = placed(config)
     check_place(config)
+    check_topology(config)
     check_trackers(config)
     check_devices(config)
     vocabulary = open_data(config, console)[0].vocabulary
@@ -87,6 +89,7 @@ def resume_job(
         raise RunAlive(run.directory, run.state().pid)
     config = placed(resumed_config(run, workers, overrides))
     check_place(config)
+    check_topology(config)
     check_trackers(config)
     check_devices(config)
     vocabulary = open_data(config, console)[0].vocabulary

@@ -14,6 +14,7 @@ from evermesh.launcher.contact import read_contact
 from evermesh.launcher.controller.status import JobStatus, NodeStatus, RankStatus
 from evermesh.launcher.errors import ControllerLost
 from evermesh.launcher.finding import FoundJob
+from evermesh.launcher.hardware_tables import in_short
 from evermesh.launcher.progress import duration
 from evermesh.launcher.run_directory import Run
 from evermesh.launcher.terminal import print_table
@@ -57,7 +58,7 @@ def jobs_table(jobs: Sequence[FoundJob]) -> Table:
 
 def nodes_table(nodes: Sequence[NodeStatus], findings: Sequence[Finding] = ()) -> Table:
     """Nodes, one per row, and what is found there now."""
-    table = _table("node", "state", "host", "address", "agent", "lease", "ranks", "memory free")
+    table = _table("node", "state", "host", "address", "agent", "lease", "ranks", "memory free", "hardware")
     for node in nodes:
         lease = "" if node.lease_left_s is None else f"{node.lease_left_s:.1f} s"
         memory = "" if node.memory_free_bytes is None else f"{node.memory_free_bytes / 2**30:.1f} GiB"
@@ -65,7 +66,8 @@ def nodes_table(nodes: Sequence[NodeStatus], findings: Sequence[Finding] = ()) -
         aside = " [yellow]aside[/]" if node.aside is not None else ""
         found = "".join(f" [red]{kind}[/]" for kind in dict.fromkeys(one.kind for one in findings if _is_at(one, node)))
         state = coloured(node.state) + aside + found
-        table.add_row(node.node, state, node.host, node.address, str(node.pid or ""), lease, ranks, memory)
+        known = (node.host, node.address, str(node.pid or ""), lease, ranks, memory)
+        table.add_row(node.node, state, *known, in_short(node.hardware))
     return table
 
 

@@ -9,7 +9,8 @@ from typing import NamedTuple
 from rich.console import Console
 
 from evermesh.launcher.errors import TrafficRequestInvalid
-from evermesh.launcher.layouts import LengthsAsked, Source, read_topology
+from evermesh.launcher.layouts import LengthsAsked, Source
+from evermesh.launcher.topology_file import read_topology
 from evermesh.launcher.traffic_registry import Registry
 from evermesh.parallelism.cost import CostModel, ModelShape
 from evermesh.parallelism.fabric.assigning import Assignment, assign

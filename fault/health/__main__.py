@@ -2,15 +2,18 @@
 
 It is a process of its own because what it asks may never answer: a driver, or a disk. SPEC is JSON: ``places`` (folder by
 what it is for), ``every_s`` (null: only once), ``is_full`` (the short tests first). Each line of output is JSON:
-``{"at": what is looked at next}`` or ``{"verdicts": [...]}``, the latter at first and whenever a state has changed.
+``{"at": what is looked at next}``, ``{"gpus": [...]}`` once, or ``{"verdicts": [...]}``, these at first and whenever a state
+has changed.
 """
 
 import json
 import select
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from evermesh.fault.hardware.gpus import find_gpus
 from evermesh.fault.health.looking import Watch
 from evermesh.fault.health.verdicts import Verdict, changed
 
@@ -24,6 +27,8 @@ def main() -> None:
     try:
         while True:
             now = [*watch.look(), *tested]
+            if told is None:
+                _say(gpus=[asdict(gpu) for gpu in find_gpus()])
             if told is None or changed(told, now):
                 _say(verdicts=[verdict.to_dict() for verdict in now])
             told = {verdict.check: verdict for verdict in now}

@@ -18,6 +18,7 @@ import psutil
 from pydantic import ValidationError
 
 from evermesh.fault.cluster.identity import identity_of
+from evermesh.fault.hardware.looking import look_at_hardware, with_gpus
 from evermesh.launcher.agent import warm
 from evermesh.launcher.agent.candidate import Candidate
 from evermesh.launcher.agent.guests import Guests
@@ -95,7 +96,8 @@ class Agent:
         self._standbys = Standbys()
         self._store: StoreProcess | None = None
         self._keeper = NodeKeeper(spec.run, spec.node, spec.address, token)
-        self._interface = interface_of(spec.address)
+        self._sockets = _socket_settings(spec.address)
+        self._hardware = look_at_hardware(spec.labels)
         self._recording = Recording(spec.run, spec.node)
         self._health = NodeHealth(
             self._loop, spec, lambda verdicts: self._link.send(HealthTold(verdicts=tuple(verdicts)))
@@ -155,6 +157,7 @@ class Agent:
                 metrics=self._numbers.at,
                 verdicts=self._health.verdicts,
                 identity=identity_of(self.spec.node, self.spec.address),
+                hardware=with_gpus(self._hardware, self._health.gpus),
             )
         )
         if self._group and not self._group.outcome.is_over:
@@ -254,7 +257,8 @@ class Agent:
         keeper = self._keeper.keep_for(message.work.launch)
         keepers = self._keeper.others(message.work.launch, message.work.keepers)
         rings = self._recording.begin(wanted=message.work.records)
-        group.start(message.store, message.work, self._area.board, self._interface, keeper, keepers, rings)
+        settings = self._sockets | message.settings
+        group.start(message.store, message.work, self._area.board, settings, keeper, keepers, rings)
         self._watching.begin(message.generation, group.rings, message.place.world_size)
         self._tell_started(group)
 
@@ -416,12 +420,12 @@ class Agent:
         self._loop.close()
 
 
-def interface_of(address: str) -> str | None:
-    """Network interface that has ``address``; None where there is none of that name."""
+def _socket_settings(address: str) -> dict[str, str]:
+    """The network interface that has ``address``, for gloo and NCCL; none where there is none of that name."""
     for name, addresses in psutil.net_if_addrs().items():
         if any(found.address == address for found in addresses):
-            return name
-    return None
+            return {"GLOO_SOCKET_IFNAME": name, "NCCL_SOCKET_IFNAME": name}
+    return {}
 
 
 @contextmanager

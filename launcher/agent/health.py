@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from evermesh.fault.hardware.model import FoundGpu
 from evermesh.fault.health.verdicts import Verdict, changed
 from evermesh.launcher.agent.loop import Loop
 from evermesh.launcher.agent.spec import AgentSpec
@@ -35,6 +36,8 @@ class NodeHealth:
         self._at, self._heard_s = "its own start", time.monotonic()
         self.verdicts: tuple[Verdict, ...] = ()
         """The newest."""
+        self.gpus: tuple[FoundGpu, ...] = ()
+        """Of this node, without what is near them."""
         self._is_known = False
 
     def begin(self) -> None:
@@ -115,6 +118,8 @@ class NodeHealth:
 
     def _take(self, told: dict[str, Any]) -> None:
         self._at = told.get("at", self._at)
+        if "gpus" in told:
+            self.gpus = tuple(_gpu(values) for values in told["gpus"])
         if "verdicts" in told:
             self.verdicts, self._is_known = tuple(Verdict(**values) for values in told["verdicts"]), True
 
@@ -131,6 +136,12 @@ class NodeHealth:
         way_out = "`evermesh doctor` on the node tells more; dmesg tells which device hangs"
         known = tuple(verdict for verdict in self.verdicts if verdict.check != _CHECK)
         self.verdicts = (*known, Verdict(_CHECK, state, reason, {}, way_out))
+
+
+def _gpu(told: dict[str, Any]) -> FoundGpu:
+    """As the process tells it."""
+    lists = {key: tuple(value) for key, value in told.items() if isinstance(value, list)}
+    return FoundGpu(**told | lists)
 
 
 def _places(spec: AgentSpec) -> dict[str, str]:

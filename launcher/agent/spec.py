@@ -33,5 +33,7 @@ class AgentSpec(BaseModel):
     """What is looked at before the node is offered."""
     health_every_s: PositiveFloat | None = None
     """How often it is looked at later, seconds; None: never."""
+    labels: dict[str, str] = {}
+    """Of the node, where its place has labels: they may name its rack."""
     orphan_limit_s: PositiveFloat = 600.0
     """Without a controller and without ranks to run it leaves after this time, seconds."""

@@ -65,8 +65,8 @@ class WorkerSpec:
     generation: int
     store: tuple[str, int]
     """Host and port where the ranks meet."""
-    interface: str | None
-    """Network interface of the node's address, for gloo and NCCL; None leaves it to them."""
+    settings: dict[str, str]
+    """Variables of gloo and NCCL, for those that the environment has not set already."""
     log: str
     """File that takes what the worker prints; what it is doing, when asked, goes into the same name with ``.stacks``."""
     board: str | None
@@ -195,7 +195,7 @@ def _run(spec: WorkerSpec, connection: Connection) -> None:
 
 
 def _environment(spec: WorkerSpec) -> dict[str, str]:
-    """torchrun's variables, for libraries that look at them."""
+    """torchrun's variables, for libraries that look at them, and settings that the user has not made otherwise."""
     values = {
         "RANK": spec.rank,
         "LOCAL_RANK": spec.local_rank,
@@ -203,8 +203,7 @@ def _environment(spec: WorkerSpec) -> dict[str, str]:
         "LOCAL_WORLD_SIZE": spec.local_world_size,
         "GROUP_RANK": spec.node_rank,
     }
-    interfaces = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME") if spec.interface else ()
-    chosen = {name: spec.interface or "" for name in interfaces if name not in os.environ}
+    chosen = {name: value for name, value in spec.settings.items() if name not in os.environ}
     return {name: str(value) for name, value in values.items()} | chosen
 
 

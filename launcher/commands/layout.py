@@ -56,7 +56,8 @@ def layout(
     """Find the fastest layouts that fit, and say why they are."""
     from evermesh.launcher.layout_report import as_json as to_json
     from evermesh.launcher.layout_report import headline, lines_of, table_of, yaml_of
-    from evermesh.launcher.layouts import LengthsAsked, Source, read_topology
+    from evermesh.launcher.layouts import LengthsAsked, Source
+    from evermesh.launcher.topology_file import read_topology
     from evermesh.parallelism.layout.search import search_layouts
 
     given = Source.read(source)

@@ -27,6 +27,8 @@ NODES_EXAMPLES = """[bold]Examples[/]
 
   evermesh nodes quickstart --json
 
+  evermesh nodes quickstart --settings [dim]# what NCCL and gloo are told, and why[/]
+
   evermesh nodes --cluster             [dim]# all nodes of which any job has learnt something[/]
 
   evermesh nodes --why gpu17/10.0.0.17 [dim]# what speaks against it[/]"""
@@ -61,13 +63,18 @@ def nodes(
     cluster: Annotated[
         bool, typer.Option("--cluster", help="Nodes of the cluster store instead, with evidence and cordons.")
     ] = False,
+    settings: Annotated[
+        bool, typer.Option("--settings", help="Variables of NCCL and gloo that ranks of each node are given, and why.")
+    ] = False,
     why: Annotated[str | None, typer.Option("--why", metavar="NODE", help="What speaks against this node.")] = None,
     store: Store = None,
 ) -> None:
-    """List the nodes of a job: host, state, lease, ranks, free memory. If no job lives: those of the cluster store."""
+    """List the nodes of a job: host, state, lease, ranks, memory, cards, GPUs, rack. If no job lives: those of the cluster
+    store."""
     from evermesh.launcher.client import Client
     from evermesh.launcher.cluster_nodes import show_cluster, show_why
     from evermesh.launcher.finding import find_run, living_jobs
+    from evermesh.launcher.hardware_tables import settings_table
     from evermesh.launcher.status_tables import nodes_table
     from evermesh.launcher.terminal import print_table
 
@@ -80,6 +87,8 @@ def nodes(
     status = Client(find_run(job, runs), patience_s=1.0).status()
     if as_json:
         print(json.dumps([node.model_dump(mode="json") for node in status.nodes], indent=1))
+    elif settings:
+        print_table(settings_table(status.nodes))
     else:
         print_table(nodes_table(status.nodes, status.findings))
 

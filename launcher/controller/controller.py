@@ -347,6 +347,7 @@ class Controller:
         self._scribe.begin()
         told = self.job.lost_rack
         self.job.begin(life)  # from here on nothing can be refused
+        self.job.tell_network()
         if self.job.lost_rack not in (None, told):
             self._scribe.tell("rack unprotected", str(self.job.lost_rack))
         drop_unfinished_line(self.run.telemetry)
@@ -368,7 +369,10 @@ class Controller:
         work = work.model_copy(update={"arguments": work.arguments | self.job.seen})
         for number, name in enumerate(life.nodes):
             place = life.place(number)
-            start = Start(generation=self.generation, place=place, store=store, work=work, hang=self._hang)
+            settings = {one.name: one.value for one in self.job.settings.get(name, ())}
+            start = Start(
+                generation=self.generation, place=place, store=store, work=work, hang=self._hang, settings=settings
+            )
             self.nodes[name].send(start)
 
     def _end_ranks(self, reason: str) -> None:

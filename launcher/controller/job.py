@@ -9,17 +9,23 @@ from evermesh.launcher.controller.in_memory import job_groups
 from evermesh.launcher.controller.journal import Journal
 from evermesh.launcher.controller.life import Life
 from evermesh.launcher.controller.machine import JobView, Transition, size_of_attempt
-from evermesh.launcher.controller.racks import lost_rack, place_nodes
+from evermesh.launcher.controller.network import Network, told_settings
+from evermesh.launcher.controller.racks import lost_rack
 from evermesh.launcher.controller.record import replay
 from evermesh.launcher.controller.roster import Roster
 from evermesh.launcher.controller.scribe import Scribe
+from evermesh.launcher.controller.seats import Asked, seat_nodes
 from evermesh.launcher.controller.status import JobState
 from evermesh.launcher.controller.work import launch_of
 from evermesh.launcher.elastic import node_counts
+from evermesh.launcher.errors import LayoutRequestInvalid
 from evermesh.launcher.messages import Store, ToAgent
 from evermesh.launcher.placement import Placement
 from evermesh.launcher.run_directory import Run
 from evermesh.launcher.succession.office import Office
+from evermesh.launcher.topology_file import read_topology
+from evermesh.parallelism.fabric.cards import Setting
+from evermesh.parallelism.topology import Topology
 from evermesh.runtime.telemetry import StepReport
 
 _GRACE_S = 3.0
@@ -38,6 +44,10 @@ class Job:
         names = [f"node-{number}" for number in range(config.nodes + config.spares)]
         self.roster = Roster(run, names, placement, self.scribe)
         self.nodes = self.roster.nodes
+        self.network = Network(config, self.nodes, _topology(config))
+        self.settings: dict[str, tuple[Setting, ...]] = {}
+        """By node of the attempt: what NCCL and gloo are told there."""
+        self._warned = ""
         self.last_report: StepReport | None = None
         self.reported_s = time.monotonic()
         """When that came."""
@@ -97,7 +107,7 @@ class Job:
         if self.life is None or not self.config.racks:
             return None
         groups = job_groups(self.config, len(self.life.nodes))
-        return lost_rack(self.life.nodes, self.nodes.racks(self.config.racks), groups)
+        return lost_rack(self.life.nodes, self.network.racks, groups)
 
     @property
     def seen(self) -> dict[str, float]:
@@ -106,10 +116,25 @@ class Job:
         return {"failures": failures, "running_s": time.monotonic() - self._began_s}
 
     def in_order(self, chosen: tuple[str, ...]) -> tuple[str, ...]:
-        """The nodes of the next attempt by place, apart as far as they can be."""
+        """The nodes of the next attempt by place: apart as far as they can be, and near those to whom they send most."""
         ready = [name for name, state in self.view().spares_first.items() if state == "ready"]
-        racks, groups = self.nodes.racks(self.config.racks), job_groups(self.config, len(chosen))
-        return place_nodes(chosen, self.life.nodes if self.life else (), ready, racks, groups)
+        before, groups = self.life.nodes if self.life else (), job_groups(self.config, len(chosen))
+        found = seat_nodes(Asked(chosen, before, ready, self.suspected), self.network, groups)
+        if found.told:
+            self.scribe.tell("nodes ordered", found.told, nodes=list(found.nodes))
+        return found.nodes
+
+    def tell_network(self) -> None:
+        """Take the settings that follow from the nodes of the attempt, and tell what is new about them and their network."""
+        names = self.life.nodes if self.life else ()
+        before, self.settings = told_settings(self.settings), self.network.settings(names)
+        text = told_settings(self.settings)
+        if text != before and not all(self.nodes[name].address.startswith("127.") for name in names):
+            self.scribe.tell("settings", f"NCCL and gloo: {text}")
+        warning = self.network.tensor_warning(len(names))
+        if warning and warning != self._warned:
+            self.scribe.tell("tensor parallelism", warning)
+        self._warned = warning
 
     def enter(self, transition: Transition) -> None:
         """Come into the state to which it leads."""
@@ -158,3 +183,12 @@ class Job:
             suspected=self.suspected,
             leaving=frozenset(self.record.drained),
         )
+
+
+def _topology(config: JobConfig) -> Topology | None:
+    """That of the job file. It could be read at launch; a controller on another node may not see it, and goes on without."""
+    try:
+        return read_topology(config.topology) if config.topology is not None else None
+    except LayoutRequestInvalid as error:
+        print(f"nodes are ordered by what agents tell: {error}", flush=True)
+        return None

@@ -2,19 +2,21 @@
 
 import asyncio
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 from pydantic import BaseModel
 
 from evermesh.fault.cluster.identity import NodeIdentity
+from evermesh.fault.hardware.model import NodeHardware
 from evermesh.fault.health.verdicts import Verdict
 from evermesh.launcher.controller.leases import LEASE_S, NodeSigns, node_state
 from evermesh.launcher.controller.machine import NodeState
 from evermesh.launcher.controller.status import NodeStatus
 from evermesh.launcher.messages import Beat, EndGuest, Hello, InMemory, KeeperAt
 from evermesh.launcher.succession.protocol import Seat
+from evermesh.parallelism.fabric.cards import Setting
 
 _PROVING_STEPS = 2
 """The first step after a node fell silent may have been nearly over by then."""
@@ -75,6 +77,8 @@ class Node:
 
     identity: NodeIdentity | None = None
     """As the cluster store knows it."""
+    hardware: NodeHardware | None = None
+    """Its network cards, GPUs and rack, as its agent tells."""
 
     @property
     def room_bytes(self) -> int:
@@ -128,11 +132,6 @@ class Nodes:
         """State of every node, in the order in which they were named."""
         return {name: self._nodes[name].state for name in sorted(self._nodes, key=_natural)}
 
-    def racks(self, told: Mapping[str, str]) -> dict[str, str]:
-        """By node: its rack, as far as it is ``told``, by host or by node."""
-        found = {node.name: told.get(node.host) or told.get(node.name) for node in self}
-        return {name: rack for name, rack in found.items() if rack}
-
     def greet(self, hello: Hello) -> bool:
         """Take a node's word for who it is; whether its agent is another one than before."""
         node = self[hello.node]
@@ -141,6 +140,7 @@ class Nodes:
         node.shared_memory_bytes = hello.shared_memory_bytes
         node.seat, node.is_head, node.metrics = hello.seat, hello.is_head, hello.metrics
         node.identity = hello.identity or NodeIdentity(name=f"{hello.host}/{hello.node}")
+        node.hardware = hello.hardware or node.hardware
         node.state = "ready"
         node.hear()
         self.guests = {name: found for name, found in self.guests.items() if name.node != hello.node}
@@ -195,7 +195,13 @@ class Nodes:
         return node.state if stays.get(node.state, False) else found
 
 
-def node_status(node: Node, ranks: tuple[int, ...], is_spare: bool, aside: str | None = None) -> NodeStatus:
+def node_status(
+    node: Node,
+    ranks: tuple[int, ...],
+    is_spare: bool,
+    aside: str | None = None,
+    settings: tuple[Setting, ...] = (),
+) -> NodeStatus:
     """What is told about ``node``."""
     left_s = None if node.state == "joining" else max(0.0, node.heard_s + LEASE_S - time.monotonic())
     return NodeStatus(
@@ -212,6 +218,8 @@ def node_status(node: Node, ranks: tuple[int, ...], is_spare: bool, aside: str |
         memory_free_bytes=node.memory_free_bytes,
         shared_memory_bytes=node.shared_memory_bytes,
         snapshot_bytes=node.snapshot_bytes,
+        hardware=node.hardware,
+        settings=settings,
     )
 
 

@@ -6,6 +6,7 @@ keeps its size everybody who is left keeps his place, for that is where he is lo
 by the spare whose rack occurs least in the stripe. With another size all are put in order again.
 """
 
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -78,6 +79,12 @@ def code_for_racks(nodes: int, hosts: tuple[int, ...]) -> str:
         return "auto"
     _, parity, parts = min(found)
     return str(Code(-parts - parity, parity))
+
+
+def most_in_rack(nodes: Sequence[str], racks: Mapping[str, str], groups: Sequence[Group]) -> int:
+    """Members of one stripe that one rack has at most; a node of which no rack is known is a rack of its own."""
+    of_stripe = (Counter(racks.get(nodes[place], f"\0{nodes[place]}") for place in group.places) for group in groups)
+    return max(max(counts.values()) for counts in of_stripe)
 
 
 def lost_rack(nodes: tuple[str, ...], racks: Mapping[str, str], groups: Sequence[Group]) -> str | None:

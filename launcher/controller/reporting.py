@@ -38,6 +38,7 @@ def job_status(controller: "Controller") -> JobStatus:
                 life.ranks_of(node.name) if life else (),
                 bool(members) and node.name not in members,
                 controller.job.aside.get(node.name),
+                controller.job.settings.get(node.name, ()),
             )
             for node in controller.nodes
         ),

@@ -5,6 +5,8 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from evermesh.fault.events import Finding
+from evermesh.fault.hardware.model import NodeHardware
+from evermesh.parallelism.fabric.cards import Setting
 
 JobState = Literal[
     "placing",
@@ -65,6 +67,10 @@ class NodeStatus(_Frozen):
     """Size of its shared-memory area."""
     snapshot_bytes: int = 0
     """That its keeper holds snapshots in, and parity of others'."""
+    hardware: NodeHardware | None = None
+    """Its network cards, GPUs and rack; None: not told yet."""
+    settings: tuple[Setting, ...] = ()
+    """Variables of NCCL and gloo for its ranks, where its environment does not set them."""
 
 
 class DelayStatus(_Frozen):

@@ -4,10 +4,13 @@ import time
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from evermesh.fault.hardware.gpus import find_gpus
+from evermesh.fault.hardware.looking import look_at_hardware, with_gpus
 from evermesh.fault.health.looking import Watch, clock
 from evermesh.fault.health.probes.running import run_tests
 from evermesh.fault.health.verdicts import Verdict, worst
 from evermesh.launcher.doctor.recorder import check_recorder
+from evermesh.launcher.hardware_tables import hardware_verdicts
 
 _BETWEEN_LOOKS_S = 0.5
 
@@ -20,7 +23,7 @@ class Found(NamedTuple):
 
 
 def check_machine(*, quick: bool = False, rebuild: bool = False) -> Iterator[Found]:
-    """Look at this machine. ``quick``: host and GPUs only, a second; else it builds and measures, ten seconds and more."""
+    """Look at this machine. ``quick``: host, GPUs and cards, a second; else it builds and measures, ten seconds and more."""
     watch = Watch()
     first = {verdict.check: verdict for verdict in watch.host()}
     time.sleep(_BETWEEN_LOOKS_S)  # what is stuck, or swaps, shows only in two looks
@@ -29,6 +32,8 @@ def check_machine(*, quick: bool = False, rebuild: bool = False) -> Iterator[Fou
         yield Found("host", before if worst((before, verdict)) == before.state else verdict)
     yield Found("host", clock())
     yield from (Found("GPUs", verdict) for verdict in watch.gpus())
+    hardware = with_gpus(look_at_hardware(), find_gpus())
+    yield from (Found("hardware", verdict) for verdict in hardware_verdicts(hardware))
     if not quick:
         yield from (Found("recorder", verdict) for verdict in check_recorder(rebuild=rebuild))
         yield from (Found("tests", verdict) for verdict in run_tests())

@@ -55,7 +55,9 @@ class RayAgent:
         if surroundings.folder.is_dir():
             os.chdir(surroundings.folder)
         is_beside = machine() == surroundings.host
-        here = {"address": ray.util.get_node_ip_address(), "revives": is_beside, "is_head": is_beside}
+        labels = {name: str(value) for name, value in ray.get_runtime_context().get_node_labels().items()}
+        address = ray.util.get_node_ip_address()
+        here = {"address": address, "revives": is_beside, "is_head": is_beside, "labels": labels}
         Agent(spec.model_copy(update=here), token).run()
         _give_back()
         ray.actor.exit_actor()

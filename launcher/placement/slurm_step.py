@@ -41,8 +41,9 @@ def step_command(job: str, host: str, name: str, spec: "AgentSpec", towards: str
 
 
 def step_variables(environ: Mapping[str, str]) -> dict[str, str]:
-    """The environment of srun, which the agent inherits."""
-    kept = {name: value for name, value in environ.items() if not name.startswith(("SLURM_", "SRUN_"))}
+    """The environment of srun, which the agent inherits; the rack of the batch host is not that of others."""
+    dropped = ("SLURM_", "SRUN_", "EVERMESH_RACK")
+    kept = {name: value for name, value in environ.items() if not name.startswith(dropped)}
     return (
         kept | {name: environ[name] for name in _OF_THE_JOB if name in environ} | {"SLURM_EXIT_ERROR": str(SRUN_FAILED)}
     )

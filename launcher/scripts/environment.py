@@ -1,11 +1,17 @@
 """What a rank finds in its environment: torchrun's variables, and ours."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from evermesh.launcher.scripts.nodes import Node, Place
 from evermesh.launcher.scripts.options import ScriptJob
+
+
+def visible(slots: Sequence[int], environment: Mapping[str, str]) -> str:
+    """``CUDA_VISIBLE_DEVICES`` for these of the GPUs that are visible already."""
+    before = [name.strip() for name in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    return ",".join(before[slot] if before else str(slot) for slot in slots)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,4 +76,8 @@ def rank_environment(job: ScriptJob, start: Start, place: Place, inherited: Mapp
         "EVERMESH_RESTART_REASON": start.reason,
         "EVERMESH_PROGRESS_FILE": str(start.progress),
     }
+    if job.slots is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = visible(job.slots, inherited)
+    if job.virtual_local_rank:
+        environment |= {"LOCAL_RANK": "0", "CUDA_VISIBLE_DEVICES": visible([place.local_rank], environment)}
     return environment

@@ -34,7 +34,12 @@ class Flag:
 
     @property
     def variable(self) -> str:
-        return f"PET_{self.field.upper()}"
+        return _variable(f"--{self.field}")
+
+
+def _variable(name: str) -> str:
+    """``PET_LOG_DIR`` of ``--log-dir``."""
+    return f"PET_{name.removeprefix('--').replace('-', '_').upper()}"
 
 
 def _idle(name: str, metavar: str | None, why: str) -> Flag:
@@ -55,6 +60,7 @@ FLAGS = (
     Flag(("--tee", "-t"), "STD", "streams shown on the terminal: 0 to 3 (1 output, 2 errors), or RANK:STD,..."),
     Flag(("--local-ranks-filter",), "RANK,...", "show these ranks of a node on the terminal; default: its first"),
     Flag(("--shutdown-timeout", "--grace"), "SECONDS", "from SIGTERM or Ctrl-C to SIGKILL; default 25"),
+    Flag(("--preflight",), "quick|full|off", "what is looked at while ranks start; full: tests before; default quick"),
     Flag(("--no-record",), None, "do not record the collectives of the ranks (evermesh records)"),
     Flag(("--role",), "NAME", "ROLE_NAME of the ranks"),
     Flag(("--rdzv-id",), "ID", "TORCHELASTIC_RUN_ID; default: a new one"),
@@ -63,7 +69,11 @@ FLAGS = (
     Flag(("--rdzv-backend",), "NAME", "static (default) or c10d; one machine needs none"),
     Flag(("--rdzv-endpoint",), "HOST:PORT", "another way to give --master-addr and --master-port"),
     Flag(("--rdzv-conf",), "KEY=VALUE,...", "join_timeout: seconds in which all machines must come; default 600"),
-    Flag(("--standalone",), None, "ignore --rdzv-* and --master-*"),
+    Flag(("--standalone",), None, "ignore --rdzv-*, --master-* and schedulers"),
+    Flag(("--virtual-local-rank",), None, "every rank sees its own GPU alone, and LOCAL_RANK 0"),
+    Flag(("--hostfile", "-H"), "FILE", "machines, each as HOST slots=N; the same command is started on all of them"),
+    Flag(("--include", "-i"), "HOST[:SLOT,...]@...", "only these machines and slots of the hostfile"),
+    Flag(("--exclude", "-e"), "HOST[:SLOT,...]@...", "all machines and slots but these"),
     _idle("--local-addr", "HOST", "all ranks meet at --master-addr"),
     _idle("--monitor-interval", "SECONDS", "a death is noticed at once"),
     _idle("--start-method", "NAME", "every rank is a fresh process"),
@@ -75,10 +85,7 @@ _EVERYWHERE = "Run the same command on every machine (srun, pdsh, Kubernetes), w
 FOREIGN = {
     "--num-gpus": "Use --workers.",
     "--num-nodes": "Use --nnodes.",
-    "--hostfile": _EVERYWHERE,
     "--launcher": _EVERYWHERE,
-    "--include": "Set CUDA_VISIBLE_DEVICES, and --workers.",
-    "--exclude": "Set CUDA_VISIBLE_DEVICES, and --workers.",
     "--no-local-rank": "Leave it out: LOCAL_RANK is in the environment, and ${local_rank} in arguments stands for it.",
     "--use-env": "Leave it out: LOCAL_RANK is in the environment.",
     "--num-processes": "Use --workers: ranks of one machine, not of all.",
@@ -88,6 +95,16 @@ FOREIGN = {
     "--main-process-port": "Use --master-port.",
 }
 """Flags of the launchers of DeepSpeed and Accelerate, and older ones of torch's: what to say here."""
+NOT_TAKEN = {
+    "--logs-specs": "Logs are files, at --log-dir. Leave it out, and have what reads logs read them there.",
+    "--numa-binding": "Ranks inherit the CPUs of the launcher. Leave it out, or bind each rank by a program: --no-python "
+    "bind.sh, which runs numactl --cpunodebind for its LOCAL_RANK.",
+    "--duplicate-stdout-filters": "Leave it out, and filter the files at --log-dir: grep -E 'apple|orange' stdout.log.",
+    "--duplicate-stderr-filters": "Leave it out, and filter the files at --log-dir: grep -E 'apple|orange' stderr.log.",
+}
+"""Flags of torchrun's that are refused, and the way out."""
+HOST_FLAGS = {"hostfile", "include", "exclude"}
+"""Fields of DeepSpeed's description of machines."""
 
 HELP = """Any script: evermesh launch [FLAGS] SCRIPT ARGS...
 
@@ -98,9 +115,12 @@ Runs a script that knows nothing of Evermesh, with the environment torchrun woul
   evermesh launch --workers 2 --no-python ./run.sh
   evermesh launch --workers 2 train.py --deepspeed --deepspeed_config ds.json
 
-On several machines, the same on each of them; under srun both are known:
+On several machines, the same on each of them. Machines and their numbers are known with a hostfile, and where Slurm (srun,
+one task per node), SkyPilot, PyTorchJob, Volcano or mpirun (one process per machine) has started it:
 
   evermesh launch --nnodes 2 --node-rank 1 --master-addr node0 --workers 8 --max-restarts 3 train.py
+  evermesh launch --hostfile hosts --include worker-0@worker-1:0,2 train.py
+  mpirun --map-by ppr:1:node -x MASTER_ADDR=node0 evermesh launch --workers 8 train.py
 
 Each flag may be spelled with underscores and given as a variable, such as PET_NPROC_PER_NODE=2 or PET_MAX_RESTARTS=3;
 a flag wins over its variable.
@@ -200,6 +220,8 @@ def _value(word: str, flag: Flag | None, arguments: Sequence[str], place: int) -
     if flag is None:
         if _dashed(name) in FOREIGN:
             raise ScriptRefused(f"there is no flag {name}, which is another launcher's. {FOREIGN[_dashed(name)]}")
+        if _dashed(name) in NOT_TAKEN:
+            raise ScriptRefused(f"{name}, a flag of torchrun's, is not supported. {NOT_TAKEN[_dashed(name)]}")
         close = difflib.get_close_matches(_dashed(name), _KNOWN, n=1, cutoff=0.5)
         guess = f" Did you mean {close[0]}?" if close else ""
         raise ScriptRefused(f"there is no flag {name}.{guess} What belongs to the script comes after it.")
@@ -221,6 +243,10 @@ def _from_variables(environ: Mapping[str, str]) -> tuple[dict[str, str], dict[st
         value = environ.get(flag.variable)
         if value is not None and not (flag.metavar is None and value in _OFF):
             values[flag.field] = value
+    for name, way_out in NOT_TAKEN.items():
+        variable = _variable(name)
+        if environ.get(variable):
+            raise ScriptRefused(f"{variable} is set, but {name} of torchrun's is not supported. {way_out}")
     return values, {field: f"PET_{field.upper()}" for field in values}
 
 

@@ -13,10 +13,12 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from evermesh.launcher.scripts.errors import ScriptRefused
-from evermesh.launcher.scripts.flags import FLAGS, CommandLine, read
+from evermesh.launcher.scripts.flags import FLAGS, HOST_FLAGS, CommandLine, read
+from evermesh.launcher.scripts.schedulers import Told, told_by_scheduler
 from evermesh.launcher.scripts.values import Frozen, seconds, whole_number
 from evermesh.launcher.scripts.where import Machines, ThisMachine, find_place
 
+Preflight = Literal["off", "quick", "full"]
 Std = Literal[0, 1, 2, 3]
 """A set of streams: 1 is standard output, 2 standard error, as torchrun counts them."""
 _DEFAULT_GRACE_S = 25.0
@@ -65,6 +67,12 @@ class ScriptJob(Frozen):
     """Local ranks that may show anything; None for the first rank of this machine and what ``tee`` names."""
     grace_s: float = Field(default=_DEFAULT_GRACE_S, ge=0)
     """Seconds from a signal that ends the job to SIGKILL."""
+    preflight: Preflight = "quick"
+    """How the machine is looked at before it may train."""
+    slots: tuple[int, ...] | None = None
+    """GPUs of this machine that ranks may see; None: those that the launcher sees."""
+    virtual_local_rank: bool = False
+    """Every rank sees its own GPU alone, as number 0."""
     records: bool = True
     """Ranks record their collectives."""
     idle_flags: tuple[str, ...] = ()
@@ -102,13 +110,15 @@ def script_job(arguments: Sequence[str], environ: Mapping[str, str]) -> ScriptJo
         ScriptRefused: something in them is wrong; says what and what is allowed.
     """
     line = read(arguments, environ)
-    workers = _count_ranks(line)
+    told = _told(line, environ)
+    workers = _count_ranks(line, told)
     log_dir = line.values.get("log_dir")
+    _check_visible(line, told, workers, environ)
     return ScriptJob(
         script=_script(line),
         arguments=line.arguments,
         workers=workers,
-        where=find_place(line, environ),
+        where=find_place(line, told),
         max_restarts=whole_number(line, "max_restarts", 0),
         run_id=_run_id(line),
         role=line.values.get("role", "default"),
@@ -116,10 +126,45 @@ def script_job(arguments: Sequence[str], environ: Mapping[str, str]) -> ScriptJo
         redirects=_streams(line, "redirects", workers),
         tee=_streams(line, "tee", workers),
         local_ranks_filter=_filter(line),
+        slots=told.slots,
+        virtual_local_rank="virtual_local_rank" in line.values,
+        preflight=_preflight(line),
         records="no_record" not in line.values,
         grace_s=seconds(line, "shutdown_timeout", _DEFAULT_GRACE_S),
         idle_flags=tuple(line.spellings[f.field] for f in FLAGS if not f.has_effect and f.field in line.values),
     )
+
+
+def _preflight(line: CommandLine) -> Preflight:
+    found: dict[str, Preflight] = {"off": "off", "quick": "quick", "full": "full"}
+    text = line.values.get("preflight", "quick")
+    if text not in found:
+        raise ScriptRefused(f"{line.spellings['preflight']} is {text!r}. Give off, quick or full.")
+    return found[text]
+
+
+def _told(line: CommandLine, environ: Mapping[str, str]) -> Told:
+    """What a hostfile, or else the scheduler that started this launcher, says of the machines of the job."""
+    if "standalone" in line.values:
+        return Told()
+    if HOST_FLAGS & line.values.keys():
+        from evermesh.launcher.scripts.hostfile import told_by_hostfile  # few jobs have one
+
+        return told_by_hostfile(line)
+    return told_by_scheduler(environ)
+
+
+def _check_visible(line: CommandLine, told: Told, workers: int, environ: Mapping[str, str]) -> None:
+    """Refuse slots, or GPUs of ranks, beyond those that are visible."""
+    visible = [name for name in environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    wanted = max(told.slots or (0,), default=0) + 1
+    if "virtual_local_rank" in line.values:
+        wanted = max(wanted, workers)
+    if visible and wanted > len(visible):
+        raise ScriptRefused(
+            f"GPU {wanted - 1} of this machine is asked for, but CUDA_VISIBLE_DEVICES={','.join(visible)} leaves "
+            f"{len(visible)}. Ask for fewer, or unset it."
+        )
 
 
 def _script(line: CommandLine) -> PythonFile | PythonModule | Program:
@@ -139,7 +184,9 @@ def _script(line: CommandLine) -> PythonFile | PythonModule | Program:
     return PythonFile(path=line.script)
 
 
-def _count_ranks(line: CommandLine) -> int:
+def _count_ranks(line: CommandLine, told: Told) -> int:
+    if "nproc_per_node" not in line.values and told.workers is not None:
+        return told.workers
     text = line.values.get("nproc_per_node", "1")
     if re.fullmatch(r"[1-9]\d*", text):
         return int(text)

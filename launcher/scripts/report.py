@@ -44,6 +44,16 @@ def report_of(start: Start, ends: Ends, ran_s: float, *, has_progressed: bool, f
     )
 
 
+def refusal_of(start: Start, unfit_because: str) -> Report:
+    """That ranks were ended before they did anything, for this machine is not fit."""
+    first, host = start.nodes[0].first_rank, os.uname().nodename
+    how = f"was ended at its start: {host} is not fit for a job"
+    told = f"evermesh: {host} is not fit for a job. {unfit_because} Use another machine; --preflight off starts here anyway."
+    now_s = time.monotonic()
+    failure = Failure(rank=first, time_s=now_s, how=how, cause="refused", text=unfit_because)
+    return Report(failures=(failure,), told=told, sent_s=now_s)
+
+
 def failures_of(start: Start, ends: Ends) -> tuple[Failure, ...]:
     """What is known about the ranks that did not end with 0."""
     return tuple(_failure(start, place, code, time_s) for place, code, time_s in ends if code)

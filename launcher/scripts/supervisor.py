@@ -6,7 +6,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 
 from evermesh.fault.recorder.area import RingArea
 from evermesh.launcher.policy import DO_NOT_REQUEUE, REQUEUE, root_cause
@@ -18,8 +18,9 @@ from evermesh.launcher.scripts.nodes import Node, number_ranks
 from evermesh.launcher.scripts.options import ScriptJob
 from evermesh.launcher.scripts.output import Terminal
 from evermesh.launcher.scripts.peers import Alone, Listener, Peers, Report, Verdict
+from evermesh.launcher.scripts.preflight import TESTS_S, Look
 from evermesh.launcher.scripts.processes import Guardian, held_port
-from evermesh.launcher.scripts.report import Ends, failures_of, report_of
+from evermesh.launcher.scripts.report import Ends, failures_of, refusal_of, report_of
 from evermesh.launcher.scripts.signals import Signals
 from evermesh.launcher.scripts.wakeups import Wakeups
 from evermesh.launcher.scripts.where import Machines
@@ -41,6 +42,7 @@ class Supervisor:
         self._job, self._inherited, self._terminal = job, inherited, terminal
         self._logs = LogFolder(job, terminal.say)
         self._ranks: Ranks | None = None
+        self._look = Look(job.preflight, self._logs.path)
 
     def run(self) -> int:
         """Run generation after generation until it is decided to finish; return the exit code. No process is left."""
@@ -54,6 +56,7 @@ class Supervisor:
             self._recorded() as self._rings,
             Wakeups() as self._wakeups,
             Signals(self._pass_on, self._kill) as self._signals,
+            closing(self._look),
         ):
             self._wakeups.add(self._signals.reader, self._note_signals)
             self._peers.listen(Listener(self._wakeups, self._signals.stop, self._signals.kill))
@@ -61,6 +64,7 @@ class Supervisor:
 
     def _run(self) -> int:
         reason = ""
+        self._test()
         for generation in itertools.count():
             with held_port(self._job.where.master_port) as port:
                 start = Start(generation, reason, self._peers.nodes, port, self._logs.path)
@@ -78,24 +82,40 @@ class Supervisor:
         ranks = self._ranks = Ranks(self._job, start, self._terminal, self._guardians, self._wakeups, self._rings)
         if self._rings is not None:
             self._rings.clear()
+        is_refused = False
         try:
             ranks.start_all(self._inherited, lambda: not self._is_ending)
+            if self._job.preflight == "quick" and start.generation == 0:
+                self._look.begin(self._wakeups)  # only now: ranks load their libraries meanwhile
             if self._signals.stopped_by is not None:
                 ranks.send(self._signals.stopped_by)  # one of them was being started when it came
             text = f"generation {start.generation}"
             self._logs.record("started", text, generation=start.generation, pids=list(ranks.pids))
             ranks.watch(lambda: self._is_ending or any(ranks.codes.values()))
+            is_refused = bool(self._look.unfit_because) and not (ranks.pids and ranks.is_over)
             ends = self._end(start, ranks)
         finally:
             ranks.close()
             if self._rings is not None:
                 self._rings.keep()
+        if is_refused:
+            return refusal_of(start, self._look.unfit_because)
         ran_s, progressed = time.monotonic() - began_s, self._logs.has_progressed()
         return report_of(start, ends, ran_s, has_progressed=progressed, forwarded=self._signals.forwarded)
 
     @property
     def _is_ending(self) -> bool:
-        return self._signals.stopped_by is not None or self._peers.is_ending
+        return self._signals.stopped_by is not None or self._peers.is_ending or bool(self._look.unfit_because)
+
+    def _test(self) -> None:
+        """With ``--preflight full``: test this machine before its ranks start; a signal ends the waiting."""
+        if self._job.preflight != "full":
+            return
+        self._terminal.say("evermesh: testing this machine")
+        until_s = time.monotonic() + TESTS_S
+        self._look.begin(self._wakeups)
+        while self._look.is_under_way and not self._is_ending and time.monotonic() < until_s:
+            self._wakeups.take(_LOOK_S)
 
     def _end(self, start: Start, ranks: Ranks) -> Ends:
         """Let all ranks end, after a signal or a failure, and return the ends that nothing of ours caused."""
@@ -107,11 +127,11 @@ class Supervisor:
             ranks.watch(lambda: False, self._signals.stopped_s + self._job.grace_s)
             return ranks.ends
         failures = failures_of(start, ends)
-        if failures:
+        if failures or self._look.unfit_because:
             self._peers.tell_failure()
         for failure in failures:
             self._logs.record("died", f"rank {failure.rank} {failure.how}", rank=failure.rank, code=failure.code)
-        if failures or self._peers.is_ending:
+        if failures or self._is_ending:
             ranks.mute()
             ranks.send(signal.SIGTERM)
             ranks.watch(lambda: False, time.monotonic() + min(_FAILURE_GRACE_S, self._job.grace_s))

@@ -1,13 +1,13 @@
 """Where the ranks of a script run: on this machine, or here and on others that were started with the same command."""
 
 import re
-from collections.abc import Mapping
 from typing import Literal
 
 from pydantic import Field
 
 from evermesh.launcher.scripts.errors import ScriptRefused
 from evermesh.launcher.scripts.flags import CommandLine
+from evermesh.launcher.scripts.schedulers import Told
 from evermesh.launcher.scripts.values import Frozen, whole_number
 
 _STATIC_PORT, _C10D_PORT = 29500, 29400
@@ -46,21 +46,19 @@ class Machines(Frozen):
     """How long all of them may take to come."""
 
 
-def find_place(line: CommandLine, environ: Mapping[str, str]) -> ThisMachine | Machines:
-    """What flags, ``PET_*`` variables and the variables of schedulers say about nodes.
+def find_place(line: CommandLine, told: Told) -> ThisMachine | Machines:
+    """What flags, ``PET_*`` variables and, where these say nothing, a hostfile or a scheduler (``told``) say about nodes.
 
     Raises:
         ScriptRefused: they contradict each other, or something is missing.
     """
-    nodes = _count_nodes(line)
-    host, port = _master(line)
-    rank, source = _node_rank(line, environ)
+    nodes = _count_nodes(line, told)
+    host, port = _master(line, told, nodes)
+    rank, source = _node_rank(line, told)
     if nodes == 1:
         if "node_rank" in line.values and rank:
             raise ScriptRefused(f"{source} is {rank}, but there is 1 node. Give --nnodes as well.")
         return ThisMachine(master_addr=host or "localhost", master_port=port)
-    if host is None and source.startswith("SLURM"):
-        host = _first_host(environ)
     if host is None and rank is None:
         return ThisMachine(nodes=nodes, master_port=port)
     if host is None:
@@ -78,7 +76,9 @@ def find_place(line: CommandLine, environ: Mapping[str, str]) -> ThisMachine | M
     )
 
 
-def _count_nodes(line: CommandLine) -> int:
+def _count_nodes(line: CommandLine, told: Told) -> int:
+    if "nnodes" not in line.values and told.nodes is not None:
+        return told.nodes
     text = line.values.get("nnodes", "1")
     spelling = line.spellings.get("nnodes", "--nnodes")
     found = re.fullmatch(r"(\d+)(?::(\d+))?", text)
@@ -92,12 +92,12 @@ def _count_nodes(line: CommandLine) -> int:
     return low
 
 
-def _master(line: CommandLine) -> tuple[str | None, int | None]:
+def _master(line: CommandLine, told: Told, nodes: int) -> tuple[str | None, int | None]:
     """Where rank 0 opens its store, as far as it is said."""
     if "standalone" in line.values:
         return None, None
     backend, endpoint = line.values.get("rdzv_backend", "static"), line.values.get("rdzv_endpoint", "")
-    is_alone = line.values.get("nnodes", "1").split(":")[0] == "1"
+    is_alone = nodes == 1
     if backend not in ("static", "c10d") and not is_alone:
         raise ScriptRefused(
             f"{line.spellings['rdzv_backend']} is {backend!r}, but nodes meet without a server here. Leave it out. "
@@ -108,7 +108,8 @@ def _master(line: CommandLine) -> tuple[str | None, int | None]:
     port = whole_number(line, "master_port", 0)
     if port > 65535:
         raise ScriptRefused(f"{line.spellings['master_port']} is {port}. Ports end at 65535.")
-    return line.values.get("master_addr"), port or None
+    told = Told() if is_alone else told
+    return line.values.get("master_addr", told.master_addr), port or told.master_port
 
 
 def _address(line: CommandLine, endpoint: str, *, is_port_needed: bool) -> tuple[str, int | None]:
@@ -120,26 +121,11 @@ def _address(line: CommandLine, endpoint: str, *, is_port_needed: bool) -> tuple
     return host, int(port)
 
 
-def _node_rank(line: CommandLine, environ: Mapping[str, str]) -> tuple[int | None, str]:
+def _node_rank(line: CommandLine, told: Told) -> tuple[int | None, str]:
     """The number of this node, and who says so."""
-    if "standalone" in line.values:
-        return None, ""
-    if "node_rank" in line.values:
+    if "node_rank" in line.values and "standalone" not in line.values:
         return whole_number(line, "node_rank", 0), line.spellings["node_rank"]
-    sources = ["JOB_COMPLETION_INDEX"]
-    if environ.get("SLURM_NNODES", "1") != "1":
-        sources.insert(0, "SLURM_NODEID")
-    for name in sources:
-        if environ.get(name, "").isdecimal():
-            return int(environ[name]), name
-    return None, ""
-
-
-def _first_host(environ: Mapping[str, str]) -> str | None:
-    """The first node of a Slurm job, which is its node 0: ``gpu003`` of ``gpu[003-006,9],login1``."""
-    nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST", "")
-    found = re.match(r"([^\[,]+)(?:\[([^\],-]+)[^\]]*\])?([^\[,]*)", nodes)
-    return "".join(part or "" for part in found.groups()) if found else None
+    return told.node_rank, told.rank_from
 
 
 def _join_timeout_s(line: CommandLine) -> float:

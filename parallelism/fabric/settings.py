@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from evermesh.parallelism.fabric.cards import RDMA, card_settings
 from evermesh.parallelism.fabric.wiring import Wiring
 
 How = Literal["enforced", "advisory", "needs a NCCL net plugin"]
-_RDMA = ("infiniband", "roce")
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,22 +30,12 @@ def environments(wiring: Wiring, *, parts: int = 1, pxn: bool = True) -> dict[st
 
 
 def _environment(wiring: Wiring, place: int, *, parts: int, pxn: bool) -> dict[str, str]:
-    node = wiring.nodes[place]
     usable = [wiring.cards[card].nic.name for card in wiring.own[place] if wiring.is_alive(card)]
-    sockets = [nic.name for nic in node.nics if nic.nic_class == "ethernet"]
-    found: dict[str, str] = {}
-    if wiring.nic_class in _RDMA:
-        found["NCCL_IB_HCA"] = f"={','.join(usable)}"
-        streams = parts * max(len(card.ports) for card in wiring.cards)
-        if streams > 1:
-            found |= {"NCCL_IB_QPS_PER_CONNECTION": str(streams), "NCCL_IB_SPLIT_DATA_ON_QPS": "1"}
-    else:
-        sockets = usable
-        if any(nic.nic_class in _RDMA for nic in node.nics):
-            found["NCCL_IB_DISABLE"] = "1"
-    if sockets:
-        found["NCCL_SOCKET_IFNAME"] = f"={','.join(sockets)}"
-        found["GLOO_SOCKET_IFNAME"] = sockets[0]
+    found = {one.name: one.value for one in card_settings(wiring.nodes[place], wiring.nic_class, usable)}
+    streams = parts * max(len(card.ports) for card in wiring.cards)
+    if wiring.nic_class in RDMA and streams > 1:
+        queue_pairs = {"NCCL_IB_QPS_PER_CONNECTION": str(streams), "NCCL_IB_SPLIT_DATA_ON_QPS": "1"}
+        found = {"NCCL_IB_HCA": found["NCCL_IB_HCA"], **queue_pairs} | found
     if _rails_match(wiring):
         found["NCCL_CROSS_NIC"] = "0"
     return found | ({"NCCL_P2P_PXN_LEVEL": "2"} if pxn else {"NCCL_PXN_DISABLE": "1"})
@@ -59,7 +49,7 @@ def _rails_match(wiring: Wiring) -> bool:
 
 def what_holds(wiring: Wiring, *, parts: int = 1, pxn: bool = True) -> list[Part]:
     """Every part of a plan with what brings it about."""
-    is_rdma, ports = wiring.nic_class in _RDMA, max(len(card.ports) for card in wiring.cards)
+    is_rdma, ports = wiring.nic_class in RDMA, max(len(card.ports) for card in wiring.cards)
     cards = "NCCL_IB_HCA" if is_rdma else "NCCL_SOCKET_IFNAME"
     found = [
         Part("the cards that carry the job, without those that are cut off", "enforced", cards),
@@ -67,7 +57,7 @@ def what_holds(wiring: Wiring, *, parts: int = 1, pxn: bool = True) -> list[Part
             "the order of nodes",
             "advisory",
             "the hostfile has it for launchers that number ranks in its order (mpirun --hostfile; torchrun --node-rank by "
-            "line); evermesh launch chooses the order of a job file's nodes itself",
+            "line); evermesh launch orders the nodes of a job itself, by topology: FILE in the job file",
         ),
         Part(
             "rank i talks over card i",

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evermesh.parallelism.errors import TrafficImpossible
+from evermesh.parallelism.fabric.cards import common_class
 from evermesh.parallelism.topology import Nic, Node, Topology
 
 Floats = NDArray[np.float64]
@@ -60,7 +61,7 @@ class Wiring:
         """
         nodes = tuple(topology.nodes[at] for at in (order if order is not None else range(len(topology.nodes))))
         _check_devices(nodes)
-        nic_class = _common_class(nodes)
+        nic_class = common_class(nodes)
         leaves = {leaf.name: number for number, leaf in enumerate(topology.leaves)}
         spines = tuple(dict.fromkeys(spine for leaf in topology.leaves for spine in leaf.spines))
         trunks = np.zeros((len(leaves), len(spines)))
@@ -161,27 +162,6 @@ def _check_devices(nodes: Sequence[Node]) -> None:
             f"node {different.name} has {different.devices} devices, node {nodes[0].name} has {nodes[0].devices}. "
             "Describe nodes with equally many; leave out devices that others do not have."
         )
-
-
-def _common_class(nodes: Sequence[Node]) -> str:
-    """The fastest class of cards that all nodes have."""
-    speeds = [
-        {name: sum(nic.bytes_per_s for nic in node.nics if nic.nic_class == name) for name in _classes(node)}
-        for node in nodes
-    ]
-    common = sorted(set.intersection(*(set(of_node) for of_node in speeds)))
-    if not common:
-        classes = {", ".join(of_node) or "none": node.name for node, of_node in zip(nodes, speeds, strict=True)}
-        named = "; ".join(f"{name}: {nics}" for nics, name in classes.items())
-        raise TrafficImpossible(
-            f"no class of network cards is in all nodes ({named}). Add the cards that all have to the topology, or leave out "
-            "the nodes without."
-        )
-    return max(common, key=lambda name: min(of_node[name] for of_node in speeds))
-
-
-def _classes(node: Node) -> list[str]:
-    return list(dict.fromkeys(nic.nic_class for nic in node.nics))
 
 
 def _used(node: Node, nic_class: str) -> list[Nic]:

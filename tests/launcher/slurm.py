@@ -37,6 +37,7 @@ ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 JobAcctGatherType=jobacct_gather/none
 SwitchType=switch/none
+TopologyPlugin=topology/tree
 MpiDefault=none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
@@ -96,6 +97,8 @@ class SlurmCluster:
             text += f"NodeName=em{number} NodeAddr={host.address} CPUs=1 RealMemory=100 State=UNKNOWN\n"
             (self.folder / f"spool-em{number}").mkdir()
         (self.folder / "slurm.conf").write_text(text)
+        leaves = [f"SwitchName=leaf{at} Nodes={host}\n" for at, host in enumerate(self._under_leaves(len(hosts)))]
+        (self.folder / "topology.conf").write_text("".join([*leaves, "SwitchName=spine Switches=leaf[0-1]\n"]))
         # without it Slurm 22.05 looks for cgroups where a network namespace shows none
         (self.folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\nCgroupAutomount=no\n")
         (self.folder / "state").mkdir()
@@ -111,6 +114,10 @@ class SlurmCluster:
         for number in range(len(hosts)):
             self._start(number, "slurmd", "-D", "-N", f"em{number}")
         _wait(lambda: self._states() == {"idle"}, f"not all nodes are idle: see {self.folder}/*.log")
+
+    def _under_leaves(self, number: int) -> tuple[str, str]:
+        """The first node has a leaf switch of its own, all others share one."""
+        return "em0", f"em[1-{number - 1}]"
 
     @property
     def _environment(self) -> dict[str, str]:

@@ -66,6 +66,7 @@ def test_the_command_line_of_a_step_holds_no_token_and_its_variables_no_options_
         "SLURM_NTASKS": "9",
         "SLURM_CPU_BIND": "x",
         "SRUN_CPUS_PER_TASK": "8",
+        "EVERMESH_RACK": "of the batch host",
     }
     assert step_variables(around) == {"PATH": "/bin", "SLURM_JOB_ID": "7", "SLURM_EXIT_ERROR": "84"}
 

@@ -1,6 +1,7 @@
 """Jobs in allocations of a real Slurm cluster: three nodes, each a host with an address of its own."""
 
 import shlex
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,6 +28,13 @@ WAIT_S = 120.0
 def cluster() -> Iterator[SlurmCluster]:
     with slurm_cluster(3) as made:
         yield made
+
+
+def test_a_step_knows_the_leaf_switch_of_its_node(cluster: SlurmCluster) -> None:
+    program = "import os; from evermesh.fault.hardware.rack import find_rack; print(*find_rack(os.environ, {}))"
+    for node, leaf in (("em0", "leaf0"), ("em2", "leaf1")):
+        told = cluster.call("srun", f"--nodelist={node}", "--mem=0", sys.executable, "-c", program)
+        assert told == f"{leaf} SLURM_TOPOLOGY_ADDR\n"
 
 
 def batch_script(job_file: Path, options: str, *overrides: str) -> Path:

@@ -9,7 +9,7 @@ import yaml
 from typer.testing import CliRunner
 
 from evermesh.launcher.commands.app import app
-from evermesh.launcher.layouts import read_topology
+from evermesh.launcher.topology_file import read_topology
 from evermesh.parallelism.errors import EvermeshError
 from evermesh.parallelism.fabric.wiring import Wiring
 

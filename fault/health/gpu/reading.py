@@ -85,15 +85,15 @@ def read_gpus(nvml: Any = None) -> GpusReading:
         except ImportError:
             return GpusReading(why_none="nvidia-ml-py is not installed")
     try:
-        with _session(nvml):
+        with session(nvml):
             gpus = tuple(_Reader(nvml, index).read() for index in range(nvml.nvmlDeviceGetCount()))
-            return GpusReading(gpus, _text(nvml.nvmlSystemGetDriverVersion()))
+            return GpusReading(gpus, text(nvml.nvmlSystemGetDriverVersion()))
     except nvml.NVMLError as error:
         return GpusReading(why_none=f"no driver answers ({error})")
 
 
 @contextmanager
-def _session(nvml: Any) -> Iterator[None]:
+def session(nvml: Any) -> Iterator[None]:
     nvml.nvmlInit()
     try:
         yield
@@ -118,8 +118,8 @@ class _Reader:
         pci = ask("nvmlDeviceGetPciInfo")
         return Gpu(
             index=self._index,
-            name=_text(ask("nvmlDeviceGetName") or ""),
-            bus=_text(pci.busId).lower() if pci else "",
+            name=text(ask("nvmlDeviceGetName") or ""),
+            bus=text(pci.busId).lower() if pci else "",
             corrected=ask("nvmlDeviceGetTotalEccErrors", _CORRECTED, _VOLATILE),
             uncorrected=ask("nvmlDeviceGetTotalEccErrors", _UNCORRECTED, _VOLATILE),
             uncorrected_ever=ask("nvmlDeviceGetTotalEccErrors", _UNCORRECTED, _AGGREGATE),
@@ -172,7 +172,7 @@ class _Reader:
             yield Link(bool(state), {kind: count for kind, count in errors.items() if count is not None})
 
 
-def _text(told: str | bytes) -> str:
+def text(told: str | bytes) -> str:
     return told.decode() if isinstance(told, bytes) else told
 
 

@@ -76,18 +76,18 @@ def judge_infiniband(look: Look) -> list[Verdict]:
 
 def _port(look: Look, adapter: str, port: str) -> Verdict:
     check, folder = f"InfiniBand {adapter}:{port}", f"{_IB}/{adapter}/ports/{port}"
-    state, physical = (_word(look.now, f"{folder}/{key}") for key in ("state", "phys_state"))
+    state, physical = (word(look.now, f"{folder}/{key}") for key in ("state", "phys_state"))
     rate = look.now.get(f"{folder}/rate", "").strip()
     numbers = {key: float(more) for key, more in _new_errors(look, folder)}
     if state != "ACTIVE":
-        was = _word(look.first, f"{folder}/state") if look.first else ""
+        was = word(look.first, f"{folder}/state") if look.first else ""
         reason = f"the port is {state or 'in no known state'} ({physical or 'physical state unknown'})"
         reason += ", and was ACTIVE before" if was == "ACTIVE" else ""
         is_unused = look.first is None and physical in ("Disabled", "Polling")  # no cable was ever there
         way_out = "look at cable and switch port; ibstat tells more"
         return Verdict(check, "warn" if is_unused else "bad", reason, numbers, way_out)
     was_rate = (look.first or {}).get(f"{folder}/rate", rate).strip()
-    if _gbit(rate) < _gbit(was_rate):
+    if gbit(rate) < gbit(was_rate):
         return Verdict(check, "warn", f"runs at {rate}, and ran at {was_rate} before", numbers, "look at the cable")
     many = [f"{key} {numbers[key]:,.0f}" for key, limit in _IB_COUNTERS.items() if numbers.get(key, 0.0) >= limit]
     if many:
@@ -105,12 +105,12 @@ def _new_errors(look: Look, folder: str) -> Iterator[tuple[str, int]]:
             yield key, now - (number(look.first or look.now, path) or 0)
 
 
-def _word(files: Files, path: str) -> str:
+def word(files: Files, path: str) -> str:
     """``ACTIVE`` of ``4: ACTIVE``."""
     return files.get(path, "").rpartition(":")[2].strip()
 
 
-def _gbit(rate: str) -> float:
+def gbit(rate: str) -> float:
     """Of ``400 Gb/sec (4X NDR)``."""
     words = rate.split()
     return float(words[0]) if words and words[0].replace(".", "", 1).isdigit() else 0.0

@@ -52,7 +52,7 @@ class Running:
         self.standbys.fill(waiting)
         self.group = WorkerGroup(self.loop, generation, place, logs, hooks, self.standbys)
         work = TrainingWork(entry=f"{FUNCTIONS}:{function}", arguments=arguments, logs=str(logs))
-        self.group.start(store, work, board, None)
+        self.group.start(store, work, board, {})
 
     def until(self, holds: Callable[[Outcome], bool]) -> Outcome:
         """Serve until the outcome is so."""

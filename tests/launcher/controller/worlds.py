@@ -18,6 +18,7 @@ from unittest import mock
 
 from pydantic import BaseModel
 
+from evermesh.fault.hardware.model import NodeHardware
 from evermesh.fault.health.verdicts import Verdict
 from evermesh.launcher import Run
 from evermesh.launcher.config import JobConfig
@@ -65,6 +66,7 @@ class Ranks:
 
     generation: int
     place: Place
+    settings: dict[str, str] = field(default_factory=dict)
     step: int = 0
     asked: str | None = None
     """To stop, or to regroup."""
@@ -94,6 +96,8 @@ class Agent:
         self.shared_memory_free_bytes: int | None = None
         self.verdicts: tuple[Verdict, ...] = ()
         """What it finds out about its node."""
+        self.hardware: NodeHardware | None = None
+        self.address = "127.0.0.1"
         self.ignores: tuple[type[BaseModel], ...] = ()
         """What it does not answer."""
         self.node: Node | None = None
@@ -112,12 +116,13 @@ class Agent:
         hello = Hello(
             node=self.name,
             host="here",
-            address="127.0.0.1",
+            address=self.address,
             pid=self.pid,
             outcome=self.ranks and self.ranks.outcome,
             in_memory=self.memory,
             guests=self.guests,
             verdicts=self.verdicts,
+            hardware=self.hardware,
         )
         with suppress(OSError):  # the connection ends, and the agent tries again
             self.node = self.world.controller.greet(self.name, hello, self.inbox)
@@ -180,7 +185,7 @@ class Agent:
             case OpenStore():
                 self.say(StoreOpened(generation=message.generation, store=Store(host="127.0.0.1", port=1)))
             case Start() if self.ranks is None or self.ranks.generation != message.generation:
-                self.ranks = Ranks(message.generation, message.place)
+                self.ranks = Ranks(message.generation, message.place, message.settings)
                 self.say(Started(generation=message.generation, pids={}))
             case Ask() if self.ranks is not None and message.what != "save":
                 self.ranks.asked = message.what if self.ranks.asked != "stop" else "stop"

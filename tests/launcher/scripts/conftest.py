@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -20,8 +21,8 @@ class Launcher:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.started: list[subprocess.Popen[str]] = []
-        self.variables = {"XDG_STATE_HOME": str(folder / "state")}
-        """Jobs of tests are not listed among those of the user."""
+        self.variables = {"XDG_STATE_HOME": str(folder / "state"), "PET_PREFLIGHT": "off"}
+        """Jobs of tests are not listed among those of the user; most count processes, and want no look at the machine."""
 
     def script(self, text: str, name: str = "script.py") -> str:
         """Write a script into the folder."""
@@ -75,3 +76,11 @@ def launcher(tmp_path: Path) -> Iterator[Launcher]:
         if process.poll() is None:
             process.send_signal(signal.SIGKILL)
         process.communicate()
+
+
+@pytest.fixture
+def port() -> int:
+    """One that was free a moment ago."""
+    with socket.socket() as found:
+        found.bind(("", 0))
+        return int(found.getsockname()[1])

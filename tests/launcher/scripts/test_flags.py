@@ -7,13 +7,22 @@ import pytest
 
 from evermesh.launcher.scripts import is_script
 from evermesh.launcher.scripts.errors import ScriptRefused
-from evermesh.launcher.scripts.flags import FLAGS
+from evermesh.launcher.scripts.flags import FLAGS, NOT_TAKEN
 from evermesh.launcher.scripts.options import PythonModule, ScriptJob, script_job
 from evermesh.launcher.scripts.where import Machines, ThisMachine
 
-OURS_ALONE = {"--nodes", "--workers", "--grace", "--no-record"}
-NOT_TAKEN = {"--logs-specs", "--numa-binding", "--virtual-local-rank", "--help", "-h"} | {
-    f"--duplicate-{stream}-filters" for stream in ("stdout", "stderr")
+OURS_ALONE = {
+    "--nodes",
+    "--workers",
+    "--grace",
+    "--no-record",
+    "--preflight",
+    "--hostfile",
+    "-H",
+    "--include",
+    "-i",
+    "--exclude",
+    "-e",
 }
 
 
@@ -25,8 +34,37 @@ def test_the_flags_are_those_of_torchrun_with_few_exceptions() -> None:
     from torch.distributed.run import get_args_parser
 
     names = {name for action in get_args_parser()._actions for name in action.option_strings}
-    theirs = {name for name in names if "_" not in name}
-    assert {name for flag in FLAGS for name in flag.names} - OURS_ALONE == theirs - NOT_TAKEN
+    theirs = {name for name in names if "_" not in name} - {"--help", "-h"}
+    assert {name for flag in FLAGS for name in flag.names} - OURS_ALONE == theirs - NOT_TAKEN.keys()
+    assert theirs >= NOT_TAKEN.keys()
+
+
+def test_every_flag_of_torchrun_is_taken_or_refused_with_a_way_out() -> None:
+    from torch.distributed.run import get_args_parser
+
+    needed = {"rdzv_backend": "c10d", "rdzv_endpoint": "here:1", "rdzv_conf": "timeout=9", "nnodes": "1:2"}
+    spellings = [
+        (spelling, [] if action.nargs == 0 else [needed.get(action.dest, "1")])
+        for action in get_args_parser()._actions
+        for spelling in action.option_strings
+        if action.dest != "help"
+    ]
+    assert len(spellings) > 50
+    for spelling, value in spellings:
+        nodes = ["--nnodes=2", "--master-addr=here"] if spelling.startswith("--node") else []
+        words = [*nodes, spelling, *value, sys.executable]  # a file, a program, and what -m does not look for
+        if spelling.replace("_", "-") in NOT_TAKEN:
+            with pytest.raises(ScriptRefused, match=r"a flag of torchrun's, is not supported\. .*Leave it out"):
+                script_job(words, {})
+        else:
+            assert script_job(words, {}).workers == 1, spelling
+
+
+@pytest.mark.parametrize("name", NOT_TAKEN)
+def test_a_variable_of_a_flag_that_is_not_taken_is_refused_too(name: str) -> None:
+    variable = "PET_" + name[2:].replace("-", "_").upper()
+    with pytest.raises(ScriptRefused, match=f"{variable} is set, but {name} of torchrun's is not supported"):
+        job(**{variable: "x"})
 
 
 @pytest.mark.parametrize(
@@ -80,7 +118,7 @@ def test_rank_0_is_shown_unless_flags_say_otherwise() -> None:
     [
         (["--nproc-per-nod", "2"], "there is no flag --nproc-per-nod. Did you mean --nproc-per-node?"),
         (["--num_gpus", "2"], "there is no flag --num_gpus, which is another launcher's. Use --workers."),
-        (["--hostfile=hosts"], "Run the same command on every machine"),
+        (["--launcher=pdsh"], "Run the same command on every machine"),
         (["--max_restart=2"], "there is no flag --max_restart. Did you mean --max-restarts?"),
         (["--nnodes", "2:4"], "asks for 2 to 4 nodes, but the number of nodes of a script is fixed"),
         (["--nnodes", "2", "--node-rank", "1"], "node 1 of 2 (--node-rank) does not know where node 0 is"),

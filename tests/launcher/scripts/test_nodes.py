@@ -24,14 +24,6 @@ OWN = {
 }
 
 
-@pytest.fixture
-def port() -> int:
-    """One that was free a moment ago."""
-    with socket.socket() as found:
-        found.bind(("", 0))
-        return int(found.getsockname()[1])
-
-
 def addresses(port: int, node_rank: int, nodes: int = 2) -> list[str]:
     return [
         *("--nnodes", str(nodes), "--node-rank", str(node_rank)),
