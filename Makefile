@@ -33,7 +33,7 @@ install: $(INSTALLED)  ## make the environment
 demo: $(INSTALLED)  ## the main job: train, save, stop, resume on another number of workers
 	$(BIN)/evermesh demo
 
-test: $(INSTALLED)  ## all tests; those of the dashboard need Chromium, those of Slurm its daemons (Debian: chromium; slurmctld slurmd slurm-client munge)
+test: $(INSTALLED)  ## all tests; those of the dashboard need Chromium, those of Slurm its daemons, those of numbers Prometheus (Debian: chromium; slurmctld slurmd slurm-client munge; prometheus)
 	@test -n "$(BROWSER)" || echo "no Chromium: the tests of the dashboard are skipped. To run them: apt-get install chromium"
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 

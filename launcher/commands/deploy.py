@@ -1,4 +1,4 @@
-"""``evermesh deploy``: what carries a job to Slurm, Docker or Kubernetes, as files."""
+"""``evermesh deploy``: what carries a job to Slurm, Docker or Kubernetes, and what watches it there, as files."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,14 +17,20 @@ EXAMPLES = """[bold]Examples[/]
 
   evermesh deploy docker job.yaml --output out && docker compose --project-directory out up
 
-  evermesh deploy kubernetes job.yaml --image registry/evermesh:1 --claim shared-runs"""
+  evermesh deploy kubernetes job.yaml --image registry/evermesh:1 --claim shared-runs
+
+  evermesh deploy kuberay job.yaml --image registry/evermesh:1 --claim shared-runs
+
+  evermesh deploy monitoring --targets /shared/prometheus --token-file /etc/prometheus/evermesh-token"""
 
 Job = Annotated[Path, typer.Argument(metavar="JOB.yaml", help="The job file.", show_default=False)]
+Image = Annotated[str, typer.Option("--image", help="Image that all nodes run; `deploy docker` writes its Dockerfile.")]
+Claim = Annotated[str, typer.Option("--claim", help="PersistentVolumeClaim for the runs, shared by all pods.")]
 Output = Annotated[Path, typer.Option("--output", metavar="DIR", help="Folder for the files.")]
 
 app = typer.Typer(
     name="deploy",
-    help="Write what carries a job to Slurm, Docker or Kubernetes.",
+    help="Write what carries a job to Slurm, Docker or Kubernetes, and what watches it.",
     no_args_is_help=True,
     rich_markup_mode="rich",
     epilog=EXAMPLES,
@@ -47,22 +53,25 @@ def slurm(
 
 
 @app.command(epilog=EXAMPLES)
-def docker(job: Job, output: Output = Path("deployed"), overrides: Set = None) -> None:
-    """Write a Dockerfile for the device of the job, and a compose file that runs it on one machine."""
+def docker(
+    job: Job,
+    output: Output = Path("deployed"),
+    monitoring: Annotated[
+        bool, typer.Option("--monitoring/--no-monitoring", help="With Prometheus and Grafana beside the job.")
+    ] = True,
+    overrides: Set = None,
+) -> None:
+    """Write a Dockerfile for the device of the job, and a compose file that runs and watches it on one machine."""
     from evermesh.deploy import render_docker
 
-    _write(output, render_docker(_deployment(job, overrides)))
+    _write(output, render_docker(_deployment(job, overrides), monitoring=monitoring))
 
 
 @app.command(epilog=EXAMPLES)
 def kubernetes(
     job: Job,
-    image: Annotated[
-        str, typer.Option("--image", help="Image that all nodes run; `deploy docker` writes its Dockerfile.")
-    ],
-    claim: Annotated[
-        str, typer.Option("--claim", help="PersistentVolumeClaim for the runs, shared by all pods.")
-    ] = "runs",
+    image: Image,
+    claim: Claim = "runs",
     output: Output = Path("deployed"),
     overrides: Set = None,
 ) -> None:
@@ -70,6 +79,57 @@ def kubernetes(
     from evermesh.deploy import render_kubernetes
 
     _write(output, render_kubernetes(_deployment(job, overrides), image=image, claim=claim))
+
+
+@app.command(epilog=EXAMPLES)
+def kuberay(
+    job: Job,
+    image: Image,
+    claim: Claim = "runs",
+    ray: Annotated[
+        str | None, typer.Option("--ray", metavar="VERSION", help="Ray in the image.", show_default="that of here")
+    ] = None,
+    output: Output = Path("deployed"),
+    overrides: Set = None,
+) -> None:
+    """Write a RayJob for KubeRay: its head launches the job, its workers are the nodes and spares."""
+    from evermesh.deploy import render_kuberay
+
+    deployment = _deployment(job, overrides)
+    _write(output, render_kuberay(deployment, image=image, ray=ray or _ray_here(), claim=claim))
+
+
+@app.command(epilog=EXAMPLES)
+def monitoring(
+    targets: Annotated[
+        str,
+        typer.Option(
+            "--targets", metavar="PATH", help="Folder (api.targets) or file in which jobs tell where they are."
+        ),
+    ],
+    token_file: Annotated[
+        str, typer.Option("--token-file", metavar="FILE", help="The token of the jobs, as Prometheus sees it.")
+    ],
+    prometheus: Annotated[
+        str, typer.Option("--prometheus", metavar="URL", help="Where Grafana reaches Prometheus.")
+    ] = "http://localhost:9090",
+    output: Output = Path("deployed"),
+) -> None:
+    """Write configuration, alerts and a dashboard for Prometheus and Grafana; for no job in particular."""
+    from evermesh.deploy import render_monitoring
+
+    _write(output, render_monitoring(targets=targets, token_file=token_file, prometheus=prometheus))
+
+
+def _ray_here() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("ray")
+    except PackageNotFoundError:
+        raise typer.BadParameter(
+            "Ray is not installed here. Say which version is in the image: --ray 2.52.0."
+        ) from None
 
 
 def _deployment(job: Path, overrides: list[str] | None) -> "Deployment":
@@ -104,5 +164,6 @@ def _deployment(job: Path, overrides: list[str] | None) -> "Deployment":
 def _write(output: Path, files: Mapping[str, str]) -> None:
     output.mkdir(parents=True, exist_ok=True)
     for name, text in files.items():
+        (output / name).parent.mkdir(parents=True, exist_ok=True)
         (output / name).write_text(text)
         print(output / name)

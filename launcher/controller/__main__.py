@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from evermesh.launcher import registry
-from evermesh.launcher.config import JobConfig
+from evermesh.launcher.config import ApiConfig, JobConfig
 from evermesh.launcher.contact import last_port, make_token, write_contact
 from evermesh.launcher.controller.controller import Controller
 from evermesh.launcher.controller.journal import (
@@ -26,7 +26,8 @@ from evermesh.launcher.controller.journal import (
 )
 from evermesh.launcher.controller.limit import stop_in_time
 from evermesh.launcher.controller.record import replay
-from evermesh.launcher.errors import LauncherError, RunAlive, Superseded
+from evermesh.launcher.controller.targets import TargetsFile
+from evermesh.launcher.errors import LauncherError, ListenInvalid, RunAlive, Superseded
 from evermesh.launcher.patient_output import outlive_a_full_disk
 from evermesh.launcher.placement import Placement, placement_for
 from evermesh.launcher.run_directory import Run, now
@@ -65,10 +66,11 @@ def main() -> None:
 
 
 async def _control(run: Run, mandate: Mandate | None, check_lock: Callable[[], None]) -> int:
-    config, token = run.config(), make_token(run.directory)
+    config, again = run.config(), run.state().state == "running"
     try:
+        token = make_token(run.directory, None if again else config.api.token_file)  # agents that live know the old one
         placement = placement_for(run, config, token)
-        listener = _listen(placement.address, last_port(run.directory))
+        listener = _listen(_places(config.api, placement.address, last_port(run.directory), again=again))
         host, port = listener.getsockname()[:2]
         url = f"http://{host}:{port}"
         lines = journal_lines(run.journal) if mandate is None else read_copy(mandate.copy_path)
@@ -98,10 +100,14 @@ async def _serve(
     )
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     minding = asyncio.create_task(stop_in_time(controller, placement, config.grace_s))
+    targets = TargetsFile(controller.run, config.api)
+    telling = asyncio.create_task(targets.follow(controller))
     try:
         return await controller.serve()
     finally:
         minding.cancel()
+        telling.cancel()
+        targets.end(controller)
         server.should_exit = True
         await serving
 
@@ -152,12 +158,32 @@ def _refuse(run: Run, error: LauncherError) -> int:
     return error.exit_code
 
 
-def _listen(host: str, wanted: int | None) -> socket.socket:
-    """A listening socket, on the port of the last controller if that is free."""
-    for port in (wanted or 0, 0):
-        with contextlib.suppress(OSError):
-            return socket.create_server((host, port), backlog=4096)
-    raise OSError(f"no port of {host} can be opened")
+def _places(config: ApiConfig, address: str, last: int | None, *, again: bool) -> list[tuple[str, int]]:
+    """Hosts and ports to listen on, the best first: a job that runs already goes on with any that agents reach."""
+    host = config.host or address
+    if config.port is not None and not again:
+        return [(host, config.port)]
+    found = [(host, port) for port in (config.port, last, 0) if port is not None]
+    return [*found, (address, 0)] if again else found
+
+
+def _listen(places: Sequence[tuple[str, int]]) -> socket.socket:
+    """A listening socket at the first of these places that can be had.
+
+    Raises:
+        ListenInvalid: none can.
+    """
+    refused: OSError | None = None
+    for place in places:
+        try:
+            return socket.create_server(place, backlog=4096)
+        except OSError as error:
+            refused = error
+    host, port = places[-1]
+    raise ListenInvalid(
+        f"the controller cannot listen on {host}:{port or 'any port'}: {refused}. Set api.host to an address of this "
+        "machine, and api.port to one that is free; without them it takes any port."
+    ) from refused
 
 
 def _server(app: object) -> "uvicorn.Server":

@@ -1,0 +1,138 @@
+"""A real Prometheus, configured by what is rendered, watches a real job from the file of targets to the last panel."""
+
+import json
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+import yaml
+
+from evermesh.deploy import render_monitoring
+from evermesh.deploy.monitoring import ALERTS, ROWS
+from evermesh.launcher.contact import read_contact, read_token
+from tests.launcher.jobs import launched
+from tests.launcher.test_cli import evermesh
+
+PROMETHEUS = shutil.which("prometheus")
+TOKEN = "0123456789abcdef0123456789abcdef"
+WAIT_S = 60.0
+RARE = {"evermesh_held_out_loss", "evermesh_finding_confidence", "evermesh_time_left_seconds"}
+"""Numbers that a job need not have: without evaluation, findings, or an estimate."""
+
+
+class Prometheus:
+    """The HTTP API of a server."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+
+    def ask(self, path: str, **parameters: str) -> Any:
+        answer = httpx2.get(f"{self._url}/api/v1/{path}", params=parameters)
+        assert answer.json()["status"] == "success", (parameters, answer.text)
+        return answer.json()["data"]
+
+    def values(self, expression: str) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = self.ask("query", query=expression)["result"]
+        return found
+
+    def wait(self, holds: Callable[[], bool]) -> None:
+        until = time.monotonic() + WAIT_S
+        while not _quietly(holds):
+            assert time.monotonic() < until, self.ask("targets")["activeTargets"]
+            time.sleep(0.1)
+
+
+def _quietly(holds: Callable[[], bool]) -> bool:
+    try:
+        return holds()
+    except httpx2.HTTPError:  # it is starting
+        return False
+
+
+@contextmanager
+def watching(folder: Path, targets: Path, token_file: Path) -> Iterator[Prometheus]:
+    """A server with the rendered configuration, but an impatient one."""
+    assert PROMETHEUS is not None
+    for name, text in render_monitoring(targets=str(targets), token_file=str(token_file)).items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    path = folder / "prometheus" / "prometheus.yml"
+    values = yaml.safe_load(path.read_text())
+    values["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
+    path.write_text(yaml.safe_dump(values))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+    options = {"config.file": path, "storage.tsdb.path": folder / "data", "web.listen-address": address}
+    with (
+        (folder / "log").open("w") as log,
+        subprocess.Popen(
+            [PROMETHEUS, *(f"--{name}={value}" for name, value in options.items())], stdout=log, stderr=log
+        ) as process,
+    ):
+        try:
+            yield Prometheus(f"http://{address}")
+        finally:
+            process.terminate()
+
+
+@pytest.mark.skipif(PROMETHEUS is None, reason="no prometheus (Debian: apt-get install prometheus)")
+def test_prometheus_finds_a_job_by_its_file_and_answers_every_panel_and_alert(job_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "token").write_text(TOKEN)
+    targets = tmp_path / "targets"
+    given = (f"api.token_file={tmp_path / 'token'}", f"api.targets={targets}", "nodes=2", "train.steps=100000")
+    with watching(tmp_path, targets, tmp_path / "token") as prometheus:
+        with launched(job_file, *given, name="watched") as job:
+            job.wait_training()
+            assert read_token(job.run.directory) == TOKEN
+            prometheus.wait(lambda: len(prometheus.values("up == 1")) == 3)
+            roles = [(found["metric"]["role"], found["metric"]["run"]) for found in prometheus.values("up")]
+            assert sorted(roles) == [("agent", "watched"), ("agent", "watched"), ("controller", "watched")]
+            prometheus.wait(lambda: bool(prometheus.values("increase(evermesh_trained_steps_total[10s]) > 0")))
+            for panel in (panel for _, panels in ROWS for panel in panels):
+                for query in panel.queries:
+                    asked = query.expr.replace("$run", ".+").replace("$__rate_interval", "30s")
+                    is_rare = any(name in asked for name in RARE)
+                    assert prometheus.values(asked) or is_rare or "== 1" in asked, panel.title
+            (group,) = prometheus.ask("rules")["groups"]
+            assert [rule["name"] for rule in group["rules"]] == [alert.name for alert in ALERTS]
+            prometheus.wait(lambda: _healthy(prometheus))
+            assert evermesh("stop", "watched", "--runs", job.run.directory.parent).returncode == 0
+        assert json.loads((targets / "watched.json").read_text()) == []
+
+
+def _healthy(prometheus: Prometheus) -> bool:
+    (group,) = prometheus.ask("rules")["groups"]
+    assert not any(rule.get("lastError") for rule in group["rules"]), group
+    return all(rule["health"] == "ok" for rule in group["rules"])
+
+
+def test_the_api_listens_where_it_is_told_and_a_taken_port_or_a_bad_token_file_ends_the_job(
+    job_file: Path, tmp_path: Path
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        refused = evermesh("launch", job_file, "--set", f"api.port={port}")
+        assert refused.returncode == 2
+        assert f"cannot listen on 127.0.0.1:{port}" in refused.stderr
+    (tmp_path / "short").write_text("secret\n")
+    refused = evermesh("launch", job_file, "--set", f"api.token_file={tmp_path / 'short'}")
+    assert refused.returncode == 2
+    assert "holds no token of 32" in refused.stderr
+    given = ("api.host=127.0.0.2", f"api.port={port}", "train.steps=100000")
+    with launched(job_file, *given, name="elsewhere") as job:
+        job.wait_training()
+        assert read_contact(job.run.directory) == f"http://127.0.0.2:{port}"
+        told = json.loads((job.run.directory / "prometheus.json").read_text())
+        assert {address.partition(":")[0] for target in told for address in target["targets"]} == {"127.0.0.2"}
+        headers = {"Authorization": f"Bearer {read_token(job.run.directory)}"}
+        for target in told:
+            url = f"http://{target['targets'][0]}{target['labels']['__metrics_path__']}"
+            assert httpx2.get(url).status_code == 401
+            assert "evermesh_" in httpx2.get(url, headers=headers).text
