@@ -28,7 +28,7 @@ ALERTS = (
         60,
         "critical",
         "The controller of {{ $labels.run }} does not answer at {{ $labels.instance }}.",
-        "`evermesh status {{ $labels.run }}` says whether the job lives, its log why it failed; `evermesh resume` goes on.",
+        "`evermesh status` says whether the job lives, its log why it failed; `evermesh resume` goes on.",
     ),
     Alert(
         "EvermeshNoSteps",

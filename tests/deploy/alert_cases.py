@@ -60,7 +60,7 @@ CASES = (
     ),
     Case(
         "EvermeshLossNotFinite",
-        {f"evermesh_loss{{{_JOB}}}": "2x3 NaNx3 2x10"},
+        {f"evermesh_loss{{{_JOB}}}": "2x3 NaN NaN NaN 2x10"},
         "3m",
         "5m",
         _OF_JOB,
@@ -111,7 +111,7 @@ CASES = (
         "4m",
         "6m",
         _OF_NODE,
-        "node-3 of llm has had no controller for 2m 30s.",
+        "node-3 of llm has had no controller for 1m 30s.",
     ),
     Case(
         "EvermeshRankStopped",

@@ -1,11 +1,7 @@
 """What carries a job elsewhere is valid where it goes, holds no secret, and starts what the job file says."""
 
-import os
-import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -141,108 +137,6 @@ def test_the_image_is_for_the_device_and_the_service_waits_until_the_job_is_save
     alone = render_docker(deployment, monitoring=False)
     assert alone.keys() == {"Dockerfile", "job.yaml", "compose.yaml"}
     assert yaml.safe_load(alone["compose.yaml"])["services"].keys() == {"job"}
-
-
-def test_compose_runs_prometheus_and_grafana_beside_the_job_and_opens_nothing_but_the_loopback() -> None:
-    files = render_docker(DEPLOYMENT)
-    compose = yaml.safe_load(files["compose.yaml"])
-    services = compose["services"]
-    assert services.keys() == {"job", "prometheus", "grafana"}
-    published = {name: service.get("ports", []) for name, service in services.items()}
-    assert published == {"job": ["127.0.0.1:8470:8470"], "prometheus": [], "grafana": ["127.0.0.1:3000:3000"]}
-    for service in services.values():
-        assert set(service["secrets"]) <= compose["secrets"].keys()
-        for volume in service["volumes"]:
-            source = volume.split(":")[0]
-            is_rendered = any(f"./{name}".startswith(f"{source}") for name in files)
-            assert source in compose["volumes"] or source == DEPLOYMENT.runs or is_rendered, volume
-    settings = dict(word.split("=", 1) for word in services["job"]["command"] if "=" in word)
-    told = {name.removeprefix("api."): value for name, value in settings.items() if name.startswith("api.")}
-    assert told == {"host": "job", "port": "8470", "token_file": "/run/secrets/token", "targets": "/targets"}
-    (job,) = yaml.safe_load(files["monitoring/prometheus/prometheus.yml"])["scrape_configs"]
-    assert job["authorization"]["credentials_file"] == told["token_file"]
-    assert job["file_sd_configs"][0]["files"] == [f"{told['targets']}/*.json"]
-    (source,) = yaml.safe_load(files["monitoring/grafana/provisioning/datasources/evermesh.yaml"])["datasources"]
-    assert source["url"] == "http://prometheus:9090"
-    load_job(JOB, [f"{name}={value}" for name, value in settings.items()])
-
-
-@pytest.mark.parametrize("monitoring", [True, False])
-@pytest.mark.parametrize("deployment", [DEPLOYMENT, ON_CPU], ids=["cuda", "cpu"])
-def test_docker_compose_itself_accepts_the_file(deployment: Deployment, monitoring: bool, tmp_path: Path) -> None:
-    compose = shutil.which("docker-compose")
-    if compose is None:
-        pytest.skip("no docker-compose (Debian: apt-get install docker-compose)")
-    for name, text in render_docker(deployment, monitoring=monitoring).items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(text)
-    done = subprocess.run([compose, "config", "--quiet"], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-
-
-RAY_JOB = {"entrypoint", "backoffLimit", "shutdownAfterJobFinishes", "ttlSecondsAfterFinished", "rayClusterSpec"}
-RAY_CLUSTER = {"rayVersion", "authOptions", "headGroupSpec", "workerGroupSpecs"}
-HEAD = {"rayStartParams", "template"}
-WORKERS = {"groupName", "replicas", "minReplicas", "maxReplicas", "rayStartParams", "template"}
-"""Fields of ray.io/v1 that we use, as the reference of KubeRay 1.6 documents them."""
-
-
-@pytest.mark.parametrize("deployment", [DEPLOYMENT, ON_CPU], ids=["cuda", "cpu"])
-def test_a_ray_job_has_a_head_that_launches_and_a_worker_for_every_node_and_spare(deployment: Deployment) -> None:
-    (text,) = render_kuberay(deployment, image="registry/evermesh:1", ray="2.60.0", claim="shared").values()
-    found = documents(text)
-    assert found.keys() == {"ConfigMap", "RayJob"}
-    spec = found["RayJob"]["spec"]
-    cluster = spec["rayClusterSpec"]
-    head, (workers,) = cluster["headGroupSpec"], cluster["workerGroupSpecs"]
-    assert (spec.keys(), cluster.keys(), head.keys(), workers.keys()) == (RAY_JOB, RAY_CLUSTER, HEAD, WORKERS)
-    assert found["RayJob"]["apiVersion"] == "ray.io/v1"
-    assert (cluster["rayVersion"], cluster["authOptions"]) == ("2.60.0", {"mode": "token"})
-    assert workers["replicas"] == workers["minReplicas"] == workers["maxReplicas"] == 5
-    assert all(isinstance(value, str) for group in (head, workers) for value in group["rayStartParams"].values())
-    assert head["rayStartParams"]["num-cpus"] == "0", "no node of the job is placed there"
-    script = found["ConfigMap"]["data"]["launch.sh"]
-    assert "--on ray --nodes 4 --spares 1" in script
-    assert spec["entrypoint"] == "bash /job/launch.sh"
-    for group in (head, workers):
-        pod = group["template"]["spec"]
-        (node,) = pod["containers"]
-        assert {mount["name"] for mount in node["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
-        assert pod["terminationGracePeriodSeconds"] > deployment.grace_s
-        shell_accepts(node["lifecycle"]["preStop"]["exec"]["command"][-1])
-    gpus = workers["template"]["spec"]["containers"][0]["resources"]["limits"].get("nvidia.com/gpu")
-    assert gpus == (8 if deployment.device == "cuda" else None)
-    shell_accepts(script)
-
-
-@pytest.mark.parametrize(("codes", "ends_with"), [([75, 75, 0], 0), ([75, 93], 93), ([2], 2)])
-def test_the_head_launches_again_only_where_that_helps(codes: list[int], ends_with: int, tmp_path: Path) -> None:
-    (text,) = render_kuberay(DEPLOYMENT, image="registry/evermesh:1", ray="2.60.0").values()
-    script = documents(text)["ConfigMap"]["data"]["launch.sh"].replace("sleep 10", "sleep 0")
-    fake = tmp_path / "evermesh"
-    fake.write_text(f"#!/bin/bash\necho >> {tmp_path}/starts\nset -- {' '.join(map(str, codes))}\n"
-                    f"n=$(wc -l < {tmp_path}/starts)\nexit ${{!n}}\n")  # fmt: skip
-    fake.chmod(0o755)
-    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    done = subprocess.run(["bash", "-c", script], env=environment, timeout=30, check=False)
-    assert done.returncode == ends_with
-    assert len((tmp_path / "starts").read_text().splitlines()) == len(codes)
-
-
-def test_a_head_that_is_told_to_end_lets_the_launcher_save_and_does_not_launch_again(tmp_path: Path) -> None:
-    (text,) = render_kuberay(DEPLOYMENT, image="registry/evermesh:1", ray="2.60.0").values()
-    script = documents(text)["ConfigMap"]["data"]["launch.sh"]
-    fake = tmp_path / "evermesh"
-    fake.write_text(f"#!/bin/bash\ntrap 'touch {tmp_path}/saved; exit 75' TERM\ntouch {tmp_path}/up\n"
-                    "while :; do sleep 0.05; done\n")  # fmt: skip
-    fake.chmod(0o755)
-    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    with subprocess.Popen(["bash", "-c", script], env=environment, start_new_session=True) as head:
-        while not (tmp_path / "up").exists():
-            time.sleep(0.01)
-        os.killpg(head.pid, signal.SIGTERM)  # as Ray ends a job
-        assert head.wait(20) == 75
-    assert (tmp_path / "saved").exists()
 
 
 @pytest.mark.parametrize("place", ["slurm", "docker", "kubernetes"])
