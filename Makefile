@@ -57,7 +57,7 @@ picture: $(INSTALLED)  ## docs/images/dashboard.png, by Chromium
 	$(BIN)/python -m tests.launcher.dashboard.picture docs/images/dashboard.png
 
 parity: $(INSTALLED)  ## gradients on every layout against one process; takes minutes
-	$(BIN)/python -m pytest tests/runtime tests/parallelism tests/checkpoint tests/fault tests/launcher -m parity
+	$(BIN)/python -m pytest tests/runtime tests/parallelism tests/checkpoint tests/fault tests/launcher tests/deploy -m parity
 
 faults: $(INSTALLED)  ## every kind of fault in real jobs of 2, 4 and 8 processes, and what torch says; FAULT_SEEDS=n of each, a quarter of an hour a seed, more on a busy machine; root, for networks
 	$(BIN)/python -m tests.fault.suite --seeds $(or $(FAULT_SEEDS),1)

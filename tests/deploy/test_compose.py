@@ -1,10 +1,11 @@
 """Prometheus and Grafana beside a job: what is mounted, told and opened fits together."""
 
+import pytest
 import yaml
 
 from evermesh.deploy import render_docker
 from evermesh.launcher import load_job
-from tests.deploy.test_rendering import DEPLOYMENT, JOB
+from tests.deploy.test_rendering import DEPLOYMENT, JOB, ON_CPU
 
 
 def test_compose_runs_prometheus_and_grafana_beside_the_job_and_opens_nothing_but_the_loopback() -> None:
@@ -29,3 +30,16 @@ def test_compose_runs_prometheus_and_grafana_beside_the_job_and_opens_nothing_bu
     (source,) = yaml.safe_load(files["monitoring/grafana/provisioning/datasources/evermesh.yaml"])["datasources"]
     assert source["url"] == "http://prometheus:9090"
     load_job(JOB, [f"{name}={value}" for name, value in settings.items()])
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("monitoring", [True, False])
+def test_the_compose_specification_accepts_the_file_and_refuses_others(monitoring: bool) -> None:
+    compose_spec = pytest.importorskip("compose_spec")  # not among what development needs
+    for deployment in (DEPLOYMENT, ON_CPU):
+        text = render_docker(deployment, monitoring=monitoring)["compose.yaml"]
+        compose_spec.PyCompose.from_yaml(text).validate()
+    for right, wrong in (("restart: 'no'", "restart: sometimes"), ("shm_size:", "shm_sizes:"), ("60s", "soon")):
+        assert right in text
+        with pytest.raises(Exception, match=r"sometimes|shm_sizes|soon"):
+            compose_spec.PyCompose.from_yaml(text.replace(right, wrong)).validate()

@@ -126,6 +126,19 @@ def test_every_alert_says_what_is_wrong_and_what_to_do() -> None:
         assert alert.way_out.endswith((".", "`"))
 
 
+@pytest.mark.parity
+def test_the_types_of_grafana_take_the_dashboard_and_give_it_back() -> None:
+    models = pytest.importorskip("grafana_foundation_sdk.models.dashboard")  # Grafana's own; not needed for development
+    board = dashboard()
+    back = json.loads(json.dumps(models.Dashboard.from_json(board), default=lambda part: part.to_json()))
+    assert back.keys() >= board.keys()
+    for panel, again in zip(board["panels"], back["panels"], strict=True):
+        assert {name: again[name] for name in panel} == panel
+    board["panels"][1]["gridPoss"] = {}
+    again = models.Dashboard.from_json(board).to_json()["panels"][1].to_json()
+    assert "gridPoss" not in again, "what Grafana does not know does not come back"
+
+
 @needs_promtool
 def test_prometheus_accepts_configuration_and_rules(tmp_path: Path) -> None:
     (tmp_path / "token").write_text("x" * 32)

@@ -3,6 +3,7 @@
 import json
 import shutil
 import socket
+import stat
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +17,8 @@ import yaml
 
 from evermesh.deploy import render_monitoring
 from evermesh.deploy.monitoring import ALERTS, ROWS
-from evermesh.launcher.contact import read_contact, read_token
+from evermesh.launcher.contact import make_token, read_contact, read_token
+from evermesh.launcher.errors import ListenInvalid
 from tests.launcher.jobs import launched
 from tests.launcher.test_cli import evermesh
 
@@ -119,13 +121,25 @@ def _healthy(prometheus: Prometheus) -> bool:
     return all(rule["health"] == "ok" for rule in group["rules"])
 
 
-def test_a_taken_port_or_a_bad_token_file_ends_the_job_at_once(job_file: Path, tmp_path: Path) -> None:
+def test_a_job_whose_port_somebody_has_does_not_begin(job_file: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         refused = evermesh("launch", job_file, "--set", f"api.port={port}")
-        assert refused.returncode == 2
-        assert f"cannot listen on 127.0.0.1:{port}" in refused.stderr
-    (tmp_path / "short").write_text("secret\n")
-    refused = evermesh("launch", job_file, "--set", f"api.token_file={tmp_path / 'short'}")
     assert refused.returncode == 2
-    assert "holds no token of 32" in refused.stderr
+    assert f"cannot listen on 127.0.0.1:{port}" in refused.stderr
+
+
+def test_a_given_token_replaces_the_one_of_the_run_and_must_be_long(tmp_path: Path) -> None:
+    given = tmp_path / "given"
+    made = make_token(tmp_path)
+    assert make_token(tmp_path) == made
+    given.write_text(f"{TOKEN}\n")
+    assert make_token(tmp_path, given) == make_token(tmp_path) == TOKEN
+    assert stat.S_IMODE((tmp_path / "token").stat().st_mode) == 0o600
+    for wrong in ("", "secret", f"{TOKEN} {TOKEN}", f"{TOKEN}\nX-Forged: 1"):
+        given.write_text(wrong)
+        with pytest.raises(ListenInvalid, match="holds no token of 32"):
+            make_token(tmp_path, given)
+    with pytest.raises(ListenInvalid, match="cannot be read"):
+        make_token(tmp_path, tmp_path / "missing")
+    assert make_token(tmp_path) == TOKEN
