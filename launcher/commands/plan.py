@@ -17,7 +17,7 @@ EXAMPLES = """[bold]Examples[/]
 
   evermesh plan lengths.txt.gz --workers 64 --capacity 32768
 
-  evermesh plan deploy/jobs/long-context.yaml --lengths deploy/jobs/lengths.txt    [dim]# data that is not here[/]
+  evermesh plan deploy/jobs/racks.yaml --lengths deploy/jobs/lengths.txt
 
   evermesh plan --lengths FILE --hdp 1536 --tp 8 --cost cost.json --json OUT"""
 
