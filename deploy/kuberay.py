@@ -44,7 +44,8 @@ def render_kuberay(deployment: Deployment, *, image: str, ray: str, claim: str =
     """
     script = _SCRIPT.format(nodes=deployment.nodes, spares=deployment.spares)
     documents = [config_map(deployment, **{"launch.sh": script}), _ray_job(deployment, image, ray, claim)]
-    text = f"# {how_to_watch(RUNS)}\n" + yaml.safe_dump_all(documents, sort_keys=False)
+    built = "docker build --build-arg EVERMESH='evermesh[kuberay]' ... with the Dockerfile of `evermesh deploy docker`"
+    text = f"# the image: {built}\n# {how_to_watch(RUNS)}\n" + yaml.safe_dump_all(documents, sort_keys=False)
     return {f"{deployment.name}-kuberay.yaml": text}
 
 

@@ -1,5 +1,6 @@
 """``evermesh deploy``: what carries a job to Slurm, Docker or Kubernetes, and what watches it there, as files."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -23,6 +24,8 @@ EXAMPLES = """[bold]Examples[/]
 
   evermesh deploy monitoring --targets /shared/prometheus --token-file /etc/prometheus/evermesh-token"""
 
+_FIRST_RAY = (2, 52, 0)
+"""With tokens."""
 Job = Annotated[Path, typer.Argument(metavar="JOB.yaml", help="The job file.", show_default=False)]
 Image = Annotated[str, typer.Option("--image", help="Image that all nodes run; `deploy docker` writes its Dockerfile.")]
 Claim = Annotated[str, typer.Option("--claim", help="PersistentVolumeClaim for the runs, shared by all pods.")]
@@ -95,8 +98,12 @@ def kuberay(
     """Write a RayJob for KubeRay: its head launches the job, its workers are the nodes and spares."""
     from evermesh.deploy import render_kuberay
 
-    deployment = _deployment(job, overrides)
-    _write(output, render_kuberay(deployment, image=image, ray=ray or _ray_here(), claim=claim))
+    version = ray or _ray_here()
+    if not re.fullmatch(r"\d+\.\d+\.\d+", version) or tuple(map(int, version.split("."))) < _FIRST_RAY:
+        raise typer.BadParameter(
+            f"--ray {version}: tokens need Ray 2.52.0 or later in the image, such as --ray 2.60.0."
+        )
+    _write(output, render_kuberay(_deployment(job, overrides), image=image, ray=version, claim=claim))
 
 
 @app.command(epilog=EXAMPLES)
@@ -133,7 +140,6 @@ def _ray_here() -> str:
 
 
 def _deployment(job: Path, overrides: list[str] | None) -> "Deployment":
-    import re
     from importlib.metadata import version
 
     import yaml

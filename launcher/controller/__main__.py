@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from evermesh.launcher import registry
-from evermesh.launcher.config import ApiConfig, JobConfig
+from evermesh.launcher.config import JobConfig
 from evermesh.launcher.contact import last_port, make_token, write_contact
 from evermesh.launcher.controller.controller import Controller
 from evermesh.launcher.controller.journal import (
@@ -25,9 +25,10 @@ from evermesh.launcher.controller.journal import (
     restore_journal,
 )
 from evermesh.launcher.controller.limit import stop_in_time
+from evermesh.launcher.controller.listening import listen, places
 from evermesh.launcher.controller.record import replay
 from evermesh.launcher.controller.targets import TargetsFile
-from evermesh.launcher.errors import LauncherError, ListenInvalid, RunAlive, Superseded
+from evermesh.launcher.errors import LauncherError, RunAlive, Superseded
 from evermesh.launcher.patient_output import outlive_a_full_disk
 from evermesh.launcher.placement import Placement, placement_for
 from evermesh.launcher.run_directory import Run, now
@@ -70,7 +71,7 @@ async def _control(run: Run, mandate: Mandate | None, check_lock: Callable[[], N
     try:
         token = make_token(run.directory, None if again else config.api.token_file)  # agents that live know the old one
         placement = placement_for(run, config, token)
-        listener = _listen(_places(config.api, placement.address, last_port(run.directory), again=again))
+        listener = listen(places(config.api, placement.address, last_port(run.directory), again=again))
         host, port = listener.getsockname()[:2]
         url = f"http://{host}:{port}"
         lines = journal_lines(run.journal) if mandate is None else read_copy(mandate.copy_path)
@@ -156,34 +157,6 @@ def _refuse(run: Run, error: LauncherError) -> int:
             )
         )
     return error.exit_code
-
-
-def _places(config: ApiConfig, address: str, last: int | None, *, again: bool) -> list[tuple[str, int]]:
-    """Hosts and ports to listen on, the best first: a job that runs already goes on with any that agents reach."""
-    host = config.host or address
-    if config.port is not None and not again:
-        return [(host, config.port)]
-    found = [(host, port) for port in (config.port, last, 0) if port is not None]
-    return [*found, (address, 0)] if again else found
-
-
-def _listen(places: Sequence[tuple[str, int]]) -> socket.socket:
-    """A listening socket at the first of these places that can be had.
-
-    Raises:
-        ListenInvalid: none can.
-    """
-    refused: OSError | None = None
-    for place in places:
-        try:
-            return socket.create_server(place, backlog=4096)
-        except OSError as error:
-            refused = error
-    host, port = places[-1]
-    raise ListenInvalid(
-        f"the controller cannot listen on {host}:{port or 'any port'}: {refused}. Set api.host to an address of this "
-        "machine, and api.port to one that is free; without them it takes any port."
-    ) from refused
 
 
 def _server(app: object) -> "uvicorn.Server":

@@ -7,15 +7,17 @@ import time
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from evermesh.deploy import Deployment, render_kuberay
-from tests.deploy.test_rendering import DEPLOYMENT, ON_CPU, documents, shell_accepts
+from evermesh.launcher.commands.app import app
+from tests.deploy.test_rendering import DEPLOYMENT, JOB, ON_CPU, documents, shell_accepts
 
 RAY_JOB = {"entrypoint", "backoffLimit", "shutdownAfterJobFinishes", "ttlSecondsAfterFinished", "rayClusterSpec"}
 RAY_CLUSTER = {"rayVersion", "authOptions", "headGroupSpec", "workerGroupSpecs"}
 HEAD = {"rayStartParams", "template"}
 WORKERS = {"groupName", "replicas", "minReplicas", "maxReplicas", "rayStartParams", "template"}
-"""Fields of ray.io/v1 that we use, as the reference of KubeRay 1.6 documents them."""
+"""Fields of ray.io/v1 that we use, as the reference of KubeRay (1.6) documents them."""
 
 
 @pytest.mark.parametrize("deployment", [DEPLOYMENT, ON_CPU], ids=["cuda", "cpu"])
@@ -50,10 +52,10 @@ def test_a_ray_job_has_a_head_that_launches_and_a_worker_for_every_node_and_spar
 def test_the_head_launches_again_only_where_that_helps(codes: list[int], ends_with: int, tmp_path: Path) -> None:
     (text,) = render_kuberay(DEPLOYMENT, image="registry/evermesh:1", ray="2.60.0").values()
     script = documents(text)["ConfigMap"]["data"]["launch.sh"].replace("sleep 10", "sleep 0")
-    fake = tmp_path / "evermesh"
-    fake.write_text(f"#!/bin/bash\necho >> {tmp_path}/starts\nset -- {' '.join(map(str, codes))}\n"
+    launcher = tmp_path / "evermesh"
+    launcher.write_text(f"#!/bin/bash\necho >> {tmp_path}/starts\nset -- {' '.join(map(str, codes))}\n"
                     f"n=$(wc -l < {tmp_path}/starts)\nexit ${{!n}}\n")  # fmt: skip
-    fake.chmod(0o755)
+    launcher.chmod(0o755)
     environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
     done = subprocess.run(["bash", "-c", script], env=environment, timeout=30, check=False)
     assert done.returncode == ends_with
@@ -63,10 +65,10 @@ def test_the_head_launches_again_only_where_that_helps(codes: list[int], ends_wi
 def test_a_head_that_is_told_to_end_lets_the_launcher_save_and_does_not_launch_again(tmp_path: Path) -> None:
     (text,) = render_kuberay(DEPLOYMENT, image="registry/evermesh:1", ray="2.60.0").values()
     script = documents(text)["ConfigMap"]["data"]["launch.sh"]
-    fake = tmp_path / "evermesh"
-    fake.write_text(f"#!/bin/bash\ntrap 'touch {tmp_path}/saved; exit 75' TERM\ntouch {tmp_path}/up\n"
+    launcher = tmp_path / "evermesh"
+    launcher.write_text(f"#!/bin/bash\ntrap 'touch {tmp_path}/saved; exit 75' TERM\ntouch {tmp_path}/up\n"
                     "while :; do sleep 0.05; done\n")  # fmt: skip
-    fake.chmod(0o755)
+    launcher.chmod(0o755)
     environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
     with subprocess.Popen(["bash", "-c", script], env=environment, start_new_session=True) as head:
         while not (tmp_path / "up").exists():
@@ -74,3 +76,12 @@ def test_a_head_that_is_told_to_end_lets_the_launcher_save_and_does_not_launch_a
         os.killpg(head.pid, signal.SIGTERM)  # as Ray ends a job
         assert head.wait(20) == 75
     assert (tmp_path / "saved").exists()
+
+
+def test_a_ray_without_tokens_is_refused(tmp_path: Path) -> None:
+    options = ("--image", "registry/evermesh:1", "--output", str(tmp_path), "--ray")
+    for version in ("2.51.9", "nightly"):
+        refused = CliRunner().invoke(app, ["deploy", "kuberay", str(JOB), *options, version])
+        assert refused.exit_code == 2
+        assert "2.52.0 or later" in refused.output
+    assert not any(tmp_path.iterdir())
