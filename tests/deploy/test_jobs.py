@@ -23,7 +23,7 @@ JOBS = ROOT / "deploy" / "jobs"
 LENGTHS = JOBS / "lengths.txt"
 FILES = sorted(path for path in JOBS.glob("*.yaml"))
 ON_GPUS = [path for path in FILES if path.stem != "quickstart"]
-NEAR = {"own-text": 1.05, "fine-tune": 1.15, "racks": 1.05, "long-context": 1.06, "experts": 1.25, "frontier": 1.2}
+NEAR = {"own-text": 1.05, "fine-tune": 1.05, "racks": 1.05, "long-context": 1.06, "experts": 1.25, "frontier": 1.2}
 """How much longer than with the fastest layout that the search finds a step may take, by formula; the files say why."""
 LLAMA_8B = {
     "model_type": "llama",
