@@ -27,7 +27,6 @@ from evermesh.launcher.controller.journal import (
 from evermesh.launcher.controller.limit import stop_in_time
 from evermesh.launcher.controller.listening import listen, places
 from evermesh.launcher.controller.record import replay
-from evermesh.launcher.controller.targets import TargetsFile
 from evermesh.launcher.errors import LauncherError, RunAlive, Superseded
 from evermesh.launcher.patient_output import outlive_a_full_disk
 from evermesh.launcher.placement import Placement, placement_for
@@ -93,6 +92,7 @@ async def _serve(
     controller: Controller, placement: Placement, config: JobConfig, listener: socket.socket, token: str
 ) -> int:
     from evermesh.launcher.controller.api import make_app
+    from evermesh.launcher.controller.targets import TargetsFile
 
     server = _server(make_app(controller, token))
     loop = asyncio.get_running_loop()
