@@ -33,7 +33,7 @@ install: $(INSTALLED)  ## make the environment
 demo: $(INSTALLED)  ## the main job: train, save, stop, resume on another number of workers
 	$(BIN)/evermesh demo
 
-test: $(INSTALLED)  ## all tests; those of the dashboard need Chromium, those of Slurm its daemons (Debian: chromium; slurmctld slurmd slurm-client munge)
+test: $(INSTALLED)  ## all tests; those of the dashboard need Chromium, those of Slurm its daemons, those of numbers Prometheus (Debian: chromium; slurmctld slurmd slurm-client munge; prometheus)
 	@test -n "$(BROWSER)" || echo "no Chromium: the tests of the dashboard are skipped. To run them: apt-get install chromium"
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
@@ -67,7 +67,7 @@ pictures: $(INSTALLED)  ## the pictures that the documentation draws from the co
 	$(BIN)/python -m docs.site.pictures build/pictures
 
 parity: $(INSTALLED)  ## gradients on every layout against one process; takes minutes
-	$(BIN)/python -m pytest tests/runtime tests/parallelism tests/checkpoint tests/fault tests/launcher -m parity
+	$(BIN)/python -m pytest tests/runtime tests/parallelism tests/checkpoint tests/fault tests/launcher tests/deploy -m parity
 
 faults: $(INSTALLED)  ## every kind of fault in real jobs of 2, 4 and 8 processes, and what torch says; FAULT_SEEDS=n of each, a quarter of an hour a seed, more on a busy machine; root, for networks
 	$(BIN)/python -m tests.fault.suite --seeds $(or $(FAULT_SEEDS),1)

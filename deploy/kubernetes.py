@@ -7,7 +7,8 @@ from typing import Any
 
 import yaml
 
-from evermesh.deploy.model import Deployment
+from evermesh.deploy.model import Deployment, how_to_watch
+from evermesh.deploy.pods import RUNS, config_map, labels, metadata, mounts, resources, volumes
 
 _PORT = 6379
 _TOKEN = "/token/token"
@@ -30,34 +31,18 @@ def render_kubernetes(deployment: Deployment, *, image: str, claim: str = "runs"
 
     ``claim`` is the PersistentVolumeClaim of the runs, which all pods must be able to write at once.
     """
-    documents = [_job_file(deployment), _service(deployment), _job(deployment, image, claim)]
+    documents = [config_map(deployment), _service(deployment), _job(deployment, image, claim)]
     secret = f"kubectl create secret generic {deployment.name}-token --from-literal=token=$(openssl rand -hex 32)"
     return {
-        f"{deployment.name}.yaml": f"# before it, once: {secret}\n" + yaml.safe_dump_all(documents, sort_keys=False)
-    }
-
-
-def _labels(deployment: Deployment) -> dict[str, str]:
-    return {"app.kubernetes.io/name": "evermesh", "app.kubernetes.io/instance": deployment.name}
-
-
-def _metadata(deployment: Deployment) -> dict[str, Any]:
-    return {"name": deployment.name, "labels": _labels(deployment)}
-
-
-def _job_file(deployment: Deployment) -> dict[str, Any]:
-    return {
-        "apiVersion": "v1",
-        "kind": "ConfigMap",
-        "metadata": _metadata(deployment),
-        "data": {"job.yaml": deployment.job},
+        f"{deployment.name}.yaml": f"# before it, once: {secret}\n# {how_to_watch(RUNS)}\n"
+        + yaml.safe_dump_all(documents, sort_keys=False)
     }
 
 
 def _service(deployment: Deployment) -> dict[str, Any]:
     """Gives every pod a name: NAME-INDEX.NAME."""
-    spec = {"clusterIP": "None", "publishNotReadyAddresses": True, "selector": _labels(deployment)}
-    return {"apiVersion": "v1", "kind": "Service", "metadata": _metadata(deployment), "spec": spec}
+    spec = {"clusterIP": "None", "publishNotReadyAddresses": True, "selector": labels(deployment)}
+    return {"apiVersion": "v1", "kind": "Service", "metadata": metadata(deployment), "spec": spec}
 
 
 def _job(deployment: Deployment, image: str, claim: str) -> dict[str, Any]:
@@ -65,7 +50,7 @@ def _job(deployment: Deployment, image: str, claim: str) -> dict[str, Any]:
     return {
         "apiVersion": "batch/v1",
         "kind": "Job",
-        "metadata": _metadata(deployment),
+        "metadata": metadata(deployment),
         "spec": {
             "completionMode": "Indexed",
             "completions": pods,
@@ -74,7 +59,7 @@ def _job(deployment: Deployment, image: str, claim: str) -> dict[str, Any]:
             "podFailurePolicy": {"rules": _failure_rules()},
             # the job is done when the pod that launched it is; the others are ended
             "successPolicy": {"rules": [{"succeededIndexes": "0"}]},
-            "template": {"metadata": {"labels": _labels(deployment)}, "spec": _pod(deployment, image, claim)},
+            "template": {"metadata": {"labels": labels(deployment)}, "spec": _pod(deployment, image, claim)},
         },
     }
 
@@ -89,9 +74,6 @@ def _failure_rules() -> list[dict[str, Any]]:
 def _pod(deployment: Deployment, image: str, claim: str) -> dict[str, Any]:
     names = {"head": f"{deployment.name}-0.{deployment.name}", "port": _PORT}
     head = _HEAD.format(port=_PORT, nodes=deployment.nodes, spares=deployment.spares)
-    resources: dict[str, Any] = {"cpu": deployment.cpus}
-    if deployment.device == "cuda":
-        resources["nvidia.com/gpu"] = deployment.workers
     node = {
         "name": "node",
         "image": image,
@@ -101,25 +83,15 @@ def _pod(deployment: Deployment, image: str, claim: str) -> dict[str, Any]:
             {"name": "RAY_AUTH_MODE", "value": "token"},
             {"name": "RAY_AUTH_TOKEN_PATH", "value": _TOKEN},
         ],
-        "resources": {"requests": resources, "limits": resources},
-        "volumeMounts": [
-            {"name": "job", "mountPath": "/job", "readOnly": True},
-            {"name": "token", "mountPath": "/token", "readOnly": True},
-            {"name": "runs", "mountPath": "/runs"},
-            {"name": "memory", "mountPath": "/dev/shm"},
-        ],
+        "resources": resources(deployment),
+        "volumeMounts": [*mounts(), {"name": "token", "mountPath": "/token", "readOnly": True}],
     }
-    volumes = [
-        {"name": "job", "configMap": {"name": deployment.name}},
-        {"name": "token", "secret": {"secretName": f"{deployment.name}-token", "defaultMode": 0o400}},
-        {"name": "runs", "persistentVolumeClaim": {"claimName": claim}},
-        {"name": "memory", "emptyDir": {"medium": "Memory"}},  # snapshots and records
-    ]
+    token = {"name": "token", "secret": {"secretName": f"{deployment.name}-token", "defaultMode": 0o400}}
     return {
         "subdomain": deployment.name,
         "restartPolicy": "Never",
         "terminationGracePeriodSeconds": deployment.stop_s,
         "automountServiceAccountToken": False,
         "containers": [node],
-        "volumes": volumes,
+        "volumes": [*volumes(deployment, claim), token],
     }

@@ -44,3 +44,11 @@ class Deployment(BaseModel):
     def cpus(self) -> int:
         """On each node: those of its workers. Agent, keeper and controller need next to nothing."""
         return self.workers * self.threads
+
+
+def how_to_watch(runs: str) -> str:
+    """Where Prometheus learns of a run in this folder, for those who read what was rendered."""
+    return (
+        f"Prometheus: file_sd on {runs}/RUN/prometheus.json, credentials_file {runs}/RUN/token; alerts and a dashboard: "
+        "evermesh deploy monitoring"
+    )

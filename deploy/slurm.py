@@ -2,7 +2,7 @@
 
 import shlex
 
-from evermesh.deploy.model import Deployment
+from evermesh.deploy.model import Deployment, how_to_watch
 
 
 def render_slurm(deployment: Deployment, *, time_limit: str = "12:00:00") -> dict[str, str]:
@@ -22,6 +22,7 @@ def render_slurm(deployment: Deployment, *, time_limit: str = "12:00:00") -> dic
 #SBATCH --requeue
 # {deployment.nodes} nodes train, {deployment.spares} wait to replace a lost one, which --no-kill lets the job survive.
 # Before the time limit the job saves and puts itself back into the queue; its next start goes on with the same run.
+# {how_to_watch(deployment.runs)}
 # exec: signals that Slurm sends to the batch script reach the launcher.
 exec evermesh launch {job} --on slurm --nodes {deployment.nodes} --set requeue=true
 """

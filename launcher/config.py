@@ -9,6 +9,7 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Field,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
@@ -50,6 +51,24 @@ class HangConfig(BaseModel):
     """Seconds in the middle of a step in which no rank computes anything, at least, and"""
     steps: PositiveFloat = 5.0
     """so many times the longest of the last 32 steps. Only on CPU: a rank that waits for a GPU computes nothing either."""
+
+
+class ApiConfig(BaseModel):
+    """Where the controller answers agents, people and Prometheus, and what they show it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    host: str | None = None
+    """Name or address of its machine on which it listens; on one machine agents serve their numbers there, too. null: the
+    loopback, or, with other machines, the address by which they reach it."""
+    port: Annotated[int, Field(ge=1, le=65_535)] | None = None
+    """null: any that is free. The job does not begin where somebody has this one; later, a controller that is started again
+    takes another then."""
+    token_file: Path | None = None
+    """File with what every request must show, of 32 characters or more; null: a token is made for every run."""
+    targets: Path | None = None
+    """Folder in which the file RUN.json tells Prometheus where controller and agents serve numbers; null: it is
+    prometheus.json in the directory of the run."""
 
 
 class JobConfig(BaseModel):
@@ -97,6 +116,8 @@ class JobConfig(BaseModel):
     metrics: bool = True
     """Every agent serves numbers of its node to Prometheus, on a free port of the node's address, to who shows the token of
     the run. The controller tells of the job as a whole, and where they are, under ``/api/metrics`` either way."""
+    api: ApiConfig = ApiConfig()
+    """Where the controller is reached."""
     trackers: tuple[TrackerConfig, ...] = ()
     """Experiment trackers that are told of every step and event: ``tensorboard``, ``wandb``, ``mlflow``, or one of them with
     settings of its own. A process beside the job does it; a tracker that fails costs no step."""

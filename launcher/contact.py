@@ -13,20 +13,46 @@ from pathlib import Path
 
 import psutil
 
+from evermesh.launcher.errors import ListenInvalid
+
 _CONTACT = "controller.json"
 _TOKEN = "token"
+_SHORTEST_TOKEN = 32
 
 
-def make_token(run: Path) -> str:
-    """The token of a run, made at the first call; nobody else can read the file."""
-    path, new = run / _TOKEN, run / f"{_TOKEN}.new"
-    if not path.is_file():
-        new.unlink(missing_ok=True)
-        descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "w") as file:
-            file.write(secrets.token_urlsafe(32))
-        os.replace(new, path)  # on a full disk, or killed in between, there is none rather than an empty one
+def make_token(run: Path, given: Path | None = None) -> str:
+    """The token of a run: what the file ``given`` holds, else one that is made at the first call; only its owner can read it.
+
+    Raises:
+        ListenInvalid: no token can be read from ``given``.
+    """
+    if given is not None:
+        _write_token(run, _read_given(given))
+    elif not (run / _TOKEN).is_file():
+        _write_token(run, secrets.token_urlsafe(32))
     return read_token(run)
+
+
+def _write_token(run: Path, token: str) -> None:
+    new = run / f"{_TOKEN}.new"
+    new.unlink(missing_ok=True)
+    descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "w") as file:
+        file.write(token)
+    os.replace(new, run / _TOKEN)  # on a full disk, or killed in between, there is none rather than an empty one
+
+
+def _read_given(path: Path) -> str:
+    try:
+        token = path.read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ListenInvalid(f"api.token_file {path} cannot be read: {error}. Make it: openssl rand -hex 32") from error
+    if len(token) < _SHORTEST_TOKEN or not token.isascii() or not token.isprintable() or " " in token:
+        raise ListenInvalid(
+            f"api.token_file {path} holds no token of {_SHORTEST_TOKEN} letters and digits or more. "
+            "Make one: openssl rand -hex 32"
+        )
+    return token
 
 
 def read_token(run: Path) -> str:

@@ -1,7 +1,5 @@
 """What the search for a layout is given: a model, a cluster, lengths of sequences."""
 
-import random
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +9,7 @@ from rich.console import Console
 from evermesh.launcher import job_yaml
 from evermesh.launcher.config import JobConfig
 from evermesh.launcher.corpora import open_corpora
+from evermesh.launcher.drawn_batches import drawn_batches
 from evermesh.launcher.errors import LayoutRequestInvalid
 from evermesh.launcher.job_file import load_job
 from evermesh.launcher.planning import read_lengths
@@ -24,7 +23,6 @@ from evermesh.runtime.model.config import ModelConfig
 VOCABULARY = 32_768
 """Assumed for a model whose file does not say, and that has no data."""
 _BATCH_TOKENS = 4_000_000
-_SEED = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +84,7 @@ class Source:
             sampler = Sampler(corpora, self.job.train.data.model_copy(update=overrides), self.job.train.seed)
             return [sampler.next_batch().lengths for _ in range(asked.batches)], corpora[0].vocabulary
         if asked.path is not None:
-            return _drawn(_split(read_lengths(asked.path), context), batch_tokens, asked.batches), VOCABULARY
+            return drawn_batches(read_lengths(asked.path), context, batch_tokens, asked.batches), VOCABULARY
         if context is None:
             raise LayoutRequestInvalid(
                 f"{self.path} describes a model without data. Say how long its sequences are: --lengths FILE, or --context "
@@ -106,21 +104,3 @@ class Source:
         )
 
 
-def _split(lengths: Sequence[int], context: int | None) -> list[int]:
-    if context is None:
-        return list(lengths)
-    parts = [[context] * (length // context) + [length % context] for length in lengths]
-    return [part for of_one in parts for part in of_one if part]
-
-
-def _drawn(lengths: Sequence[int], batch_tokens: int, batches: int) -> list[tuple[int, ...]]:
-    """Batches drawn from a sample, the same every time; sequences are added until the next one would be too many."""
-    draw, drawn = random.Random(_SEED), list[tuple[int, ...]]()
-    while len(drawn) < batches:
-        batch, tokens = list[int](), 0
-        while not batch or tokens + (following := draw.choice(lengths)) <= batch_tokens:
-            following = draw.choice(lengths) if not batch else following
-            batch.append(following)
-            tokens += following
-        drawn.append(tuple(batch))
-    return drawn

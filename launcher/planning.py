@@ -11,6 +11,7 @@ from pydantic import PositiveInt, ValidationError, model_validator
 from rich.console import Console
 
 from evermesh.launcher.corpora import open_corpora
+from evermesh.launcher.drawn_batches import drawn_batches
 from evermesh.launcher.errors import LengthsInvalid, ScenarioInvalid
 from evermesh.launcher.job_file import load_job
 from evermesh.parallelism.batch_plan import BatchPlan, Certificate
@@ -79,17 +80,23 @@ class Case:
 
 
 def read_case(
-    source: Path, degrees: Degrees, cost: ClusterCost | None = None, batch: int = 1, baseline: str | None = None
+    source: Path,
+    degrees: Degrees,
+    cost: ClusterCost | None = None,
+    batch: int = 1,
+    baseline: str | None = None,
+    sample: Path | None = None,
 ) -> Case:
     """The plan in ``source`` (ours or another system's, JSON), or that of a job's batch, or of a list of lengths.
 
-    ``baseline`` plans with a restated peer instead of our planner.
+    ``baseline`` plans with a restated peer instead of our planner. ``sample`` is a list of lengths that batches of a job are
+    drawn from whose data is not here.
 
     Raises:
         ScenarioInvalid: it contradicts what the command line says. And what planning raises.
     """
     if source.suffix in {".yaml", ".yml"}:
-        case = _of_job(source, degrees, cost, batch)
+        case = _of_job(source, degrees, cost, batch, sample)
     elif source.suffix == ".json":
         return _of_plan(source, degrees, cost)
     else:
@@ -115,7 +122,7 @@ def case_of_lengths(path: Path, degrees: Degrees, cost: ClusterCost | None = Non
     return restated(Case(empty, layout, found, pool, shape), baseline)
 
 
-def _of_job(path: Path, degrees: Degrees, cost: ClusterCost | None, batch: int) -> Case:
+def _of_job(path: Path, degrees: Degrees, cost: ClusterCost | None, batch: int, sample: Path | None) -> Case:
     """As the trainer plans the batch, counted from 1."""
     overrides = []
     if cost is not None:
@@ -126,15 +133,26 @@ def _of_job(path: Path, degrees: Degrees, cost: ClusterCost | None, batch: int) 
         overrides += [f"train.layout.{name}={value}" for name, value in values.items()]
         overrides.append(f"workers={values['hdp'] * values['tp'] * values['pp']}")
     train = load_job(path, overrides).train
+    lengths, vocabulary = _lengths_of(train, batch) if sample is None else _drawn_for(train, batch, sample)
+    shape = train.model.shape(vocabulary)
+    found, pool = train.cost or nominal_cost(train, shape), pool_of(train.layout, degrees, cost)
+    plan = plan_batch(lengths, train.layout, found, pool=pool)
+    return Case(plan, train.layout, found, pool, shape)
+
+
+def _lengths_of(train: TrainConfig, batch: int) -> tuple[tuple[int, ...], int]:
+    """The lengths of a batch of the job's data, and its vocabulary."""
     corpora = open_corpora(train.data, Console(stderr=True))
     sampler = Sampler(corpora, train.data, train.seed)
     for _ in range(batch - 1):
         sampler.next_batch()
-    shape = train.model.shape(corpora[0].vocabulary)
-    found, pool = train.cost or nominal_cost(train, shape), pool_of(train.layout, degrees, cost)
-    lengths = sampler.next_batch(ends=batch == train.steps).lengths
-    plan = plan_batch(lengths, train.layout, found, pool=pool)
-    return Case(plan, train.layout, found, pool, shape)
+    return sampler.next_batch(ends=batch == train.steps).lengths, corpora[0].vocabulary
+
+
+def _drawn_for(train: TrainConfig, batch: int, sample: Path) -> tuple[tuple[int, ...], int]:
+    """The same for data that is not here."""
+    batches = drawn_batches(read_lengths(sample), train.data.context, train.data.batch_tokens, batch)
+    return batches[-1], train.model.vocabulary or _VOCABULARY
 
 
 def _of_plan(path: Path, degrees: Degrees, cost: ClusterCost | None) -> Case:

@@ -4,6 +4,7 @@ runs/NAME/  job.yaml         the resolved configuration
             state.json       RunState
             run.lock         held (flock) by the living controller
             controller.json, token    how the controller is reached
+            prometheus.json  where it and its agents serve numbers, as Prometheus reads it (file_sd)
             faults.json     what is injected into the run, where it was launched by ``evermesh chaos``
             journal.jsonl    what the controller did and why; journal.sqlite is its index
             members.json     who takes part in the succession of the controller, with three or more nodes

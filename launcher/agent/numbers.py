@@ -25,7 +25,8 @@ class NodeNumbers:
         if spec.metrics:
             try:
                 collector = NodeCollector((spec.run,), self.families)
-                self._server = MetricsServer(collector, spec.address or "127.0.0.1", token=token)
+                host = spec.metrics_host or spec.address or "127.0.0.1"
+                self._server = MetricsServer(collector, host, token=token)
             except OSError as error:
                 print(f"no numbers of this node are served: {error}", flush=True)
 

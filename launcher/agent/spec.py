@@ -29,6 +29,8 @@ class AgentSpec(BaseModel):
     """Where it keeps its copy of the journal and what it has promised; None: it takes no part in elections."""
     metrics: bool = True
     """Whether it serves numbers of its node."""
+    metrics_host: str = ""
+    """On what it serves them; empty: on ``address``."""
     preflight: Literal["quick", "full", "off"] = "off"
     """What is looked at before the node is offered."""
     health_every_s: PositiveFloat | None = None

@@ -1,5 +1,6 @@
-"""``evermesh deploy``: what carries a job to Slurm, Docker or Kubernetes, as files."""
+"""``evermesh deploy``: what carries a job to Slurm, Docker or Kubernetes, and what watches it there, as files."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -17,14 +18,22 @@ EXAMPLES = """[bold]Examples[/]
 
   evermesh deploy docker job.yaml --output out && docker compose --project-directory out up
 
-  evermesh deploy kubernetes job.yaml --image registry/evermesh:1 --claim shared-runs"""
+  evermesh deploy kubernetes job.yaml --image registry/evermesh:1 --claim shared-runs
 
+  evermesh deploy kuberay job.yaml --image registry/evermesh:1 --claim shared-runs
+
+  evermesh deploy monitoring --targets /shared/prometheus --token-file /etc/prometheus/evermesh-token"""
+
+_FIRST_RAY = (2, 52, 0)
+"""With tokens."""
 Job = Annotated[Path, typer.Argument(metavar="JOB.yaml", help="The job file.", show_default=False)]
+Image = Annotated[str, typer.Option("--image", help="Image that all nodes run; `deploy docker` writes its Dockerfile.")]
+Claim = Annotated[str, typer.Option("--claim", help="PersistentVolumeClaim for the runs, shared by all pods.")]
 Output = Annotated[Path, typer.Option("--output", metavar="DIR", help="Folder for the files.")]
 
 app = typer.Typer(
     name="deploy",
-    help="Write what carries a job to Slurm, Docker or Kubernetes.",
+    help="Write what carries a job to Slurm, Docker or Kubernetes, and what watches it.",
     no_args_is_help=True,
     rich_markup_mode="rich",
     epilog=EXAMPLES,
@@ -47,22 +56,25 @@ def slurm(
 
 
 @app.command(epilog=EXAMPLES)
-def docker(job: Job, output: Output = Path("deployed"), overrides: Set = None) -> None:
-    """Write a Dockerfile for the device of the job, and a compose file that runs it on one machine."""
+def docker(
+    job: Job,
+    output: Output = Path("deployed"),
+    monitoring: Annotated[
+        bool, typer.Option("--monitoring/--no-monitoring", help="With Prometheus and Grafana beside the job.")
+    ] = True,
+    overrides: Set = None,
+) -> None:
+    """Write a Dockerfile for the device of the job, and a compose file that runs and watches it on one machine."""
     from evermesh.deploy import render_docker
 
-    _write(output, render_docker(_deployment(job, overrides)))
+    _write(output, render_docker(_deployment(job, overrides), monitoring=monitoring))
 
 
 @app.command(epilog=EXAMPLES)
 def kubernetes(
     job: Job,
-    image: Annotated[
-        str, typer.Option("--image", help="Image that all nodes run; `deploy docker` writes its Dockerfile.")
-    ],
-    claim: Annotated[
-        str, typer.Option("--claim", help="PersistentVolumeClaim for the runs, shared by all pods.")
-    ] = "runs",
+    image: Image,
+    claim: Claim = "runs",
     output: Output = Path("deployed"),
     overrides: Set = None,
 ) -> None:
@@ -72,8 +84,62 @@ def kubernetes(
     _write(output, render_kubernetes(_deployment(job, overrides), image=image, claim=claim))
 
 
+@app.command(epilog=EXAMPLES)
+def kuberay(
+    job: Job,
+    image: Image,
+    claim: Claim = "runs",
+    ray: Annotated[
+        str | None, typer.Option("--ray", metavar="VERSION", help="Ray in the image.", show_default="that of here")
+    ] = None,
+    output: Output = Path("deployed"),
+    overrides: Set = None,
+) -> None:
+    """Write a RayJob for KubeRay: its head launches the job, its workers are the nodes and spares."""
+    from evermesh.deploy import render_kuberay
+
+    version = ray or _ray_here()
+    if not re.fullmatch(r"\d+\.\d+\.\d+", version) or tuple(map(int, version.split("."))) < _FIRST_RAY:
+        raise typer.BadParameter(
+            f"--ray {version}: tokens need Ray 2.52.0 or later in the image, such as --ray 2.60.0."
+        )
+    _write(output, render_kuberay(_deployment(job, overrides), image=image, ray=version, claim=claim))
+
+
+@app.command(epilog=EXAMPLES)
+def monitoring(
+    targets: Annotated[
+        str,
+        typer.Option(
+            "--targets", metavar="PATH", help="Folder (api.targets) or file in which jobs tell where they are."
+        ),
+    ],
+    token_file: Annotated[
+        str, typer.Option("--token-file", metavar="FILE", help="The token of the jobs, as Prometheus sees it.")
+    ],
+    prometheus: Annotated[
+        str, typer.Option("--prometheus", metavar="URL", help="Where Grafana reaches Prometheus.")
+    ] = "http://localhost:9090",
+    output: Output = Path("deployed"),
+) -> None:
+    """Write configuration, alerts and a dashboard for Prometheus and Grafana; for no job in particular."""
+    from evermesh.deploy import render_monitoring
+
+    _write(output, render_monitoring(targets=targets, token_file=token_file, prometheus=prometheus))
+
+
+def _ray_here() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("ray")
+    except PackageNotFoundError:
+        raise typer.BadParameter(
+            "Ray is not installed here. Say which version is in the image: --ray 2.52.0."
+        ) from None
+
+
 def _deployment(job: Path, overrides: list[str] | None) -> "Deployment":
-    import re
     from importlib.metadata import version
 
     import yaml
@@ -104,5 +170,6 @@ def _deployment(job: Path, overrides: list[str] | None) -> "Deployment":
 def _write(output: Path, files: Mapping[str, str]) -> None:
     output.mkdir(parents=True, exist_ok=True)
     for name, text in files.items():
+        (output / name).parent.mkdir(parents=True, exist_ok=True)
         (output / name).write_text(text)
         print(output / name)

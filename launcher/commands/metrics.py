@@ -13,7 +13,7 @@ EXAMPLES = """[bold]Examples[/]
 
   evermesh metrics --serve 127.0.0.1:9464   [dim]# of this machine, to whoever asks, until Ctrl-C[/]
 
-A job needs no command: its controller serves them under /api/metrics, and /api/metrics/targets tells where its agents do."""
+A job needs no command: prometheus.json in its run says where its controller and its agents serve them."""
 
 
 def metrics(

@@ -17,6 +17,8 @@ EXAMPLES = """[bold]Examples[/]
 
   evermesh plan lengths.txt.gz --workers 64 --capacity 32768
 
+  evermesh plan deploy/jobs/racks.yaml --lengths deploy/jobs/lengths.txt
+
   evermesh plan --lengths FILE --hdp 1536 --tp 8 --cost cost.json --json OUT"""
 
 _MOST_ROWS = 64
@@ -30,7 +32,8 @@ def plan(
         ),
     ] = None,
     lengths: Annotated[
-        Path | None, typer.Option("--lengths", metavar="FILE", help="A file of lengths, whatever it is called.")
+        Path | None,
+        typer.Option("--lengths", metavar="FILE", help="A file of lengths; of a job: draw its batch from them."),
     ] = None,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Which batch of the job.")] = 1,
     workers: Annotated[int | None, typer.Option("--workers", min=1, help="Plan for this many workers.")] = None,
@@ -67,15 +70,16 @@ def plan(
     """Plan one batch and show which ranks run which micro-batch when."""
     from evermesh.launcher import planning
 
-    if (source is None) == (lengths is None):
-        raise typer.BadParameter("name a job, a file of lengths, or --lengths FILE: exactly one of them.")
+    of_job = source is not None and source.suffix in {".yaml", ".yml"}
+    if (source is None and lengths is None) or (source is not None and lengths is not None and not of_job):
+        raise typer.BadParameter("name a job, a file of lengths, or --lengths FILE. Only a job goes with --lengths.")
     degrees = planning.Degrees(_hdp(source, hdp, workers, (tp or 1) * (pp or 1)), tp, pp, capacity, ranks_per_node)
     found = planning.read_cost(cost)
-    if lengths is not None:
+    if source is None:
+        assert lengths is not None
         case = planning.case_of_lengths(lengths, degrees, found, baseline)
     else:
-        assert source is not None
-        case = planning.read_case(source, degrees, found, batch, baseline)
+        case = planning.read_case(source, degrees, found, batch, baseline, lengths)
     if json_file == Path("-"):
         print(case.plan.to_document().decode())
         return

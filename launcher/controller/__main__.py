@@ -25,6 +25,7 @@ from evermesh.launcher.controller.journal import (
     restore_journal,
 )
 from evermesh.launcher.controller.limit import stop_in_time
+from evermesh.launcher.controller.listening import listen, places
 from evermesh.launcher.controller.record import replay
 from evermesh.launcher.errors import LauncherError, RunAlive, Superseded
 from evermesh.launcher.patient_output import outlive_a_full_disk
@@ -65,10 +66,11 @@ def main() -> None:
 
 
 async def _control(run: Run, mandate: Mandate | None, check_lock: Callable[[], None]) -> int:
-    config, token = run.config(), make_token(run.directory)
+    config, again = run.config(), run.state().state == "running"
     try:
+        token = make_token(run.directory, None if again else config.api.token_file)  # agents that live know the old one
         placement = placement_for(run, config, token)
-        listener = _listen(placement.address, last_port(run.directory))
+        listener = listen(places(config.api, placement.address, last_port(run.directory), again=again))
         host, port = listener.getsockname()[:2]
         url = f"http://{host}:{port}"
         lines = journal_lines(run.journal) if mandate is None else read_copy(mandate.copy_path)
@@ -90,6 +92,7 @@ async def _serve(
     controller: Controller, placement: Placement, config: JobConfig, listener: socket.socket, token: str
 ) -> int:
     from evermesh.launcher.controller.api import make_app
+    from evermesh.launcher.controller.targets import TargetsFile
 
     server = _server(make_app(controller, token))
     loop = asyncio.get_running_loop()
@@ -98,10 +101,14 @@ async def _serve(
     )
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     minding = asyncio.create_task(stop_in_time(controller, placement, config.grace_s))
+    targets = TargetsFile(controller.run, config.api)
+    telling = asyncio.create_task(targets.follow(controller))
     try:
         return await controller.serve()
     finally:
         minding.cancel()
+        telling.cancel()
+        targets.end(controller)
         server.should_exit = True
         await serving
 
@@ -150,14 +157,6 @@ def _refuse(run: Run, error: LauncherError) -> int:
             )
         )
     return error.exit_code
-
-
-def _listen(host: str, wanted: int | None) -> socket.socket:
-    """A listening socket, on the port of the last controller if that is free."""
-    for port in (wanted or 0, 0):
-        with contextlib.suppress(OSError):
-            return socket.create_server((host, port), backlog=4096)
-    raise OSError(f"no port of {host} can be opened")
 
 
 def _server(app: object) -> "uvicorn.Server":

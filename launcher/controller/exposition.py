@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import Iterator
-from typing import Any
 
 from fastapi import APIRouter, Response
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
@@ -11,6 +10,7 @@ from prometheus_client.metrics_core import Metric
 from evermesh.launcher.controller.controller import Controller
 from evermesh.launcher.controller.reporting import job_status
 from evermesh.launcher.controller.status import JobStatus
+from evermesh.launcher.controller.targets import Target, targets_of
 from evermesh.launcher.metrics.job import job_families
 from evermesh.launcher.metrics.serving import rendered
 from evermesh.launcher.metrics.totals import Totals
@@ -44,11 +44,7 @@ def metrics_router(controller: Controller) -> APIRouter:
         return Response(text, media_type=CONTENT_TYPE_LATEST)
 
     @router.get("/targets")
-    async def targets() -> list[dict[str, Any]]:
-        return [
-            {"targets": [node.metrics], "labels": {"node": node.name, "host": node.host, "run": controller.run.name}}
-            for node in controller.nodes
-            if node.metrics is not None and node.state != "lost"
-        ]
+    async def targets() -> list[Target]:
+        return targets_of(controller)
 
     return router

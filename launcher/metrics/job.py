@@ -7,12 +7,13 @@ from prometheus_client.core import InfoMetricFamily
 from prometheus_client.metrics_core import Metric
 
 from evermesh import __version__
+from evermesh.fault.events import Finding
 from evermesh.launcher.controller.status import JobState, JobStatus, NodeStatus, SnapshotStatus, Standing
 from evermesh.launcher.metrics.families import counter, counters, gauge, gauges, states
 from evermesh.launcher.metrics.totals import Totals
 from evermesh.runtime.telemetry import StepReport
 
-_NODE_STATES = get_args(NodeStatus.model_fields["state"].annotation)
+_NODE_STATES: tuple[str, ...] = get_args(NodeStatus.model_fields["state"].annotation)
 
 
 def job_families(status: JobStatus, report: StepReport | None, totals: Totals) -> Iterator[Metric]:
@@ -38,6 +39,7 @@ def job_families(status: JobStatus, report: StepReport | None, totals: Totals) -
         yield from _step(report)
     if status.snapshot is not None:
         yield from _snapshot(status.snapshot)
+    yield from _findings(status.findings)
     yield from _totals(totals)
 
 
@@ -99,6 +101,17 @@ def _snapshot(snapshot: SnapshotStatus) -> Iterator[Metric]:
     )
     yield from gauge("restart_lost_steps", "Steps that a restart of all workers would cost.", snapshot.lost_steps)
     yield from gauge("node_loss_lost_steps", "Steps that the loss of a node would cost.", snapshot.lost_steps_of_node)
+
+
+def _findings(findings: Sequence[Finding]) -> Iterator[Metric]:
+    yield from gauge("findings", "Findings of the detectors that hold now.", len(findings))
+    surest: dict[tuple[str, str, str], float] = {}
+    for found in findings:
+        labels = (found.kind, found.node or "", "" if found.rank is None else str(found.rank))
+        surest[labels] = max(found.confidence, surest.get(labels, 0.0))
+    yield from gauges(
+        "finding_confidence", "Probability that a finding is true.", ("kind", "node", "rank"), surest.items()
+    )
 
 
 def _totals(totals: Totals) -> Iterator[Metric]:

@@ -25,6 +25,7 @@ def spec_of(
         is_head=is_head,
         journal_folder=journal_folder(run, config, node),
         metrics=config.metrics,
+        metrics_host=(config.api.host or "") if config.on == "local" else "",
         preflight=config.preflight,
         health_every_s=config.health_every_s,
     )

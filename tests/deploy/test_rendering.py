@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from evermesh.deploy import Deployment, render_docker, render_kubernetes, render_slurm
+from evermesh.deploy import Deployment, render_docker, render_kuberay, render_kubernetes, render_slurm
 from evermesh.launcher import load_job
 from tests.launcher.slurm import slurm_cluster, why_no_slurm
 from tests.launcher.test_cli import evermesh
@@ -106,6 +106,16 @@ def test_the_token_is_a_file_and_in_no_manifest() -> None:
 def test_the_schemas_of_kubernetes_accept_every_manifest() -> None:
     validating = pytest.importorskip("kubernetes_validate")  # 110 MB of schemas: not among what development needs
     for deployment in (DEPLOYMENT, ON_CPU):
+        (text,) = render_kuberay(deployment, image="registry/evermesh:1", ray="2.60.0").values()
+        cluster = documents(text)["RayJob"]["spec"]["rayClusterSpec"]
+        for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+            pod = {
+                "apiVersion": "v1",
+                "kind": "PodTemplate",
+                "metadata": {"name": "node"},
+                "template": group["template"],
+            }
+            validating.validate(pod, "1.33", strict=True)
         (text,) = render_kubernetes(deployment, image="registry/evermesh:1").values()
         for document in documents(text).values():
             validating.validate(document, "1.33", strict=True)
@@ -124,6 +134,9 @@ def test_the_image_is_for_the_device_and_the_service_waits_until_the_job_is_save
     assert int(service["stop_grace_period"].removesuffix("s")) > deployment.grace_s
     assert ("deploy" in service) == (deployment.device == "cuda")
     assert service["volumes"][1] == "/shared/runs:/runs"
+    alone = render_docker(deployment, monitoring=False)
+    assert alone.keys() == {"Dockerfile", "job.yaml", "compose.yaml"}
+    assert yaml.safe_load(alone["compose.yaml"])["services"].keys() == {"job"}
 
 
 @pytest.mark.parametrize("place", ["slurm", "docker", "kubernetes"])
@@ -131,7 +144,7 @@ def test_the_command_writes_files_whose_job_is_the_one_that_was_given(place: str
     options = ["--image", "registry/evermesh:1"] if place == "kubernetes" else []
     done = evermesh("deploy", place, JOB, "--output", tmp_path, *options)
     assert done.returncode == 0, done.stderr
-    assert {Path(line) for line in done.stdout.split()} == set(tmp_path.iterdir())
+    assert {Path(line) for line in done.stdout.split()} == {path for path in tmp_path.rglob("*") if path.is_file()}
     if place == "slurm":
         return
     text = (tmp_path / "job.yaml").read_text() if place == "docker" else ""

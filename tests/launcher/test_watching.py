@@ -199,8 +199,12 @@ def test_prometheus_is_told_of_the_job_and_of_its_nodes_if_it_shows_the_token(jo
     assert told["evermesh_events_total"][("started",)] >= 1
     headers = {"Authorization": f"Bearer {read_token(job.run.directory)}"}
     targets = httpx2.get(f"{read_contact(job.run.directory)}/api/metrics/targets", headers=headers).json()
-    assert [target["labels"]["node"] for target in targets] == ["node-0", "node-1"]
-    for number, target in enumerate(targets):
+    assert targets == json.loads((job.run.directory / "prometheus.json").read_text())
+    controller, *agents = targets
+    assert controller["targets"] == [str(read_contact(job.run.directory)).removeprefix("http://")]
+    assert controller["labels"] == {"__metrics_path__": "/api/metrics", "run": "watched", "role": "controller"}
+    assert [target["labels"]["node"] for target in agents] == ["node-0", "node-1"]
+    for number, target in enumerate(agents):
         (address,) = target["targets"]
         assert address.startswith("127.0.0.1:")
         assert httpx2.get(f"http://{address}/metrics").status_code == 401

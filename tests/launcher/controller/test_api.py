@@ -15,8 +15,9 @@ from websockets.exceptions import WebSocketException
 from websockets.sync.client import ClientConnection, connect
 
 from evermesh.launcher.contact import make_token
-from evermesh.launcher.controller.__main__ import _listen, _server
+from evermesh.launcher.controller.__main__ import _server
 from evermesh.launcher.controller.api import make_app
+from evermesh.launcher.controller.listening import listen
 from tests.launcher.controller.worlds import World, world
 
 HELLO = {"kind": "hello", "node": "node-0", "host": "here", "address": "127.0.0.1", "pid": 100, "outcome": None}
@@ -54,7 +55,7 @@ def served() -> Iterator[Served]:
     with world() as job:
         token = make_token(job.run.directory)
         server = _server(make_app(job.controller, token))
-        listener = _listen("127.0.0.1", None)
+        listener = listen([("127.0.0.1", 0)])
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         try:
