@@ -102,5 +102,3 @@ class Source:
             element_bytes=ELEMENT_BYTES[train.dtype] if train else 2,
             supports=lambda layout: is_supported(layout, self.model, compiles),
         )
-
-

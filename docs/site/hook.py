@@ -7,6 +7,7 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
+from docs.site.alerts import alerts_list
 from docs.site.commands import commands_page
 from docs.site.configuration import configuration_page
 from docs.site.findings import findings_table
@@ -33,7 +34,7 @@ SHOWN = {
 """By file of the repository outside of the documentation: the page that shows it."""
 _BEHIND = ("decisions/", "code/")
 """Pages that search shows behind others: why things are so, and where."""
-_MARKS: Mapping[str, Callable[[], str]] = {"<!-- kinds of findings -->": findings_table}
+_MARKS: Mapping[str, Callable[[], str]] = {"<!-- kinds of findings -->": findings_table, "<!-- alerts -->": alerts_list}
 """What pages have in place of generated parts."""
 
 

@@ -8,6 +8,7 @@ from typing import cast
 
 from prometheus_client.metrics_core import Metric
 
+from evermesh.fault.events import Finding
 from evermesh.launcher.agent.numbers import NodeNumbers
 from evermesh.launcher.agent.spec import AgentSpec
 from evermesh.launcher.controller.status import JobStatus, NodeStatus, RankStatus, SnapshotStatus
@@ -60,6 +61,7 @@ def of_a_job() -> Iterator[Metric]:
         steps=2,
         time_left_s=1,
         snapshot=SnapshotStatus(is_on=True, step=1, age_s=1, every=1),
+        findings=(Finding(kind="slow rank", rank=0, node="n", confidence=0.9),),
         started_s=1,
         pid=1,
     )

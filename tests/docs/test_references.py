@@ -11,12 +11,14 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from docs.site.alerts import alerts_list
 from docs.site.commands import Command, commands, commands_page
 from docs.site.configuration import configuration_page, sections
 from docs.site.findings import finding_kinds, findings_table
 from docs.site.metrics import metric_name, metrics_page, of_a_job, of_a_node
 from docs.site.pictures.states import transitions
 from docs.site.script_flags import script_flags_page
+from evermesh.deploy.monitoring.alerts import ALERTS
 from evermesh.launcher.commands.app import app
 from evermesh.launcher.config import JobConfig
 from evermesh.launcher.controller.status import JobState
@@ -173,17 +175,17 @@ def test_the_list_of_metrics_has_every_family_that_the_code_tells() -> None:
 
 
 def test_alerts_ask_for_metrics_states_and_events_that_exist() -> None:
-    (block,) = re.findall(r"```yaml\n(.*?)```", (DOCS / "operate" / "alerts.md").read_text(), re.DOTALL)
-    rules = yaml.safe_load(block)["groups"][0]["rules"]
     names = {metric_name(family) for family in (*of_a_job(), *of_a_node())}
     known = {state for family in of_a_job() for sample in family.samples for state in [sample.labels.get("state")]}
-    for rule in rules:
-        for name in re.findall(r"evermesh_\w+", rule["expr"]):
-            assert name in names, rule
-        for state in re.findall(r'state="([^"]+)"', rule["expr"]):
-            assert state in known, rule
-        for kind in re.findall(r'kind="([^"]+)"', rule["expr"]):
-            assert kind in _event_kinds(), rule
+    for alert in ALERTS:
+        for name in re.findall(r"evermesh_\w+", alert.expr):
+            assert name in names, alert
+        for states in re.findall(r'state=~?"([^"]+)"', alert.expr):
+            assert known.issuperset(states.split("|")), alert
+        for kind in re.findall(r'kind="([^"]+)"', alert.expr):
+            assert kind in _event_kinds(), alert
+        assert f"`{alert.name}`" in alerts_list()
+    assert not re.search("{{|}}", alerts_list()), "words of Prometheus that nobody fills in"
 
 
 def test_every_kind_of_finding_has_a_section_and_a_row() -> None:
