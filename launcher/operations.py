@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -23,7 +24,8 @@ from evermesh.launcher.corpora import open_corpora
 from evermesh.launcher.errors import RunAlive, RunUnusable, StoppedAtOnce, WorkersFailed
 from evermesh.launcher.following import Follower, JobResult, Watch
 from evermesh.launcher.placement.choosing import placed
-from evermesh.launcher.processes import start_controller
+from evermesh.launcher.placement.ray_here import is_submission
+from evermesh.launcher.processes import start_controller, start_controller_apart
 from evermesh.launcher.run_directory import Run, RunState
 from evermesh.launcher.summary import summary_table
 from evermesh.runtime.data.corpus import Corpus
@@ -120,9 +122,8 @@ def _train(run: Run, config: JobConfig, vocabulary: int, follower: Follower, *, 
     with run.locked():  # nobody controls it now
         run.write_config(config)
         run.write_state(RunState(state="created", workers=config.workers, attempt=run.state().attempt))
-    controller = start_controller(run)
     try:
-        result = follower.follow(controller, until_controlled=detach)
+        result = follower.follow(_controlled(run), until_controlled=detach)
     except WorkersFailed as error:
         error.add_note(_way_on(run, str(error)))
         draw_loss(run, vocabulary, console)
@@ -135,6 +136,14 @@ def _train(run: Run, config: JobConfig, vocabulary: int, follower: Follower, *, 
         console.print(summary_table(run, vocabulary=vocabulary))
         console.print(_closing_line(run, result), highlight=False, soft_wrap=True)
     return Trained(run, result)
+
+
+def _controlled(run: Run) -> subprocess.Popen[bytes] | None:
+    """Start the controller; as nobody's child, so None, where Ray kills this process with all below it after three seconds."""
+    if not is_submission():
+        return start_controller(run)
+    start_controller_apart(run)
+    return None
 
 
 def _way_on(run: Run, error: str = "") -> str:
