@@ -139,7 +139,7 @@ def _train(run: Run, config: JobConfig, vocabulary: int, follower: Follower, *, 
 
 
 def _controlled(run: Run) -> subprocess.Popen[bytes] | None:
-    """Start the controller; as nobody's child, so None, where Ray kills this process with all below it after three seconds."""
+    """Start the controller; as nobody's child, and None, where Ray would kill it three seconds after this process."""
     if not is_submission():
         return start_controller(run)
     start_controller_apart(run)

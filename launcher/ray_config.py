@@ -38,7 +38,7 @@ class RayConfig(BaseModel):
     runtime_env: RuntimeEnvConfig = RuntimeEnvConfig()
     """What is prepared on every node before its agent starts."""
     resources: dict[str, PositiveFloat] = {}
-    """Resources of its own kinds that each node gives to the job besides CPUs and GPUs, such as ``{memory: 1e9, fast: 1}``."""
+    """Resources that each node gives to the job besides CPUs and GPUs, such as ``{memory: 1e9, fast: 1}``."""
     label_selector: dict[str, str] = {}
     """Labels that each node must have, in Ray's notation: ``{market-type: "!spot", region: "in(a,b)"}``. From Ray 2.49 on."""
     spare_wait_s: PositiveFloat = 5.0

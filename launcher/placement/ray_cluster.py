@@ -18,7 +18,13 @@ from ray.util.placement_group import PlacementGroup, placement_group_table
 
 from evermesh.launcher.config import JobConfig
 from evermesh.launcher.errors import ClusterMissing
-from evermesh.launcher.placement.ray_here import RUNTIME_ENV, cluster_of_this_machine, is_submission, probe, told_cluster
+from evermesh.launcher.placement.ray_here import (
+    RUNTIME_ENV,
+    cluster_of_this_machine,
+    is_submission,
+    probe,
+    told_cluster,
+)
 from evermesh.launcher.run_directory import Run
 from evermesh.runtime.config import CpuDevice
 

@@ -54,7 +54,7 @@ def test_auto_is_a_slurm_allocation_before_all_else(
 def test_runs_in_a_folder_that_ray_removes_after_the_job_are_refused(job_file: Path, tmp_path: Path) -> None:
     pytest.importorskip("ray")
     copy = tmp_path / "session" / "runtime_resources" / "working_dir_files" / "_ray_pkg_1"
-    with pytest.raises(RunUnusable, match="removed afterwards. Put them on storage that every node mounts"):
+    with pytest.raises(RunUnusable, match=r"removed afterwards. Put them on storage that every node mounts"):
         check_place(load_job(job_file, ["on=ray", f"runs={copy / 'runs'}"]))
 
 

@@ -1,4 +1,4 @@
-"""Jobs on a Ray cluster that grows: nodes come and are replaced by Ray's autoscaler, whose nodes are processes of one host."""
+"""Jobs on a Ray cluster that grows: its autoscaler adds and replaces nodes, which are processes of one host."""
 
 import json
 import os
@@ -73,9 +73,7 @@ def _growing(folder: Path) -> Iterator[Hosts]:
         config.write_text(json.dumps(_cluster_config(hosts.hosts[0])))
         authentication = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}
         fast = {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1", "AUTOSCALER_HEARTBEAT_TIMEOUT_S": "5"}
-        start_head(
-            hosts, 0, ray_folder, {**os.environ, **authentication, **fast}, "--autoscaling-config", str(config)
-        )
+        start_head(hosts, 0, ray_folder, {**os.environ, **authentication, **fast}, "--autoscaling-config", str(config))
         with variables(**authentication):
             yield hosts
 

@@ -23,7 +23,7 @@ _ANSWER_S = 10.0
 
 
 class Told:
-    """The API of ``run`` as it is seen on ``host``; follows its stream, over every controller, while in its ``with`` block."""
+    """The API of ``run`` as it is seen on ``host``; follows its stream, also over the next controller. A context manager."""
 
     def __init__(self, run: Run, host: Host) -> None:
         self._run = run
@@ -71,11 +71,13 @@ class Told:
             for sample in family.samples
         }
 
-    def wait(self, holds: Callable[[], bool], timeout_s: float = 60.0) -> None:
+    def wait(self, holds: Callable[[], bool], timeout_s: float = 120.0) -> None:
         """Return as soon as ``holds``."""
         until = time.monotonic() + timeout_s
         while not holds():
-            assert time.monotonic() < until, f"not in {timeout_s} s; {self.states}, {len(self.losses)} steps, {self.board}"
+            assert time.monotonic() < until, (
+                f"not in {timeout_s} s; {self.states}, {len(self.losses)} steps, {self.board}"
+            )
             time.sleep(0.05)
 
     def wait_steps(self, number: int) -> None:
