@@ -20,6 +20,7 @@ from evermesh.launcher.admission import (
 )
 from evermesh.launcher.chaos.record import forget_injection
 from evermesh.launcher.config import JobConfig
+from evermesh.launcher.controller.submission import end_with_this_process
 from evermesh.launcher.corpora import open_corpora
 from evermesh.launcher.errors import RunAlive, RunUnusable, StoppedAtOnce, WorkersFailed
 from evermesh.launcher.following import Follower, JobResult, Watch
@@ -123,7 +124,7 @@ def _train(run: Run, config: JobConfig, vocabulary: int, follower: Follower, *, 
         run.write_config(config)
         run.write_state(RunState(state="created", workers=config.workers, attempt=run.state().attempt))
     try:
-        result = follower.follow(_controlled(run), until_controlled=detach)
+        result = follower.follow(_controlled(run, detach=detach), until_controlled=detach)
     except WorkersFailed as error:
         error.add_note(_way_on(run, str(error)))
         draw_loss(run, vocabulary, console)
@@ -138,10 +139,12 @@ def _train(run: Run, config: JobConfig, vocabulary: int, follower: Follower, *, 
     return Trained(run, result)
 
 
-def _controlled(run: Run) -> subprocess.Popen[bytes] | None:
+def _controlled(run: Run, *, detach: bool) -> subprocess.Popen[bytes] | None:
     """Start the controller; as nobody's child, and None, where Ray would kill it three seconds after this process."""
     if not is_submission():
         return start_controller(run)
+    if not detach:
+        end_with_this_process()
     start_controller_apart(run)
     return None
 

@@ -53,7 +53,7 @@ class RayPlacement:
     def __init__(self, run: Run, config: JobConfig, token: str) -> None:
         self._run, self._config, self._token = run, config, token
         self.address = cluster.connect(config.on, cluster.namespace_of(run), cluster.runtime_env_of(config))
-        self._bundle = cluster.bundle_of(config)
+        self._bundle, self._surroundings = cluster.bundle_of(config), _surroundings()
         self._lives: dict[str, int] = {}
         """Which agent each node is to have: its first, its second, ..."""
         self._ended: dict[str, int] = {}
@@ -179,6 +179,7 @@ class RayPlacement:
             ray.remote(RayAgent)
             .options(
                 name=f"{node}.{life}",
+                get_if_exists=True,  # should the cluster have been away before this was told
                 lifetime="detached",
                 num_cpus=self._bundle["CPU"],
                 num_gpus=self._bundle.get("GPU", 0.0),
@@ -189,7 +190,7 @@ class RayPlacement:
         )
         started = handle.ray_node.remote()
         # not given to the constructor: the cluster keeps the arguments of that one
-        over = handle.run.remote(self._spec(node).model_dump_json(), self._token, _surroundings())
+        over = handle.run.remote(self._spec(node).model_dump_json(), self._token, self._surroundings)
         return _Actor(life, handle, over, started)
 
     def _watch(self, node: str, actor: _Actor) -> None:

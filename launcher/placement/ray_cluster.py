@@ -13,7 +13,8 @@ from queue import Empty, SimpleQueue
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
+from ray._raylet import GcsClient
+from ray.exceptions import AuthenticationError, RayError
 from ray.util.placement_group import PlacementGroup, placement_group_table
 
 from evermesh.launcher.config import JobConfig
@@ -22,6 +23,7 @@ from evermesh.launcher.placement.ray_here import (
     RUNTIME_ENV,
     cluster_of_this_machine,
     is_submission,
+    lacks_token,
     probe,
     told_cluster,
 )
@@ -56,12 +58,14 @@ def connect(on: str, namespace: str, runtime_env: Mapping[str, Any] | None = Non
     head (its control service) listens there; Ray Client, which some take this spelling for, cannot outlive its caller.
 
     Raises:
-        ClusterMissing: there is none, or this machine is no node of it.
+        ClusterMissing: there is none, this machine is no node of it, or has not its token.
     """
     given = on.removeprefix("ray://") if on.startswith("ray://") else None
     named = given or told_cluster() or cluster_of_this_machine()
     if named is not None:
         _probe(named, on)
+    if lacks_token():
+        raise ClusterMissing(_no_token(on))
     if is_submission() and runtime_env:
         os.environ["RAY_OVERRIDE_JOB_RUNTIME_ENV"] = "1"  # else Ray refuses what both tell
     answers: SimpleQueue[str | BaseException] = SimpleQueue()
@@ -71,6 +75,8 @@ def connect(on: str, namespace: str, runtime_env: Mapping[str, Any] | None = Non
         answer = answers.get(timeout=_CONNECT_S)
     except Empty:
         raise ClusterMissing(_missing(on, f"what listens there gave no answer in {_CONNECT_S:g} s")) from None
+    if isinstance(answer, AuthenticationError):
+        raise ClusterMissing(_no_token(on)) from answer
     if isinstance(answer, BaseException):
         raise ClusterMissing(_missing(on, str(answer))) from answer
     return answer
@@ -80,6 +86,8 @@ def _join(address: str, namespace: str, runtime_env: dict[str, Any]) -> str | Ba
     """Connect this process; in a thread that can be left alone, for where no cluster is Ray goes on trying for minutes."""
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     try:
+        if address != "auto":
+            GcsClient(address=address)  # refuses a wrong token at once, and not after 22 s
         ray.init(address=address, namespace=namespace, runtime_env=runtime_env or None, **quiet)
         ray.put(None)  # what that imports at first must not meet imports of another thread
         return ray.util.get_node_ip_address()
@@ -95,6 +103,13 @@ def _probe(address: str, on: str) -> None:
         raise ClusterMissing(_missing(on, str(error))) from error
 
 
+def _no_token(on: str) -> str:
+    return (
+        f"the Ray cluster ({on}) wants a token, and this machine has none, or another one. Set RAY_AUTH_MODE=token and "
+        "RAY_AUTH_TOKEN here (or RAY_AUTH_TOKEN_PATH, or ~/.ray/auth_token); `ray get-auth-token` prints it on the head."
+    )
+
+
 def _missing(on: str, why: str) -> str:
     lines = [line.strip() for line in why.splitlines() if line.strip()]
     way_on = (
@@ -104,7 +119,7 @@ def _missing(on: str, why: str) -> str:
     )
     return (
         f"no Ray cluster was reached with --on {on}: {lines[0] if lines else 'it does not answer'}. {way_on}; this machine "
-        "must be a node of the cluster, with the same RAY_AUTH_TOKEN if it uses tokens."
+        "must be a node of the cluster."
     )
 
 

@@ -44,6 +44,13 @@ def cluster_of_this_machine(environ: Mapping[str, str] = os.environ) -> str | No
     return None
 
 
+def lacks_token(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether this machine is told to show a token (RAY_AUTH_MODE) and has none: Ray would abort the process."""
+    if environ.get("RAY_AUTH_MODE", "").lower() != "token" or environ.get("RAY_AUTH_TOKEN"):
+        return False
+    return not Path(environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token").is_file()
+
+
 def finds_cluster(environ: Mapping[str, str] = os.environ) -> bool:
     """Whether ``--on ray`` would find a cluster here, and Ray is installed."""
     if find_spec("ray") is None:

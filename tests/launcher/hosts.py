@@ -124,8 +124,8 @@ def ray_hosts(number: int, cpus: int = 2, head: Sequence[str] = ()) -> Iterator[
         environment = {**os.environ, **authentication}
         start_head(hosts, cpus, folder, environment, "--system-config", json.dumps(_PATIENT), *head)
         join = ["--address", f"{hosts.hosts[0].address}:{_GCS_PORT}"]
-        for host in hosts.hosts[1:]:  # one after the other: together they are slower than Ray's patience
-            _wait([_ray(host, cpus, join, environment)])
+        for number, host in enumerate(hosts.hosts[1:], 1):  # together they would be slower than Ray's patience
+            _wait([_ray(host, cpus, [*join, "--temp-dir", f"{folder}/{number}"], environment)])
         with variables(**authentication):
             yield hosts
 
@@ -133,7 +133,7 @@ def ray_hosts(number: int, cpus: int = 2, head: Sequence[str] = ()) -> Iterator[
 def start_head(hosts: Hosts, cpus: int, folder: str, environment: dict[str, str], *words: str) -> None:
     """Start the head of a cluster on the first host; returns when it is there. ``words`` go to ``ray start``."""
     dashboard = [] if "--dashboard-host" in words else ["--include-dashboard", "false"]
-    own = ["--head", "--port", str(_GCS_PORT), "--temp-dir", folder, *dashboard, *words]
+    own = ["--head", "--port", str(_GCS_PORT), "--temp-dir", f"{folder}/0", *dashboard, *words]
     _wait([_ray(hosts.hosts[0], cpus, own, environment)])
 
 

@@ -73,6 +73,18 @@ def test_the_doctor_looks_at_every_host_and_names_the_link_that_nothing_passes(h
     assert "No route to host" in bad["reason"]
 
 
+@pytest.mark.parametrize("token", ["wrong", ""])
+def test_a_wrong_token_or_none_is_one_sentence_with_the_way_out(hosts: Hosts, job_file: Path, token: str) -> None:
+    asked = [*EVERMESH, "doctor", "--cluster", on(hosts).removeprefix("on="), "--quick"]
+    environment = {**os.environ, "HOME": str(job_file.parent), "RAY_AUTH_TOKEN": token}
+    done = subprocess.run(
+        hosts.hosts[0].command(*asked), capture_output=True, text=True, check=False, timeout=60, env=environment
+    )
+    assert done.returncode == 2
+    assert "wants a token, and this machine has none, or another one. Set RAY_AUTH_MODE=token" in done.stderr
+    assert len(done.stderr.splitlines()) < 4
+
+
 def test_f15_a_node_whose_cable_is_cut_ends_its_ranks_and_is_a_spare_when_it_is_back(
     hosts: Hosts, job_file: Path
 ) -> None:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shlex
 import shutil
 import subprocess
 import sys
@@ -42,15 +41,17 @@ def ray_job(hosts: Hosts, *words: str) -> list[str]:
     return hosts.hosts[0].command(ray, "job", *words, "--address", "http://10.77.0.1:8265")
 
 
-def call(hosts: Hosts, *words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(ray_job(hosts, *words), capture_output=True, text=True, check=False, timeout=WAIT_S)
+def call(hosts: Hosts, *words: str) -> str:
+    """What ``ray job`` tells."""
+    done = subprocess.run(ray_job(hosts, *words), capture_output=True, text=True, check=False, timeout=WAIT_S)
+    return done.stdout + done.stderr
 
 
 def submission(hosts: Hosts, folder: Path, name: str, *command: str, **variables: str) -> list[str]:
     """``ray job submit`` of ``folder``, in which this command of ``evermesh`` is run."""
     env = {"PYTHONPATH": os.environ.get("PYTHONPATH", ""), "EVERMESH_CLUSTER": str(folder.parent), **variables}
     submit = ray_job(hosts, "submit", "--submission-id", name, "--working-dir", str(folder))
-    return [*submit, "--runtime-env-json", json.dumps({"env_vars": env}), "--", shlex.join([*EVERMESH, *command])]
+    return [*submit, "--runtime-env-json", json.dumps({"env_vars": env}), "--", *EVERMESH, *command]
 
 
 @pytest.fixture
@@ -79,17 +80,16 @@ def test_a_submission_reaches_all_nodes_is_saved_however_hard_ray_stops_it_and_g
             assert len({host.name for host in hosts.hosts for found in host.processes if found in agents}) == 2
             assert {agent.environ().get("MARK") for agent in agents} == {at_once["MARK"]}
             assert all("_ray_pkg_" in agent.cwd() for agent in agents)
-            stopped = call(hosts, "stop", "first")
-            assert "was stopped" in stopped.stdout + stopped.stderr
+            assert "was stopped" in call(hosts, "stop", "first")
             job.wait(lambda: run.state().state == "stopped", WAIT_S)
             told, _ = process.communicate(timeout=WAIT_S)
         finally:
             end_for_certain(job)
-    assert "step 1" in told, "what the launcher shows is streamed"
+    assert "| loss " in told, "what the launcher shows is streamed"
     assert still_alive(members, 10.0) == []
     [saved] = checkpoint.checkpoints(run.checkpoints)
     assert saved.step == len(job.losses)
-    assert "STOPPED" in call(hosts, "status", "first").stdout
+    assert "stopped" in call(hosts, "status", "first")
 
     done = len(job.losses) + 5
     again = subprocess.run(
@@ -100,7 +100,7 @@ def test_a_submission_reaches_all_nodes_is_saved_however_hard_ray_stops_it_and_g
         timeout=WAIT_S,
     )
     assert again.returncode == 0, again.stdout
-    assert "SUCCEEDED" in call(hosts, "status", "second").stdout.upper()
+    assert "succeeded" in call(hosts, "status", "second")
     assert job.losses == clean_losses(job_file, 100_000, "nodes=2", f"train.stop_at={done}")
 
 
@@ -110,6 +110,6 @@ def test_a_submission_whose_runs_would_be_in_its_copy_fails_with_the_way_out(hos
     assert failed.returncode == 1
     assert "the runs would be in " in failed.stdout
     assert "Put them on storage that every node mounts" in failed.stdout
-    told = call(hosts, "status", "third").stdout
-    assert "FAILED" in told
+    told = call(hosts, "status", "third")
+    assert "failed" in told
     assert "exit code 2" in told
