@@ -25,6 +25,8 @@ pytestmark = [
     pytest.mark.skipif(not can_make_hosts(), reason="network namespaces cannot be made here (root and iproute2)"),
 ]
 _IDLE_S = 3.0
+_HEAD = 51 * "f" + "00000"
+"""By which Ray's provider of such nodes knows the head."""
 
 
 def _cluster_config(head: Host) -> dict[str, object]:
@@ -34,7 +36,13 @@ def _cluster_config(head: Host) -> dict[str, object]:
     return {
         "cluster_name": "grows",
         "max_workers": 4,
-        "provider": {"type": "fake_multinode", "gcs_address": f"{head.address}:6390", "launch_multiple": True},
+        "provider": {
+            "type": "fake_multinode",
+            "gcs_address": f"{head.address}:6390",
+            "launch_multiple": True,
+            "use_node_id_as_ip": True,  # all nodes have one address
+            "disable_node_updaters": True,  # as on Kubernetes: a silent node is replaced, not repaired by ssh
+        },
         "available_node_types": {
             "ray.head.default": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
             "node": node,
@@ -72,8 +80,9 @@ def _growing(folder: Path) -> Iterator[Hosts]:
         config = folder / "cluster.json"
         config.write_text(json.dumps(_cluster_config(hosts.hosts[0])))
         authentication = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}
-        fast = {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1", "AUTOSCALER_HEARTBEAT_TIMEOUT_S": "5"}
-        start_head(hosts, 0, ray_folder, {**os.environ, **authentication, **fast}, "--autoscaling-config", str(config))
+        fake = {"RAY_FAKE_CLUSTER": "1", "RAY_OVERRIDE_NODE_ID_FOR_TESTING": _HEAD}
+        fake |= {"AUTOSCALER_UPDATE_INTERVAL_S": "1", "AUTOSCALER_HEARTBEAT_TIMEOUT_S": "5"}
+        start_head(hosts, 0, ray_folder, {**os.environ, **authentication, **fake}, "--autoscaling-config", str(config))
         with variables(**authentication):
             yield hosts
 
