@@ -31,7 +31,8 @@ _HEAD = 51 * "f" + "00000"
 
 def _cluster_config(head: Host) -> dict[str, object]:
     """A head without processors, and up to four nodes that begin when something asks for them."""
-    node = {"resources": {"CPU": 2}, "node_config": {}, "min_workers": 0, "max_workers": 4}
+    # one worker fills a node: where a node that is left had room, this autoscaler would not see that the job wants another
+    node = {"resources": {"CPU": 1}, "node_config": {}, "min_workers": 0, "max_workers": 4}
     unused = ("initialization", "setup", "head_setup", "worker_setup", "head_start_ray", "worker_start_ray")
     return {
         "cluster_name": "grows",
