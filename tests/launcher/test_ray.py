@@ -25,7 +25,7 @@ ray = pytest.importorskip("ray")
 from evermesh.launcher.placement.ray_agent import RayAgent, Surroundings  # noqa: E402
 
 ENDLESS = "train.steps=100000"
-pytestmark = pytest.mark.timeout(90)
+pytestmark = pytest.mark.timeout(180)
 
 
 @dataclass
