@@ -11,6 +11,7 @@ from evermesh.checkpoint.stores.places import Place
 from evermesh.launcher.config import JobConfig
 from evermesh.launcher.errors import ClusterMissing, DevicesMissing, ResumeRefused, RunUnusable
 from evermesh.launcher.job_file import load_job
+from evermesh.launcher.placement.ray_here import is_in_copy
 from evermesh.launcher.run_directory import Run
 from evermesh.launcher.topology_file import read_topology
 from evermesh.launcher.tracking.config import check_tracker
@@ -42,9 +43,21 @@ def check_devices(config: JobConfig) -> None:
 
 
 def check_place(config: JobConfig) -> None:
-    """Raise ``ClusterMissing`` if the job is to run on Ray, which is not installed."""
-    if config.on not in ("local", "slurm"):
-        check_ray(f"--on {config.on}")
+    """Raise what is wrong with a job that is to run on Ray.
+
+    Raises:
+        ClusterMissing: Ray is not installed.
+        RunUnusable: the runs would be in a folder that Ray removes after the job.
+    """
+    if config.on in ("local", "slurm"):
+        return
+    check_ray(f"--on {config.on}")
+    if is_in_copy(config.runs):
+        raise RunUnusable(
+            f"the runs would be in {config.runs.absolute()}, a copy of the working directory that Ray has made for this "
+            "job: other nodes have others, and it is removed afterwards. Put them on storage that every node mounts at "
+            "the same path: --set runs=DIR."
+        )
 
 
 def check_topology(config: JobConfig) -> None:

@@ -18,6 +18,7 @@ from pydantic import (
 )
 
 from evermesh.fault.isolation.config import Isolation, IsolationConfig
+from evermesh.launcher.ray_config import RayConfig
 from evermesh.launcher.tracking.config import TrackerConfig
 from evermesh.runtime.config import TrainConfig
 from evermesh.runtime.layout import check_layout
@@ -104,7 +105,9 @@ class JobConfig(BaseModel):
     on: str = "local"
     """Where the nodes are: ``local`` (this machine), ``ray`` (the cluster that RAY_ADDRESS or this machine belongs to),
     ``ray://HOST:PORT``, ``slurm`` (the allocation in which it is launched; nodes of it beyond ``nodes`` are spares), or
-    ``auto``: Slurm inside an allocation, else Ray where RAY_ADDRESS is set, else this machine."""
+    ``auto``: Slurm inside an allocation, else the Ray cluster of RAY_ADDRESS or of this machine, else this machine."""
+    ray: RayConfig = RayConfig()
+    """What is asked of a Ray cluster besides nodes."""
     restarts: NonNegativeInt = 3
     """Times that all workers are started again, from the newest checkpoint, after one died or raised."""
     hang: Annotated[HangConfig | None, or_default(HangConfig)] = HangConfig()

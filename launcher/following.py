@@ -32,6 +32,8 @@ from evermesh.runtime.telemetry import StepReport
 _LOOK_S = 0.02
 DEAD_AFTER_S = 6.0
 """How long a run may be without a controller; an agent, or who shows the job, starts a dead one again before that."""
+_BEGIN_S = 60.0
+"""How long one may take to begin of which nobody sees whether it still does."""
 _TOLD = (
     "restarted",
     "regrouping",
@@ -94,8 +96,8 @@ class Follower:
     def follow(self, controller: subprocess.Popen[bytes] | None = None, *, until_controlled: bool = False) -> JobResult:
         """Show steps and events until the job ends; pass on what signals ask for. Call it from the main thread.
 
-        ``controller`` is reaped when it ends, if it is a child of this process. With ``until_controlled`` it returns as
-        soon as there is one.
+        ``controller`` was started by this process just now, and is reaped when it ends; None if it was started as nobody's
+        child. With ``until_controlled`` it returns as soon as there is one.
 
         Raises:
             WorkersFailed: the job failed; says why.
@@ -112,7 +114,7 @@ class Follower:
                     return self._left(128 + signal.SIGHUP)
                 if until_controlled and state.state == "running":
                     return self._left(0)
-                self._check_alive(controller)
+                self._check_alive(controller, has_begun=state.state == "running")
                 time.sleep(_LOOK_S)
         if controller is not None:
             controller.wait()
@@ -162,15 +164,16 @@ class Follower:
         self.console.print(text, style="yellow", highlight=False, soft_wrap=True)
         return JobResult(0, "left", None, exit_code)
 
-    def _check_alive(self, controller: subprocess.Popen[bytes] | None) -> None:
+    def _check_alive(self, controller: subprocess.Popen[bytes] | None, *, has_begun: bool) -> None:
         is_starting = controller is not None and controller.poll() is None
+        limit_s = DEAD_AFTER_S + self._election_s if has_begun or controller is not None else _BEGIN_S
         if is_starting or self._run.is_alive():
             self._last_alive_s = time.monotonic()
-        elif time.monotonic() - self._last_alive_s > DEAD_AFTER_S + self._election_s:
+        elif time.monotonic() - self._last_alive_s > limit_s:
             log = self._run.logs / "controller.log"
             last = "".join(f"\n  | {line}" for line in _tail(log))
             raise ControllerLost(f"the controller of run {self._run.name} is gone. Its log, {log}, ends with:{last}")
-        elif controller is not None:  # it was started on this machine
+        else:
             self._revival.consider(time.monotonic() - self._last_alive_s)
 
 

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -20,11 +21,13 @@ from evermesh.launcher.admission import (
 )
 from evermesh.launcher.chaos.record import forget_injection
 from evermesh.launcher.config import JobConfig
+from evermesh.launcher.controller.submission import end_with_this_process
 from evermesh.launcher.corpora import open_corpora
 from evermesh.launcher.errors import RunAlive, RunUnusable, StoppedAtOnce, WorkersFailed
 from evermesh.launcher.following import Follower, JobResult, Watch
 from evermesh.launcher.placement.choosing import placed
-from evermesh.launcher.processes import start_controller
+from evermesh.launcher.placement.ray_here import is_submission
+from evermesh.launcher.processes import start_controller, start_controller_apart
 from evermesh.launcher.run_directory import Run, RunState
 from evermesh.launcher.summary import summary_table
 from evermesh.runtime.data.corpus import Corpus
@@ -123,9 +126,8 @@ def _train(run: Run, config: JobConfig, vocabulary: int, follower: Follower, *, 
     with run.locked():  # nobody controls it now
         run.write_config(config)
         run.write_state(RunState(state="created", workers=config.workers, attempt=run.state().attempt))
-    controller = start_controller(run)
     try:
-        result = follower.follow(controller, until_controlled=detach)
+        result = follower.follow(_controlled(run, detach=detach), until_controlled=detach)
     except WorkersFailed as error:
         error.add_note(_way_on(run, str(error)))
         draw_loss(run, vocabulary, console)
@@ -138,6 +140,16 @@ def _train(run: Run, config: JobConfig, vocabulary: int, follower: Follower, *, 
         console.print(summary_table(run, vocabulary=vocabulary))
         console.print(_closing_line(run, result), highlight=False, soft_wrap=True)
     return Trained(run, result)
+
+
+def _controlled(run: Run, *, detach: bool) -> subprocess.Popen[bytes] | None:
+    """Start the controller; as nobody's child, and None, where Ray would kill it three seconds after this process."""
+    if not is_submission():
+        return start_controller(run)
+    if not detach:
+        end_with_this_process()
+    start_controller_apart(run)
+    return None
 
 
 def _way_on(run: Run, error: str = "") -> str:

@@ -27,6 +27,7 @@ from evermesh.launcher.controller.journal import (
 from evermesh.launcher.controller.limit import stop_in_time
 from evermesh.launcher.controller.listening import listen, places
 from evermesh.launcher.controller.record import replay
+from evermesh.launcher.controller.submission import stop_with_submission
 from evermesh.launcher.errors import LauncherError, RunAlive, Superseded
 from evermesh.launcher.patient_output import outlive_a_full_disk
 from evermesh.launcher.placement import Placement, placement_for
@@ -100,14 +101,17 @@ async def _serve(
         signal.SIGTERM, lambda: controller.stop(signal.SIGTERM, at_once=False, grace_s=config.grace_s)
     )
     serving = asyncio.create_task(server.serve(sockets=[listener]))
-    minding = asyncio.create_task(stop_in_time(controller, placement, config.grace_s))
     targets = TargetsFile(controller.run, config.api)
-    telling = asyncio.create_task(targets.follow(controller))
+    minding = [
+        asyncio.create_task(stop_in_time(controller, placement, config.grace_s)),
+        asyncio.create_task(stop_with_submission(controller, config.grace_s)),
+        asyncio.create_task(targets.follow(controller)),
+    ]
     try:
         return await controller.serve()
     finally:
-        minding.cancel()
-        telling.cancel()
+        for task in minding:
+            task.cancel()
         targets.end(controller)
         server.should_exit = True
         await serving

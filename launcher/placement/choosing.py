@@ -4,6 +4,7 @@ import os
 
 from evermesh.launcher.config import JobConfig
 from evermesh.launcher.errors import AllocationMissing
+from evermesh.launcher.placement.ray_here import finds_cluster
 from evermesh.launcher.placement.slurm_allocation import Allocation
 
 
@@ -29,4 +30,4 @@ def placed(config: JobConfig) -> JobConfig:
 def _found() -> str:
     if "SLURM_JOB_ID" in os.environ:
         return "slurm"
-    return "ray" if "RAY_ADDRESS" in os.environ else "local"
+    return "ray" if finds_cluster() else "local"

@@ -26,8 +26,6 @@ from evermesh.launcher.run_directory import Run
 
 _LOOK_S = 0.1
 _AGAIN_S = 1.0
-_SPARE_WAIT_S = 5.0
-"""How long the cluster may look for a node for a spare before the job begins with one spare less."""
 _LEAVE_WAIT_S = 5.0
 _GONE_WAIT_S = 5.0
 _PASSED_ON = ("GLOO_", "NCCL_", "PYTORCH_", "TORCH_")
@@ -54,8 +52,8 @@ class RayPlacement:
 
     def __init__(self, run: Run, config: JobConfig, token: str) -> None:
         self._run, self._config, self._token = run, config, token
-        self.address = cluster.connect(config.on, cluster.namespace_of(run))
-        self._bundle = cluster.bundle_of(config)
+        self.address = cluster.connect(config.on, cluster.namespace_of(run), cluster.runtime_env_of(config))
+        self._bundle, self._surroundings = cluster.bundle_of(config), _surroundings()
         self._lives: dict[str, int] = {}
         """Which agent each node is to have: its first, its second, ..."""
         self._ended: dict[str, int] = {}
@@ -141,7 +139,7 @@ class RayPlacement:
             self._ask_for(self._config.nodes + self._config.spares)
         assert self._group is not None
         view = cluster.look_at(self._group)
-        self._shortage = "" if view.state == "CREATED" else cluster.shortage(view.bundles, self._bundle)
+        self._shortage = "" if view.state == "CREATED" else cluster.shortage(view.bundles, self._config)
         self._was_placed = self._was_placed or view.state == "CREATED"
         if not self._was_placed:
             self._do_without_spare(view.bundles)
@@ -158,13 +156,17 @@ class RayPlacement:
 
     def _ask_for(self, bundles: int) -> None:
         self._group = ray.util.placement_group(
-            [self._bundle] * bundles, strategy="STRICT_SPREAD", name=cluster.GROUP, lifetime="detached"
+            [self._bundle] * bundles,
+            strategy="STRICT_SPREAD",
+            name=cluster.GROUP,
+            lifetime="detached",
+            **cluster.labels_of(self._config, bundles),
         )
         self._asked_s = time.monotonic()
 
     def _do_without_spare(self, bundles: int) -> None:
         """Ask for one node less if the cluster has not enough: a job needs its nodes, spares are only good to have."""
-        if bundles == self._config.nodes or time.monotonic() - self._asked_s < _SPARE_WAIT_S:
+        if bundles == self._config.nodes or time.monotonic() - self._asked_s < self._config.ray.spare_wait_s:
             return
         print(f"{self._shortage} Going on with one spare less.", flush=True)
         ray.util.remove_placement_group(self._group)
@@ -177,6 +179,7 @@ class RayPlacement:
             ray.remote(RayAgent)
             .options(
                 name=f"{node}.{life}",
+                get_if_exists=True,  # should the cluster have been away before this was told
                 lifetime="detached",
                 num_cpus=self._bundle["CPU"],
                 num_gpus=self._bundle.get("GPU", 0.0),
@@ -187,7 +190,7 @@ class RayPlacement:
         )
         started = handle.ray_node.remote()
         # not given to the constructor: the cluster keeps the arguments of that one
-        over = handle.run.remote(self._spec(node).model_dump_json(), self._token, _surroundings())
+        over = handle.run.remote(self._spec(node).model_dump_json(), self._token, self._surroundings)
         return _Actor(life, handle, over, started)
 
     def _watch(self, node: str, actor: _Actor) -> None:

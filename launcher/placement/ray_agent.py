@@ -3,10 +3,12 @@
 The code must be installed on every node, and the directory of the run must be on storage that all of them see.
 """
 
+import json
 import os
 import socket
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import ray
@@ -16,6 +18,7 @@ from evermesh.launcher.agent.agent import Agent
 from evermesh.launcher.agent.spec import AgentSpec
 from evermesh.launcher.contact import read_token
 from evermesh.launcher.errors import RunNotSeen
+from evermesh.launcher.placement.ray_here import RUNTIME_ENV
 
 _OTHERS_WAIT_S = 10.0
 
@@ -51,7 +54,7 @@ class RayAgent:
         _check_seen(spec, token)
         _print_into(spec.run / "logs" / f"agent-{spec.node}.log")
         _load_no_main_module()
-        os.environ.update(surroundings.variables)
+        _take_over(surroundings.variables)
         if surroundings.folder.is_dir():
             os.chdir(surroundings.folder)
         is_beside = machine() == surroundings.host
@@ -69,6 +72,15 @@ class RayAgent:
 def machine() -> str:
     """Name of this machine: whether another process shares it."""
     return f"{socket.gethostname()} {ray.util.get_node_ip_address()}"
+
+
+def _take_over(variables: Mapping[str, str]) -> None:
+    """Have these variables, after those of the job, and what a controller needs that is started here."""
+    context = ray.get_runtime_context()
+    runtime_env = json.loads(context.get_runtime_env_string())
+    os.environ.update({**variables, **runtime_env.get("env_vars", {})})
+    os.environ["RAY_ADDRESS"] = context.gcs_address
+    os.environ[RUNTIME_ENV] = json.dumps(runtime_env)
 
 
 def _check_seen(spec: AgentSpec, token: str) -> None:

@@ -109,8 +109,11 @@ def can_make_hosts() -> bool:
 
 
 @contextmanager
-def ray_hosts(number: int, cpus: int = 2) -> Iterator[Hosts]:
-    """Hosts that are the nodes of one Ray cluster, the first its head. Ray's own tokens are on."""
+def ray_hosts(number: int, cpus: int = 2, head: Sequence[str] = ()) -> Iterator[Hosts]:
+    """Hosts that are the nodes of one Ray cluster, the first its ``head``, with options of ``ray start`` of its own.
+
+    Ray's own tokens are on.
+    """
     hosts = Hosts(number)
     with ExitStack() as stack:
         stack.callback(hosts.remove)
@@ -119,15 +122,19 @@ def ray_hosts(number: int, cpus: int = 2) -> Iterator[Hosts]:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True))
         authentication = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}
         environment = {**os.environ, **authentication}
-        head, *others = hosts.hosts
-        own = ["--head", "--port", str(_GCS_PORT), "--include-dashboard", "false", "--temp-dir", folder]
-        own += ["--system-config", json.dumps(_PATIENT)]
-        _wait([_ray(head, cpus, own, environment)])
-        join = ["--address", f"{head.address}:{_GCS_PORT}"]
-        for host in others:  # one after the other: together they are slower than Ray's patience
-            _wait([_ray(host, cpus, join, environment)])
+        start_head(hosts, cpus, folder, environment, "--system-config", json.dumps(_PATIENT), *head)
+        join = ["--address", f"{hosts.hosts[0].address}:{_GCS_PORT}"]
+        for number, host in enumerate(hosts.hosts[1:], 1):  # together they would be slower than Ray's patience
+            _wait([_ray(host, cpus, [*join, "--temp-dir", f"{folder}/{number}"], environment)])
         with variables(**authentication):
             yield hosts
+
+
+def start_head(hosts: Hosts, cpus: int, folder: str, environment: dict[str, str], *words: str) -> None:
+    """Start the head of a cluster on the first host; returns when it is there. ``words`` go to ``ray start``."""
+    dashboard = [] if "--dashboard-host" in words else ["--include-dashboard", "false"]
+    own = ["--head", "--port", str(_GCS_PORT), "--temp-dir", f"{folder}/0", *dashboard, *words]
+    _wait([_ray(hosts.hosts[0], cpus, own, environment)])
 
 
 def on(hosts: Hosts) -> str:

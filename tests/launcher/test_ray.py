@@ -25,7 +25,7 @@ ray = pytest.importorskip("ray")
 from evermesh.launcher.placement.ray_agent import RayAgent, Surroundings  # noqa: E402
 
 ENDLESS = "train.steps=100000"
-pytestmark = pytest.mark.timeout(90)
+pytestmark = pytest.mark.timeout(180)
 
 
 @dataclass
@@ -131,7 +131,8 @@ def test_a_spare_takes_the_place_of_a_lost_node_and_the_run_goes_on_with_the_two
 
 @pytest.mark.soak
 def test_controller_and_agents_may_die_and_nothing_is_left_after_sigterm(cluster: RayCluster, job_file: Path) -> None:
-    with launched(job_file, ENDLESS, "nodes=2", "train.checkpoint.every=10", cluster.on) as job:
+    marked = "ray.runtime_env.env_vars.MARK=from the job file"
+    with launched(job_file, ENDLESS, "nodes=2", "train.checkpoint.every=10", marked, cluster.on) as job:
         job.wait_training()
         first = job.run.state().pid
         assert first is not None
@@ -150,6 +151,7 @@ def test_controller_and_agents_may_die_and_nothing_is_left_after_sigterm(cluster
         assert psutil.pid_exists(keeper.pid), "its memory stays"
         job.wait_training(2)
         assert job.agents["node-1"] != agent.pid
+        assert {psutil.Process(pid).environ()["MARK"] for pid in job.pids.values()} == {"from the job file"}
 
         members, controller = job.processes(), job.run.state().pid
         assert controller is not None
