@@ -5,10 +5,12 @@ It writes how long messages took from who said them to the end of their handling
 
 import json
 import os
+import resource
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import psutil
@@ -16,6 +18,7 @@ import psutil
 from evermesh.launcher.controller import __main__ as process
 from evermesh.launcher.controller.controller import Controller
 from evermesh.launcher.controller.nodes import Node
+from evermesh.launcher.controller.watching import Watch
 from evermesh.launcher.messages import Beat, FromAgent
 
 WARM_UP_S = 5.0
@@ -53,11 +56,21 @@ class Played:
         """They leave when they are told to."""
 
 
+class Counted(Watch):
+    """Notes how many windows detectors have joined."""
+
+    def _conclude(self, *done: Any) -> None:
+        super()._conclude(*done)
+        Measured.joined += 1
+
+
 class Measured(Controller):
     """Notes when the handling of each beat has ended; a beat says in ``memory_free_bytes`` when it was made, monotonic ns."""
 
     handled_s: list[float] = []  # noqa: RUF012  of the only one in this process
     began_s = float("inf")
+    joined = 0
+    """Windows of all ranks of which something was concluded."""
 
     def receive(self, node: Node, message: FromAgent) -> None:
         super().receive(node, message)
@@ -75,6 +88,7 @@ def main() -> None:
     with (
         mock.patch.object(process, "placement_for", return_value=Played()),
         mock.patch.object(process, "Controller", Measured),
+        mock.patch("evermesh.launcher.controller.controller.Watch", Counted),
     ):
         try:
             process.main()
@@ -86,6 +100,8 @@ def main() -> None:
                 "processor_s": used.user + used.system,
                 "trained_s": time.monotonic() - Measured.began_s,
                 "memory_bytes": me.memory_info().rss,
+                "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+                "joined": Measured.joined,
             }
             result.write_text(json.dumps(found))
 
