@@ -49,7 +49,9 @@ class RelayoutRequest(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    changes: dict[str, JsonValue] = Field(min_length=1)
+    changes: dict[str, JsonValue] = Field(
+        min_length=1, json_schema_extra={"propertyNames": {"enum": list(Layout.model_fields)}}
+    )
     """Fields of ``train.layout`` and what they become; without hdp, that is what the other degrees leave of the ranks."""
 
     @field_validator("changes")
