@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+import psutil
 import torch
 import torch.distributed as dist
 
@@ -141,32 +142,26 @@ def simulate(layout: Layout, rank: int, *, tied: bool = True, experts: bool = Fa
 
 
 def _clients() -> list[Row]:
-    made = [size for operation, _, size in simulate(layout_of(RANKS), RANKS // 2 + 5) if operation == "set"]
-    ours = [
-        [["set", f"{group}/RANK", size] for group, size in enumerate(made)],
-        [
-            [what, f"{group}/PEER{peer}", 0]
-            for group in range(3)
-            for peer in range(_log2(RANKS))
-            for what in ("wait", "get")
-        ],
-        [
-            [what, f"{group}/PEER{peer}", 0]
-            for group in range(3, len(made))
-            for peer in range(3)
-            for what in ("wait", "get")
-        ],
+    sizes = [size for _, _, size in simulate(layout_of(RANKS), RANKS // 2 + 5)]
+    makes = [["set", f"{group}/{{rank}}", size] for group, size in enumerate(sizes)]
+    # a barrier of all ranks in one group, neighbours in the others
+    far = [step for power in range(_log2(RANKS)) for step in (1 << power, -(1 << power))]
+    peers = [far if group == 0 else far[:3] for group in range(len(sizes))]
+    uses = [
+        [what, f"{group}/{{{step:+}}}", 0] for group, of in enumerate(peers) for step in of for what in ("wait", "get")
     ]
-    seconds = _play(RANKS, ours)
-    large = 128 + 8 * PEER_RANKS
-    theirs = [
-        [["set", "RANK", large]],
-        [[what, str(peer), 0] for peer in range(PEER_RANKS) for what in ("wait", "get")],
-    ]
-    peer_s = _play(PEER_RANKS, theirs)
+    (connects_s, makes_s, uses_s), store_s = _play(RANKS, [makes, uses])
+    # what each rank writes by default holds a number for every other
+    theirs = [["set", "{rank}", sizes[0] + 8 * PEER_RANKS]]
+    reads = [[what, f"{{{step:+}}}", 0] for step in range(PEER_RANKS) for what in ("wait", "get")]
+    peer_s, peer_store_s = _play(PEER_RANKS, [theirs, reads])
+    what = f"{RANKS:,} clients of the store"
     return [
-        exact_row(f"{RANKS:,} clients of the store make and use all their groups", seconds, "s", goal=10.0),
-        exact_row(f"{PEER_RANKS} clients in one group, {PEER}", peer_s, "s"),
+        exact_row(f"{what} connect and make all their groups", connects_s + makes_s, "s", goal=10.0),
+        exact_row(f"{what}: first use of all groups, {len(uses)} operations each", uses_s, "s"),
+        exact_row(f"{what}: processor of the store, in all", store_s, "s"),
+        exact_row(f"{PEER_RANKS} clients make one group, {PEER}", sum(peer_s), "s"),
+        exact_row(f"{PEER_RANKS} clients: processor of the store", peer_store_s, "s"),
     ]
 
 
@@ -174,22 +169,33 @@ def _log2(ranks: int) -> int:
     return math.ceil(math.log2(ranks))
 
 
-def _play(ranks: int, phases: list[list[list[object]]]) -> float:
-    """Against the real store process, from another process."""
+def _play(ranks: int, phases: list[list[list[object]]]) -> tuple[list[float], float]:
+    """Seconds of every phase, from another process, and processor seconds of the real store process."""
     warm.warm_up("evermesh.launcher.agent.training", threads=1)
     store = StoreProcess("127.0.0.1")
     try:
-        with tempfile.NamedTemporaryFile("w", suffix=".json") as trace:
-            json.dump(phases, trace)
-            trace.flush()
+        with tempfile.NamedTemporaryFile("w", suffix=".json") as told:
+            json.dump(phases, told)
+            told.flush()
             module = "tests.benchmarks.launcher.rendezvous_clients"
-            arguments = [store.address.host, str(store.address.port), str(ranks), trace.name]
+            arguments = [store.address.host, str(store.address.port), str(ranks), told.name]
+            before_s = _used_s(store)
             done = subprocess.run(
-                [sys.executable, "-m", module, *arguments], check=True, capture_output=True, text=True
+                [sys.executable, "-m", module, *arguments], check=True, stdout=subprocess.PIPE, text=True
             )
-            return float(done.stdout)
+            return json.loads(done.stdout), _used_s(store) - before_s
     finally:
         store.close()
+
+
+def _used_s(store: StoreProcess) -> float:
+    found = next(
+        connection.pid
+        for connection in psutil.net_connections("tcp")
+        if connection.status == psutil.CONN_LISTEN and connection.laddr[1] == store.address.port
+    )
+    used = psutil.Process(found).cpu_times()
+    return used.user + used.system
 
 
 def _agents() -> list[Row]:
