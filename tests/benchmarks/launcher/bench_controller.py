@@ -6,6 +6,7 @@ those of so many ranks do, and the dashboard is open: what counts there is the m
 """
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -29,9 +30,14 @@ from tests.benchmarks.harness import Row, exact_row
 
 NODES = 1000
 SECONDS = 60.0
-AGENTS, RANKS, LARGE_SECONDS = 1536, 12_288, 120.0
+AGENTS, RANKS, LARGE_SECONDS = int(os.environ.get("EVERMESH_AGENTS", "1536")), 12_288, 120.0
+SLOWER = float(os.environ.get("EVERMESH_SLOWER", "1"))
+"""How much more rarely the agents of the second job talk, where one core does not play so many."""
 _START_S, _END_S = 120.0, 120.0
-_QUIET = ("journal_copies=0", "preflight=off", "health_every_s=null", "train.snapshot=null", "metrics=false")
+_QUIET = (
+    *("journal_copies=0", "preflight=off", "health_every_s=null", "train.snapshot=null", "metrics=false"),
+    "join_timeout_s=600",
+)
 
 
 def run() -> list[Row]:
@@ -57,7 +63,7 @@ def run() -> list[Row]:
 
 def _large() -> list[Row]:
     with tempfile.TemporaryDirectory() as folder:
-        job = play(Path(folder), AGENTS, LARGE_SECONDS, ranks_per_node=RANKS // AGENTS, with_records=True)
+        job = play(Path(folder), AGENTS, LARGE_SECONDS, ranks_per_node=RANKS // AGENTS, slower=SLOWER)
     what = f"{AGENTS:,} agents, {RANKS:,} ranks with records, dashboard open"
     return [
         exact_row(f"memory of the controller, {what}", job["peak_bytes"] / 1e6, "MB", goal=500),
@@ -69,22 +75,29 @@ def _large() -> list[Row]:
 
 
 def play(
-    folder: Path, nodes: int, seconds: float, *, ranks_per_node: int = 1, with_records: bool = False
+    folder: Path, nodes: int, seconds: float, *, ranks_per_node: int = 1, slower: float | None = None
 ) -> dict[str, Any]:
-    """Have agents play a job; what the controller measured, and what was seen from outside."""
+    """Have agents play a job; what the controller measured, and what was seen from outside. With ``slower`` ranks record."""
     workers = nodes * ranks_per_node
     overrides = [f"runs={folder}", f"workers={workers}", f"nodes={nodes}", "train.stop_at=null", "train.steps=1000000"]
     made = Run.create(load_job(quickstart(), [*overrides, *_QUIET]))
     made.write_state(RunState(state="running", workers=workers))
     result, began_s = folder / "result.json", time.monotonic()
     module = "tests.benchmarks.launcher"
-    command = [sys.executable, "-m", f"{module}.loaded_controller", str(made.directory), str(result)]
+    command = [
+        sys.executable,
+        "-m",
+        f"{module}.loaded_controller",
+        str(made.directory),
+        str(result),
+        str(slower or 1.0),
+    ]
     with (
         (made.logs / "controller.log").open("w") as log,
         subprocess.Popen(command, stdout=log, stderr=log) as controller,
     ):
         _wait(lambda: (made.directory / "controller.json").is_file() and made.is_alive(), _START_S)
-        arguments = [str(made.directory), str(nodes), str(seconds), *(["windows"] if with_records else [])]
+        arguments = [str(made.directory), str(nodes), str(seconds), *([] if slower is None else [str(slower)])]
         command = [sys.executable, "-m", f"{module}.played_agents", *arguments]
         with Viewer(made) as viewer, subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as agents:
             started_s, longest_s = _watch(made, began_s, agents)

@@ -1,6 +1,8 @@
-"""``python -m tests.benchmarks.launcher.loaded_controller RUN RESULT``: a real controller whose nodes somebody else plays.
+"""``python -m tests.benchmarks.launcher.loaded_controller RUN RESULT SLOWER``: a real controller whose nodes somebody else
+plays.
 
-It writes how long messages took from who said them to the end of their handling, and what it used, as JSON into RESULT.
+With SLOWER it is as many times more patient with agents. It writes how long messages took from who said them to the end of
+their handling, and what it used, as JSON into RESULT.
 """
 
 import json
@@ -16,6 +18,7 @@ from unittest import mock
 import psutil
 
 from evermesh.launcher.controller import __main__ as process
+from evermesh.launcher.controller import leases
 from evermesh.launcher.controller.controller import Controller
 from evermesh.launcher.controller.nodes import Node
 from evermesh.launcher.controller.watching import Watch
@@ -84,11 +87,13 @@ class Measured(Controller):
 def main() -> None:
     """Control the run on one core; write the result when the job has ended."""
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-    result = Path(sys.argv.pop(2))
+    slower, result = float(sys.argv.pop(3)), Path(sys.argv.pop(2))
     with (
         mock.patch.object(process, "placement_for", return_value=Played()),
         mock.patch.object(process, "Controller", Measured),
         mock.patch("evermesh.launcher.controller.controller.Watch", Counted),
+        mock.patch.object(process, "_PING_S", process._PING_S * slower),
+        mock.patch.object(leases, "LEASE_S", leases.LEASE_S * slower),
     ):
         try:
             process.main()

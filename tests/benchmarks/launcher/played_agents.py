@@ -1,9 +1,9 @@
-"""``python -m tests.benchmarks.launcher.played_agents RUN NODES SECONDS [WINDOWS]``: agents of a job.
+"""``python -m tests.benchmarks.launcher.played_agents RUN NODES SECONDS [SLOWER]``: agents of a job.
 
 Each greets, starts its ranks when it is told to, and beats twice a second; the first one tells of a step every second. With
-WINDOWS they also tell what their ranks recorded, as often as the agents of so many ranks do. After so many seconds of
-training they have the job stopped; then the last line is how long all of them took from the first greeting until they were
-told to start, seconds.
+SLOWER, 1 or more, they also tell what their ranks recorded, as the agents of so many ranks do, and everything so many times
+more rarely. After so many seconds of training they have the job stopped; then the last line is how long all of them took
+from the first greeting until they were told to start, seconds.
 """
 
 import asyncio
@@ -67,18 +67,26 @@ class Played:
         address = f"{url.replace('http', 'ws', 1)}/api/agents/{node}"
         async with gate:
             connection = await connect(
-                address, additional_headers=headers, proxy=None, ping_interval=1, ping_timeout=30, open_timeout=60
+                address,
+                additional_headers=headers,
+                proxy=None,
+                ping_interval=1,
+                ping_timeout=30,
+                open_timeout=60,
+                compression=None,
+                max_size=None,
             )
             await _say(
                 connection, Hello(node=node, host=node, address="127.0.0.1", pid=1000 + self._number, outcome=None)
             )
-        beating = asyncio.gather(self._beat(connection), self._tell_windows(connection))
+        talking = [asyncio.create_task(talk(connection)) for talk in (self._beat, self._tell_windows)]
         try:
             async for text in connection:
                 if not await self._obey(connection, text):
                     return
         finally:
-            beating.cancel()
+            for task in talking:
+                task.cancel()
             await connection.close()
 
     async def _obey(self, connection: ClientConnection, text: str | bytes) -> bool:
@@ -118,7 +126,7 @@ class Played:
                     await _say(connection, Report(generation=generation, values=json.loads(values)))
             except ConnectionClosed:
                 return
-            await asyncio.sleep(_BEAT_S)
+            await asyncio.sleep(_BEAT_S * (self._windows.slower if self._windows is not None else 1.0))
 
     async def _tell_windows(self, connection: ClientConnection) -> None:
         """One after the other, spread over the time between them."""
@@ -176,6 +184,5 @@ async def _play(run: Run, nodes: int, seconds: float, windows: PlayedWindows | N
 if __name__ == "__main__":
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     played = Run(Path(sys.argv[1]))
-    asyncio.run(
-        _play(played, int(sys.argv[2]), float(sys.argv[3]), PlayedWindows(played) if len(sys.argv) > 4 else None)
-    )
+    windows = PlayedWindows(played, float(sys.argv[4])) if len(sys.argv) > 4 else None
+    asyncio.run(_play(played, int(sys.argv[2]), float(sys.argv[3]), windows))

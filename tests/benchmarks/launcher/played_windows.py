@@ -25,11 +25,12 @@ _LEAST_S = 0.5
 
 
 class PlayedWindows:
-    """Of one run, on nodes of eight ranks."""
+    """Of one run, on nodes of eight ranks; told ``slower`` times as rarely as by real agents."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Run, slower: float) -> None:
+        self.slower = slower
         self._ranks = run.config().workers
-        self.every_s = max(_LEAST_S, self._ranks / _RANKS_PER_S)
+        self.every_s = slower * max(_LEAST_S, self._ranks / _RANKS_PER_S)
         traces = generate(JobShape(dp=2, tp=_TP)).traces[:_TP]
         self._summaries = [RankWatch().summarise(trace) for trace in traces]
         self._newest_ns = max(int(one.tail.records["ended_ns"].max()) for one in self._summaries)
