@@ -67,9 +67,5 @@ class CountingStore(dist.Store):
     def set_timeout(self, timeout: timedelta) -> None:
         self._store.set_timeout(timeout)
 
-    @property
-    def timeout(self) -> timedelta:
-        return self._store.timeout
-
     def _note(self, operation: str, key: str, value: Any) -> None:
         self.asked.append((operation, key, len(value)))

@@ -143,17 +143,17 @@ def simulate(layout: Layout, rank: int, *, tied: bool = True, experts: bool = Fa
 
 def _clients() -> list[Row]:
     sizes = [size for _, _, size in simulate(layout_of(RANKS), RANKS // 2 + 5)]
-    makes = [["set", f"{group}/{{rank}}", size] for group, size in enumerate(sizes)]
+    makes: list[list[object]] = [["set", f"{group}/{{rank}}", size] for group, size in enumerate(sizes)]
     # a barrier of all ranks in one group, neighbours in the others
     far = [step for power in range(_log2(RANKS)) for step in (1 << power, -(1 << power))]
     peers = [far if group == 0 else far[:3] for group in range(len(sizes))]
-    uses = [
+    uses: list[list[object]] = [
         [what, f"{group}/{{{step:+}}}", 0] for group, of in enumerate(peers) for step in of for what in ("wait", "get")
     ]
     (connects_s, makes_s, uses_s), store_s = _play(RANKS, [makes, uses])
     # what each rank writes by default holds a number for every other
-    theirs = [["set", "{rank}", sizes[0] + 8 * PEER_RANKS]]
-    reads = [[what, f"{{{step:+}}}", 0] for step in range(PEER_RANKS) for what in ("wait", "get")]
+    theirs: list[list[object]] = [["set", "{rank}", sizes[0] + 8 * PEER_RANKS]]
+    reads: list[list[object]] = [[what, f"{{{step:+}}}", 0] for step in range(PEER_RANKS) for what in ("wait", "get")]
     peer_s, peer_store_s = _play(PEER_RANKS, [theirs, reads])
     what = f"{RANKS:,} clients of the store"
     return [
@@ -192,7 +192,7 @@ def _used_s(store: StoreProcess) -> float:
     found = next(
         connection.pid
         for connection in psutil.net_connections("tcp")
-        if connection.status == psutil.CONN_LISTEN and connection.laddr[1] == store.address.port
+        if connection.status == psutil.CONN_LISTEN and connection.laddr and connection.laddr.port == store.address.port
     )
     used = psutil.Process(found).cpu_times()
     return used.user + used.system

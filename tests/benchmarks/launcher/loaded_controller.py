@@ -21,7 +21,7 @@ from evermesh.launcher.controller import __main__ as process
 from evermesh.launcher.controller import leases
 from evermesh.launcher.controller.controller import Controller
 from evermesh.launcher.controller.nodes import Node
-from evermesh.launcher.controller.watching import Watch
+from evermesh.launcher.controller.watching import Watch, windows
 from evermesh.launcher.messages import Beat, FromAgent
 
 WARM_UP_S = 5.0
@@ -94,6 +94,7 @@ def main() -> None:
         mock.patch("evermesh.launcher.controller.controller.Watch", Counted),
         mock.patch.object(process, "_PING_S", process._PING_S * slower),
         mock.patch.object(leases, "LEASE_S", leases.LEASE_S * slower),
+        mock.patch.object(windows, "_LATE_S", windows._LATE_S * slower),
     ):
         try:
             process.main()

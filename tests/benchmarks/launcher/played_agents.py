@@ -129,14 +129,13 @@ class Played:
             await asyncio.sleep(_BEAT_S * (self._windows.slower if self._windows is not None else 1.0))
 
     async def _tell_windows(self, connection: ClientConnection) -> None:
-        """One after the other, spread over the time between them."""
+        """All agents at about the same moment, as real ones do."""
         windows = self._windows
         if windows is None:
             return
-        await asyncio.sleep(windows.every_s * (self._number % 97) / 97)
         said = 0
         while True:
-            await asyncio.sleep(windows.every_s)
+            await asyncio.sleep(windows.every_s - time.time() % windows.every_s)
             if self._start is not None:
                 with suppress(ConnectionClosed):
                     await connection.send(windows.text(self._start.generation, _ranks(self._start), said))
