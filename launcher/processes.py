@@ -1,9 +1,8 @@
 """Starting the two long-lived processes of a job, each in a session of its own: no terminal takes them with it."""
 
-import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,8 +12,6 @@ if TYPE_CHECKING:
     from evermesh.launcher.succession.office import Mandate
 
 AGENT_MODULE = "evermesh.launcher.agent"
-TOKEN_VARIABLE = "EVERMESH_TOKEN"
-"""The token goes through the environment: a command line can be read by everybody on the machine."""
 
 _APART = ("/bin/sh", "-c", '"$@" &', "sh")
 """Starts what follows as nobody's child."""
@@ -35,10 +32,10 @@ def start_elected_controller(run: "Run", mandate: "Mandate") -> None:
     _start([*_APART, *_controller(run), mandate.model_dump_json()], run.logs / "controller.log").wait()
 
 
-def start_agent(spec: "AgentSpec", token: str) -> subprocess.Popen[bytes]:
-    """Start an agent on this machine."""
+def start_agent(spec: "AgentSpec") -> subprocess.Popen[bytes]:
+    """Start an agent on this machine; it is told nothing secret."""
     command = [sys.executable, "-m", AGENT_MODULE, spec.model_dump_json()]
-    return _start(command, spec.run / "logs" / f"agent-{spec.node}.log", {TOKEN_VARIABLE: token})
+    return _start(command, spec.run / "logs" / f"agent-{spec.node}.log")
 
 
 def start_tracker(run: "Run", number: int) -> None:
@@ -51,7 +48,7 @@ def _controller(run: "Run") -> list[str]:
     return [sys.executable, "-m", "evermesh.launcher.controller", str(run.directory.absolute())]
 
 
-def _start(command: Sequence[str], log: Path, variables: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
+def _start(command: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as output:
         return subprocess.Popen(
@@ -59,6 +56,5 @@ def _start(command: Sequence[str], log: Path, variables: Mapping[str, str] | Non
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
-            env={**os.environ, **(variables or {})},
             start_new_session=True,
         )

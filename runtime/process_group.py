@@ -1,9 +1,9 @@
 """Joining and leaving the process group of all workers."""
 
-import itertools
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from typing import NamedTuple
@@ -19,6 +19,7 @@ from evermesh.parallelism.pipeline.links import Links
 from evermesh.parallelism.pipeline.schedule import PipelineSchedule
 from evermesh.parallelism.tiers import LEVELS, Division
 from evermesh.runtime.config import CpuDevice, CudaDevice
+from evermesh.runtime.group_making import Maker, connect_on_demand
 from evermesh.runtime.parameter_set import Owners
 
 
@@ -28,33 +29,26 @@ class StartTimes(NamedTuple):
     device_s: float
     """Until the device could be used: on CUDA the context; 0 on CPU."""
     group_s: float
-    """From then on until all ranks had met; with NCCL also its communicator."""
+    """From then on until this rank had the default group."""
 
 
 def start(device: CpuDevice | CudaDevice, rank: int, world_size: int, store: Store, timeout_s: float) -> StartTimes:
-    """Join the default group as ``rank``. Collective over ``world_size`` processes; returns when all are there.
+    """Join the default group as ``rank``. Collective over ``world_size`` processes, which ``communicators`` lets meet.
 
-    They meet in ``store``, which no other attempt may have used: keys of dead ranks make gloo hang.
+    They meet in ``store``, which no other attempt may have used: keys of dead ranks make gloo hang. It has to be there for as
+    long as they train.
 
-    CPU workers use gloo. CUDA workers use NCCL, bound to their device at once: a lazily initialised group would open a
-    communicator for every pair of ranks that exchange messages.
+    CPU workers use gloo. CUDA workers use NCCL; the default group opens no communicator of its own, for one that was bound to
+    a device would have all ranks meet for every group (``group_making``).
     """
-    timeout = timedelta(seconds=timeout_s)
+    connect_on_demand()
     began_s = ready_s = time.monotonic()
     if device.kind == "cuda":
         torch.cuda.set_device(local_device(device))
         torch.cuda.synchronize()  # makes the context
         ready_s = time.monotonic()
-        dist.init_process_group(
-            "nccl",
-            store=store,
-            rank=rank,
-            world_size=world_size,
-            timeout=timeout,
-            device_id=local_device(device),
-        )
-    else:
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timeout)
+    backend, timeout = "nccl" if device.kind == "cuda" else "gloo", timedelta(seconds=timeout_s)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     return StartTimes(ready_s - began_s, time.monotonic() - ready_s)
 
 
@@ -155,85 +149,80 @@ def communicators(
         LayoutDoesNotFit: the default group has another number of ranks than the layout.
     """
     layout.check_world(dist.get_world_size() if dist.is_initialized() else 1)
-    mesh, nodes, timeout = Mesh.of(layout), nodes_of_ranks(), timedelta(seconds=timeout_s)
-    world, control, host = (before.world, before.control, before.host) if before else _of_all(nodes, timeout)
-    moment = world.moment
-    axes = {axis: _along(axis, mesh, nodes, moment, timeout) for axis in (*_DENSE, *(_EXPERTS if experts else ()))}
-    alone = {axis: Communicator(name=axis, moment=moment) for axis in _EXPERTS if not experts}
-    owners = _owners("hdp", axes["hdp"], layout.division, mesh, nodes, timeout)
+    connect_on_demand()  # also where a script has made the default group
+    mesh, nodes = Mesh.of(layout), nodes_of_ranks()
+    maker = Maker(mesh, nodes, timedelta(seconds=timeout_s))
+    world, control, host = (before.world, before.control, before.host) if before else _of_all(maker)
+    axes = {axis: _along(axis, maker, world) for axis in (*_DENSE, *(_EXPERTS if experts else ()))}
+    alone = {axis: Communicator(name=axis, moment=world.moment) for axis in _EXPERTS if not experts}
+    owners = _owners("hdp", axes["hdp"], layout.division, maker)
     expert_owners = Owners()
     if experts:
-        expert_owners = _owners("edp", axes["edp"], layout.expert_division, mesh, nodes, timeout)
+        expert_owners = _owners("edp", axes["edp"], layout.expert_division, maker)
     return Groups(
         owners=owners,
         expert_owners=expert_owners,
         world=world,
         control=control,
         host=host,
-        readers=_readers(mesh, nodes, control.moment, timeout),
+        readers=_readers(maker, control.moment),
         place=mesh.coordinates(world.rank),
-        links=_links(mesh, layout.pipeline, nodes, moment, timeout),
-        tied=_tied(mesh, layout.pipeline, nodes, moment, timeout) if tied else None,
+        links=_links(maker, layout.pipeline, world.moment),
+        tied=_tied(maker, layout.pipeline, world.moment) if tied else None,
         **axes,
         **alone,
     )
 
 
-def _of_all(nodes: tuple[int, ...], timeout: timedelta) -> tuple[Communicator, Communicator, Communicator]:
+def _of_all(maker: Maker) -> tuple[Communicator, Communicator, Communicator]:
     """World, control and host: they are the same in all layouts."""
-    moment = Moment()
-    world, control, host = None, None, None
-    if dist.is_initialized() and dist.get_world_size() > 1:  # one rank has nobody to talk to
-        world = dist.group.WORLD
-        control, host = (dist.new_group(backend="gloo", timeout=timeout) for _ in range(2))
+    moment, control_moment = Moment(), Moment()
+    if maker.mesh.size == 1:  # one rank has nobody to talk to
+        return (
+            Communicator(name="world", moment=moment),
+            Communicator(name="control", moment=control_moment),
+            Communicator(name="host", moment=moment),
+        )
+    world = Communicator(dist.group.WORLD, name="world", nodes=maker.nodes, moment=moment)
     return (
-        Communicator(world, name="world", nodes=nodes, moment=moment),
-        Communicator(control, name="control", nodes=nodes),
-        Communicator(host, name="host", nodes=nodes, moment=moment),
+        world if dist.get_backend() != "nccl" else maker.of_all("world", moment),
+        maker.of_all("control", control_moment, backend="gloo"),
+        maker.of_all("host", moment, backend="gloo"),
     )
 
 
-def _readers(mesh: Mesh, nodes: Sequence[int], moment: Moment, timeout: timedelta) -> Communicator:
-    """The ranks of one node with one HDP coordinate. Every rank makes every group, in one order."""
+def _readers(maker: Maker, moment: Moment) -> Communicator:
+    """The ranks of one node with one HDP coordinate."""
+    sharing: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for rank, node in enumerate(maker.nodes):
+        sharing[maker.mesh.coordinates(rank).hdp, node].append(rank)
     found = Communicator(name="readers", moment=moment)
-    for hdp, node in itertools.product(range(mesh.hdp), sorted(set(nodes))):
-        ranks = [rank for rank in range(mesh.size) if mesh.coordinates(rank).hdp == hdp and nodes[rank] == node]
+    for (hdp, node), ranks in sorted(sharing.items()):
         if len(ranks) > 1:
-            group = dist.new_group(ranks, backend="gloo", timeout=timeout)
-            if dist.get_rank() in ranks:
-                name, own_nodes = f"readers {hdp} {node}", (node,) * len(ranks)
-                found = Communicator(group, name=name, axis="readers", nodes=own_nodes, moment=moment)
+            name = f"readers {hdp} {node}"
+            found = maker.group(ranks, name=name, axis="readers", moment=moment, backend="gloo") or found
     return found
 
 
-def _links(
-    mesh: Mesh, schedule: PipelineSchedule, nodes: Sequence[int], moment: Moment, timeout: timedelta
-) -> dict[tuple[int, int], Communicator]:
-    """The links of this rank: one group of two for each way. Every rank makes all of all pipelines, in one order."""
+def _links(maker: Maker, schedule: PipelineSchedule, moment: Moment) -> dict[tuple[int, int], Communicator]:
+    """The links of this rank: one group of two for each way."""
     links: dict[tuple[int, int], Communicator] = {}
-    for ranks in mesh.groups("pp") if mesh.pp > 1 else ():
+    for ranks in maker.mesh.groups("pp") if maker.mesh.pp > 1 else ():
         for link in schedule.links():
-            pair = tuple(sorted(ranks[end] for end in link))
-            group = dist.new_group(list(pair), timeout=timeout)
-            if dist.get_rank() in pair:
-                name = f"pipeline {pair[0]} {'to' if link[0] < link[1] else 'from'} {pair[1]}"
-                own_nodes = tuple(nodes[rank] for rank in pair)
-                links[link] = Communicator(group, name=name, axis="pp", nodes=own_nodes, moment=moment)
+            pair = sorted(ranks[end] for end in link)
+            name = f"pipeline {pair[0]} {'to' if link[0] < link[1] else 'from'} {pair[1]}"
+            if made := maker.group(pair, name=name, axis="pp", moment=moment):
+                links[link] = made
     return links
 
 
-def _tied(
-    mesh: Mesh, schedule: PipelineSchedule, nodes: Sequence[int], moment: Moment, timeout: timedelta
-) -> Communicator | None:
+def _tied(maker: Maker, schedule: PipelineSchedule, moment: Moment) -> Communicator | None:
     """Embedding and head, where they are on different ranks."""
     found = None
     ends = schedule.rank_of(0), schedule.rank_of(schedule.num_stages - 1)
-    for ranks in mesh.groups("pp") if ends[0] != ends[1] else ():
-        pair = tuple(ranks[end] for end in ends)
-        group = dist.new_group(list(pair), timeout=timeout)
-        if dist.get_rank() in pair:
-            own_nodes = tuple(nodes[rank] for rank in pair)
-            found = Communicator(group, name=f"tied {pair[0]}", axis="pp", nodes=own_nodes, moment=moment)
+    for ranks in maker.mesh.groups("pp") if ends[0] != ends[1] else ():
+        pair = sorted(ranks[end] for end in ends)
+        found = maker.group(pair, name=f"tied {ranks[ends[0]]}", axis="pp", moment=moment) or found
     return found
 
 
@@ -241,37 +230,32 @@ _DENSE: tuple[Axis, ...] = ("hdp", "tp")
 _EXPERTS: tuple[Axis, ...] = ("edp", "ep", "etp")
 
 
-def _along(axis: Axis, mesh: Mesh, nodes: Sequence[int], moment: Moment, timeout: timedelta) -> Communicator:
-    """The communicator of this rank along an axis. Every rank makes every group, in one order, as torch wants it."""
-    groups = mesh.groups(axis)
+def _along(axis: Axis, maker: Maker, world: Communicator) -> Communicator:
+    """The communicator of this rank along an axis."""
+    groups = maker.mesh.groups(axis)
     if len(groups[0]) == 1:
-        return Communicator(name=axis, moment=moment)
+        return Communicator(name=axis, moment=world.moment)
     if len(groups) == 1:
-        return Communicator(dist.group.WORLD, name=axis, nodes=tuple(nodes), moment=moment)
-    made = [dist.new_group(list(ranks), timeout=timeout) for ranks in groups]
-    own = next(index for index, ranks in enumerate(groups) if dist.get_rank() in ranks)
-    own_nodes = tuple(nodes[rank] for rank in groups[own])
-    return Communicator(made[own], name=f"{axis} {own}", axis=axis, nodes=own_nodes, moment=moment)
+        return Communicator(world.group, name=axis, nodes=maker.nodes, moment=world.moment)
+    made = [
+        maker.group(ranks, name=f"{axis} {own}", axis=axis, moment=world.moment) for own, ranks in enumerate(groups)
+    ]
+    return next(communicator for communicator in made if communicator is not None)
 
 
-def _owners(
-    axis: Axis, along: Communicator, division: Division, mesh: Mesh, nodes: Sequence[int], timeout: timedelta
-) -> Owners:
-    """The groups of every level. Every rank makes every group, in one order, and those of all owners once."""
+def _owners(axis: Axis, along: Communicator, division: Division, maker: Maker) -> Owners:
+    """The groups of every level, and those of all owners once."""
     levels: dict[str, Communicator] = {}
     for level in LEVELS:
         size = division.size(level)
         if size in (1, division.ranks):
             levels[level] = along if size > 1 else Communicator(moment=along.moment)
             continue
-        for owners in mesh.groups(axis):
+        for owners in maker.mesh.groups(axis):
             for number, places in enumerate(division.groups(level)):
-                ranks = [owners[place] for place in places]
-                group = dist.new_group(ranks, timeout=timeout)
-                if dist.get_rank() in ranks:
-                    own_nodes = tuple(nodes[rank] for rank in ranks)
-                    name = f"{along.name} {level} {number}"
-                    levels[level] = Communicator(group, name=name, axis=axis, nodes=own_nodes, moment=along.moment)
+                ranks, name = [owners[place] for place in places], f"{along.name} {level} {number}"
+                if made := maker.group(ranks, name=name, axis=axis, moment=along.moment):
+                    levels[level] = made
     return Owners(along, division, **levels)
 
 

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import psutil
 import pytest
@@ -24,6 +25,19 @@ def lives(process: psutil.Process) -> bool:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
+
+
+def who_shows(text: bytes) -> list[int]:
+    """The processes of this machine that have ``text`` among their arguments or in the environment they were started with."""
+    return [process.pid for process in psutil.process_iter() if text in _shown(process.pid)]
+
+
+def _shown(pid: int) -> bytes:
+    """Nothing if it is gone, or somebody else's."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes() + Path(f"/proc/{pid}/environ").read_bytes()
+    except OSError:
+        return b""
 
 
 @contextmanager

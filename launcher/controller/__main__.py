@@ -178,6 +178,7 @@ def _server(app: object) -> "uvicorn.Server":
             lifespan="off",
             ws_ping_interval=_PING_S,
             ws_ping_timeout=2 * _PING_S,
+            ws_per_message_deflate=False,  # it would keep a quarter of a megabyte for each agent
             timeout_graceful_shutdown=1,
             server_header=False,
         )

@@ -13,10 +13,11 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator
 
 from evermesh.fault.events import read_events
+from evermesh.launcher.controller.answers import REFUSALS, TOKEN, After, Refusal
 from evermesh.launcher.controller.controller import Controller
 from evermesh.launcher.controller.exposition import metrics_router
 from evermesh.launcher.controller.guard import Guard
-from evermesh.launcher.controller.journal import JournalIndex
+from evermesh.launcher.controller.journal import Entry, JournalIndex
 from evermesh.launcher.controller.reporting import job_status
 from evermesh.launcher.controller.status import JobStatus
 from evermesh.launcher.dashboard import dashboard_router
@@ -48,12 +49,18 @@ class RelayoutRequest(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    changes: dict[str, JsonValue] = Field(min_length=1)
+    changes: dict[str, JsonValue] = Field(
+        min_length=1, json_schema_extra={"propertyNames": {"enum": list(Layout.model_fields)}}
+    )
     """Fields of ``train.layout`` and what they become; without hdp, that is what the other degrees leave of the ranks."""
 
     @field_validator("changes")
     @classmethod
     def _are_of_a_layout(cls, changes: dict[str, JsonValue]) -> dict[str, JsonValue]:
+        try:
+            json.dumps(changes, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError("it holds half of a character, which no file takes") from None
         unknown = sorted(changes.keys() - Layout.model_fields.keys())
         if unknown:
             raise ValueError(f"a layout has no {', '.join(unknown)}; it has {', '.join(Layout.model_fields)}")
@@ -70,14 +77,24 @@ class DrainRequest(BaseModel):
     because: str = Field(max_length=_LONGEST_ERROR)
 
 
+class Drained(BaseModel):
+    """The node that the job goes on without."""
+
+    node: str
+    """As the job calls it."""
+
+
 def make_app(controller: Controller, token: str) -> Guard:
     """The API of ``controller``; all that begins with ``/api`` asks for the token."""
     app = FastAPI(title="Evermesh controller", docs_url=None, redoc_url=None, openapi_url="/api/openapi.json")
-    app.include_router(_people(controller))
+    for router in (
+        _people(controller),
+        metrics_router(controller),
+        watching_router(ControllerSource(controller), controller.run.logs),
+    ):
+        app.include_router(router, dependencies=[TOKEN], responses=REFUSALS)
     app.include_router(_agents(controller))
-    app.include_router(metrics_router(controller))
     app.include_router(dashboard_router())
-    app.include_router(watching_router(ControllerSource(controller), controller.run.logs))
     app.add_exception_handler(RequestValidationError, _refuse)
     return Guard(app, token)
 
@@ -91,25 +108,25 @@ def _people(controller: Controller) -> APIRouter:
     async def status() -> Response:
         return Response(job_status(controller).model_dump_json(), media_type="application/json")  # inf and NaN are null
 
-    @router.get("/steps")
-    def steps(after: int = 0) -> Response:
+    @router.get("/steps", response_model=list[dict[str, Any]])
+    def steps(after: After = 0) -> Response:
         return _json(_lines_after(run.telemetry, after))
 
-    @router.get("/events")
-    def events(after: int = 0) -> Response:
+    @router.get("/events", response_model=list[dict[str, Any]])
+    def events(after: After = 0) -> Response:
         found = enumerate(read_events(run.events), 1) if run.events.is_file() else []
         wanted = islice(((seq, event) for seq, event in found if seq > after), _MOST)
         return _json([{**event.model_dump(mode="json"), "seq": seq} for seq, event in wanted])
 
-    @router.get("/journal")
-    def entries(after: int = 0, kind: Annotated[str | None, "such as transition"] = None) -> Response:
+    @router.get("/journal", response_model=list[Entry])
+    def entries(after: After = 0, kind: Annotated[str | None, "such as transition"] = None) -> Response:
         index = JournalIndex(run.journal.with_suffix(".sqlite"))
         try:
             return _json([entry.model_dump(mode="json") for entry in index.find(after=after, kind=kind)])
         finally:
             index.close()
 
-    @router.get("/plan")
+    @router.get("/plan", response_model=dict[str, Any] | None)
     async def plan() -> Response:
         return _json(controller.job.plan)
 
@@ -125,7 +142,7 @@ def _people(controller: Controller) -> APIRouter:
     async def relayout(request: RelayoutRequest) -> None:
         controller.change_layout(request.changes)
 
-    @router.post("/drain")
+    @router.post("/drain", response_model=Drained, responses={409: {"model": Refusal, "description": "It cannot"}})
     async def drain(request: DrainRequest) -> Response:
         try:
             return _json({"node": controller.drain(request.node, request.by, request.because)})

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Iterator
 
 from fastapi import APIRouter, Response
+from fastapi.responses import PlainTextResponse
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.metrics_core import Metric
 
@@ -37,7 +38,7 @@ def metrics_router(controller: Controller) -> APIRouter:
         totals.read_on()
         return rendered(_Moment(status, report, totals))
 
-    @router.get("")
+    @router.get("", response_class=PlainTextResponse)
     async def metrics() -> Response:
         async with one_at_a_time:  # files are read in another thread: the loop has leases to renew
             text = await asyncio.to_thread(text_of, job_status(controller), controller.job.last_report)

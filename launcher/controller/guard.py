@@ -1,6 +1,6 @@
 """What stands before the API: whoever has no token is refused before a byte of what he sends is kept."""
 
-import secrets
+import hmac
 from typing import TYPE_CHECKING
 
 from starlette.responses import JSONResponse
@@ -17,7 +17,7 @@ class Guard:
     """An ASGI application that lets requests for ``/api`` through to ``app`` if they show ``token``."""
 
     def __init__(self, app: "ASGIApp", token: str) -> None:
-        self._app, self._expected = app, f"Bearer {token}".encode()
+        self.app, self._expected = app, f"Bearer {token}".encode()
 
     async def __call__(self, scope: "Scope", receive: "Receive", send: "Send") -> None:
         """Answer one request or connection."""
@@ -27,7 +27,7 @@ class Guard:
             await receive()  # websocket.connect
             await send({"type": "websocket.close", "code": _POLICY_VIOLATION})
         else:
-            await self._app(scope, receive, send)
+            await self.app(scope, receive, send)
 
     async def _answer(self, scope: "Scope", receive: "Receive", send: "Send") -> None:
         if not self._shows_token(scope):
@@ -43,11 +43,11 @@ class Guard:
         async def again() -> "Message":
             return messages.pop() if messages else await receive()
 
-        await self._app(scope, again, send)
+        await self.app(scope, again, send)
 
     def _shows_token(self, scope: "Scope") -> bool:
         shown = [value for name, value in scope["headers"] if name == b"authorization"]
-        return len(shown) == 1 and secrets.compare_digest(shown[0], self._expected)
+        return len(shown) == 1 and hmac.compare_digest(shown[0], self._expected)
 
 
 def _is_guarded(scope: "Scope") -> bool:

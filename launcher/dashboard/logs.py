@@ -2,13 +2,14 @@
 
 import os
 import stat
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 PAGE_BYTES = 1 << 16
 
 
-class LogPage(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class LogPage:
     """Some whole lines of a log; of a longer line, a part."""
 
     begin: int

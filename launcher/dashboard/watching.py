@@ -1,23 +1,26 @@
 """What a controller streams to the page, and pages of logs; both ask for the token, as all below ``/api``."""
 
 import asyncio
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from fastapi import APIRouter, HTTPException, Query
 from fastapi.responses import JSONResponse, StreamingResponse
 
+from evermesh.launcher.controller.answers import Refusal
 from evermesh.launcher.controller.reporting import job_status
 from evermesh.launcher.controller.status import JobState, JobStatus
 from evermesh.launcher.dashboard.board import Section
 from evermesh.launcher.dashboard.history import FileReader, recovery_of
-from evermesh.launcher.dashboard.logs import read_page
+from evermesh.launcher.dashboard.logs import LogPage, read_page
 from evermesh.launcher.dashboard.stream import Feed, Source
 
 if TYPE_CHECKING:
     from evermesh.launcher.controller.controller import Controller
 
 _FRESH = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
+_LINES = "application/x-ndjson"
 _Offset = Annotated[int | None, Query(ge=0, lt=1 << 63)]
 
 
@@ -58,11 +61,13 @@ def watching_router(source: Source, logs: Path) -> APIRouter:
     """``/api/watch``, the stream, and ``/api/logs/RANK``, from the folder ``logs``."""
     router, feed = APIRouter(prefix="/api"), Feed(source)
 
-    @router.get("/watch")
+    @router.get("/watch", response_class=StreamingResponse, responses={200: {"content": {_LINES: {}}}})
     async def watch() -> StreamingResponse:
-        return StreamingResponse(feed.lines(), media_type="application/x-ndjson", headers=_FRESH)
+        return StreamingResponse(feed.lines(), media_type=_LINES, headers=_FRESH)
 
-    @router.get("/logs/{rank}")
+    @router.get(
+        "/logs/{rank}", response_model=LogPage, responses={404: {"model": Refusal, "description": "No such file"}}
+    )
     async def log(
         rank: int, kind: Literal["log", "stacks"] = "log", before: _Offset = None, after: _Offset = None
     ) -> JSONResponse:
@@ -71,6 +76,6 @@ def watching_router(source: Source, logs: Path) -> APIRouter:
         except OSError as error:
             told = f"rank {rank} has no such file here: {error.strerror or error}"
             raise HTTPException(404, told) from error
-        return JSONResponse(page._asdict(), headers=_FRESH)
+        return JSONResponse(asdict(page), headers=_FRESH)
 
     return router

@@ -1,6 +1,6 @@
 """A server of numbers for Prometheus: one path, guarded by a token where there is one."""
 
-import secrets
+import hmac
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -70,10 +70,25 @@ class _Request(BaseHTTPRequestHandler):
     timeout = _WAIT_S
 
     def do_GET(self) -> None:
-        shown = (self.headers.get("Authorization") or "").encode()
-        if self.server.expected is not None and not secrets.compare_digest(shown, self.server.expected):
-            self._answer(401, b"the token is missing or wrong: Authorization: Bearer TOKEN\n")
-        elif self.path.partition("?")[0] != PATH:
+        if self._is_admitted():
+            self._tell()
+
+    def do_POST(self) -> None:
+        if self._is_admitted():
+            self._answer(405, b"only GET\n", allow="GET")
+
+    do_HEAD = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = do_POST
+
+    def _is_admitted(self) -> bool:
+        """Whether the token was shown, once; else that is the answer. Headers are read as Latin-1."""
+        expected, shown = self.server.expected, self.headers.get_all("Authorization", [])
+        if expected is None or (len(shown) == 1 and hmac.compare_digest(shown[0].encode("latin-1"), expected)):
+            return True
+        self._answer(401, b"the token is missing or wrong: Authorization: Bearer TOKEN\n")
+        return False
+
+    def _tell(self) -> None:
+        if self.path.partition("?")[0] != PATH:
             self._answer(404, f"there is {PATH}\n".encode())
         else:
             self._answer(200, rendered(self.server.collector), CONTENT_TYPE_LATEST)
@@ -81,9 +96,14 @@ class _Request(BaseHTTPRequestHandler):
     def log_message(self, *_: object) -> None:
         """Say nothing: requests come every few seconds."""
 
-    def _answer(self, status: int, body: bytes, content_type: str = "text/plain; charset=utf-8") -> None:
+    def _answer(
+        self, status: int, body: bytes, content_type: str = "text/plain; charset=utf-8", allow: str | None = None
+    ) -> None:
         self.send_response(status)
+        if allow is not None:
+            self.send_header("Allow", allow)
         self.send_header("Content-Type", content_type)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        self.wfile.write(body)
+        if self.command != "HEAD":
+            self.wfile.write(body)

@@ -41,7 +41,7 @@ def placement_for(run: Run, config: JobConfig, token: str) -> Placement:
     if config.on == "local":
         from evermesh.launcher.placement.local import LocalPlacement
 
-        return LocalPlacement(run, config, token)
+        return LocalPlacement(run, config)
     if config.on == "slurm":
         from evermesh.launcher.placement.slurm import SlurmPlacement
 

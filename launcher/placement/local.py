@@ -27,8 +27,8 @@ class LocalPlacement:
 
     address = "127.0.0.1"
 
-    def __init__(self, run: Run, config: JobConfig, token: str) -> None:
-        self._run, self._config, self._token = run, config, token
+    def __init__(self, run: Run, config: JobConfig) -> None:
+        self._run, self._config = run, config
         self._pids: dict[str, int] = {}
         self._children: dict[str, subprocess.Popen[bytes]] = {}
 
@@ -39,7 +39,7 @@ class LocalPlacement:
             if node in running:
                 self._pids[node] = running[node]
             else:
-                self._children[node] = start_agent(self._spec(node), self._token)
+                self._children[node] = start_agent(self._spec(node))
                 self._pids[node] = self._children[node].pid
 
     def adopt(self, pids: dict[str, int]) -> None:

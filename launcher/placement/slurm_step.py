@@ -6,6 +6,7 @@ on storage that all of them see.
 """
 
 import hashlib
+import hmac
 import os
 import sys
 from collections.abc import Mapping
@@ -89,7 +90,7 @@ def _token(run: Path, digest: str) -> str:
         token = read_token(run)
     except OSError:
         token = ""
-    if digest_of(token) != digest:
+    if not hmac.compare_digest(digest_of(token), digest):
         raise RunNotSeen(
             f"{socket.gethostname()}, a node of the Slurm job, does not see {run} as the controller does. Put the runs on "
             "storage that every node mounts at the same path: --set runs=DIR."

@@ -18,6 +18,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from evermesh.parallelism.collectives import Communicator
 from evermesh.runtime.errors import UnsupportedModel
+from evermesh.runtime.group_making import alone
 from evermesh.runtime.process_group import Groups
 
 GATHER, REDUCE = "parameters", "gradients"
@@ -25,10 +26,10 @@ GATHER, REDUCE = "parameters", "gradients"
 
 
 def device_mesh(groups: Groups, device_type: str) -> DeviceMesh:
-    """The axes hdp x tp over the groups that there are already. Collective over all ranks."""
+    """The axes hdp x tp over the groups that there are already."""
     hdp, tp = groups.hdp.size, groups.tp.size
     ranks = torch.arange(hdp * tp).view(hdp, tp)
-    own = [axis.group or _alone() for axis in (groups.hdp, groups.tp)]
+    own = [axis.group or alone() for axis in (groups.hdp, groups.tp)]
     return DeviceMesh.from_group(own, device_type, mesh=ranks, mesh_dim_names=("hdp", "tp"))
 
 
@@ -131,13 +132,3 @@ class _TappedReduceScatter(_Tapped):
     ) -> None:
         assert op == dist.ReduceOp.SUM, f"{op} asked for, where tokens are weighted already"
         self.communicator.reduce_scatter(output_tensor, input_tensor, REDUCE)
-
-
-def _alone() -> dist.ProcessGroup:
-    """A group of this rank by itself."""
-    if dist.get_world_size() == 1:
-        world = dist.group.WORLD
-        assert world is not None
-        return world
-    made = [dist.new_group([rank]) for rank in range(dist.get_world_size())]
-    return made[dist.get_rank()]

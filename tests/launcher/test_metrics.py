@@ -147,7 +147,7 @@ def test_a_server_with_a_token_answers_nobody_else_and_only_what_it_has(run: Run
             assert httpx2.get(server.url, headers=wrong).status_code == 401
         assert httpx2.get(server.url, headers=right).status_code == 200
         assert httpx2.get(f"http://{server.at}/etc/passwd", headers=right).status_code == 404
-        assert httpx2.post(server.url, headers=right).status_code == 501
+        assert httpx2.post(server.url, headers=right).status_code == 405
         with socket.create_connection(("127.0.0.1", server.port)) as silent, httpx2.Client(headers=right) as others:
             assert silent is not None
             assert others.get(server.url).status_code == 200

@@ -15,11 +15,12 @@ import pytest
 from evermesh.fault.snapshot.keeper.area import area_of, identity_in
 from evermesh.launcher import admission
 from evermesh.launcher.agent.spec import AgentSpec
+from evermesh.launcher.contact import read_token
 from evermesh.launcher.errors import ClusterMissing, RunNotSeen
 from evermesh.launcher.job_file import load_job
 from tests.launcher.jobs import Job, clean_losses, launched
 from tests.launcher.test_cli import evermesh
-from tests.processes import still_alive, variables
+from tests.processes import still_alive, variables, who_shows
 
 ray = pytest.importorskip("ray")
 from evermesh.launcher.placement.ray_agent import RayAgent, Surroundings  # noqa: E402
@@ -107,6 +108,7 @@ def test_a_spare_takes_the_place_of_a_lost_node_and_the_run_goes_on_with_the_two
     with launched(job_file, ENDLESS, "nodes=2", "spares=1", "train.checkpoint.every=10", cluster.on) as job:
         wait_agents(job, 3)
         job.wait_checkpoint()
+        assert who_shows(read_token(job.run.directory).encode()) == []
         killed_s = time.time()
         victim, family = cluster.power_off_one_of(job)
         assert still_alive(family, 2) == []

@@ -1,6 +1,7 @@
 """The newest summary of every rank, as agents tell them."""
 
 import time
+from collections import deque
 from dataclasses import dataclass
 
 from evermesh.fault.detectors.summaries import RankSummary
@@ -19,7 +20,8 @@ _LATE_S = 1.5
 
 @dataclass(slots=True)
 class _OfNode:
-    window: Window
+    window: Window | None
+    """None: it is in a moment that was taken."""
     heard_s: float
 
 
@@ -27,7 +29,7 @@ class _OfNode:
 class Moment:
     """What all ranks were doing at about one moment, as it was told."""
 
-    told: tuple[tuple[str, PackedSummary, dict[int, Group]], ...]
+    told: deque[tuple[str, PackedSummary, dict[int, Group]]]
     """Of every rank: its node, its summary, its groups."""
     unpacker: Unpacker
     apart_s: float
@@ -44,12 +46,16 @@ class Moment:
         return {one.tail.rank: one.starved for _, one, _ in self.told}
 
     def summaries(self) -> list[RankSummary]:
-        """Unpacked: of many ranks that takes a while.
+        """Unpacked, once: what was told is let go on the way, for of many ranks it takes much memory, and a while.
 
         Raises:
             SummaryInvalid: one is none.
         """
-        return [self.unpacker.summary(one, node, groups) for node, one, groups in self.told]
+        found = []
+        while self.told:
+            node, one, groups = self.told.popleft()
+            found.append(self.unpacker.summary(one, node, groups))
+        return found
 
 
 class Windows:
@@ -88,10 +94,12 @@ class Windows:
         of_rank = {
             one.tail.rank: (node, one, self._groups[one.tail.rank])
             for node, of in self._of_nodes.items()
-            for one in of.window.summaries
+            for one in (of.window.summaries if of.window is not None else ())
             if one.tail.rank in self._groups
         }
-        told = tuple(of_rank.values())
+        for of in self._of_nodes.values():
+            of.window = None
+        told = deque(of_rank.values())
         return Moment(told, self._unpacker, self._reading_times.apart_s()) if len(told) > 1 else None
 
     def trace(self, node: str, part: RingPart) -> RankTrace:

@@ -1,21 +1,27 @@
-"""``python -m tests.benchmarks.launcher.loaded_controller RUN RESULT``: a real controller whose nodes somebody else plays.
+"""``python -m tests.benchmarks.launcher.loaded_controller RUN RESULT SLOWER``: a real controller whose nodes somebody else
+plays.
 
-It writes how long messages took from who said them to the end of their handling, and what it used, as JSON into RESULT.
+With SLOWER it is as many times more patient with agents. It writes how long messages took from who said them to the end of
+their handling, and what it used, as JSON into RESULT.
 """
 
 import json
 import os
+import resource
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import psutil
 
 from evermesh.launcher.controller import __main__ as process
+from evermesh.launcher.controller import leases
 from evermesh.launcher.controller.controller import Controller
 from evermesh.launcher.controller.nodes import Node
+from evermesh.launcher.controller.watching import Watch, windows
 from evermesh.launcher.messages import Beat, FromAgent
 
 WARM_UP_S = 5.0
@@ -53,11 +59,21 @@ class Played:
         """They leave when they are told to."""
 
 
+class Counted(Watch):
+    """Notes how many windows detectors have joined."""
+
+    def _conclude(self, *done: Any) -> None:
+        super()._conclude(*done)
+        Measured.joined += 1
+
+
 class Measured(Controller):
     """Notes when the handling of each beat has ended; a beat says in ``memory_free_bytes`` when it was made, monotonic ns."""
 
     handled_s: list[float] = []  # noqa: RUF012  of the only one in this process
     began_s = float("inf")
+    joined = 0
+    """Windows of all ranks of which something was concluded."""
 
     def receive(self, node: Node, message: FromAgent) -> None:
         super().receive(node, message)
@@ -71,10 +87,14 @@ class Measured(Controller):
 def main() -> None:
     """Control the run on one core; write the result when the job has ended."""
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-    result = Path(sys.argv.pop(2))
+    slower, result = float(sys.argv.pop(3)), Path(sys.argv.pop(2))
     with (
         mock.patch.object(process, "placement_for", return_value=Played()),
         mock.patch.object(process, "Controller", Measured),
+        mock.patch("evermesh.launcher.controller.controller.Watch", Counted),
+        mock.patch.object(process, "_PING_S", process._PING_S * slower),
+        mock.patch.object(leases, "LEASE_S", leases.LEASE_S * slower),
+        mock.patch.object(windows, "_LATE_S", windows._LATE_S * slower),
     ):
         try:
             process.main()
@@ -86,6 +106,8 @@ def main() -> None:
                 "processor_s": used.user + used.system,
                 "trained_s": time.monotonic() - Measured.began_s,
                 "memory_bytes": me.memory_info().rss,
+                "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+                "joined": Measured.joined,
             }
             result.write_text(json.dumps(found))
 

@@ -1,7 +1,9 @@
-"""``python -m tests.benchmarks.launcher.played_agents RUN NODES SECONDS``: agents of one rank each.
+"""``python -m tests.benchmarks.launcher.played_agents RUN NODES SECONDS [SLOWER]``: agents of a job.
 
-Each greets, starts its rank when it is told to, and beats twice a second; the first one tells of a step every second. After
-so many seconds of training they have the job stopped.
+Each greets, starts its ranks when it is told to, and beats twice a second; the first one tells of a step every second. With
+SLOWER, 1 or more, they also tell what their ranks recorded, as the agents of so many ranks do, and everything so many times
+more rarely. After so many seconds of training they have the job stopped; then the last line is how long all of them took
+from the first greeting until they were told to start, seconds.
 """
 
 import asyncio
@@ -10,6 +12,7 @@ import os
 import signal
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from pydantic import BaseModel
@@ -35,6 +38,7 @@ from evermesh.launcher.messages import (
     StoreOpened,
     ToAgentAdapter,
 )
+from tests.benchmarks.launcher.played_windows import PlayedWindows
 from tests.launcher.reports import step_report
 
 _BEAT_S = 0.5
@@ -46,10 +50,12 @@ _AT_ONCE = 50
 class Played:
     """One of them."""
 
-    def __init__(self, run: Run, number: int, token: str) -> None:
-        self._run, self._number, self._token = run, number, token
+    def __init__(self, run: Run, number: int, token: str, windows: PlayedWindows | None) -> None:
+        self._run, self._number, self._token, self._windows = run, number, token, windows
         self._start: Start | None = None
         self._began_s = 0.0
+        self.told_s = 0.0
+        """When it was first told to start, monotonic."""
         self.trained_s = 0.0
 
     async def live(self, gate: asyncio.Semaphore) -> None:
@@ -61,18 +67,26 @@ class Played:
         address = f"{url.replace('http', 'ws', 1)}/api/agents/{node}"
         async with gate:
             connection = await connect(
-                address, additional_headers=headers, proxy=None, ping_interval=1, ping_timeout=30, open_timeout=60
+                address,
+                additional_headers=headers,
+                proxy=None,
+                ping_interval=1,
+                ping_timeout=30,
+                open_timeout=60,
+                compression=None,
+                max_size=None,
             )
             await _say(
                 connection, Hello(node=node, host=node, address="127.0.0.1", pid=1000 + self._number, outcome=None)
             )
-        beating = asyncio.create_task(self._beat(connection))
+        talking = [asyncio.create_task(talk(connection)) for talk in (self._beat, self._tell_windows)]
         try:
             async for text in connection:
                 if not await self._obey(connection, text):
                     return
         finally:
-            beating.cancel()
+            for task in talking:
+                task.cancel()
             await connection.close()
 
     async def _obey(self, connection: ClientConnection, text: str | bytes) -> bool:
@@ -82,10 +96,11 @@ class Played:
                 await _say(connection, StoreOpened(generation=generation, store=Store(host="127.0.0.1", port=1)))
             case Start() as start if self._start is None:
                 self._start, self._began_s = start, time.monotonic()
-                rank = start.place.first_rank
-                await _say(connection, Started(generation=start.generation, pids={rank: 5000 + rank}))
+                self.told_s = self.told_s or self._began_s
+                pids = {rank: 5000 + rank for rank in _ranks(start)}
+                await _say(connection, Started(generation=start.generation, pids=pids))
             case Ask(what="stop", generation=generation) if self._start is not None:
-                done = {self._start.place.first_rank: {"reason": "asked"}}
+                done = {rank: {"reason": "asked"} for rank in _ranks(self._start)}
                 await _say(connection, Progress(outcome=Outcome(generation=generation, done=done, is_over=True)))
                 self._start = None
             case End(generation=generation):
@@ -101,7 +116,7 @@ class Played:
             start = self._start
             self.trained_s = time.monotonic() - self._began_s if start is not None else 0.0
             step = int(self.trained_s / _STEP_S)
-            ranks = () if start is None else (self._rank(start, step),)
+            ranks = () if start is None else tuple(_beat_of(rank, step) for rank in _ranks(start))
             generation = 0 if start is None else start.generation
             try:
                 await _say(connection, Beat(generation=generation, ranks=ranks, memory_free_bytes=time.monotonic_ns()))
@@ -111,30 +126,48 @@ class Played:
                     await _say(connection, Report(generation=generation, values=json.loads(values)))
             except ConnectionClosed:
                 return
-            await asyncio.sleep(_BEAT_S)
+            await asyncio.sleep(_BEAT_S * (self._windows.slower if self._windows is not None else 1.0))
 
-    def _rank(self, start: Start, step: int) -> RankBeat:
-        rank = start.place.first_rank
-        return RankBeat(
-            rank=rank,
-            pid=5000 + rank,
-            step=step,
-            step_s=_STEP_S,
-            compute_s=0.9,
-            longest_s=_STEP_S,
-            point="train",
-            idle_s=0.0,
-        )
+    async def _tell_windows(self, connection: ClientConnection) -> None:
+        """All agents at about the same moment, as real ones do."""
+        windows = self._windows
+        if windows is None:
+            return
+        said = 0
+        while True:
+            await asyncio.sleep(windows.every_s - time.time() % windows.every_s)
+            if self._start is not None:
+                with suppress(ConnectionClosed):
+                    await connection.send(windows.text(self._start.generation, _ranks(self._start), said))
+                said += 1
+
+
+def _ranks(start: Start) -> range:
+    return range(start.place.first_rank, start.place.first_rank + start.place.ranks)
+
+
+def _beat_of(rank: int, step: int) -> RankBeat:
+    return RankBeat(
+        rank=rank,
+        pid=5000 + rank,
+        step=step,
+        step_s=_STEP_S,
+        compute_s=0.9,
+        longest_s=_STEP_S,
+        point="train",
+        idle_s=0.0,
+    )
 
 
 async def _say(connection: ClientConnection, message: BaseModel) -> None:
     await connection.send(message.model_dump_json())
 
 
-async def _play(run: Run, nodes: int, seconds: float) -> None:
+async def _play(run: Run, nodes: int, seconds: float, windows: PlayedWindows | None) -> None:
     token = (run.directory / "token").read_text().strip()
     gate = asyncio.Semaphore(_AT_ONCE)
-    agents = [Played(run, number, token) for number in range(nodes)]
+    agents = [Played(run, number, token, windows) for number in range(nodes)]
+    began_s = time.monotonic()
     lives = [asyncio.create_task(agent.live(gate)) for agent in agents]
     asked = False
     while not all(life.done() for life in lives):
@@ -144,8 +177,11 @@ async def _play(run: Run, nodes: int, seconds: float) -> None:
             await asyncio.to_thread(lambda: Client(run, 60.0).stop(signal.SIGTERM))
     for life in lives:
         life.result()
+    print(max(agent.told_s for agent in agents) - began_s, flush=True)
 
 
 if __name__ == "__main__":
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-    asyncio.run(_play(Run(Path(sys.argv[1])), int(sys.argv[2]), float(sys.argv[3])))
+    played = Run(Path(sys.argv[1]))
+    windows = PlayedWindows(played, float(sys.argv[4])) if len(sys.argv) > 4 else None
+    asyncio.run(_play(played, int(sys.argv[2]), float(sys.argv[3]), windows))

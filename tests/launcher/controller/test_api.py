@@ -3,67 +3,24 @@
 import json
 import socket
 import stat
-import threading
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import Any
 
 import httpx2
 import pytest
 from websockets.exceptions import WebSocketException
-from websockets.sync.client import ClientConnection, connect
 
 from evermesh.launcher.contact import make_token
-from evermesh.launcher.controller.__main__ import _server
-from evermesh.launcher.controller.api import make_app
-from evermesh.launcher.controller.listening import listen
-from tests.launcher.controller.worlds import World, world
+from tests.launcher.controller.serving import Served, serving
 
 HELLO = {"kind": "hello", "node": "node-0", "host": "here", "address": "127.0.0.1", "pid": 100, "outcome": None}
 TOO_LONG = 17 << 20
 
 
-@dataclass
-class Served:
-    """A controller of no real job, and its address."""
-
-    job: World
-    address: str
-    token: str
-
-    def ask(self, method: str, path: str, token: str | None = None, **what: Any) -> httpx2.Response:
-        headers = {"Authorization": f"Bearer {self.token if token is None else token}"}
-        return httpx2.request(method, f"http://{self.address}{path}", headers=headers, trust_env=False, **what)
-
-    def agent(self, token: str | None = None, node: str = "node-0") -> ClientConnection:
-        headers = {"Authorization": f"Bearer {self.token if token is None else token}"}
-        return connect(
-            f"ws://{self.address}/api/agents/{node}",
-            additional_headers=headers,
-            proxy=None,
-            max_size=None,
-            close_timeout=2,
-        )
-
-    def lives(self) -> bool:
-        return self.ask("GET", "/api/status").status_code == 200
-
-
 @pytest.fixture(scope="module")
 def served() -> Iterator[Served]:
-    with world() as job:
-        token = make_token(job.run.directory)
-        server = _server(make_app(job.controller, token))
-        listener = listen([("127.0.0.1", 0)])
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        thread.start()
-        try:
-            host, port = listener.getsockname()[:2]
-            yield Served(job, f"{host}:{port}", token)
-        finally:
-            server.should_exit = True
-            thread.join()
+    with serving() as served:
+        yield served
 
 
 READS = [

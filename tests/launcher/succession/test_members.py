@@ -1,5 +1,6 @@
 """Members with their disks and sockets: who is let in, what outlives them, who is elected and who is not."""
 
+import http.client
 import os
 import socket
 import time
@@ -100,6 +101,20 @@ def test_who_does_not_show_the_token_is_not_answered(members: list[Member]) -> N
     assert Peers(TOKEN).ask({seat: Peek()})
     assert Peers("another").ask({seat: Vote(launch=0, term=99)}) == {}
     assert members[0].replica.word.promised == 0
+
+
+@pytest.mark.parametrize("token", ["", "x", "\xff\xfe", TOKEN[:-1]])
+def test_odd_tokens_are_refused_as_wrong_ones(members: list[Member], token: str) -> None:
+    connection = http.client.HTTPConnection(members[0].server.seat.url.removeprefix("ws://"), timeout=10)
+    keys = {
+        "Connection": "Upgrade",
+        "Upgrade": "websocket",
+        "Sec-WebSocket-Version": "13",
+        "Sec-WebSocket-Key": "A" * 22 + "==",
+    }
+    connection.request("GET", "/", headers={**keys, "Authorization": f"Bearer {token}"})
+    assert connection.getresponse().status == 401
+    connection.close()
 
 
 def test_a_member_that_was_killed_keeps_its_promise_and_one_of_another_run_has_none(members: list[Member]) -> None:
