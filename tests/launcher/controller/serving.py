@@ -81,7 +81,7 @@ def serving() -> Iterator[Served]:
         token = make_token(job.run.directory)
         guard = make_app(job.controller, token)
         server = _server(guard)
-        listener = listen("127.0.0.1", None)
+        listener = listen([("127.0.0.1", 0)])
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         try:
