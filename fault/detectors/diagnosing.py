@@ -63,7 +63,7 @@ def _aligned(joined: Joined, surveyed: Survey, context: Context) -> tuple[Contex
     """The collectives in one clock, and what was found of the clocks if nobody had told."""
     nodes = {trace.node for trace in joined.traces}
     known = dict(context.offsets)
-    matched = match(joined, surveyed, {node: known[node].offset_ns for node in nodes if node in known})
+    matched = match(joined, surveyed.of_slot, {node: known[node].offset_ns for node in nodes if node in known})
     if len(nodes) < 2 or known:
         return context, matched
     context = replace(context, offsets=estimate_offsets(joined, matched))

@@ -163,7 +163,16 @@ def survey(joined: Joined) -> Survey:
     steps = [trace.records["step"][[0, -1]] for trace in joined.traces if len(trace.records)]
     last = max((int(pair[1]) for pair in steps), default=0)
     first = max(min((int(pair[0]) for pair in steps), default=0), last - MOST_STEPS + 1)
-    num_traces, num_steps = len(joined.traces), last - first + 1
+    return _survey(joined, first, last - first + 1)
+
+
+def slots_of(joined: Joined) -> np.ndarray:
+    """Only ``Survey.of_slot``: steps of many ranks take far more memory."""
+    return _survey(joined, 0, 0).of_slot
+
+
+def _survey(joined: Joined, first: int, num_steps: int) -> Survey:
+    num_traces = len(joined.traces)
     of_slot = np.zeros((int(joined.slot_starts[-1]), kernels.SLOT_COLUMNS), np.int64)
     of_slot[:, [kernels.FIRST, kernels.LAST]] = -1
     of_step = np.zeros((num_traces, num_steps, kernels.STEP_COLUMNS), np.int64)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from evermesh.fault.detectors import kernels
-from evermesh.fault.detectors.joining import Joined, Survey
+from evermesh.fault.detectors.joining import Joined
 from evermesh.fault.recorder.record import OPERATIONS
 
 _SPAN = 2
@@ -66,9 +66,10 @@ class Matched:
         return (self.reference[rows, 1] >> np.uint64(32)) & np.uint64(0xFF)
 
 
-def match(joined: Joined, survey: Survey, offset_ns: Mapping[str, int] | None = None) -> Matched:
-    """Lay the collectives of all ranks side by side. ``offset_ns``: what the clock of a node is ahead."""
-    first_numbers, num_rows = _rows_of_groups(joined, survey)
+def match(joined: Joined, of_slot: np.ndarray, offset_ns: Mapping[str, int] | None = None) -> Matched:
+    """Lay the collectives of all ranks side by side. ``of_slot``: of their survey; ``offset_ns``: what the clock of a node is
+    ahead."""
+    first_numbers, num_rows = _rows_of_groups(joined, of_slot)
     row_starts = np.concatenate([[0], np.cumsum(num_rows)]).astype(np.int64)
     cell_starts = np.concatenate([[0], np.cumsum(num_rows * joined.sizes)]).astype(np.int64)
     times = np.zeros((int(cell_starts[-1]), 2), np.int64)  # both times of a cell, and all of a row, share a cache line
@@ -105,10 +106,10 @@ def match(joined: Joined, survey: Survey, offset_ns: Mapping[str, int] | None = 
     return found
 
 
-def _rows_of_groups(joined: Joined, survey: Survey) -> tuple[np.ndarray, np.ndarray]:
+def _rows_of_groups(joined: Joined, of_slot: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """First number and number of rows of every group. A number that is far off makes no rows for what lies between."""
-    first = survey.of_slot[:, kernels.FIRST]
-    last = survey.of_slot[:, kernels.LAST]
+    first = of_slot[:, kernels.FIRST]
+    last = of_slot[:, kernels.LAST]
     starts = joined.slot_starts[:-1]
     if not len(starts):
         return np.zeros(0, np.int64), np.zeros(0, np.int64)

@@ -87,7 +87,7 @@ def _messages(joined: Joined, offsets: Mapping[str, Offset]) -> tuple[np.ndarray
     Ranks whose clock is not known are left out, where there are several clocks.
     """
     is_one = len({trace.node for trace in joined.traces}) == 1 and joined.traces[0].node != UNKNOWN_NODE
-    rows = np.empty((_MOST_MESSAGES * len(joined.traces), 7), np.int64)
+    rows = np.empty((sum(min(_MOST_MESSAGES, len(trace.records)) for trace in joined.traces), 7), np.int64)
     errors_ns, count = np.zeros(len(joined.traces)), 0
     for trace, state in enumerate(joined.traces):
         offset = Offset(0, 0) if is_one else offsets.get(state.node)

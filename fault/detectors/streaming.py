@@ -144,7 +144,8 @@ class JobWatch:
         steps = np.arange(first, last + 1)
         place = steps % MOST_STEPS
         is_known = self._steps[:, place] == steps
-        of_step = np.where(is_known[:, :, None], self._of_step[:, place], 0)
+        of_step = self._of_step[:, place]  # a copy, of many ranks a large one
+        of_step[~is_known] = 0
         signatures = np.where(is_known, self._signatures[:, place], np.uint64(0))
         queued_s = np.where(is_known, self._queued_s[:, place], 0.0)
         return Survey(self._of_slot, of_step, signatures, first, opened, queued_s)

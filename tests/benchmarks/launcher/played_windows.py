@@ -20,6 +20,8 @@ _TP = 8
 _RANK = 987_654
 """In the place of the rank, in texts that serve all ranks with the same place in their group."""
 _STATE = ProcessState("R", 3, False)
+_STEPS = 3
+"""In a window: of a job that is so large a window lasts three seconds, and a step hardly less than one."""
 _RANKS_PER_S = 4096
 _LEAST_S = 0.5
 
@@ -31,7 +33,7 @@ class PlayedWindows:
         self.slower = slower
         self._ranks = run.config().workers
         self.every_s = slower * max(_LEAST_S, self._ranks / _RANKS_PER_S)
-        traces = generate(JobShape(dp=2, tp=_TP)).traces[:_TP]
+        traces = generate(JobShape(dp=2, tp=_TP, steps=_STEPS)).traces[:_TP]
         self._summaries = [RankWatch().summarise(trace) for trace in traces]
         self._newest_ns = max(int(one.tail.records["ended_ns"].max()) for one in self._summaries)
         self._texts: tuple[int, list[str]] = (-1, [])

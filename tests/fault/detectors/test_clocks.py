@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from evermesh.fault.detectors.clocks import bounds_of_collectives, bounds_of_round_trips, difference, estimate_offsets
-from evermesh.fault.detectors.joining import join, survey
+from evermesh.fault.detectors.joining import join, slots_of
 from evermesh.fault.detectors.matching import match
 from evermesh.fault.synthetic import Clock, JobShape, generate
 
@@ -82,7 +82,7 @@ def test_offsets_of_nodes_are_found_from_their_records(seed: int) -> None:
     clocks = tuple(Clock(int(random.integers(-(10**8), 10**8)), float(random.uniform(-100, 100))) for _ in range(4))
     job = generate(JobShape(dp=4, tp=2, ranks_per_node=2, clocks=clocks), seed=seed)
     joined = join(job.traces)
-    offsets = estimate_offsets(joined, match(joined, survey(joined)))
+    offsets = estimate_offsets(joined, match(joined, slots_of(joined)))
     assert offsets["node0"].offset_ns == 0
     assert set(offsets) == {f"node{node}" for node in range(4)}
     for node in range(4):

@@ -134,7 +134,7 @@ def test_of_every_rank_the_newest_records_are_kept_once() -> None:
         samples.take(0, part)
         samples.take(0, part)
     assert sum(map(len, samples._of_rank[0])) < 1024
-    np.testing.assert_array_equal(samples.of(0), trace.records[-512:])
+    np.testing.assert_array_equal(samples.of([0])[0], trace.records[-512:])
 
 
 def test_steps_of_days_take_bounded_memory_and_the_first_are_not_forgotten() -> None:

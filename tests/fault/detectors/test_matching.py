@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from evermesh.fault.detectors import diagnose
-from evermesh.fault.detectors.joining import join, survey
+from evermesh.fault.detectors.joining import join, slots_of, survey
 from evermesh.fault.detectors.kernels import FIRST, INPUT_NS, INSIDE_NS, LAST, TRAIN_NS
 from evermesh.fault.detectors.matching import match
 from evermesh.fault.recorder.record import OPERATIONS, PHASES
@@ -36,7 +36,7 @@ def test_cells_are_what_a_dictionary_says(seed: int) -> None:
     shape = JobShape(dp=2, tp=2, pp=2, ring_capacity=90 + 10 * seed)
     traces = generate(shape, [Hang(seed, 9), Mismatch(1, 8, num_bytes=8)], seed).traces[seed % 2 :]
     joined = join(traces)
-    matched = match(joined, survey(joined))
+    matched = match(joined, slots_of(joined))
     found = {}
     for group, of in enumerate(joined.groups):
         entered, ended = matched.cells(group, matched.entered_at), matched.cells(group, matched.ended_at)
