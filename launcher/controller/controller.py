@@ -112,7 +112,8 @@ class Controller:
         if hello.outcome is not None:
             self._take_outcome(node, hello.outcome)
         self.health.take(node, hello.verdicts)
-        for name, order in repeated_orders(self.state, self.generation, self.life, hello):
+        saved = newest_step(self.run) if self.life and self.life.saving_behind is not None else None
+        for name, order in repeated_orders(self.state, self.generation, self.life, hello, saved):
             self.nodes[name].send(order)
         (self._rescue if self._rescue.is_rebuilding else self._memory).greet(node)
         self._changed.set()
@@ -183,6 +184,8 @@ class Controller:
     def save(self) -> None:
         """Have a checkpoint written after the current step."""
         self._scribe.note("save", "asked for a checkpoint")
+        if self.life is not None:
+            self.life.saving_behind = self.job.last_report.step if self.job.last_report else 0
         self.job.tell(Ask(generation=self.generation, what="save"))
 
     def change_layout(self, changes: dict[str, JsonValue]) -> None:

@@ -30,6 +30,8 @@ class Life:
         """An earlier controller began it."""
         self.has_reported = False
         """Rank 0 has reported a step, to this controller or to an earlier one."""
+        self.saving_behind: int | None = None
+        """The last step when a checkpoint was asked for; None: none was."""
         self.done: dict[int, dict[str, Any]] = {}
         self.failures: dict[int, Failure] = {}
         self.failed_s: float | None = None

@@ -7,8 +7,11 @@ from evermesh.launcher.controller.status import ENDED, JobState
 from evermesh.launcher.messages import Ask, End, Hello, Leave, OpenStore, ToAgent
 
 
-def repeated_orders(state: JobState, generation: int, life: Life | None, hello: Hello) -> Iterator[tuple[str, ToAgent]]:
-    """Orders to nodes, by name: to the one that said hello, or to that of the rendezvous."""
+def repeated_orders(
+    state: JobState, generation: int, life: Life | None, hello: Hello, saved: int | None
+) -> Iterator[tuple[str, ToAgent]]:
+    """Orders to nodes, by name: to the one that said hello, or to that of the rendezvous. ``saved``: step of the newest
+    checkpoint."""
     name, told = hello.node, hello.outcome
     if state in ENDED:
         yield name, Leave()
@@ -25,3 +28,5 @@ def repeated_orders(state: JobState, generation: int, life: Life | None, hello: 
         yield name, Ask(generation=generation, what="stop")
     elif state == "regrouping":
         yield name, Ask(generation=generation, what="regroup")
+    elif life.saving_behind is not None and (saved is None or saved < life.saving_behind):
+        yield name, Ask(generation=generation, what="save")

@@ -81,7 +81,7 @@ def test_batches_drawn_from_lengths_keep_within_their_tokens(model: Path, tmp_pa
         ("hidden: wide\n", ("--context", "100"), "hidden: Input should be a valid integer"),
         ("hidden: 128\n", (), "--lengths FILE, or --context TOKENS"),
         ("hidden: 128\n", ("--context", "100", "--memory", "0.001"), "no layout fits into 0.0 GiB"),
-        ("hidden: 128\n", ("--context", "100", "--topology", "none.json"), "cannot be read as a topology"),
+        ("hidden: 128\n", ("--context", "100", "--topology", "none.json"), "none.json is no file"),
         ("hidden: 128\n", ("--context", "100", "--topology", "model.yaml"), "A topology has nodes"),
     ],
 )

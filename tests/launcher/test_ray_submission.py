@@ -18,7 +18,6 @@ from tests.launcher.test_cli import EVERMESH
 from tests.processes import still_alive
 
 pytest.importorskip("ray")
-pytest.importorskip("aiohttp_cors", reason="Ray's job server is part of ray[default]")
 from tests.launcher.hosts import Hosts, can_make_hosts, ray_hosts
 
 pytestmark = [
@@ -31,6 +30,7 @@ WAIT_S = 120.0
 
 @pytest.fixture(scope="module")
 def hosts() -> Iterator[Hosts]:
+    pytest.importorskip("aiohttp_cors", reason="Ray's job server is part of ray[default]")
     with ray_hosts(2, head=("--dashboard-host", "10.77.0.1")) as made:
         yield made
 
