@@ -97,8 +97,10 @@ class SlurmCluster:
             text += f"NodeName=em{number} NodeAddr={host.address} CPUs=1 RealMemory=100 State=UNKNOWN\n"
             (self.folder / f"spool-em{number}").mkdir()
         (self.folder / "slurm.conf").write_text(text)
-        leaves = [f"SwitchName=leaf{at} Nodes={host}\n" for at, host in enumerate(self._under_leaves(len(hosts)))]
-        (self.folder / "topology.conf").write_text("".join([*leaves, "SwitchName=spine Switches=leaf[0-1]\n"]))
+        under = self._under_leaves(len(hosts))
+        leaves = [f"SwitchName=leaf{at} Nodes={host}\n" for at, host in enumerate(under)]
+        spine = f"SwitchName=spine Switches=leaf[0-{len(under) - 1}]\n"
+        (self.folder / "topology.conf").write_text("".join([*leaves, spine]))
         # without it Slurm 22.05 looks for cgroups where a network namespace shows none
         (self.folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\nCgroupAutomount=no\n")
         (self.folder / "state").mkdir()
@@ -115,9 +117,9 @@ class SlurmCluster:
             self._start(number, "slurmd", "-D", "-N", f"em{number}")
         _wait(lambda: self._states() == {"idle"}, f"not all nodes are idle: see {self.folder}/*.log")
 
-    def _under_leaves(self, number: int) -> tuple[str, str]:
+    def _under_leaves(self, number: int) -> tuple[str, ...]:
         """The first node has a leaf switch of its own, all others share one."""
-        return "em0", f"em[1-{number - 1}]"
+        return ("em0", f"em[1-{number - 1}]") if number > 1 else ("em0",)
 
     @property
     def _environment(self) -> dict[str, str]:
