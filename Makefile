@@ -6,6 +6,8 @@ INSTALLED := $(VENV)/.installed
 ROOMS := parallelism checkpoint fault runtime launcher
 # processes that share the tests: one has those of whole jobs, which mostly wait
 WORKERS ?= 2
+# more of its options
+PYTEST ?=
 BROWSER := $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)
 export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -35,7 +37,7 @@ demo: $(INSTALLED)  ## the main job: train, save, stop, resume on another number
 
 test: $(INSTALLED)  ## all tests; those of the dashboard need Chromium, those of Slurm its daemons, those of numbers Prometheus (Debian: chromium; slurmctld slurmd slurm-client munge; prometheus)
 	@test -n "$(BROWSER)" || echo "no Chromium: the tests of the dashboard are skipped. To run them: apt-get install chromium"
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST)
 
 $(addprefix test-,$(ROOMS)): test-%: $(INSTALLED)  ## tests of one room: test-parallelism, test-checkpoint, ...
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile tests/$*
