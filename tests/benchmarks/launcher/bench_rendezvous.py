@@ -34,7 +34,8 @@ from tests.counting_store import CountingStore
 
 LAZY = "TORCH_GLOO_LAZY_INIT"
 RANKS, NODES, RANKS_PER_NODE = 2048, 256, 8
-CURVE = (8, 16, 32)
+CURVE = (8, 16)
+"""Real ranks. Of 32 on two cores some connections break when all pairs connect at once."""
 PEER = "all pairs at once, as torch does by default"
 PEER_RANKS = 256
 """That ask for as much as they would by default; of 2,048 it is 64 times as much."""
