@@ -51,7 +51,12 @@ ALL = [
 def test_without_the_token_every_route_answers_401(served: Served, method: str, path: str, token: str) -> None:
     wrong = [(b"Authorization", f"Bearer {token}".encode("latin-1"))]
     for shown in (wrong, [], [(b"Authorization", served.token.encode())]):
-        answer = httpx2.request(method, f"http://{served.address}{path}", headers=shown, trust_env=False)
+        try:
+            answer = httpx2.request(method, f"http://{served.address}{path}", headers=shown, trust_env=False)
+        except httpx2.TransportError:
+            assert shown == wrong, "only who still sends may find the connection closed"
+            assert len(token) > 60_000
+            continue
         assert answer.status_code in ((401, 431, 400) if len(token) > 60_000 else (401,))
     assert served.job.controller.record.stop is None
 
