@@ -13,7 +13,7 @@ import numpy as np
 from evermesh.fault.detectors import kernels
 from evermesh.fault.detectors.clocks import estimate_offsets
 from evermesh.fault.detectors.communicating import find_slow_groups, find_slow_messages
-from evermesh.fault.detectors.context import Context, Offset
+from evermesh.fault.detectors.context import Context
 from evermesh.fault.detectors.joining import Joined, Survey, slots_of
 from evermesh.fault.detectors.matching import Matched, match
 from evermesh.fault.detectors.message_delays import Edges, NodeDelay, delays_between_nodes, edges_of
@@ -33,7 +33,6 @@ class Transfers:
 
     joined: Joined
     matched: Matched
-    offsets: Mapping[str, Offset]
     counts: Mapping[int, int]
     """Records by step."""
     edges: Edges
@@ -99,7 +98,7 @@ class Samples:
             offsets = estimate_offsets(sampled, matched)
             matched.move({node: of.offset_ns for node, of in offsets.items()}, sampled)
         records_of = dict(zip(steps.tolist(), counts.tolist(), strict=True))
-        return Transfers(sampled, matched, offsets, records_of, edges_of(sampled, offsets))
+        return Transfers(sampled, matched, records_of, edges_of(sampled, offsets))
 
 
 def _renumber(joined: Joined, found: Sequence[np.ndarray]) -> None:
