@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.launcher.dashboard.browser import CHROMIUM, Page, browser, new_page
+from tests.launcher.dashboard.conftest import devtools, page
+
+__all__ = ["DOCS", "ROOT", "devtools", "page", "site"]
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
@@ -42,18 +44,3 @@ def served(site: Path) -> Iterator[str]:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()
-
-
-@pytest.fixture(scope="session")
-def devtools(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of a running browser."""
-    if CHROMIUM is None:
-        pytest.skip("no Chromium: apt-get install chromium (Debian), or any other way to put it into PATH")
-    with browser(tmp_path_factory.mktemp("profile")) as address:
-        yield address
-
-
-@pytest.fixture
-def page(devtools: str) -> Iterator[Page]:
-    with new_page(devtools) as page:
-        yield page
