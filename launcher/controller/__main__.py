@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from evermesh.launcher import registry
 from evermesh.launcher.config import JobConfig
 from evermesh.launcher.contact import last_port, make_token, write_contact
+from evermesh.launcher.controller.collecting import spare_collections
 from evermesh.launcher.controller.controller import Controller
 from evermesh.launcher.controller.journal import (
     Journal,
@@ -106,6 +107,7 @@ async def _serve(
         asyncio.create_task(stop_in_time(controller, placement, config.grace_s)),
         asyncio.create_task(stop_with_submission(controller, config.grace_s)),
         asyncio.create_task(targets.follow(controller)),
+        asyncio.create_task(spare_collections(controller)),
     ]
     try:
         return await controller.serve()

@@ -16,12 +16,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 
 from evermesh.fault.events import read_events
 from evermesh.launcher import Client, Run
 from evermesh.launcher.config import JobConfig
+from evermesh.launcher.controller.journal import read_journal
 from evermesh.launcher.demo import quickstart
 from evermesh.launcher.job_file import load_job, write_job
 from evermesh.runtime.data import open_sources
@@ -48,6 +50,15 @@ Trainer(config, directory=folder, resume=checkpoint.latest(folder / "checkpoints
 """
 
 
+class Kill(NamedTuple):
+    """A worker that was killed."""
+
+    at_s: float
+    """By the wall clock."""
+    took_s: tuple[float, float, float]
+    """Until training went on, without loading; of loading; to the end of a step."""
+
+
 def run() -> list[Row]:
     """Recovery of 2 and of 4 ranks, and of the controller."""
     return [*(row for workers in GOALS for row in _rows(workers)), _controller_row()]
@@ -57,20 +68,25 @@ def _rows(workers: int) -> list[Row]:
     with tempfile.TemporaryDirectory() as name:
         config = _config(Path(name), workers)
         with _ours(config) as (directory, pid):
-            ours = [_recover(directory, pid) for _ in range(ROUNDS)]
+            killed = [_recover(directory, pid) for _ in range(ROUNDS)]
+            decided = list(_decided_s(directory, [kill.at_s for kill in killed]))
         with _theirs(config, Path(name)) as (directory, pid):
-            theirs = [_recover(directory, pid) for _ in range(ROUNDS)]
+            theirs = [_recover(directory, pid).took_s for _ in range(ROUNDS)]
+    what = f"SIGKILL of 1 of {workers} ranks"
+    ours = [kill.took_s for kill in killed]
     rows = [
         paired_row(
-            f"SIGKILL of 1 of {workers} ranks {what}",
+            f"{what} {until}",
             [recovery[index] for recovery in ours],
             "s",
             peer="torchrun",
             peer_values=[recovery[index] for recovery in theirs],
         )
-        for index, what in enumerate(("to the next step, without loading", "loading", "to the end of the next step"))
+        for index, until in enumerate(("to the next step, without loading", "loading", "to the end of the next step"))
     ]
-    return [replace(rows[0], goal=GOALS[workers]), *rows[1:]]
+    first, median, third = statistics.quantiles(decided, n=4)
+    known = Row(f"{what} to the decision to recover", median, "s", third - first, goal=0.1)
+    return [known, replace(rows[0], goal=GOALS[workers]), *rows[1:]]
 
 
 def _controller_row() -> Row:
@@ -148,8 +164,8 @@ def _theirs(config: JobConfig, folder: Path) -> Iterator[tuple[Path, Callable[[]
                     member.kill()
 
 
-def _recover(directory: Path, pid: Callable[[], int]) -> tuple[float, float, float]:
-    """Kill rank 1 in training; seconds until training goes on, without loading; of loading; to the end of a step."""
+def _recover(directory: Path, pid: Callable[[], int]) -> Kill:
+    """Kill rank 1 in training."""
     _wait_steps(directory, 3)  # it is warm again
     known, victim = len(_resumed(directory)), pid()
     killed_s = time.time()
@@ -161,7 +177,14 @@ def _recover(directory: Path, pid: Callable[[], int]) -> tuple[float, float, flo
     _wait_steps(directory, 1)
     stepped_s = (directory / "telemetry.jsonl").stat().st_mtime
     at_s, load_s = _resumed(directory)[known]
-    return at_s - killed_s - load_s, load_s, stepped_s - killed_s
+    return Kill(killed_s, (at_s - killed_s - load_s, load_s, stepped_s - killed_s))
+
+
+def _decided_s(directory: Path, killed_s: list[float]) -> Iterator[float]:
+    """From each kill until the controller had decided what follows, by its journal."""
+    entries = [one for one in read_journal(Run(directory).journal) if one.fields.get("to") == "recovering"]
+    for at_s in killed_s:
+        yield next(one.time_s for one in entries if one.time_s >= at_s) - at_s
 
 
 def _resumed(directory: Path) -> list[tuple[float, float]]:
