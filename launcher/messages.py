@@ -8,6 +8,7 @@ from signal import Signals
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter
+from pydantic.dataclasses import dataclass
 
 from evermesh.fault.cluster.identity import NodeIdentity
 from evermesh.fault.hardware.model import NodeHardware
@@ -18,9 +19,11 @@ from evermesh.launcher.succession.protocol import Seat
 from evermesh.launcher.watching.messages import Connections, PlannedWork, ReadRings, RingPart, Window
 from evermesh.parallelism.collectives import Point
 
+_WIRE = ConfigDict(extra="forbid", ser_json_inf_nan="constants")
+
 
 class _Message(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
+    model_config = ConfigDict(frozen=True, **_WIRE)
 
 
 class Store(_Message):
@@ -30,7 +33,8 @@ class Store(_Message):
     port: int
 
 
-class RankBeat(_Message):
+@dataclass(frozen=True, slots=True, kw_only=True, config=_WIRE)
+class RankBeat:  # there are as many as ranks: a model takes several times the memory
     """How far a rank is, read from outside."""
 
     rank: int

@@ -3,6 +3,7 @@
 import statistics
 import time
 from collections import deque
+from collections.abc import Mapping
 
 from evermesh.fault.isolation.costs import JobCosts, more_for_others
 from evermesh.launcher.controller.job import Job
@@ -46,11 +47,9 @@ class MeasuredCosts:
         if life is None or self._job.state != "training" or len(life.beats) < life.world_size:
             return
         slowest_s = {node: max(life.beats[rank].compute_s for rank in life.ranks_of(node)) for node in life.nodes}
-        for node, own_s in slowest_s.items():
-            others_s = [seconds for other, seconds in slowest_s.items() if other != node]
-            usual_s = statistics.median(others_s) if others_s else 0.0
+        for node, usual_s in _medians_of_others(slowest_s).items():
             if usual_s > 0:
-                self._ratios.setdefault(node, deque(maxlen=_LOOKS)).append(own_s / usual_s)
+                self._ratios.setdefault(node, deque(maxlen=_LOOKS)).append(slowest_s[node] / usual_s)
 
     def forget_computing(self) -> None:
         """What ranks do has changed: another attempt, or other speeds."""
@@ -91,3 +90,15 @@ class MeasuredCosts:
             return 0.0
         steps = report.snapshot.every or every or report.step
         return steps / 2 * report.step_s
+
+
+def _medians_of_others(seconds: Mapping[str, float]) -> dict[str, float]:
+    """Of every node: the median of all others; empty for one node. One sort, for there may be thousands."""
+    ordered = sorted(seconds, key=seconds.__getitem__)
+    others = len(ordered) - 1
+    found = {}
+    for place, node in enumerate(ordered if others > 0 else ()):
+        low, high = ((others - 1) // 2, others // 2)
+        middle = [seconds[ordered[at + (at >= place)]] for at in (low, high)]
+        found[node] = sum(middle) / 2
+    return found

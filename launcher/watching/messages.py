@@ -6,6 +6,7 @@ Arrays are little-endian, in base64. See ``packing`` for what they hold; nothing
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+from pydantic.dataclasses import dataclass
 
 from evermesh.fault.process_state import ProcessState
 from evermesh.fault.recorder.ring_format import NUM_SLOTS, RECORD_BYTES
@@ -27,10 +28,11 @@ _END = Annotated[str, Field(max_length=96)]
 _NAME = Annotated[str, Field(max_length=1024)]
 
 
+_WIRE = ConfigDict(extra="forbid", ser_json_inf_nan="constants", ser_json_bytes="base64", val_json_bytes="base64")
+
+
 class _Message(BaseModel):
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", ser_json_inf_nan="constants", ser_json_bytes="base64", val_json_bytes="base64"
-    )
+    model_config = ConfigDict(frozen=True, **_WIRE)
 
 
 class PackedGroup(_Message):
@@ -43,7 +45,8 @@ class PackedGroup(_Message):
     axis: _NAME
 
 
-class PackedTrace(_Message):
+@dataclass(frozen=True, slots=True, kw_only=True, config=_WIRE)
+class PackedTrace:  # there are as many as ranks: a model takes several times the memory
     """Records of a rank, oldest first, and where it stands."""
 
     rank: _RANK
@@ -57,7 +60,8 @@ class PackedTrace(_Message):
     """None: it does not run."""
 
 
-class PackedSummary(_Message):
+@dataclass(frozen=True, slots=True, kw_only=True, config=_WIRE)
+class PackedSummary:
     """What a rank did in a window."""
 
     tail: PackedTrace

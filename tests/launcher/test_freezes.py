@@ -1,5 +1,6 @@
 """Which ranks count as frozen: the table. Whatever may take long is never taken for a freeze."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ DEFAULT = HangConfig()
 def beat(rank: int, **changes: Any) -> RankBeat:
     """A rank that waits for the others at the end of step 8, whose steps take milliseconds."""
     values = {"step": 7, "step_s": 0.01, "compute_s": 0.01, "longest_s": 0.02, "point": "sum"}
-    return RankBeat.model_validate({"rank": rank, "pid": 100 + rank} | values | changes)
+    return RankBeat(**{"rank": rank, "pid": 100 + rank} | values | changes)
 
 
 QUIET = {"idle_s": 3.1}
@@ -92,7 +93,7 @@ def test_a_rank_that_is_a_step_behind_is_named_though_others_are_at_no_sum() -> 
 def test_the_limit_follows_the_longest_of_the_last_steps() -> None:
     slow = (beat(0, longest_s=60.0, idle_s=299.0), beat(1, longest_s=1.0, idle_s=299.0))
     assert frozen(slow, 2, DEFAULT, sees_work=True) is None
-    slower = [found.model_copy(update={"idle_s": 300.0}) for found in slow]
+    slower = [replace(found, idle_s=300.0) for found in slow]
     assert frozen(slower, 2, DEFAULT, sees_work=True) is not None
 
 

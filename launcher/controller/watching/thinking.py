@@ -14,6 +14,7 @@ from evermesh.fault.events import Finding
 from evermesh.fault.recorder.trace import RankTrace
 from evermesh.launcher.controller.watching.conclusions import Change, Conclusions, key_of
 from evermesh.launcher.controller.watching.expected import Expected, Planned
+from evermesh.launcher.controller.watching.freed_memory import give_back
 from evermesh.launcher.controller.watching.rings import RingReading
 from evermesh.launcher.controller.watching.ways import Seen, Ways
 from evermesh.launcher.controller.watching.windows import Moment, Windows
@@ -100,6 +101,8 @@ class Thinking:
         self._job.context = replace(context, work_s=self._work.explained_s(plans), cut_links=self._links.cut)
         seen = self._job.join(summaries)
         findings = (*seen.findings, *self._links.find_slow([one.tail for one in summaries]))
+        del summaries
+        give_back()
         return Said(findings, seen.suspicious, seen.delays)
 
 

@@ -101,12 +101,15 @@ def play(
         command = [sys.executable, "-m", f"{module}.played_agents", *arguments]
         with Viewer(made) as viewer, subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as agents:
             started_s, longest_s = _watch(made, began_s, agents)
-            told_s = float(agents.communicate(timeout=_END_S)[0])
+            told = agents.communicate(timeout=_END_S)[0]
+            if agents.returncode:
+                controller.kill()
+                raise RuntimeError(f"agents lost the controller, which is too much for this machine: {nodes} agents")
         controller.wait(_END_S)
     events = read_events(made.events) if made.events.is_file() else ()
     lost = sum(event.kind == "node lost" for event in events)
     found: dict[str, Any] = json.loads(result.read_text())
-    seen = {"longest_status_s": longest_s, "started_s": started_s, "told_s": told_s, "lines": viewer.lines}
+    seen = {"longest_status_s": longest_s, "started_s": started_s, "told_s": float(told), "lines": viewer.lines}
     return found | {"lost": lost} | seen
 
 

@@ -172,11 +172,12 @@ async def _play(run: Run, nodes: int, seconds: float, windows: PlayedWindows | N
     asked = False
     while not all(life.done() for life in lives):
         await asyncio.sleep(0.5)
+        for life in lives:
+            if life.done():
+                life.result()  # one that has lost its controller ends all
         if not asked and agents[0].trained_s > seconds:
             asked = True
             await asyncio.to_thread(lambda: Client(run, 60.0).stop(signal.SIGTERM))
-    for life in lives:
-        life.result()
     print(max(agent.told_s for agent in agents) - began_s, flush=True)
 
 

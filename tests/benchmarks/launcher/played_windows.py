@@ -7,13 +7,14 @@ import time
 from dataclasses import replace
 
 import numpy as np
+from pydantic import TypeAdapter
 
 from evermesh.fault.detectors.summaries import RankSummary, RankWatch
 from evermesh.fault.process_state import ProcessState
 from evermesh.fault.recorder.record import Group
 from evermesh.fault.synthetic import JobShape, generate
 from evermesh.launcher import Run
-from evermesh.launcher.watching.messages import PackedGroup
+from evermesh.launcher.watching.messages import PackedGroup, PackedSummary
 from evermesh.launcher.watching.packing import pack_summary
 
 _TP = 8
@@ -24,6 +25,7 @@ _STEPS = 3
 """In a window: of a job that is so large a window lasts three seconds, and a step hardly less than one."""
 _RANKS_PER_S = 4096
 _LEAST_S = 0.5
+_SUMMARY = TypeAdapter(PackedSummary)
 
 
 class PlayedWindows:
@@ -53,7 +55,8 @@ class PlayedWindows:
         for moment in ("entered_ns", "ended_ns"):
             records[moment] = np.where(records[moment] > 0, records[moment] + shift_ns, 0)
         now = replace(tail, rank=_RANK, pid=_RANK, records=records, read_ns=time.monotonic_ns())
-        return pack_summary(replace(summary, tail=now), _STATE, with_groups=False).model_dump_json()
+        packed = pack_summary(replace(summary, tail=now), _STATE, with_groups=False)
+        return _SUMMARY.dump_json(packed).decode()
 
     def _of(self, rank: int, text: str, *, with_groups: bool) -> str:
         named = text.replace(f'"rank":{_RANK},"pid":{_RANK}', f'"rank":{rank},"pid":{5000 + rank}', 1)
