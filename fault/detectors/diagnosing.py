@@ -14,6 +14,7 @@ from evermesh.fault.detectors.joining import Joined, Survey, join, survey
 from evermesh.fault.detectors.lateness import find_late
 from evermesh.fault.detectors.matching import Matched, match
 from evermesh.fault.detectors.message_delays import edges_of
+from evermesh.fault.detectors.reordering import find_reordered
 from evermesh.fault.detectors.sentences import is_gone
 from evermesh.fault.detectors.slow_jobs import find_slow_job
 from evermesh.fault.detectors.slowing import exonerated, find_slow
@@ -48,7 +49,7 @@ def diagnose(traces: Sequence[RankTrace], context: Context | None = None) -> Dia
     slow += find_late(joined, surveyed, matched, context, {one.rank for one in slow})
     if not is_noisy(context):  # else what takes long in a transfer may be a process that waits for a processor
         slow += find_slow_groups(joined, matched) + find_slow_messages(joined, edges_of(joined, context.offsets))
-    found += slow
+    found += [*slow, *find_reordered(joined, surveyed)]
     if not slow:
         found += find_slow_job(surveyed, matched, context)
     return Diagnosis(

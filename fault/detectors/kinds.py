@@ -26,10 +26,12 @@ SLOW_GROUP = "slow group"
 """Collectives of a group take longer than those of its like, and no node explains it."""
 CLOCK_JUMP = "clock jump"
 """The wall clock of a node was set. It hurts nothing that is measured; times in logs do not agree from there on."""
+REORDERED = "other order"
+"""A rank did what it does in every step in another order, and no ranks wait for each other because of it."""
 
 SLOWNESS = frozenset((SLOW_RANK, GRADUAL, SLOW_JOB, SLOW_NODE, SLOW_SOURCE, SLOW_DESTINATION, SLOW_LINK, SLOW_GROUP))
 """Training goes on, slower than it could."""
 EXPLAINING = frozenset((HANG, COMMUNICATION_HANG, DEADLOCK, MISMATCH, SIZE_MISMATCH, DTYPE_MISMATCH, SKIPPED, EXTRA))
 """They say why nobody goes on."""
-HARMLESS = frozenset((CLOCK_JUMP,))
+HARMLESS = frozenset((CLOCK_JUMP, REORDERED))
 """They slow nobody and stop nothing."""

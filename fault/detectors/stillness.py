@@ -11,6 +11,7 @@ from evermesh.fault.detectors.gone import gone_partner
 from evermesh.fault.detectors.joining import Joined, in_step
 from evermesh.fault.detectors.sentences import MOST_NAMED, is_gone, operation_of, ranks_that
 from evermesh.fault.detectors.standing import UNDECIDED, Key, Standing, Waiting
+from evermesh.fault.detectors.waits import lacks_processor
 from evermesh.fault.events import Finding
 from evermesh.fault.recorder.record import OPERATIONS
 from evermesh.fault.recorder.trace import UNKNOWN_NODE
@@ -37,6 +38,8 @@ def of_communication(
         if not _has_been_still(joined, standing, shortest):
             continue
         inside = sorted(joined.traces[one.trace].rank for one in waiting)
+        if any(lacks_processor(context, rank, shortest.waited_s, standing.patience_s[group]) for rank in inside):
+            continue
         nodes = {joined.traces[one.trace].node for one in waiting}
         link = None
         if place is not None:

@@ -14,6 +14,7 @@ from evermesh.fault.detectors.joining import MOST_STEPS, Joined, Survey, join
 from evermesh.fault.detectors.matching import UNEVEN
 from evermesh.fault.detectors.message_delays import NodeDelay
 from evermesh.fault.detectors.pacing import PaceWatch
+from evermesh.fault.detectors.reordering import to_be_read
 from evermesh.fault.detectors.sampled import Samples
 from evermesh.fault.detectors.slowing import find_slow
 from evermesh.fault.detectors.standing import UNDECIDED, standing_of
@@ -34,8 +35,8 @@ class Seen:
 
     findings: tuple[Finding, ...]
     suspicious: tuple[int, ...]
-    """Ranks whose rings are to be read and diagnosed together: members of groups that do not agree on what they do, and all
-    that a finding is about that names nobody."""
+    """Ranks whose rings are to be read and diagnosed together: members of groups that do not agree on what they do, one that
+    did something else in a step than before with some like it, and all that a finding is about that names nobody."""
     delays: tuple[NodeDelay, ...] = ()
     """Between nodes, by the newest messages that are known."""
 
@@ -76,10 +77,11 @@ class JobWatch:
         slow = find_slow(joined, survey, self.context)
         found += slow + self._look_at_transfers(joined, survey, ordered, is_slow=bool(slow))
         groups = {*disagreeing.tolist(), *(group for group, _ in spoiled)}
+        strayed = to_be_read(survey)
         is_unclear = any(one.operation == UNDECIDED and standing.is_long(one) for one in standing.waiting.values())
         is_unclear |= any(_is_unclear(one) for one in found)
         found += self._clocks.look(joined.traces)
-        return Seen(tuple(found), _suspicious(joined, groups, is_unclear), self._delays)
+        return Seen(tuple(found), _suspicious(joined, groups, strayed, is_unclear), self._delays)
 
     def _look_at_transfers(
         self, joined: Joined, survey: Survey, ordered: Sequence[RankSummary], *, is_slow: bool
@@ -196,10 +198,11 @@ def _spoiled(joined: Joined) -> set[tuple[int, int]]:
     return set(zip(groups[found].tolist(), records["number"][found].tolist(), strict=True))
 
 
-def _suspicious(joined: Joined, groups: Iterable[int], is_unclear: bool) -> tuple[int, ...]:
+def _suspicious(joined: Joined, groups: Iterable[int], strayed: set[int], is_unclear: bool) -> tuple[int, ...]:
     if is_unclear:
         return tuple(trace.rank for trace in joined.traces)
-    return tuple(sorted({rank for group in groups for rank in joined.groups[group].ranks}))
+    members = {rank for group in groups for rank in joined.groups[group].ranks}
+    return tuple(sorted(members | {joined.traces[trace].rank for trace in strayed}))
 
 
 def _same_groups(before: Joined, ordered: Sequence[RankSummary]) -> bool:

@@ -63,9 +63,14 @@ def is_patient(joined: Joined, standing: Standing, context: Context, trace: int,
     state = joined.traces[trace]
     if not context.processes.get(state.rank, True):
         return False
-    if context.starved.get(state.rank, 0.0) > _STARVED and longest.waited_s < patience_s + _GRACE_S:
+    if lacks_processor(context, state.rank, longest.waited_s, patience_s):
         return True
     return longest.waited_s < context.patience_s.get(state.phase, 0.0)
+
+
+def lacks_processor(context: Context, rank: int, waited_s: float, patience_s: float) -> bool:
+    """Whether a rank waits for a processor so much that others may have waited so long for it."""
+    return context.starved.get(rank, 0.0) > _STARVED and waited_s < patience_s + _GRACE_S
 
 
 def is_stuck_alone(joined: Joined, standing: Standing, context: Context, trace: int) -> bool:

@@ -113,9 +113,10 @@ class Swap:
     rank: int
     step: int
     first: str = "dp"
+    nth: int = 0
 
     def apply(self, program: Program, random: np.random.Generator) -> None:
-        index = program.find(self.rank, self.step, self.first)
+        index = program.find(self.rank, self.step, self.first, nth=self.nth)
         own = program.records[program.rows(self.rank)]
         own[[index, index + 1]] = own[[index + 1, index]]
         program.renumber(self.rank)

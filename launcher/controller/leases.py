@@ -6,6 +6,8 @@ from evermesh.launcher.controller.machine import NodeState
 
 LEASE_S = 2.0
 """Seconds that a node counts as alive after it was last heard."""
+_LIVING_S = 6.0
+"""Likewise while its agent's process is known to live: it waits for a processor, as where ranks start on a busy machine."""
 _LONGEST_DOUBT_S = 30.0
 
 
@@ -19,7 +21,7 @@ class NodeSigns:
     """Since the last proof that its ranks live, seconds: it was heard, or all ranks finished a step together that cannot
     have ended before it fell silent."""
     process_lives: bool | None
-    """Whether its agent's process lives; None where that cannot be seen from here."""
+    """Whether its agent's process lives; None where that cannot be seen from here, or it is stopped."""
     step_s: float
     """Time of a step, seconds; 0 while unknown."""
 
@@ -28,11 +30,13 @@ def node_state(signs: NodeSigns) -> NodeState:
     """``ready``, ``cut off`` or ``lost``.
 
     Ranks work in step: while steps are finished without a word from a node, its ranks live, and only its way to the
-    controller is cut. Without steps the doubt lasts for a lease, and for two steps where those are longer.
+    controller is cut. Without steps the doubt lasts for a lease, for two steps where those are longer, and for three leases
+    where the process of its agent lives.
     """
     if signs.process_lives is False:
         return "lost"
     if signs.silent_s < LEASE_S:
         return "ready"
     doubt_s = min(_LONGEST_DOUBT_S, max(LEASE_S, 2 * signs.step_s))
-    return "cut off" if signs.proof_s < doubt_s else "lost"
+    may_be_busy = signs.process_lives is True and signs.silent_s < _LIVING_S
+    return "cut off" if may_be_busy or signs.proof_s < doubt_s else "lost"

@@ -21,7 +21,7 @@ class Placement(Protocol):
         """Take over agents that an earlier controller started; ``pids`` are their processes by node."""
 
     def is_alive(self, node: str) -> bool | None:
-        """Whether the agent's process lives; None where that cannot be seen from here."""
+        """Whether the agent's process lives; None where that cannot be seen from here, or it is stopped."""
 
     def replace(self, node: str) -> bool:
         """Start another agent for a node whose agent is lost, if the place can have one; whether one was started."""

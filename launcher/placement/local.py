@@ -10,6 +10,7 @@ from contextlib import suppress
 import psutil
 from pydantic import ValidationError
 
+from evermesh.fault.process_state import ProcessState
 from evermesh.launcher.agent.spec import AgentSpec
 from evermesh.launcher.config import JobConfig
 from evermesh.launcher.placement.specs import spec_of
@@ -47,11 +48,13 @@ class LocalPlacement:
         self._pids |= pids
 
     def is_alive(self, node: str) -> bool | None:
-        """Whether the agent of ``node`` runs."""
+        """Whether the agent of ``node`` runs; None while it is stopped."""
         child = self._children.get(node)
-        if child is not None:
-            return child.poll() is None
-        return _runs(self._pids[node]) if node in self._pids else None
+        if child is None and node not in self._pids:
+            return None
+        runs = child.poll() is None if child is not None else _runs(self._pids[node])
+        state = ProcessState.of(self._pids[node]) if runs else None
+        return None if state is not None and state.is_stopped else runs
 
     def replace(self, node: str) -> bool:
         """Start another agent for ``node``: the machine is still there."""
@@ -78,7 +81,7 @@ class LocalPlacement:
             self._kill(node)
 
     def _kill(self, node: str) -> None:
-        if self.is_alive(node) and node in self._pids:
+        if self.is_alive(node) is not False and node in self._pids:
             with suppress(ProcessLookupError):
                 os.kill(self._pids[node], signal.SIGKILL)
         if node in self._children:

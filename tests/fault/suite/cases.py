@@ -205,7 +205,7 @@ FAULTS: Mapping[str, Draw] = {
     "other operation": _wrong("other operation", kinds.MISMATCH),
     "other shape": _wrong("other shape", kinds.SIZE_MISMATCH),
     "other dtype": _wrong("other dtype", kinds.DTYPE_MISMATCH),
-    "other order": _wrong("other order", kinds.DEADLOCK),
+    "other order": _wrong("other order", kinds.DEADLOCK, kinds.REORDERED),
     "slow rank": _slow("slow rank", 1.5, 2.5),
     "pauses": _slow("pauses", 0.15, 0.35),
     "slow link": _way("slow link", kinds.SLOW_LINK),

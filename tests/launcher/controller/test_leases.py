@@ -17,6 +17,8 @@ from evermesh.launcher.controller.machine import ROOT_CAUSE_WAIT_S
         (100.0, 0.5, None, 0.1, "cut off"),  # as long as steps are finished
         (100.0, 0.5, True, 0.1, "cut off"),
         (100.0, 2.1, True, 0.1, "lost"),  # its process lives, but nothing moves
+        (5.9, 5.9, True, 0.1, "cut off"),  # it may wait for a processor
+        (6.0, 6.0, True, 0.1, "lost"),
         (5.0, 5.0, None, 3.0, "cut off"),  # steps are long: two of them may pass
         (6.0, 6.0, None, 3.0, "lost"),
         (29.0, 29.0, None, 600.0, "cut off"),  # half a minute is the longest doubt
