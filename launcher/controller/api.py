@@ -20,6 +20,7 @@ from evermesh.launcher.controller.guard import Guard
 from evermesh.launcher.controller.journal import Entry, JournalIndex
 from evermesh.launcher.controller.reporting import job_status
 from evermesh.launcher.controller.status import JobStatus
+from evermesh.launcher.controller.watching.watch import is_for_watcher
 from evermesh.launcher.dashboard import dashboard_router
 from evermesh.launcher.dashboard.watching import ControllerSource, watching_router
 from evermesh.launcher.errors import DrainRefused
@@ -179,7 +180,11 @@ async def _talk(controller: Controller, socket: WebSocket, hello: Hello) -> None
     sender = asyncio.create_task(_send_all(socket, outbox))
     try:
         while True:
-            controller.receive(node, FromAgentAdapter.validate_json(await socket.receive_text()))
+            text = await socket.receive_text()
+            if is_for_watcher(text):
+                controller.pass_on(node, text)
+            else:
+                controller.receive(node, FromAgentAdapter.validate_json(text))
     finally:
         sender.cancel()
         controller.part(node, outbox)

@@ -127,8 +127,7 @@ class Controller:
                 self._take_beat(node, message)
                 return
             case Window() | RingPart() | PlannedWork() | Connections():
-                if message.generation == self.generation:
-                    self.watch.take(node.name, message)
+                self.watch.take(node.name, message)
                 return
             case StoreOpened() if message.generation == self.generation:
                 self.job.store = message.store
@@ -163,6 +162,11 @@ class Controller:
             case CannotStart() if message.generation == self.generation:
                 self._roster.refusal = message.text
         self._changed.set()
+
+    def pass_on(self, node: Node, text: str) -> None:
+        """An agent says something that only the watcher understands, see ``is_for_watcher``."""
+        node.hear()
+        self.watch.pass_on(node.name, text)
 
     def part(self, node: Node, outbox: "asyncio.Queue[str]") -> None:
         """The connection to an agent is gone."""
@@ -244,6 +248,7 @@ class Controller:
             if self.state not in ENDED:
                 await self._sleep()
         await asyncio.to_thread(self.isolation.close)
+        self.watch.close()
         await self._roster.dismiss()
         await trackers.end(self.run, self.config)
         return self.record.exit_code or 0

@@ -6,14 +6,12 @@ from typing import TYPE_CHECKING, Literal
 
 from evermesh.launcher.controller.nodes import node_status
 from evermesh.launcher.controller.remembering import snapshot_status
-from evermesh.launcher.controller.status import DelayStatus, JobStatus, RankStatus, SnapshotStatus
+from evermesh.launcher.controller.status import JobStatus, RankStatus, SnapshotStatus
 from evermesh.launcher.controller.work import newest_step
 
 if TYPE_CHECKING:
     from evermesh.launcher.controller.controller import Controller
     from evermesh.launcher.controller.life import Life
-
-_MOST_DELAYS = 1024
 
 
 def job_status(controller: "Controller") -> JobStatus:
@@ -51,7 +49,7 @@ def job_status(controller: "Controller") -> JobStatus:
         lost_rack=controller.job.lost_rack,
         snapshot=_snapshot_status(controller),
         findings=controller.watch.findings,
-        delays=_delays(controller),
+        delays=controller.watch.delays,
         started_s=record.started_s,
         pid=os.getpid(),
     )
@@ -64,14 +62,6 @@ def _snapshot_status(controller: "Controller") -> SnapshotStatus | None:
     since_s, is_on = time.monotonic() - controller.job.reported_s, controller.config.train.snapshot is not None
     newest, protection = newest_step(controller.run), controller.protection
     return snapshot_status(report, since_s, newest, is_on=is_on, protection=protection)
-
-
-def _delays(controller: "Controller") -> tuple[DelayStatus, ...]:
-    longest = sorted(controller.watch.delays, key=lambda delay: -delay.ratio)[:_MOST_DELAYS]
-    return tuple(
-        DelayStatus(source=of.source, target=of.target, ratio=round(of.ratio, 2), messages=of.messages)
-        for of in longest
-    )
 
 
 def _rank_status(life: "Life", rank: int, node: str) -> RankStatus:

@@ -15,7 +15,7 @@ DEFAULT = HangConfig()
 
 def beat(rank: int, **changes: Any) -> RankBeat:
     """A rank that waits for the others at the end of step 8, whose steps take milliseconds."""
-    values = {"step": 7, "step_s": 0.01, "compute_s": 0.01, "longest_s": 0.02, "point": "sum"}
+    values: dict[str, Any] = {"step": 7, "step_s": 0.01, "compute_s": 0.01, "longest_s": 0.02, "point": "sum"}
     return RankBeat(**{"rank": rank, "pid": 100 + rank} | values | changes)
 
 

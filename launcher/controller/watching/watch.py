@@ -1,28 +1,32 @@
-"""Watches the ranks of a job while they train: joins what agents tell of their records, and concludes findings.
+"""Watches the ranks of a job while they train: what agents tell of their records becomes findings that are told once.
 
-Everything but the thinking happens in the loop of the controller; that happens in one thread beside it.
+The thinking is done by a process beside the controller, whose loop only passes on what agents say; see ``watcher``.
 """
 
-import importlib
 import time
 from collections import deque
-from concurrent.futures import Future, ThreadPoolExecutor
-from types import ModuleType
 from typing import TYPE_CHECKING
 
 from evermesh.fault.events import Finding
-from evermesh.launcher.watching.messages import Connections, PlannedWork, RingPart, Window
+from evermesh.launcher.controller.status import DelayStatus
+from evermesh.launcher.controller.watching.conclusions import Change, Conclusions
+from evermesh.launcher.controller.watching.lines import Begin, LastStep, Problem, Said, Step
+from evermesh.launcher.controller.watching.watcher_process import WatcherProcess
+from evermesh.launcher.watching.messages import Connections, PlannedWork, ReadRings, RingPart, Window
 from evermesh.runtime.telemetry import StepReport
 
 if TYPE_CHECKING:
-    from evermesh.fault.detectors.message_delays import NodeDelay
     from evermesh.launcher.controller.job import Job
-    from evermesh.launcher.controller.watching.thinking import Said, Thinking
 
-Told = Window | RingPart | PlannedWork | Connections
-_THINKING = "evermesh.launcher.controller.watching.thinking"
-_MOST_EARLY = 4096
 _WATCHED = frozenset(("starting", "training", "regrouping", "stopping"))
+_AGAIN_S = 10.0
+"""Between two watchers that end by themselves."""
+_RAW = tuple(f'{{"kind":"{kind}",' for kind in ("window", "ring", "connections"))
+
+
+def is_for_watcher(text: str) -> bool:
+    """Whether an agent says something that the controller itself need not understand."""
+    return text.startswith(_RAW)
 
 
 class Watch:
@@ -32,50 +36,34 @@ class Watch:
         self._job = job
         self.findings: tuple[Finding, ...] = ()
         """Those that hold now, the surest first."""
-        self._thinking: Thinking | None = None
-        """Of the generation that is watched; None: no agent has told anything of it."""
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix="watch")
-        self._under_way: Future[Said] | None = None
-        self._loading: Future[ModuleType] | None = None
-        """Of the detectors, which takes a moment that the loop does not have."""
-        self._early: deque[tuple[str, Told]] = deque(maxlen=_MOST_EARLY)
-
-    @property
-    def delays(self) -> "tuple[NodeDelay, ...]":
+        self.delays: tuple[DelayStatus, ...] = ()
         """Of messages between nodes, as far as samples of records tell; empty while nobody is watched."""
-        return self._thinking.delays if self._thinking is not None else ()
+        self._watcher: WatcherProcess | None = None
+        """None: no agent has told anything yet."""
+        self._began_s = float("-inf")
+        self._generation: int | None = None
+        """That is watched; None: no agent has told anything of the one that lives."""
+        self._last_step_s = 0.0
+        self._conclusions = Conclusions()
+        self._begun: deque[Finding] = deque()
+        """Findings of which nobody was told that they are concluded."""
+        self._over: deque[tuple[Finding, float]] = deque()
+        """Likewise that they are over, with seconds since they began."""
 
-    def take(self, node: str, message: Told) -> None:
-        """An agent tells something of the generation that lives."""
-        if not self._is_watched:
-            return
-        self._early.append((node, message))
-        self._take_all()
+    def take(self, node: str, message: Window | RingPart | PlannedWork | Connections) -> None:
+        """Likewise, where it was read already."""
+        self.pass_on(node, message.model_dump_json())
 
-    def _take_all(self) -> None:
-        """Take what was told, as soon as the detectors are loaded."""
-        thinking = self._begun() if self._early else None
-        while thinking is not None and self._early:
-            self._take(thinking, *self._early.popleft())
-
-    def _take(self, thinking: "Thinking", node: str, message: Told) -> None:
-        try:
-            match message:
-                case Window():
-                    thinking.windows.take(node, message)
-                case RingPart():
-                    thinking.rings.take(thinking.windows.trace(node, message))
-                case Connections():
-                    thinking.ways.take(node, message)
-                case PlannedWork():
-                    thinking.expected.take(message)
-        except ValueError as error:  # of an agent of another version: nobody is watched through it
-            print(f"not understood of {node}: {error}", flush=True)
+    def pass_on(self, node: str, text: str) -> None:
+        """An agent tells something of the ranks of its node."""
+        watcher = self._begun_watcher() if self._is_watched else None
+        if watcher is not None:
+            watcher.pass_on(node, text)
 
     def note_step(self, report: StepReport) -> None:
         """A step was reported."""
-        if self._thinking is not None:
-            self._thinking.expected.note(report.step, report.step_s)
+        if self._watcher is not None and self._generation is not None:
+            self._watcher.say(Step(step=report.step, step_s=report.step_s))
 
     def look(self) -> None:
         """Do what is to be done now; called several times per second.
@@ -86,64 +74,82 @@ class Watch:
         if not self._is_watched:
             self._end()
             return
-        self._take_all()
-        thinking, under_way = self._thinking, self._under_way
-        if thinking is None or (under_way is not None and not under_way.done()):
-            return
-        if under_way is not None:
-            self._under_way = None
-            self._conclude(thinking, under_way)
-        self._tell(thinking)
-        life = self._job.life
-        work = thinking.next_work(time.monotonic(), life.step_s if life is not None else 0.0)
-        if work is not None:
-            self._under_way = self._executor.submit(work)
+        if self._watcher is not None:
+            self._hear(self._watcher)
+        self._tell()
+
+    def close(self) -> None:
+        """The job is over."""
+        if self._watcher is not None:
+            self._watcher.end()
+            self._watcher = None
 
     @property
     def _is_watched(self) -> bool:
         life = self._job.life
         if life is None or self._job.state not in _WATCHED or life.done or life.failures or life.is_ending or life.lost:
             return False
-        return self._thinking is None or self._thinking.generation == self._job.generation
+        return self._generation is None or self._generation == self._job.generation
 
-    def _begun(self) -> "Thinking | None":
-        """Of the generation that lives; None: the detectors are being loaded."""
+    def _begun_watcher(self) -> WatcherProcess | None:
+        """Of the generation that lives; None: one has just ended by itself."""
+        life, now_s = self._job.life, time.monotonic()
+        if self._watcher is None:
+            if now_s - self._began_s < _AGAIN_S:
+                return None
+            self._watcher, self._began_s, self._generation = WatcherProcess(), now_s, None
+        if self._generation is None and life is not None:
+            self._generation, self._last_step_s = self._job.generation, 0.0
+            self._watcher.say(Begin(generation=self._generation, num_ranks=life.world_size, num_nodes=len(life.nodes)))
+        return self._watcher
+
+    def _hear(self, watcher: WatcherProcess) -> None:
         life = self._job.life
-        if self._thinking is None and life is not None:
-            self._loading = self._loading or self._executor.submit(importlib.import_module, _THINKING)
-            if self._loading.done():
-                begin = self._loading.result().Thinking
-                self._thinking = begin(self._job.generation, life.world_size, len(life.nodes), self._job.tell)
-        return self._thinking
+        step_s = life.step_s if life is not None else 0.0
+        if step_s != self._last_step_s and self._generation is not None:
+            self._last_step_s = step_s
+            watcher.say(LastStep(step_s=step_s))
+        for line in watcher.heard():
+            match line:
+                case Said() if line.generation == self._generation:
+                    self._take(line)
+                case ReadRings() if line.generation == self._generation:
+                    self._job.tell(line)
+                case Problem():
+                    print(line.text, flush=True)
+        if not watcher.is_alive:
+            print("the watcher has ended by itself: nothing is concluded until there is another", flush=True)
+            watcher.end()
+            self._watcher = None
 
-    def _conclude(self, thinking: "Thinking", done: "Future[Said]") -> None:
-        try:
-            thinking.take(done.result(), time.monotonic())
-        except Exception as error:  # noqa: BLE001  the boundary: detectors that fail cost findings, not the job
-            print(f"nothing is concluded of this window: {type(error).__name__}: {error}", flush=True)
+    def _take(self, said: Said) -> None:
+        self.delays = said.delays
+        self._change(self._conclusions.take(said.findings, time.monotonic()))
 
-    def _tell(self, thinking: "Thinking") -> None:
+    def _change(self, change: Change) -> None:
+        self._begun.extend(change.begun)
+        self._over.extend(change.over)
+
+    def _tell(self) -> None:
         """Write down what has begun and what is over."""
         scribe = self._job.scribe
         try:
-            while thinking.begun:
-                finding = thinking.begun[0]
+            while self._begun:
+                finding = self._begun[0]
                 scribe.tell("finding", finding.text, step=finding.step, finding=finding.model_dump(mode="json"))
-                thinking.begun.popleft()
-            while thinking.over:
-                finding, lasted_s = thinking.over[0]
+                self._begun.popleft()
+            while self._over:
+                finding, lasted_s = self._over[0]
                 text = f"no longer, after {lasted_s:.1f} s: {finding.text}"
                 scribe.tell("finding over", text, lasted_s=round(lasted_s, 3), finding=finding.model_dump(mode="json"))
-                thinking.over.popleft()
+                self._over.popleft()
         finally:
-            self.findings = thinking.conclusions.findings
+            self.findings = self._conclusions.findings
 
     def _end(self) -> None:
         """The generation is over, or about to be."""
-        self._early.clear()
-        thinking = self._thinking
-        if thinking is None:
+        if self._generation is None:
             return
-        thinking.end(time.monotonic())
-        self._tell(thinking)
-        self._thinking = self._under_way = None
+        self._change(self._conclusions.end(time.monotonic()))
+        self._tell()
+        self._generation, self.delays = None, ()

@@ -67,6 +67,7 @@ def _large() -> list[Row]:
     what = f"{AGENTS:,} agents, {RANKS:,} ranks with records, dashboard open"
     return [
         exact_row(f"memory of the controller, {what}", job["peak_bytes"] / 1e6, "MB", goal=500),
+        exact_row(f"memory of its watcher, {what}", job["watcher_bytes"] / 1e6, "MB", goal=500),
         exact_row(f"a beat handled, p99, {what}", statistics.quantiles(job["handled_s"], n=1000)[989], "s"),
         exact_row(f"windows joined, {what}", job["joined"], "windows"),
         exact_row(f"nodes declared dead, {what}", job["lost"], "nodes", goal=0),

@@ -12,7 +12,6 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import psutil
@@ -21,8 +20,11 @@ from evermesh.launcher.controller import __main__ as process
 from evermesh.launcher.controller import leases
 from evermesh.launcher.controller.controller import Controller
 from evermesh.launcher.controller.nodes import Node
-from evermesh.launcher.controller.watching import Watch, windows
+from evermesh.launcher.controller.watching import Watch, watcher_process
+from evermesh.launcher.controller.watching.lines import Said
 from evermesh.launcher.messages import Beat, FromAgent
+
+_WATCHER = "tests.benchmarks.launcher.patient_watcher"
 
 WARM_UP_S = 5.0
 """From the first beat of a training rank, until which nothing counts."""
@@ -60,11 +62,17 @@ class Played:
 
 
 class Counted(Watch):
-    """Notes how many windows detectors have joined."""
+    """Notes how many windows detectors have joined, and how much memory their process took."""
 
-    def _conclude(self, *done: Any) -> None:
-        super()._conclude(*done)
+    def _take(self, said: Said) -> None:
+        super()._take(said)
         Measured.joined += 1
+
+    def close(self) -> None:
+        if self._watcher is not None:
+            status = Path(f"/proc/{self._watcher.pid}/status").read_text()
+            Measured.watcher_bytes = 1024 * int(status.split("VmHWM:")[1].split()[0])
+        super().close()
 
 
 class Measured(Controller):
@@ -74,6 +82,8 @@ class Measured(Controller):
     began_s = float("inf")
     joined = 0
     """Windows of all ranks of which something was concluded."""
+    watcher_bytes = 0
+    """The most that the watcher took."""
 
     def receive(self, node: Node, message: FromAgent) -> None:
         super().receive(node, message)
@@ -94,7 +104,7 @@ def main() -> None:
         mock.patch("evermesh.launcher.controller.controller.Watch", Counted),
         mock.patch.object(process, "_PING_S", process._PING_S * slower),
         mock.patch.object(leases, "LEASE_S", leases.LEASE_S * slower),
-        mock.patch.object(windows, "_LATE_S", windows._LATE_S * slower),
+        mock.patch.object(watcher_process, "COMMAND", (sys.executable, "-m", _WATCHER, str(slower))),
     ):
         try:
             process.main()
@@ -108,6 +118,7 @@ def main() -> None:
                 "memory_bytes": me.memory_info().rss,
                 "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
                 "joined": Measured.joined,
+                "watcher_bytes": Measured.watcher_bytes,
             }
             result.write_text(json.dumps(found))
 
