@@ -100,7 +100,7 @@ def test_the_job_file_of_the_quick_start_is_one(tmp_path: Path) -> None:
     blocks = re.findall(r"```yaml\n(.*?)```", (DOCS / "quickstart.md").read_text(), re.DOTALL)
     (tmp_path / "job.yaml").write_text(blocks[0])
     job = load_job(tmp_path / "job.yaml")
-    assert (job.workers, job.train.layout.hdp, job.train.steps) == (2, 2, 200)
+    assert (job.workers, job.train.layout.hdp, job.train.steps) == (2, 2, 60)
 
 
 _SIZES = {"desktop": (1280, 900), "phone": (390, 844)}
