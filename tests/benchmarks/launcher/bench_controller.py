@@ -31,8 +31,8 @@ from tests.benchmarks.harness import Row, exact_row
 NODES = 1000
 SECONDS = 60.0
 AGENTS, RANKS, LARGE_SECONDS = int(os.environ.get("EVERMESH_AGENTS", "1536")), 12_288, 120.0
-SLOWER = float(os.environ.get("EVERMESH_SLOWER", "1"))
-"""How much more rarely the agents of the second job talk, where one core does not play so many."""
+SLOWER = float(os.environ.get("EVERMESH_SLOWER", "1" if (os.cpu_count() or 1) > 2 else "4"))
+"""How much more rarely the agents of the second job talk, for one core does not play so many."""
 _START_S, _END_S = 120.0, 120.0
 _QUIET = (
     *("journal_copies=0", "preflight=off", "health_every_s=null", "train.snapshot=null", "metrics=false"),
