@@ -20,6 +20,8 @@ class Degraded:
         """By node: how many times as long as others it takes, and when that was found."""
         self._sent: tuple[int, dict[int, float]] | None = None
         """Generation, and what its rank 0 was told; None: an earlier controller may have told it something."""
+        self._through: object = None
+        """The connection that took it."""
 
     def note_slow(self, node: str, times: float) -> None:
         """A detector has found that its ranks take so many times as long as others for the same work."""
@@ -56,13 +58,14 @@ class Degraded:
             for rank in life.ranks_of(node)
         }
         planning = job.nodes[life.nodes[0]]
-        if wanted != self._known() and planning.outbox is not None:
-            self._sent = (job.generation, wanted)
+        if planning.outbox is not None and wanted != self._known(planning.outbox):
+            self._sent, self._through = (job.generation, wanted), planning.outbox
             planning.send(Speeds(generation=job.generation, speeds=wanted))
 
-    def _known(self) -> dict[int, float] | None:
-        """What rank 0 was told; None: nobody knows, for another controller may have told it."""
+    def _known(self, connection: object) -> dict[int, float] | None:
+        """What rank 0 was told; None: nobody knows, for another controller may have told it, or the connection was lost
+        meanwhile."""
         assert self._job.life is not None
         if self._sent is not None and self._sent[0] == self._job.generation:
-            return self._sent[1]
+            return self._sent[1] if self._through is connection else None
         return None if self._job.life.is_taken_over else {}

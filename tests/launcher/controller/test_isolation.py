@@ -78,6 +78,10 @@ def test_a_slow_rank_gets_less_to_do_until_that_is_long_ago(monkeypatch: pytest.
         job.controller.isolation.on_findings([SLOW])
         job.settle(1.0)
         assert told_speeds(job) == [], "it is known"
+        job.agents["node-0"].cut()
+        job.agents["node-0"].connect()
+        job.advance()
+        assert told_speeds(job) == [{1: pytest.approx(1 / 1.5)}], "it may have been lost with the connection"
         later_s = records(job)[0].time_s + 4 * 3600.0
         monkeypatch.setattr("evermesh.launcher.controller.isolation.time.time", lambda: later_s)
         job.controller.isolation._decided_s = float("-inf")
