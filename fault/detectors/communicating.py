@@ -98,7 +98,8 @@ def _levels(matched: Matched, transfers: np.ndarray, groups: list[int]) -> np.nd
 
 
 def _placed(joined: Joined, slow: list[_SlowGroup], usual: frozenset[str]) -> Iterator[Finding]:
-    """One finding for the one node that all slow groups share and no other group has, else one for every group."""
+    """One finding for the one node that all slow groups share and no other group has, else one for every group; one of two
+    ranks is the link between them."""
     shared = frozenset.intersection(*(one.nodes for one in slow)) - usual
     worst = max(slow, key=lambda one: one.score)
     names = ", ".join(joined.groups[one.group].name for one in slow[:4]) + (" and others" if len(slow) > 4 else "")
@@ -115,11 +116,15 @@ def _placed(joined: Joined, slow: list[_SlowGroup], usual: frozenset[str]) -> It
         return
     for one in slow:
         group = joined.groups[one.group]
+        link = (group.ranks[0], group.ranks[1]) if len(group.ranks) == 2 else None
+        where = "" if link is None else f", and all that passes in it is between ranks {link[0]} and {link[1]}"
         yield Finding(
-            kind=kinds.SLOW_GROUP,
+            kind=kinds.SLOW_GROUP if link is None else kinds.SLOW_LINK,
             group=group.name,
+            link=None if link is None else (min(link), max(link)),
+            node=joined.node(int(joined.members[one.group][0])) if link is not None and len(one.nodes) == 1 else None,
             text=f"collectives of group {group.name} take {one.ratio:.2f} times as long as those of other groups of axis "
-            f"{group.axis}, although nobody is late",
+            f"{group.axis}, although nobody is late{where}",
             evidence={"ratio": round(one.ratio, 3), "score": round(one.score, 1), "nodes": sorted(one.nodes)[:64]},
             confidence=0.7,
         )

@@ -13,6 +13,7 @@ from evermesh.fault.recorder.record import NO_PEER, OPERATIONS, PHASES, RECORD, 
 from evermesh.fault.recorder.trace import RankTrace
 from evermesh.fault.synthetic import Clock, JobShape, generate
 from evermesh.fault.synthetic.faults import CommunicationHang, Hang, Pauses, Skip, SlowInput, SlowJob, SlowRank
+from evermesh.fault.synthetic.shape import AXES
 from evermesh.parallelism.collectives import Phase
 from evermesh.parallelism.cost import CostModel
 from evermesh.parallelism.layout import Layout
@@ -281,3 +282,14 @@ def test_a_process_that_was_stopped_behind_the_begin_of_a_message_is_the_one_tha
     assert "its process is stopped; rank 0 waits for it since 89.0 s" in finding.text
     alive = {rank: ProcessState("S", 7, False) for rank in range(2)}
     assert all(one.rank is None for one in diagnose(traces, Context(processes=alive)).findings)
+
+
+def test_a_slow_group_of_two_ranks_is_the_link_between_them() -> None:
+    job = generate(JobShape(dp=2, tp=4, steps=24, ranks_per_node=4))
+    for trace in job.traces:
+        if trace.rank % 4 == 1:
+            of_group = trace.records["group"] == AXES.index("dp")
+            trace.records["ended_ns"][of_group] += np.uint64(10**7)
+    [found] = diagnose(job.traces).findings
+    assert (found.kind, found.link, found.rank, found.node) == (kinds.SLOW_LINK, (1, 5), None, None)
+    assert "all that passes in it is between ranks 1 and 5" in found.text
