@@ -22,7 +22,8 @@ _LEAST_ROWS, _MOST_ROWS = 6, 64
 _LEAST_GROUPS = 4
 _LEAST_RATIO = 1.4
 _LEAST_SCORE = 6.0
-_SPREAD_FLOOR = 0.05
+_SPREAD_FLOOR, _SPREAD_OF_FEW = 0.05, 0.6
+"""The second over the number of groups: of four nobody knows how much they differ by themselves, as on busy processors."""
 _COMMON = 0.3
 _LEAST_EDGES = 6
 
@@ -52,7 +53,7 @@ def find_slow_groups(joined: Joined, matched: Matched) -> list[Finding]:
         if known.sum() < _LEAST_GROUPS:
             continue
         middle = float(np.median(levels[known]))
-        spread = max(deviation(levels[known], middle), _SPREAD_FLOOR)
+        spread = max(deviation(levels[known], middle), _SPREAD_FLOOR, _SPREAD_OF_FEW / known.sum())
         slow = [
             _SlowGroup(group, float(np.exp(level - middle)), float((level - middle) / spread), nodes[group])
             for group, level in zip(alike, levels.tolist(), strict=True)
