@@ -117,13 +117,13 @@ def _placed(joined: Joined, slow: list[_SlowGroup], usual: frozenset[str]) -> It
         return
     for one in slow:
         group = joined.groups[one.group]
-        link = (group.ranks[0], group.ranks[1]) if len(group.ranks) == 2 else None
-        where = "" if link is None else f", and all that passes in it is between ranks {link[0]} and {link[1]}"
+        link = (min(group.ranks), max(group.ranks)) if len(group.ranks) == 2 else None
+        where = f", and all that passes in it is between ranks {link[0]} and {link[1]}" if link else ""
         yield Finding(
-            kind=kinds.SLOW_GROUP if link is None else kinds.SLOW_LINK,
+            kind=kinds.SLOW_LINK if link else kinds.SLOW_GROUP,
             group=group.name,
-            link=None if link is None else (min(link), max(link)),
-            node=joined.node(int(joined.members[one.group][0])) if link is not None and len(one.nodes) == 1 else None,
+            link=link,
+            node=joined.node(int(joined.members[one.group][0])) if link and len(one.nodes) == 1 else None,
             text=f"collectives of group {group.name} take {one.ratio:.2f} times as long as those of other groups of axis "
             f"{group.axis}, although nobody is late{where}",
             evidence={"ratio": round(one.ratio, 3), "score": round(one.score, 1), "nodes": sorted(one.nodes)[:64]},

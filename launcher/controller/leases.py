@@ -6,7 +6,7 @@ from evermesh.launcher.controller.machine import NodeState
 
 LEASE_S = 2.0
 """Seconds that a node counts as alive after it was last heard."""
-_LIVING_S = 6.0
+_LIVING_S = 3 * LEASE_S
 """Likewise while its agent's process is known to live: it waits for a processor, as where ranks start on a busy machine."""
 _LONGEST_DOUBT_S = 30.0
 

@@ -12,14 +12,12 @@ from typing import BinaryIO
 from pydantic import BaseModel, TypeAdapter
 
 from evermesh.launcher.agent.death import end_with_parent
-from evermesh.launcher.controller.watching.lines import Told, ToWatcher, ToWatcherAdapter
-from evermesh.launcher.controller.watching.watcher import AgentTells, Watcher
+from evermesh.launcher.controller.watching.lines import Problem, Told, ToWatcherAdapter
+from evermesh.launcher.controller.watching.watcher import AgentTells, Heard, Watcher
 from evermesh.launcher.watching.messages import Connections, PlannedWork, RingPart, Window
 
 _LOOK_S = 0.1
 _AgentAdapter: TypeAdapter[AgentTells] = TypeAdapter(Window | RingPart | PlannedWork | Connections)
-Heard = ToWatcher | tuple[str, AgentTells] | str
-"""A line; or a node with what its agent said; or a problem with that."""
 
 
 def main() -> None:
@@ -33,7 +31,7 @@ def main() -> None:
         lines.flush()
 
     heard: queue.SimpleQueue[Heard] = queue.SimpleQueue()
-    threading.Thread(target=_hear, args=(sys.stdin.buffer, heard), daemon=True).start()
+    threading.Thread(target=_hear_all, args=(sys.stdin.buffer, heard), daemon=True).start()
     watcher = Watcher(say)
     while True:
         for one in _newest(heard):
@@ -52,6 +50,13 @@ def _newest(heard: "queue.SimpleQueue[Heard]") -> list[Heard]:
         return found
 
 
+def _hear_all(lines: BinaryIO, heard: "queue.SimpleQueue[Heard]") -> None:
+    try:
+        _hear(lines, heard)
+    finally:  # a watcher that hears nothing any more is none
+        os._exit(0)
+
+
 def _hear(lines: BinaryIO, heard: "queue.SimpleQueue[Heard]") -> None:
     for line in lines:
         said = ToWatcherAdapter.validate_json(line)
@@ -61,8 +66,7 @@ def _hear(lines: BinaryIO, heard: "queue.SimpleQueue[Heard]") -> None:
         try:
             heard.put((said.node, _AgentAdapter.validate_json(lines.readline())))
         except ValueError as error:  # of an agent of another version: nobody is watched through it
-            heard.put(f"not understood of {said.node}: {str(error)[:500]}")
-    os._exit(0)
+            heard.put(Problem(text=f"not understood of {said.node}: {str(error)[:500]}"))
 
 
 if __name__ == "__main__":

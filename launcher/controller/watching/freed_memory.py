@@ -23,12 +23,11 @@ class _Heap(ctypes.Structure):
     ]
 
 
-def give_back() -> bool:
-    """Give free memory back, where there is much; whether it was. Nothing where the C library is not glibc 2.33 or newer."""
+def give_back() -> None:
+    """Give free memory back, where there is much. Nothing where the C library is not glibc 2.33 or newer."""
     library = _glibc()
-    if library is None or library.mallinfo2().fordblks < _MUCH_BYTES:
-        return False
-    return bool(library.malloc_trim(0))
+    if library is not None and library.mallinfo2().fordblks >= _MUCH_BYTES:
+        library.malloc_trim(0)
 
 
 @functools.cache

@@ -8,6 +8,8 @@ from evermesh.launcher.controller.watching.thinking import Thinking
 from evermesh.launcher.watching.messages import Connections, PlannedWork, ReadRings, RingPart, Window
 
 AgentTells = Window | RingPart | PlannedWork | Connections
+Heard = ToWatcher | tuple[str, AgentTells] | Problem
+"""A line; a node with what its agent said; or what was wrong with that."""
 _MOST_DELAYS = 1024
 """The longest that are told."""
 
@@ -15,13 +17,13 @@ _MOST_DELAYS = 1024
 class Watcher:
     """Of one job. ``say`` sends a line to the controller."""
 
-    def __init__(self, say: "Callable[[Said | ReadRings | Problem], None]") -> None:
+    def __init__(self, say: Callable[[Said | ReadRings | Problem], None]) -> None:
         self._say = say
         self._thinking: Thinking | None = None
         self._last_step_s = 0.0
 
-    def take(self, heard: ToWatcher | tuple[str, AgentTells] | str) -> None:
-        """Take a line, what the agent of a node says, or what was wrong with that."""
+    def take(self, heard: Heard) -> None:
+        """Take what was heard."""
         thinking = self._thinking
         match heard:
             case Begin():
@@ -36,8 +38,8 @@ class Watcher:
                     thinking.tell(node, message)
                 except ValueError as error:
                     self._say(Problem(text=f"not understood of {node}: {error}"))
-            case str():
-                self._say(Problem(text=heard))
+            case Problem():
+                self._say(heard)
 
     def think(self) -> None:
         """Conclude what can be concluded now."""

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from collections import deque
+from contextlib import suppress
 from typing import BinaryIO
 
 from pydantic import BaseModel
@@ -65,23 +66,24 @@ class WatcherProcess:
         self._process.kill()
         self._process.wait()
         self._to_say.put(None)
+        for thread in self._threads:
+            thread.join()
 
     def _put(self, content: bytes) -> None:
         self._said_bytes += len(content)
         self._to_say.put(content)
 
     def _write(self, pipe: BinaryIO) -> None:
-        try:
+        with suppress(OSError), pipe:  # it may have ended
             while (content := self._to_say.get()) is not None:
                 pipe.write(content)
                 pipe.flush()
                 self._written_bytes += len(content)
-        except OSError:
-            return  # it has ended
 
     def _read(self, pipe: BinaryIO) -> None:
-        for line in pipe:
-            try:
-                self._heard.append(FromWatcherAdapter.validate_json(line))
-            except ValueError as error:
-                self._heard.append(Problem(text=f"the watcher is not understood: {str(error)[:500]}"))
+        with pipe:
+            for line in pipe:
+                try:
+                    self._heard.append(FromWatcherAdapter.validate_json(line))
+                except ValueError as error:
+                    self._heard.append(Problem(text=f"the watcher is not understood: {str(error)[:500]}"))
