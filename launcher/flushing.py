@@ -15,7 +15,7 @@ from evermesh.checkpoint.stores.places import Place
 from evermesh.fault.snapshot.handshake import Address
 from evermesh.fault.snapshot.reachable import Memories
 from evermesh.fault.snapshot.remote import Keepers
-from evermesh.launcher.agent.death import end_with_parent
+from evermesh.launcher.death import end_with_parent
 from evermesh.launcher.run_directory import Run
 from evermesh.parallelism.errors import EvermeshError
 

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict
 
-from evermesh.launcher.agent.death import end_with_parent
 from evermesh.launcher.config import JobConfig
+from evermesh.launcher.death import end_with_parent
 from evermesh.launcher.elastic import layouts_on, node_counts
 from evermesh.launcher.run_directory import Run
 from evermesh.parallelism.errors import EvermeshError

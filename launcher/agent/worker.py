@@ -26,8 +26,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from evermesh.fault.recorder.ring import RingSpec
 from evermesh.fault.snapshot.remote import Keepers
-from evermesh.launcher.agent.death import end_with_parent
 from evermesh.launcher.agent.shared_memory import POINTS, Board, Slot
+from evermesh.launcher.death import end_with_parent
 from evermesh.launcher.interrupts import SIGNALS
 from evermesh.parallelism.collectives import Point
 from evermesh.parallelism.errors import EvermeshError

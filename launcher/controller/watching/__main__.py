@@ -11,9 +11,9 @@ from typing import BinaryIO
 
 from pydantic import BaseModel, TypeAdapter
 
-from evermesh.launcher.agent.death import end_with_parent
 from evermesh.launcher.controller.watching.lines import Problem, Told, ToWatcherAdapter
 from evermesh.launcher.controller.watching.watcher import AgentTells, Heard, Watcher
+from evermesh.launcher.death import end_with_parent
 from evermesh.launcher.watching.messages import Connections, PlannedWork, RingPart, Window
 
 _LOOK_S = 0.1
